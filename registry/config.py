@@ -1,0 +1,56 @@
+"""Configs are frozen dataclasses. Here they cross the process edge: `key=value` words and manifests."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from registry.errors import ConfigError
+
+C = TypeVar("C")
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Every Config sets `__pydantic_config__ = STRICT`, so a misspelt key is an error and not a default."""
+
+
+def override(config: C, words: Iterable[str]) -> C:
+    """`config` with `key=value` words applied (dots reach into nested configs).
+
+    Raises ConfigError naming the key that does not exist or the value that does not fit.
+    """
+    assert is_dataclass(config)
+    values: dict[str, Any] = asdict(config)  # type: ignore[call-overload, unused-ignore]
+    for word in words:
+        key, eq, text = word.partition("=")
+        if not eq:
+            raise ConfigError(f"{word!r} is not key=value.")
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key!r}: {part!r} has no fields.")
+        node[last] = _literal(text)
+    return parse(type(config), values)
+
+
+def parse(cls: type[C], values: Mapping[str, Any]) -> C:
+    """A `cls` from plain values; unknown keys, missing keys and wrong types raise ConfigError."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        given = repr(first.get("input"))
+        raise ConfigError(f"{cls.__qualname__}.{where}: {first['msg']} (got {given[:80]}).") from None
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string

@@ -1,0 +1,120 @@
+"""Every error of patchbay. A message says what is wrong, with the value, and the way out.
+
+    PatchbayError
+    ├── ConfigError        a config field does not exist, is missing, or does not fit
+    ├── BadRequest         what a caller sent cannot be answered            (HTTP 400)
+    │   ├── TooLarge       it is beyond a stated limit                      (HTTP 413)
+    │   ├── Unauthorised   no token, or one we do not know                  (HTTP 401)
+    │   ├── Forbidden      a known token without the scope                  (HTTP 403)
+    │   └── TooMany        more than the rate or the queue allows           (HTTP 429)
+    ├── NotFound           a reference, system, alias or digest we do not have   (HTTP 404)
+    ├── Conflict           someone else was first; read again and decide again   (HTTP 409)
+    ├── NotReady           the service or the device is not what was declared    (HTTP 503)
+    ├── PatchError         a patch cannot do what was asked of it
+    └── BadArtifact        the folder is not the artifact its manifest describes
+        ├── Unsealed       no manifest: the fit did not finish
+        ├── Tampered       a byte, a file or the manifest itself is not what was sealed
+        ├── Outside        a path that leaves the folder
+        ├── Linked         a symbolic link where a file should be
+        ├── Oversize       a header or a file beyond its limit
+        └── WrongBase      fitted on another base than the one it is applied to
+
+The command line prints the message alone; the services map `status` in one place.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PatchbayError(Exception):
+    """The root: catch this to catch all of ours."""
+
+    status: ClassVar[int] = 500
+    """the HTTP status a service answers with"""
+
+
+class ConfigError(PatchbayError):
+    """A config has a field that does not exist, is missing or does not fit; the message names it."""
+
+    status = 400
+
+
+class BadRequest(PatchbayError):
+    """What a caller sent cannot be answered; the message names the value and what would do."""
+
+    status = 400
+
+
+class TooLarge(BadRequest):
+    """A body, a prompt or a count is beyond the stated limit."""
+
+    status = 413
+
+
+class Unauthorised(BadRequest):
+    """No bearer token, or one that is not known."""
+
+    status = 401
+
+
+class Forbidden(BadRequest):
+    """The token is known but lacks the scope this call needs."""
+
+    status = 403
+
+
+class TooMany(BadRequest):
+    """More calls than the token's rate, or than the queue holds."""
+
+    status = 429
+
+
+class NotFound(PatchbayError):
+    """A reference, a system, an alias or a digest that is not here."""
+
+    status = 404
+
+
+class Conflict(PatchbayError):
+    """The record moved since it was read: read it again and decide again."""
+
+    status = 409
+
+
+class NotReady(PatchbayError):
+    """Something declared is missing: the device, a digest, a warm model."""
+
+    status = 503
+
+
+class PatchError(PatchbayError):
+    """A patch cannot do what was asked of it; the message says what can be done instead."""
+
+
+class BadArtifact(PatchbayError):
+    """The folder is not the artifact its manifest describes."""
+
+
+class Unsealed(BadArtifact):
+    """The folder has no manifest: whatever made it did not finish."""
+
+
+class Tampered(BadArtifact):
+    """A byte, a file or the manifest itself is not what was sealed."""
+
+
+class Outside(BadArtifact):
+    """The manifest names a path that leaves the folder."""
+
+
+class Linked(BadArtifact):
+    """The folder holds a symbolic link; artifacts are plain files."""
+
+
+class Oversize(BadArtifact):
+    """A manifest, a tensor header or a file is larger than any honest one."""
+
+
+class WrongBase(BadArtifact):
+    """The artifact was made from another base than the one it is to be used on."""

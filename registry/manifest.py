@@ -1,0 +1,202 @@
+"""An artifact is a folder of data files plus manifest.json, which is written last.
+
+So a folder with a manifest is complete, and the manifest's digest names the artifact: it covers the
+config, the base, the parents, the tensors' names, types and shapes, and the sha256 of every file.
+What may change later (aliases, metrics, benchmarks) is the store's, never the manifest's.
+
+`read` trusts nothing: no links, no path that leaves the folder, no unlisted file, no header larger
+than an honest one, every byte hashed. It needs no torch: the tensor header of a safetensors file is
+eight bytes of length and that much JSON (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from registry.errors import BadArtifact, ConfigError, Linked, Outside, Oversize, Tampered, Unsealed, WrongBase
+
+NAME = "manifest.json"
+Kind = Literal["patch", "model", "report"]
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_HEADER_BYTES = 8 << 20
+"""of one safetensors file; a 70B checkpoint's index is under 1 MiB"""
+MAX_FILES = 4096
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is. Equal manifests are the same artifact, wherever the folder lies."""
+
+    kind: Kind
+    system: str
+    base: str
+    """name@digest of the model this was made from; empty for a model trained from nothing"""
+    config: dict[str, Any]
+    files: dict[str, str]
+    """relative path -> sha256"""
+    tensors: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """safetensors path -> tensor name -> [dtype, shape]"""
+    parents: list[str] = field(default_factory=list)
+    """digests of the artifacts this one was made from: an SAE, a subspace, a data set"""
+    schema: int = 1
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits: the identity of the artifact."""
+        return digest_of(asdict(self))
+
+    @property
+    def base_digest(self) -> str:
+        return self.base.rpartition("@")[2]
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, finite numbers only.
+
+    Raises ConfigError for NaN or infinity, and for what JSON cannot say.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"This cannot be sealed: {e}. Use finite numbers, text, lists and dicts.") from None
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, 64 hex digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def write(folder: Path, **about: Any) -> Manifest:
+    """Seal `folder`: hash what is in it, then put the manifest there in one rename."""
+    names = _walk(folder)
+    manifest = Manifest(
+        files={name: sha256(folder / name) for name in names},
+        tensors={name: _tensors(folder / name) for name in names if name.endswith(".safetensors")},
+        **json.loads(canonical(about)),
+    )
+    part = folder / f".{NAME}.part"
+    with part.open("wb") as f:
+        f.write(canonical(asdict(manifest)))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, folder / NAME)
+    return manifest
+
+
+def read(folder: Path, *, digest: str | None = None, base: str | None = None) -> Manifest:
+    """The manifest of a sealed folder, after checking every file against it.
+
+    `digest`: the artifact it must be. `base`: the digest of the base it is to be used on.
+    """
+    folder = Path(folder)
+    manifest = _parse(folder)
+    if digest is not None and manifest.digest != digest:
+        raise Tampered(
+            f"{folder} holds artifact {manifest.digest[:16]}, not {digest[:16]}: its manifest was swapped. Pull it again."
+        )
+    if base is not None and manifest.base and manifest.base_digest != base:
+        raise WrongBase(
+            f"{folder} was made from {manifest.base[:80]}, not from base {base[:16]}. Fit it again on this base."
+        )
+    present = set(_walk(folder))
+    if extra := sorted(present - manifest.files.keys()):
+        raise Tampered(f"{folder / extra[0]} was not sealed with the artifact. Remove it or pull the artifact again.")
+    for name, want in manifest.files.items():
+        file = folder / name
+        if name not in present or sha256(file) != want:
+            raise Tampered(f"{file} is missing or not what was sealed. Pull the artifact again.")
+        if name.endswith(".safetensors") and _tensors(file) != manifest.tensors.get(name):
+            raise Tampered(f"{file} holds other tensors than its manifest lists. Pull the artifact again.")
+    return manifest
+
+
+def _parse(folder: Path) -> Manifest:
+    file = folder / NAME
+    if file.is_symlink():
+        raise Linked(f"{file} is a symbolic link; artifacts are plain files. Pull the artifact again.")
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise Oversize(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; no manifest is.")
+        about = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise Unsealed(f"{folder} has no {NAME}: it was never sealed. Run the fit again.") from None
+    except ValueError:
+        raise Tampered(f"{file} is not JSON. Pull the artifact again.") from None
+    known = {f.name for f in fields(Manifest)}
+    if not isinstance(about, dict) or set(about) - known or {"kind", "system", "base", "config", "files"} - set(about):
+        raise Tampered(f"{file} does not have the keys of a manifest ({', '.join(sorted(known))}).")
+    manifest = Manifest(**about)
+    if manifest.kind not in get_args(Kind):
+        raise Tampered(f"{file} says kind {str(manifest.kind)[:40]!r}; it must be one of {', '.join(get_args(Kind))}.")
+    if not isinstance(manifest.files, dict) or not isinstance(manifest.config, dict):
+        raise Tampered(f"{file}: files and config must be objects.")
+    for name in manifest.files:
+        _inside(folder, name)
+    return manifest
+
+
+def _inside(folder: Path, name: str) -> None:
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+        raise Outside(f"{folder} lists {name[:80]!r}, which lies outside it.")
+
+
+def _walk(folder: Path) -> list[str]:
+    """Relative names of every file but the manifest, sorted; links are refused, also to folders."""
+    names = []
+    for at, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(at) / name
+            if path.is_symlink():
+                raise Linked(f"{path} is a symbolic link; artifacts are plain files. Copy the file in its place.")
+        names += [Path(at, f).relative_to(folder).as_posix() for f in files]
+        if len(names) > MAX_FILES:
+            raise Oversize(f"{folder} holds more than {MAX_FILES} files; no artifact does.")
+    return sorted(set(names) - {NAME, f".{NAME}.part"})
+
+
+def _tensors(file: Path) -> dict[str, list[Any]]:
+    """name -> [dtype, shape] from the header of a safetensors file, its sizes checked against the file's."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > MAX_HEADER_BYTES or length + 8 > size:
+            raise Oversize(f"{file} claims a header of {length} bytes; the limit is {min(MAX_HEADER_BYTES, size - 8)}.")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError:
+            raise Tampered(f"{file} has no readable safetensors header.") from None
+    header.pop("__metadata__", None)
+    end = 0
+    out = {}
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = about["data_offsets"]
+        if start != end or stop < start or any(n < 0 for n in about["shape"]) or not math.isfinite(stop):
+            raise Tampered(f"{file}: the bytes of {name[:80]!r} do not follow the ones before.")
+        end = stop
+        out[name] = [about["dtype"], about["shape"]]
+    if end + length + 8 != size:
+        raise Tampered(f"{file} is {size} bytes, but its header accounts for {end + length + 8}.")
+    return out
+
+
+def sha256(file: Path) -> str:
+    """64 hex digits of a file's bytes."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    return DIGEST.fullmatch(text) is not None
+
+
+__all__ = ["BadArtifact", "Manifest", "canonical", "digest_of", "is_digest", "read", "sha256", "write"]
