@@ -82,6 +82,17 @@ class Bias:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Add to what leaves the module at `site`: fn(what enters it (B, ...), inputs) -> (B, ...) like its output.
+
+    A low-rank weight edit in the form that rows of one batch can differ in: fn = lambda x, _: (x @ A.T) @ B.T.
+    """
+
+    site: str
+    fn: Callable[[Tensor, Inputs], Tensor]
+
+
+@dataclass(frozen=True)
 class Weight:
     """Replace parameters of the module at `site`: fn({"weight": W, ...}) -> the ones that change."""
 
@@ -89,7 +100,7 @@ class Weight:
     fn: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-Edit = Act | Bias | Weight
+Edit = Act | Bias | Side | Weight
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ class Applied:
 
     model: nn.Module
     strength: float
-    arms: dict[str, dict[tuple[str, str], Act | Bias]] = field(default_factory=dict)
+    arms: dict[str, dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
     """arm -> (site, kind) -> edit; replaced whole when arms come and go, never changed in place"""
     hooked: set[tuple[str, str]] = field(default_factory=set)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -187,11 +198,11 @@ class Applied:
         if name in self.arms:
             raise PatchError(f"There is an arm {name!r} already; remove it first.")
         depth = len(self.undo)
-        table: dict[tuple[str, str], Act | Bias] = {}
+        table: dict[tuple[str, str], Act | Bias | Side] = {}
         try:
             for e in edits:
                 assert not isinstance(e, Weight)
-                key = (e.site, e.where if isinstance(e, Act) else "bias")
+                key = (e.site, e.where if isinstance(e, Act) else type(e).__name__.lower())
                 if key in table:
                     raise PatchError(f"{type(patch).__name__} edits {key} twice; make it one edit.")
                 table[key] = e
@@ -257,6 +268,14 @@ class Applied:
                 return args, {**kwargs, "attention_mask": _add_bias(kwargs.get("attention_mask"), total)}
 
             return module.register_forward_pre_hook(bias, with_kwargs=True).remove
+        if kind == "side":
+
+            def side(_: nn.Module, args: Any, out: Any) -> Any:
+                if isinstance(out, tuple):
+                    return (self._side(key, args[0], out[0]), *out[1:])
+                return self._side(key, args[0], out)
+
+            return module.register_forward_hook(side).remove
         if kind == "input":
 
             def before(_: nn.Module, args: Any) -> Any:
@@ -279,16 +298,30 @@ class Applied:
             part = x if group.at is None else x[group.at]
             new = edit.fn(part, self._inputs().narrow(group.at))
             if isinstance(group.strength, Tensor) or group.strength != 1.0:
-                s: Any = group.strength
-                if isinstance(s, Tensor):
-                    s = s.to(x).reshape(-1, *[1] * (x.ndim - 1))
-                new = part + s * (new - part)
+                new = part + _shaped(group.strength, x) * (new - part)
             if group.at is None:
                 out = new
                 continue
             if out is x:
                 out = x.clone()
             out[group.at] = new
+        return out
+
+    def _side(self, key: tuple[str, str], x: Tensor, y: Tensor) -> Tensor:
+        out = y
+        for group in self._groups(x.shape[0]):
+            edit = self.arms.get(group.arm, {}).get(key)
+            if not isinstance(edit, Side):
+                continue
+            self.calls[group.arm, key[0]] += 1
+            part = x if group.at is None else x[group.at]
+            more = _shaped(group.strength, y) * edit.fn(part, self._inputs().narrow(group.at))
+            if group.at is None:
+                out = y + more
+                continue
+            if out is y:
+                out = y.clone()
+            out[group.at] += more
         return out
 
     def _bias(self, key: tuple[str, str], x: Tensor) -> Tensor | None:
@@ -301,8 +334,7 @@ class Applied:
             new = edit.fn(self._inputs().narrow(group.at))
             if new is None:
                 continue
-            s: Any = group.strength
-            new = new.to(x.dtype) * (s.to(x).reshape(-1, 1, 1, 1) if isinstance(s, Tensor) else s)
+            new = new.to(x.dtype) * _shaped(group.strength, new)
             if group.at is None:
                 return new
             if total is None:
@@ -424,6 +456,11 @@ def _strengths(rows: list[int], strength: Sequence[float] | None) -> Tensor | fl
         return 1.0
     used = [float(strength[i]) for i in rows]
     return used[0] if len(set(used)) == 1 else torch.tensor(used)
+
+
+def _shaped(strength: Tensor | float, x: Tensor) -> Any:
+    """The strength so that it multiplies x (rows, ...)."""
+    return strength.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(strength, Tensor) else strength
 
 
 def _beams(at: Tensor | slice | None, k: int) -> Tensor | slice | None:

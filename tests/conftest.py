@@ -1,0 +1,40 @@
+"""Every test has its own home, no network but loopback, and tiny bases; the model is the mock."""
+
+import os
+import socket
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """The folder where this test's patchbay keeps things."""
+    monkeypatch.setenv("PATCHBAY_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch):
+    """A test that reaches for the network fails at once, and says for what."""
+    connect = socket.socket.connect
+
+    def checked(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests reach only loopback, not {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", checked)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm():
+    """A random Llama with a tokenizer; tests must leave it bit for bit as it was."""
+    from patches.bases import llm
+
+    return llm.tiny()

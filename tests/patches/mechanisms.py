@@ -1,0 +1,78 @@
+"""One canonical tiny patch per kind of edit, each on the tiny language model: what the conformance tests run over.
+
+Beside the shipped mechanisms stand the shapes that later systems need, so that the engine is held to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from patches.patch import Act, Patch, Side, Weight
+from patches.sink import SinkConfig, SinkEdit
+
+D, M = 32, 48
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """Nothing to set."""
+
+
+@dataclass(frozen=True)
+class Erase(Patch):
+    """Project a direction out of every token (as a VLM erasure would)."""
+
+    Config = NoConfig
+
+    def edits(self):
+        d = self.tensors["d"]
+        return [Act("model.layers.1", lambda x, _: x - (x @ d)[..., None] * d)]
+
+
+@dataclass(frozen=True)
+class LowRank(Patch):
+    """A rank-2 weight edit as a side path, so that rows can differ (as a subspace of LoRAs would)."""
+
+    Config = NoConfig
+
+    def edits(self):
+        a, b = self.tensors["a"], self.tensors["b"]
+        return [Side("model.layers.1.mlp.up_proj", lambda x, _: x @ a.T @ b.T)]
+
+    def weights(self):
+        delta = self.tensors["b"] @ self.tensors["a"]
+        return [Weight("model.layers.1.mlp.up_proj", lambda p: {"weight": p["weight"] + delta})]
+
+
+@dataclass(frozen=True)
+class Scale(Patch):
+    """A pure weight edit."""
+
+    Config = NoConfig
+
+    def edits(self):
+        return [Weight("model.layers.0.mlp.down_proj", lambda p: {"weight": p["weight"] * self.tensors["scale"]})]
+
+
+def _seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3
+
+
+MECHANISMS: dict[str, Callable[[], Patch]] = {
+    "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
+    "sink-clip": lambda: SinkEdit(
+        SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="clip"), {"value": torch.tensor([0.01, 0.02, 0.01])}
+    ),
+    "sink-mean": lambda: SinkEdit(
+        SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="mean"), {"value": torch.tensor([0.5, -0.5, 0.3])}
+    ),
+    "sink-everywhere": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), keep_first=False), {}),
+    "sink-damp": lambda: SinkEdit(SinkConfig(damp_layers=(0, 2), damp_limit=2.0), {}),
+    "sink-both": lambda: SinkEdit(SinkConfig(neurons=((2, 5),), damp_layers=(0,), damp_limit=1.0), {}),
+    "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
+    "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
+    "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
+}
