@@ -19,7 +19,7 @@ TENSORS = "patch.safetensors"
 
 
 def save(patch: Patch, name: str, folder: Path, *, base: str, parents: Iterable[str] = ()) -> Manifest:
-    """Seal `patch` of system `name`, made from `base` (name@digest), in `folder` beside whatever evidence lies there."""
+    """Seal `patch` of system `name`, made from `base` (name@digest), in `folder`, with the evidence that lies there."""
     folder.mkdir(parents=True, exist_ok=True)
     if patch.tensors:
         save_file({k: v.detach().cpu().contiguous() for k, v in patch.tensors.items()}, folder / TENSORS)

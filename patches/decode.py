@@ -62,13 +62,15 @@ class SlotCache:
     is_compileable = False
 
     def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = (heads, width), dtype, device
+        self.head_shape, self.dtype, self.device = (heads, width), dtype, device
         self.keys = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
         self.ids = torch.full((0, 0), -1, dtype=torch.long, device=device)
         self.lengths: list[int] = []
         self.first = 0
         self.starts = torch.zeros(0, dtype=torch.long, device=device)
+        self.uniform: int | None = None
+        """where all rows of this forward start, if they start at one column"""
         self.columns = 0
 
     @property
@@ -92,7 +94,7 @@ class SlotCache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store (B, heads, T, D) and return views of everything the active slots hold."""
-        B, _, T, _ = keys.shape
+        B, T = keys.shape[0], keys.shape[2]
         rows = slice(self.first, self.first + B)
         out = []
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
@@ -128,7 +130,7 @@ class SlotCache:
             return
         S2 = S if slots <= S else max(slots, min(2 * S, S + 16))
         N2 = N if columns <= N else math.ceil(columns / GROW) * GROW
-        heads, width = self.shape
+        heads, width = self.head_shape
         for stores in (self.keys, self.values):
             for i, old in enumerate(stores):
                 # zeros, because a masked column still takes part in 0 * value
@@ -176,6 +178,7 @@ class Decoder:
                 )
         self.waiting.extend(sequences)
 
+    @torch.inference_mode()
     def cancel(self, sequence: Row) -> None:
         """Stop one sequence now; the others do not notice."""
         if sequence.finished:
@@ -301,7 +304,7 @@ class Decoder:
 
 
 def _sample(logits: Tensor, s: Row) -> int:
-    """One token from softmax(logits / temperature) cut to the smallest set of mass top_p, by the row's own generator."""
+    """One token from softmax(logits / temperature) cut to mass top_p, drawn by the row's own generator."""
     if s.generator is None:
         s.generator = torch.Generator().manual_seed(s.seed) if s.seed is not None else torch.Generator()
         if s.seed is None:

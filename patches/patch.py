@@ -118,9 +118,9 @@ class Patch(ABC):
     def weights(self) -> Sequence[Weight]:
         """The same patch as weight edits alone, where the maths allows it."""
         edits = self.edits()
-        if weights := [e for e in edits if isinstance(e, Weight)]:
-            if len(weights) == len(edits):
-                return weights
+        weights = [e for e in edits if isinstance(e, Weight)]
+        if weights and len(weights) == len(edits):
+            return weights
         raise PatchError(f"{type(self).__name__} has no weight form, so it cannot be folded; serve it with hooks.")
 
     @final
@@ -134,7 +134,7 @@ class Patch(ABC):
 
         Costs the memory of a second base. Raises PatchError if the base carries hooks of ours.
         """
-        if any(getattr(p, "_edits", None) for p in model.parameters()) or getattr(model, "_applied", 0):
+        if any(getattr(p, "_edits", None) for p in model.parameters()) or vars(model).get("_applied"):
             raise PatchError("This base carries an applied patch; revert it before folding another.")
         weights, out = self.weights(), deepcopy(model)
         for e in weights:
@@ -231,9 +231,7 @@ class Applied:
                 table.setdefault(name, []).append(i)
         if unknown := table.keys() - self.arms.keys():
             raise PatchError(f"There is no arm {sorted(unknown)[0]!r}. Arms: {', '.join(self.arms) or 'none'}.")
-        groups = tuple(
-            Group(name, _span(rows, len(names)), _strengths(rows, strength)) for name, rows in table.items()
-        )
+        groups = tuple(Group(name, _span(rows, len(names)), _strengths(rows, strength)) for name, rows in table.items())
         token = _GROUPS.set({**_GROUPS.get(), id(self): (len(names), groups)})
         try:
             yield
@@ -371,8 +369,8 @@ def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, ro
 
     on.undo.append(top.register_forward_pre_hook(enter, with_kwargs=True).remove)
     on.undo.append(top.register_forward_hook(leave, always_call=True).remove)
-    model._applied = getattr(model, "_applied", 0) + 1  # type: ignore[assignment, operator]
-    on.undo.append(lambda: setattr(model, "_applied", model._applied - 1))  # type: ignore[operator]
+    vars(model)["_applied"] = vars(model).get("_applied", 0) + 1
+    on.undo.append(lambda: vars(model).update(_applied=vars(model)["_applied"] - 1))
     try:
         for name, patch in arms.items():
             edits = list(patch.edits())

@@ -119,7 +119,7 @@ def repeat_bias(ids: Tensor, at: Tensor, limit: float) -> Tensor | None:
     ids (B, K): token of every key, -1 for none. at (B, T): the key column of each query. Only tokens that occur more
     than `limit` times matter, so the bias has rank H, their number: b_ij = -sum_h log max(1, c_h(i)/limit) [id_j = h].
     """
-    B, K = ids.shape
+    B = ids.shape[0]
     # one histogram for all rows: token t of row b counts in cell b*V + t, and what is no token in the last cell
     V = int(ids.max()) + 1
     cells = torch.where(ids >= 0, ids + torch.arange(B, device=ids.device)[:, None] * V, B * V)

@@ -23,7 +23,8 @@ def override(config: C, words: Iterable[str]) -> C:
     Raises ConfigError naming the key that does not exist or the value that does not fit.
     """
     assert is_dataclass(config)
-    values: dict[str, Any] = asdict(config)  # type: ignore[call-overload, unused-ignore]
+    assert not isinstance(config, type)
+    values: dict[str, Any] = asdict(config)
     for word in words:
         key, eq, text = word.partition("=")
         if not eq:

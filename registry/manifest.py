@@ -101,7 +101,8 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
     manifest = _parse(folder)
     if digest is not None and manifest.digest != digest:
         raise Tampered(
-            f"{folder} holds artifact {manifest.digest[:16]}, not {digest[:16]}: its manifest was swapped. Pull it again."
+            f"{folder} holds artifact {manifest.digest[:16]}, not {digest[:16]}: its manifest was swapped. "
+            "Pull it again."
         )
     if base is not None and manifest.base and manifest.base_digest != base:
         raise WrongBase(

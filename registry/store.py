@@ -9,6 +9,7 @@ MLflow is index and display only. Identity is the manifest's digest and every pu
 checks no bytes; who is live is the ledger's, and MLflow's aliases mirror it. Base weights are never copied here.
 Where: $MLFLOW_TRACKING_URI, else sqlite in home(). Pushes are serialised per home(); two hosts pushing one digest to
 one server at the same instant make two versions, of which everybody then uses the first.
+Longer than a file should be, because no other may import mlflow.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -38,6 +40,7 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default of 7 makes a server that is down cost minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",  # else a uv.lock in the working directory decides the requirements
 }.items():
     os.environ.setdefault(_name, _value)
@@ -48,8 +51,9 @@ from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Pa
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model, ModelSignature  # noqa: E402
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
-from registry import manifest  # noqa: E402
+from registry import manifest, systems  # noqa: E402
 from registry.errors import (  # noqa: E402
     BadArtifact,
     ConfigError,
@@ -60,7 +64,6 @@ from registry.errors import (  # noqa: E402
 )
 from registry.home import home  # noqa: E402
 from registry.manifest import Manifest  # noqa: E402
-from registry.systems import SYSTEMS, system  # noqa: E402
 
 if TYPE_CHECKING:
     from registry.ledger import Ledger
@@ -169,9 +172,9 @@ def parse_ref(text: str) -> Ref:
     if "/" in text or text.startswith((".", "~")):
         return Ref(folder=Path(text).expanduser())
     name, at, which = text.partition("@")
-    if name not in SYSTEMS and re.fullmatch(r"[0-9a-f]{8,63}", name):
+    if name not in systems.SYSTEMS and re.fullmatch(r"[0-9a-f]{8,63}", name):
         raise ConfigError(f"{text[:80]!r} looks like a digest; write sha256:{name}.")
-    system(name)
+    systems.system(name)
     if at and not re.fullmatch(r"champion|challenger|base|[1-9][0-9]{0,8}", which):
         raise ConfigError(f"{text[:80]!r}: after the @ comes champion, challenger, base or a version number.")
     return Ref(system=name, which=which or "champion")
@@ -267,7 +270,8 @@ def push(
             client.log_batch(version.run_id, params=_params(params))
         _draw(client, version, figures, base_figures)
         for name, table in (tables or {}).items():
-            client.log_table(version.run_id, _columns(table), f"tables/{name}.json")
+            columns = {k: list(v) for k, v in table.items()} if isinstance(table, Mapping) else table
+            client.log_table(version.run_id, columns, f"tables/{name}.json")
         url = f"{_ui()}/#/models/{version.name}/versions/{version.version}"
         return Pushed(about.digest, int(version.version), version.tags["model.id"], version.run_id, url)
 
@@ -278,15 +282,11 @@ def pull(digest: str) -> Path:
         raise ConfigError(f"{digest[:80]!r} is not a digest of 64 hex digits; resolve the reference first.")
     folder = home() / "artifacts" / digest
     if folder.is_dir():
-        try:
-            manifest.read(folder, digest=digest)
-        except BadArtifact as e:
-            raise type(e)(f"{e} To pull it again, delete {folder} first.") from None
-        return folder
+        return _verified(folder, digest)
     for run in (home() / "runs").glob(f"*-{digest[:16]}"):
         if _sealed(run) == digest:
             return _keep(run, digest)
-    with _mlflow() as client:
+    with _mlflow():
         version = _version(digest)
         if version is None:
             raise NotFound(f"No artifact sha256:{digest[:16]} here or in MLflow. `patchbay list` shows what there is.")
@@ -311,7 +311,14 @@ def _keep(folder: Path, digest: str) -> Path:
             manifest.read(part / "copy", digest=digest)
             with suppress(OSError):  # somebody else was faster; theirs is verified below
                 os.rename(part / "copy", place)
-    manifest.read(place, digest=digest)
+    return _verified(place, digest)
+
+
+def _verified(place: Path, digest: str) -> Path:
+    try:
+        manifest.read(place, digest=digest)
+    except BadArtifact as e:
+        raise type(e)(f"{e} To have it again, delete {place} first.") from None
     return place
 
 
@@ -344,17 +351,17 @@ def _create(
         model_type=about.kind,
     ).model_id
     tags["model.id"] = model_id
-    with _part() as part:
-        sealed = _keep(home() / "artifacts" / about.digest, about.digest)
-        if about.kind == "patch":
+    sealed = home() / "artifacts" / about.digest
+    if about.kind == "patch":
+        with _part() as part:
             _save_pyfunc(sealed, part, Model(model_id=model_id, model_uuid=model_id, run_id=run))
-        else:  # a model or a report is no PatchedModel: its files alone, in the same place
-            shutil.copytree(sealed, part / "model" / "artifacts" / "patch")
-        client.log_model_artifacts(model_id, str(part / "model"))
+            client.log_model_artifacts(model_id, str(part / "model"))
+    else:  # a model or a report is no PatchedModel: its files alone, where a patch's would be
+        client.log_model_artifacts(model_id, str(sealed), "artifacts/patch")
     client.set_logged_model_tags(model_id, tags)
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(run, models=[LoggedModelOutput(model_id, step=0)])
-    return _register(client, name, model_id, run, tags, system(about.system).title)
+    return _register(client, name, model_id, run, tags, systems.system(about.system).title)
 
 
 def _save_pyfunc(sealed: Path, part: Path, model: Model) -> None:
@@ -406,7 +413,7 @@ def _register(client: MlflowClient, name: str, model_id: str, run: str, tags: di
 
 
 def _tags(about: Manifest, dataset: tuple[str, str] | None) -> dict[str, str]:
-    patch = system(about.system).patch
+    patch = systems.system(about.system).patch
     return {
         "patch.digest": about.digest,
         "patch.kind": about.kind,
@@ -491,7 +498,7 @@ def _check(sides: Sides) -> None:
         for name, value in values.items():
             if not re.fullmatch(r"[\w.\-/: ]{1,250}", name) or ".." in name or name[:1] in "/.":
                 raise ConfigError(f"Metric name {name[:80]!r}: use letters, digits and _ . - / : or spaces.")
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise ConfigError(f"Metric {name!r} of {side} is {value!r}; log finite numbers only (leave it out).")
     if len(sides) == 2 and (odd := sides[BASE].keys() ^ sides["patched"].keys()):
         raise ConfigError(
@@ -507,9 +514,9 @@ def _measure(client: MlflowClient, version: Any, sides: Sides, dataset: tuple[st
         run = client.get_run(run_id)
         new = {k: float(v) for k, v in values.items() if run.data.metrics.get(k) != float(v)}
         name, digest = (dataset[0], dataset[1][:32]) if dataset else (None, None)  # MLflow allows 36 characters
-        if name and not any(d.dataset.digest == digest for d in run.inputs.dataset_inputs):
-            source = json.dumps({"digest": dataset[1]}) if dataset else ""
-            client.log_inputs(run_id, datasets=[DatasetInput(Dataset(name, digest, "patchbay", source))])
+        if dataset and not (run.inputs and any(d.dataset.digest == digest for d in run.inputs.dataset_inputs)):
+            about = Dataset(dataset[0], dataset[1][:32], "patchbay", json.dumps({"digest": dataset[1]}))
+            client.log_inputs(run_id, datasets=[DatasetInput(about)])
         now = int(time.time() * 1000)
         of = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest, "run_id": run_id}
         points = [Metric(k, v, now, 0, **of) for k, v in new.items()]
@@ -533,10 +540,6 @@ def _draw(
                 client.log_artifacts(run, str(part))
 
 
-def _columns(table: Any) -> Any:
-    return {k: list(v) for k, v in table.items()} if isinstance(table, Mapping) else table
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in values.items():
@@ -557,6 +560,8 @@ def _params(values: Mapping[str, Any]) -> list[Param]:
 
 def list_models(system: str | None = None) -> list[Row]:
     """Every artifact in the store, newest first; bases are not artifacts, they are in each row."""
+    if system is not None:
+        systems.system(system)
     with _mlflow() as client:
         which = f"tags.`system` = '{system}'" if system else f"tags.`patch.kind` != '{BASE}'"
         found = [v for v in _versions(which) if "patch.digest" in v.tags]
@@ -685,13 +690,17 @@ def _lineage(version: Any) -> list[dict[str, str]]:
 
 
 def _files(client: MlflowClient, run: str, folder: str) -> list[str]:
-    out = []
+    out: list[str] = []
     for file in client.list_artifacts(run, folder):
         out += _files(client, run, file.path) if file.is_dir else [file.path]
     return sorted(out)
 
 
 # ---- MLflow itself ---------------------------------------------------------------------------------------------
+
+
+_OPENED: set[str] = set()
+"""stores this process has reached"""
 
 
 def _uri() -> str:
@@ -710,7 +719,13 @@ def _mlflow() -> Iterator[MlflowClient]:
     try:
         # process-wide, because MLflow's sqlite registry looks LoggedModels up in the global store
         mlflow.set_tracking_uri(uri)
+        if uri not in _OPENED:
+            with _lock():  # MLflow makes a new database table by table, and two processes at once break it
+                MlflowClient(uri).search_experiments(max_results=1)
+            _OPENED.add(uri)
         yield MlflowClient(uri)
+    except SQLAlchemyError as e:
+        raise NotReady(f"MLflow's database {uri} failed: {str(e).partition(chr(10))[0][:300]}") from None
     except MlflowException as e:
         text = str(e).partition("\n")[0][:300]
         if e.error_code == "RESOURCE_DOES_NOT_EXIST":
@@ -785,6 +800,8 @@ def _versions(which: str) -> list[Any]:
 
 
 def _version(digest: str) -> Any:
+    if not manifest.is_digest(digest):
+        raise ConfigError(f"{digest[:80]!r} is not a digest of 64 hex digits; resolve the reference first.")
     return next(iter(_versions(f"tags.`patch.digest` = '{digest}'")), None)
 
 
@@ -808,12 +825,11 @@ def _tag(client: MlflowClient, version: Any, tags: Mapping[str, str]) -> None:
 
 def _metrics_of_runs(client: MlflowClient) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
-    token = None
-    while experiments := _experiments(client):
+    experiments, token, more = _experiments(client), None, True
+    while more and experiments:
         page = client.search_runs(experiments, "tags.`patch.side` = 'patched'", max_results=1000, page_token=token)
         out |= {run.info.run_id: dict(run.data.metrics) for run in page}
-        if not (token := page.token):
-            break
+        token, more = page.token, bool(page.token)
     return out
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from registry.errors import NotFound
 
@@ -22,7 +21,8 @@ class Base:
     """short name, used for the registered model: lower case, digits, dashes"""
     digest: str
     """64 hex digits over weights and tokenizer; a patch is bound to it"""
-    model: nn.Module
+    model: Any
+    """the nn.Module; Any, because its family's attributes are its own"""
     processor: Any
     """tokenizer or image transform"""
     root: str
@@ -36,7 +36,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:

@@ -121,7 +121,7 @@ def first_token(inputs: Mapping[str, Any]) -> Tensor:
     """
     x = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     B, T = x.shape[:2]
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     here = torch.arange(T, device=x.device)
     if hasattr(cache, "starts"):
         return (cache.starts[:, None] + here) == 0
@@ -143,26 +143,26 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
     ids = inputs.get("input_ids")
     if ids is None:
         raise PatchError("This patch needs input_ids, but the model was called with embeddings.")
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     if hasattr(cache, "starts"):
-        return cache.tokens()  # type: ignore[no-any-return]
+        return cache.tokens()
     mask = inputs.get("attention_mask")
     if cache is not None:
         ids = _remember(cache, ids, inputs["past_length"])
     if mask is None:
-        return ids  # type: ignore[no-any-return]
+        return ids
     if mask.ndim != 2:
         raise PatchError("The attention mask is not 2-D, so padding is unknown; pass a 2-D mask.")
-    return ids.masked_fill(~mask[:, : ids.shape[1]].bool(), -1)  # type: ignore[no-any-return]
+    return ids.masked_fill(~mask[:, : ids.shape[1]].bool(), -1)
 
 
 def query_columns(inputs: Mapping[str, Any]) -> Tensor:
     """(B, T) long: the key column of each token of this call."""
     ids = inputs["input_ids"]
     here = torch.arange(ids.shape[1], device=ids.device)
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     if hasattr(cache, "starts"):
-        return cache.starts[:, None] + here  # type: ignore[no-any-return]
+        return cache.starts[:, None] + here
     return (here + inputs["past_length"]).expand(ids.shape[0], -1)
 
 
@@ -171,7 +171,7 @@ def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
 
     if not isinstance(cache, DynamicCache):
         raise PatchError(f"{type(cache).__name__} cannot carry token ids; use a DynamicCache.")
-    mine = next((layer for layer in cache.layers if isinstance(layer, _Ids)), None)
+    mine: Any = next((layer for layer in cache.layers if isinstance(layer, _Ids)), None)
     if mine is None:
         if past:
             raise PatchError("The cache was begun without this patch, so its token ids are unknown; prefill it again.")
@@ -180,7 +180,7 @@ def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
         mine = _ids_class(DynamicLayer)()
         cache.layers.append(mine)
     keys, _ = mine.update(ids[:, None, :, None], ids[:, None, :, None])
-    return keys[:, 0, :, 0]  # type: ignore[no-any-return]
+    return keys[:, 0, :, 0]
 
 
 class _Ids:
@@ -214,7 +214,9 @@ def _folder(ref: str) -> tuple[Path, str]:
         return Path(rest), _slug(Path(rest).name)
     if scheme == "hf-hub":
         return _from_hub(rest)
-    raise NotFound(f"{ref[:80]!r} names no base. Write pypi:smollm2, hf-hub:org/name@revision, local-dir:path or gguf:path.")
+    raise NotFound(
+        f"{ref[:80]!r} names no base. Write pypi:smollm2, hf-hub:org/name@revision, local-dir:path or gguf:path."
+    )
 
 
 def _in_wheel(distribution: str, pattern: str) -> Path:

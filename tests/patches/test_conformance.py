@@ -165,7 +165,9 @@ def test_running_batch_equals_each_row_alone(tiny_llm, patch):
         return
     prompts = [IDS[i % 4, : 4 + i].tolist() for i in range(9)]
     arms = ["a" if i % 3 else None for i in range(9)]
-    rows = [Row(p, arm=a, max_tokens=4 + i, ignore_eos=True) for i, (p, a) in enumerate(zip(prompts, arms, strict=True))]
+    rows = [
+        Row(p, arm=a, max_tokens=4 + i, ignore_eos=True) for i, (p, a) in enumerate(zip(prompts, arms, strict=True))
+    ]
     with apply(tiny_llm.model, {"a": patch}, root=tiny_llm.root) as on:
         Decoder(tiny_llm, on, slots=4).run(rows)
         for row in rows:

