@@ -367,7 +367,8 @@ def _create(
 def _save_pyfunc(sealed: Path, part: Path, model: Model) -> None:
     shutil.copytree(sealed, part / "patch")  # MLflow keeps an artifact under its folder's own name
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*input example.*", UserWarning)  # it would be megabytes for images
+        # advice: give an input example (megabytes of JSON for images), type hints (they would drop the parameters)
+        warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.save_model(
             part / "model",
             python_model=str(PYFUNC),

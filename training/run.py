@@ -1,0 +1,104 @@
+"""The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, push.
+
+A job gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(model, config, arm)`; it may give
+`figures(folder, results)`. Everything else about running is here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from patches.bases import load_base
+from patches.patch import ONLY
+from patches.patched import PatchedModel
+from registry import config as configs
+from registry import manifest
+from registry.errors import BadArtifact, NotFound
+from registry.home import home
+from registry.manifest import Manifest
+from registry.systems import System, system
+
+RECIPE = "recipe.json"
+"""lies in every artifact: which recipe made it, with which config, so that it can be measured the same way again"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One artifact and its base, by the same metrics on the same data."""
+
+    manifest: Manifest
+    base: dict[str, float]
+    patched: dict[str, float]
+    dataset: tuple[str, str]
+    """name, digest of the config that chose the data"""
+    figures: dict[str, Any]
+    """name -> matplotlib Figure"""
+
+
+def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
+    """`system/recipe` with `key=value` words -> (row, recipe name, config). Without a recipe: lab, else tiny."""
+    which, _, key = name.partition("/")
+    row = system(which)
+    recipes = row.load_job().RECIPES
+    key = key or next((k for k in ("lab", "smollm", "tiny") if k in recipes))
+    if key not in recipes:
+        raise NotFound(f"{which} has no recipe {key!r}. Recipes: {', '.join(recipes)}.")
+    return row, key, configs.override(recipes[key], words)
+
+
+def fit(name: str, words: Iterable[str] = ()) -> Path:
+    """Run a recipe and seal what it made: home()/runs/<system>-<digest16>. The same recipe gives the same digest."""
+    row, key, config = recipe(name, words)
+    _seed(getattr(config, "seed", 0))
+    runs = home() / "runs"
+    runs.mkdir(exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=runs, prefix=".part-"))
+    try:
+        about = {"recipe": f"{row.name}/{key}", "config": asdict(config)}
+        (part / RECIPE).write_bytes(manifest.canonical(json.loads(json.dumps(about))))
+        made = row.load_job().fit(config, part)
+        folder = runs / f"{row.name}-{made.digest[:16]}"
+        if not folder.exists():
+            os.replace(part, folder)
+        return folder
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Measured:
+    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms."""
+    about = manifest.read(folder)
+    row = system(about.system)
+    job = row.load_job()
+    if RECIPE not in about.files:
+        raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
+    sealed = json.loads((folder / RECIPE).read_text())
+    config = configs.override(configs.parse(job.Config, sealed["config"]), words)
+    base = load_base(about.base.rpartition("@")[0] or config.base, row.families[0], device)
+    model = PatchedModel.load(folder, base)
+    try:
+        _seed(getattr(config, "seed", 0))
+        results = {arm: job.evaluate(model, config, arm) for arm in (None, ONLY)}
+    finally:
+        model.close()
+    draw = getattr(job, "figures", None)
+    figures = draw(folder, {"base": results[None], "patched": results[ONLY]}) if draw else {}
+    data = (sealed["recipe"].replace("/", "-"), manifest.digest_of(asdict(config))[:16])
+    return Measured(about, results[None], results[ONLY], data, figures)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(seed)
