@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def split(args: argparse.Namespace) -> Says:
     made = experiments.begin(
         name, control=head.champion if head else "base", treatment=treatment, share=share, words=args.words
     )
-    ledgers.split(ledger, name, made, who=_who())
+    ledgers.split(ledger, name, experiments.plain(made), who=_who())
     warning = _mirror(_store(), name)
     text = f"{name}: {share:.0%} of units get sha256:{treatment[:16]} ({made.mode}, experiment {made.name}).{warning}"
     return Says(text, experiment=made.name, share=share)
@@ -138,8 +138,7 @@ def report(args: argparse.Namespace) -> Says:
     experiment = experiments.load(entries[0].experiment)
     with events.Events() as log:
         decision = experiments.judge(experiment, log.summary(experiment))
-    result = asdict(decision) if is_dataclass(decision) else dict(decision)
-    return Says(experiments.describe(experiment, decision), **result)
+    return Says(experiments.describe(experiment, decision), **decision.evidence())
 
 
 def promote(args: argparse.Namespace) -> Says:
@@ -159,7 +158,9 @@ def rollback(args: argparse.Namespace) -> Says:
     """the champion before this one is the champion again"""
     ledgers = _ledger()
     entry = ledgers.rollback(ledgers.Ledger(), args.system, who=_who())
-    return Says(f"{args.system}: champion is {_short(entry.champion)} again.{_mirror(_store(), args.system)}", **asdict(entry))
+    return Says(
+        f"{args.system}: champion is {_short(entry.champion)} again.{_mirror(_store(), args.system)}", **asdict(entry)
+    )
 
 
 def serve(args: argparse.Namespace) -> Says:
@@ -193,7 +194,9 @@ def bench(args: argparse.Namespace) -> Says:
         raise PatchbayError(f"The benchmark failed with exit status {code}; nothing was kept.")
     results = importlib.import_module("tests.bench.results").ratios(file)
     store.log_bench(digest, results, file)
-    return Says(_table(("ratio", "base", "patched"), [(k, results["base"][k], v) for k, v in results["patched"].items()]))
+    return Says(
+        _table(("ratio", "base", "patched"), [(k, results["base"][k], v) for k, v in results["patched"].items()])
+    )
 
 
 def export(args: argparse.Namespace) -> Says:
@@ -299,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
     for name, verb in VERBS.items():
         made[name] = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
         made[name].add_argument("--json", action="store_true", help="answer for programs")
-    ref = {"metavar": "REF", "help": "system, system@challenger, system@3, sha256:digest, or a sealed folder"}
+    ref: Any = {"metavar": "REF", "help": "system, system@challenger, system@3, sha256:digest, or a sealed folder"}
     made["systems"].add_argument("--write-readme", action="store_true", help="write README's table")
     made["fit"].add_argument("recipe", metavar="SYSTEM[/RECIPE]")
     made["push"].add_argument("folder", type=Path)

@@ -198,7 +198,7 @@ def resolve(ref: str | Ref, ledger: Ledger) -> str:
     if ref.which == "champion":
         return head.champion if head else BASE
     if head is None or head.challenger is None:
-        raise NotFound(f"{ref.system} has no challenger. Name one: `patchbay challenge {ref.system} REF`.")
+        raise NotFound(f"{ref.system} has no challenger. Push one: `patchbay push FOLDER`.")
     return head.challenger
 
 

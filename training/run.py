@@ -51,7 +51,7 @@ def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
     which, _, key = name.partition("/")
     row = system(which)
     recipes = row.load_job().RECIPES
-    key = key or next((k for k in ("lab", "smollm", "tiny") if k in recipes))
+    key = key or next(k for k in ("lab", "smollm", "tiny") if k in recipes)
     if key not in recipes:
         raise NotFound(f"{which} has no recipe {key!r}. Recipes: {', '.join(recipes)}.")
     return row, key, configs.override(recipes[key], words)
@@ -100,5 +100,5 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  libraries draw from the global state
+    np.random.seed(seed)
     torch.manual_seed(seed)

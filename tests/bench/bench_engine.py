@@ -56,7 +56,12 @@ def bench_prefill(base, benchmark, tokens):
         def fold():
             return folded(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
-        variants = {"base": lambda: run(None), "base again": lambda: run(None), "patched": lambda: run("sink"), "folded": fold}
+        variants = {
+            "base": lambda: run(None),
+            "base again": lambda: run(None),
+            "patched": lambda: run("sink"),
+            "folded": fold,
+        }
         want = run(None)
         times = interleave(variants, rounds=20 if tokens > 100 else 60)
         assert torch.equal(run(None), want)
@@ -94,7 +99,9 @@ def bench_decode(base, benchmark):
 def bench_arms(base, benchmark, count):
     """`count` different patches in one batch of as many rows, against the same batch of base rows."""
     ids = prompts(base, count, 24).tolist()
-    arms = {f"a{i}": SinkEdit(SinkConfig(neurons=((1, i), (2, i), (11, i)), damp_layers=(0,)), {}) for i in range(count)}
+    arms = {
+        f"a{i}": SinkEdit(SinkConfig(neurons=((1, i), (2, i), (11, i)), damp_layers=(0,)), {}) for i in range(count)
+    }
     tokens = 12 if count < 64 else 6
     with apply(base.model, arms, root=base.root) as on:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

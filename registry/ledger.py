@@ -1,0 +1,290 @@
+"""The ledger: who is champion, who challenges, which experiment runs, since when and why.
+
+Append-only, one hash chain per system, compare-and-set on the hash of the entry one has read: of two who promote at
+once, one wins and the other gets a Conflict. MLflow's aliases only show what stands here; rollback and "what was live
+at time T" are read from here. sqlite in WAL with synchronous=FULL: an entry that was returned is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from registry.errors import Conflict, NotFound, Tampered
+from registry.home import home
+from registry.manifest import canonical, digest_of, is_digest
+
+Action = Literal["challenge", "split", "ramp", "promote", "rollback", "stop"]
+BASE = "base"
+"""the unpatched base, as champion or as an arm"""
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS entries (
+  seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, system TEXT NOT NULL, action TEXT NOT NULL,
+  champion TEXT NOT NULL, challenger TEXT, experiment TEXT, evidence TEXT, previous TEXT NOT NULL, hash TEXT NOT NULL,
+  UNIQUE (system, previous)
+);
+CREATE INDEX IF NOT EXISTS by_system ON entries (system, seq);
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision, and the state after it."""
+
+    seq: int
+    at: float
+    """unix seconds"""
+    who: str
+    system: str
+    action: Action
+    champion: str
+    """digest, or "base" """
+    challenger: str | None
+    experiment: dict[str, Any] | None
+    """the live experiment after this entry"""
+    evidence: dict[str, Any] | None
+    """why: the numbers that decided"""
+    previous: str
+    """hash of the entry before, "" for the first"""
+    hash: str
+
+
+class Ledger:
+    """The ledger of one deployment; any number of processes may read and append."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = Path(path or home() / "ledger.db")
+        with closing(self._open()) as db:
+            db.executescript(_TABLE)
+
+    def head(self, system: str) -> Entry | None:
+        """The newest entry: what holds now. None for a system nobody decided on: its champion is the base."""
+        return next(iter(self.history(system, 1)), None)
+
+    def history(self, system: str, limit: int = 100) -> list[Entry]:
+        """Newest first."""
+        return self._read("system = ? ORDER BY seq DESC LIMIT ?", system, limit)
+
+    def live_at(self, system: str, at: float) -> Entry | None:
+        """What held at unix time `at`; None before the first entry."""
+        return next(iter(self._read("system = ? AND at <= ? ORDER BY seq DESC LIMIT 1", system, at)), None)
+
+    def version(self) -> int:
+        """Grows with every entry of any system; microseconds, so that a service may ask often."""
+        with closing(self._open()) as db:
+            return int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0])
+
+    def append(
+        self,
+        system: str,
+        action: Action,
+        *,
+        expect: str,
+        champion: str,
+        challenger: str | None,
+        experiment: dict[str, Any] | None = None,
+        evidence: dict[str, Any] | None = None,
+        who: str = "unknown",
+    ) -> Entry:
+        """One more entry, if the head's hash is still `expect` ("" for none). Raises Conflict if it is not."""
+        for digest in (champion, challenger):
+            if digest is not None and digest != BASE and not is_digest(digest):
+                raise NotFound(f"{str(digest)[:80]!r} is neither a digest nor {BASE!r}; resolve the reference first.")
+        with closing(self._open()) as db:
+            db.execute("BEGIN IMMEDIATE")  # one writer from here to the commit, in any process
+            row = db.execute(
+                "SELECT hash, at FROM entries WHERE system = ? ORDER BY seq DESC LIMIT 1", (system,)
+            ).fetchone()
+            head, before = row or ("", 0.0)
+            if head != expect:
+                db.execute("ROLLBACK")
+                raise Conflict(
+                    f"{system}: somebody else decided first (the ledger is at {head[:12] or 'its start'}, you read "
+                    f"{expect[:12] or 'an empty one'}). Look again with `patchbay show {system}`, then decide again."
+                )
+            seq = int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0]) + 1
+            body = {
+                "seq": seq,
+                "at": max(time.time(), before),  # a clock that steps back must not reorder what was live when
+                "who": who,
+                "system": system,
+                "action": action,
+                "champion": champion,
+                "challenger": challenger,
+                "experiment": experiment,
+                "evidence": evidence,
+                "previous": head,
+            }
+            entry = Entry(**body, hash=digest_of(body))  # type: ignore[arg-type]
+            db.execute("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", _row(entry))
+            db.execute("COMMIT")
+        return entry
+
+    def verify(self, system: str | None = None) -> int:
+        """Entries whose chain was recomputed. Raises Tampered naming the first that does not hold."""
+        last: dict[str, str] = {}
+        entries = self._read("(?1 IS NULL OR system = ?1) ORDER BY seq", system)
+        for e in entries:
+            body = {k: v for k, v in asdict(e).items() if k != "hash"}
+            if e.previous != last.get(e.system, "") or digest_of(body) != e.hash:
+                raise Tampered(f"Entry {e.seq} of {self.path} ({e.system}, {e.action}) is not what was written.")
+            last[e.system] = e.hash
+        return len(entries)
+
+    def _read(self, where: str, *values: Any) -> list[Entry]:
+        with closing(self._open()) as db:
+            return [_entry(row) for row in db.execute(f"SELECT * FROM entries WHERE {where}", values)]
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        return db
+
+
+def _row(e: Entry) -> tuple[Any, ...]:
+    def text(value: dict[str, Any] | None) -> str | None:
+        return None if value is None else canonical(value).decode()
+
+    return (
+        e.seq, e.at, e.who, e.system, e.action, e.champion, e.challenger,
+        text(e.experiment), text(e.evidence), e.previous, e.hash,
+    )  # fmt: skip
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    loaded = [json.loads(v) if i in (7, 8) and v is not None else v for i, v in enumerate(row)]
+    return Entry(*loaded)
+
+
+# ---- the decisions ---------------------------------------------------------------------------------------------
+
+
+def challenge(ledger: Ledger, system: str, digest: str, *, who: str = "unknown") -> Entry:
+    """Name the challenger. The champion stays; a live experiment with another treatment stops."""
+    head = ledger.head(system)
+    live = head.experiment if head else None
+    if live is not None and live["treatment"] != digest:
+        live = None
+    return _next(ledger, system, head, "challenge", challenger=digest, experiment=live, who=who)
+
+
+def split(ledger: Ledger, system: str, experiment: dict[str, Any], *, who: str = "unknown") -> Entry:
+    """Begin an experiment (plain JSON). Its control must be the champion. Raises Conflict if another one runs."""
+    head = ledger.head(system)
+    if head and head.experiment:
+        raise Conflict(
+            f"{system} already runs experiment {head.experiment['name']}. Stop it first: patchbay split {system} 0"
+        )
+    champion = head.champion if head else BASE
+    if experiment["control"] != champion:
+        raise Conflict(f"The control of {experiment['name']} is not the champion ({champion[:16]}).")
+    return _next(ledger, system, head, "split", challenger=experiment["treatment"], experiment=experiment, who=who)
+
+
+def ramp(ledger: Ledger, system: str, share: float, *, who: str = "unknown") -> Entry:
+    """A larger share of units; nobody who has the treatment loses it. Raises Conflict for a smaller one."""
+    head = _live(ledger, system)
+    assert head.experiment is not None
+    if share < head.experiment["share"]:
+        raise Conflict(
+            f"The share is {head.experiment['share']:g}; lowering it to {share:g} would take the treatment from units "
+            f"that have it. Stop the experiment instead: patchbay split {system} 0"
+        )
+    return _next(ledger, system, head, "ramp", experiment={**head.experiment, "share": share}, who=who)
+
+
+def stop(ledger: Ledger, system: str, *, evidence: dict[str, Any] | None = None, who: str = "unknown") -> Entry:
+    """End the experiment; everyone gets the champion."""
+    return _next(ledger, system, _live(ledger, system), "stop", experiment=None, evidence=evidence, who=who)
+
+
+def promote(
+    ledger: Ledger, system: str, digest: str | None = None, *, evidence: dict[str, Any] | None = None,
+    who: str = "unknown", expect: str | None = None,
+) -> Entry:  # fmt: skip
+    """Make `digest` (default: the challenger) the champion; experiments end. expect: hash of the head one judged."""
+    head = ledger.head(system)
+    digest = digest or (head.challenger if head else None)
+    if digest is None:
+        raise NotFound(f"{system} has no challenger to promote. Push one: patchbay push FOLDER")
+    return _next(
+        ledger, system, head, "promote", champion=digest, challenger=None, experiment=None, evidence=evidence, who=who,
+        expect=expect,
+    )  # fmt: skip
+
+
+def rollback(
+    ledger: Ledger, system: str, *, evidence: dict[str, Any] | None = None, who: str = "unknown",
+    expect: str | None = None,
+) -> Entry:  # fmt: skip
+    """Undo the last step that put something before users: a running experiment, else the last promotion.
+
+    Raises NotFound if nothing was ever promoted or tried.
+    """
+    head = ledger.head(system)
+    if head and head.experiment:
+        return _next(
+            ledger,
+            system,
+            head,
+            "rollback",
+            challenger=None,
+            experiment=None,
+            evidence=evidence,
+            who=who,
+            expect=expect,
+        )
+    champion = _before(ledger, system)
+    if champion is None:
+        raise NotFound(f"{system} has nothing to roll back to: nothing was promoted.")
+    return _next(
+        ledger, system, head, "rollback", champion=champion, challenger=None, experiment=None, evidence=evidence,
+        who=who, expect=expect,
+    )  # fmt: skip
+
+
+def _before(ledger: Ledger, system: str) -> str | None:
+    """The champion before the present one, promotions that were rolled back already left out."""
+    stack: list[str] = [BASE]
+    for e in reversed(ledger.history(system, 1_000_000)):
+        if e.action == "promote" and e.champion != stack[-1]:
+            stack.append(e.champion)
+        elif e.action == "rollback" and e.champion != stack[-1]:
+            stack.pop()
+    return stack[-2] if len(stack) > 1 else None
+
+
+def _live(ledger: Ledger, system: str) -> Entry:
+    head = ledger.head(system)
+    if head is None or head.experiment is None:
+        raise NotFound(f"{system} runs no experiment. Begin one: patchbay split {system} REF 0.1")
+    return head
+
+
+_SAME: Any = object()
+
+
+def _next(
+    ledger: Ledger, system: str, head: Entry | None, action: Action, *, champion: str | None = None,
+    challenger: Any = _SAME, experiment: dict[str, Any] | None, evidence: dict[str, Any] | None = None, who: str,
+    expect: str | None = None,
+) -> Entry:  # fmt: skip
+    return ledger.append(
+        system,
+        action,
+        expect=expect if expect is not None else (head.hash if head else ""),
+        champion=champion or (head.champion if head else BASE),
+        challenger=cast("str | None", (head.challenger if head else None) if challenger is _SAME else challenger),
+        experiment=experiment,
+        evidence=evidence,
+        who=who,
+    )
