@@ -1,0 +1,77 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from registry import cli
+from registry.systems import SYSTEMS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(capsys, *words):
+    code = cli.main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_set_of_verbs_is_frozen():
+    """Verbs are a budget: a new one needs a decision, not a commit."""
+    assert list(cli.VERBS) == [
+        "systems", "fit", "eval", "push", "pull", "list", "show", "compare", "split", "report",
+        "promote", "rollback", "serve", "build", "bench", "export",
+    ]  # fmt: skip
+
+
+def test_systems_lists_every_row_and_answers_programs(capsys):
+    code, out, _ = run(capsys, "systems", "--json")
+    assert code == 0
+    assert [s["name"] for s in json.loads(out)["systems"]] == list(SYSTEMS)
+
+
+def test_a_planned_system_says_so_plainly(capsys):
+    planned = next((n for n, s in SYSTEMS.items() if s.planned), None)
+    if planned is None:
+        return
+    code, out, err = run(capsys, "fit", planned)
+    assert (code, out) == (1, "")
+    assert "planned" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("fit", "nonsense"), 1, "There is no system 'nonsense'"),
+        (("report", "nonsense"), 2, "There is no system"),
+        (("report", "attention_sink"), 1, "has had no experiment"),
+        (("rollback", "attention_sink"), 1, "nothing to roll back"),
+        (("pull", "attention_sink@challenger"), 1, "no challenger"),
+        (("pull", "sha256:zz"), 2, "not a digest"),
+        (("push", "/nowhere"), 1, "never sealed"),
+    ],
+)
+def test_a_refusal_names_the_value_and_the_way_out(capsys, words, code, says):
+    got, out, err = run(capsys, *words)
+    assert (got, out) == (code, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_words_that_make_no_sense_exit_with_2():
+    assert (
+        subprocess.run([sys.executable, "-m", "registry.cli", "dance"], capture_output=True, check=False).returncode
+        == 2
+    )
+
+
+def test_the_table_in_the_readme_is_the_table():
+    assert cli.readme_table() in (ROOT / "README.md").read_text()
+
+
+def test_every_verb_the_readme_types_exists():
+    import re
+
+    typed = set(re.findall(r"^patchbay (\w+)", (ROOT / "README.md").read_text(), re.M))
+    assert typed <= set(cli.VERBS)
