@@ -46,7 +46,7 @@ class Row:
     out: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     """per token: its log-probability (before temperature), and the most likely alternatives"""
-    finished: Literal["stop", "length", "cancelled"] | None = None
+    finished: Literal["stop", "length", "cancelled", "failed"] | None = None
     generator: torch.Generator | None = None
     tag: Any = None
     """the caller's own"""
@@ -170,13 +170,17 @@ class Decoder:
     def add(self, sequences: Iterable[Row]) -> None:
         """Queue sequences. Raises TooLarge, queueing none, if one does not fit the context."""
         sequences = list(sequences)
+        self.check(sequences)
+        self.waiting.extend(sequences)
+
+    def check(self, sequences: Iterable[Row]) -> None:
+        """Raises TooLarge if one does not fit the context."""
         for s in sequences:
             if not s.prompt or len(s.prompt) + s.max_tokens > self.context:
                 raise TooLarge(
                     f"The prompt has {len(s.prompt)} tokens and max_tokens is {s.max_tokens}; together they must be "
                     f"between 1 and {self.context}. Shorten the prompt or lower max_tokens."
                 )
-        self.waiting.extend(sequences)
 
     @torch.inference_mode()
     def cancel(self, sequence: Row) -> None:

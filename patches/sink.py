@@ -2,7 +2,8 @@
 
 Two of them, alone or together (Yona et al., arXiv 2503.08908):
 - **neurons**: the paper's patch. At every token but the first of its row, the named MLP neurons are set to zero, to a
-  value, or clipped, so that only the true first token can become an attention sink.
+  value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) narrows this to
+  tokens that repeat their predecessor.
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets
   b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
   token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of
@@ -36,6 +37,8 @@ class SinkConfig:
     """what a neuron's activation becomes: 0, itself within +-value, or value; values are the tensor `value`"""
     keep_first: bool = True
     """spare the first real token of each row; False is a control, and destroys the model"""
+    only_repeats: bool = False
+    """edit a token only where it equals the one before it; ordinary text has next to none, so it stays what it was"""
     damp_layers: tuple[int, ...] = ()
     damp_limit: float = 8.0
     """copies of one token that may weigh in full"""
@@ -60,7 +63,7 @@ class SinkEdit(Patch):
     def weights(self) -> list[Weight]:
         """Only the everywhere-zero control is a weight edit; the others depend on position or on tokens."""
         c = self.config
-        if c.keep_first or c.damp_layers or c.mode != "zero":
+        if c.keep_first or c.only_repeats or c.damp_layers or c.mode != "zero":
             raise PatchError(
                 "A sink patch that spares the first token or damps repeats depends on the tokens, so no weights can "
                 "hold it; serve it with hooks (it costs about nothing)."
@@ -93,6 +96,8 @@ class SinkEdit(Patch):
                 new = value.to(old).expand_as(old)
             if c.keep_first:
                 new = torch.where(inputs.once(llm.first_token)[..., None], old, new)
+            if c.only_repeats:
+                new = torch.where(inputs.once(llm.repeated_token)[..., None], new, old)
             out = a.clone()
             out[..., js] = new
             return out

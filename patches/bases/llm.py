@@ -166,6 +166,13 @@ def query_columns(inputs: Mapping[str, Any]) -> Tensor:
     return (here + inputs["past_length"]).expand(ids.shape[0], -1)
 
 
+def repeated_token(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: True where a token equals the one right before it in its row."""
+    ids, at = real_tokens(inputs), query_columns(inputs)
+    before = ids.gather(1, (at - 1).clamp_min(0))
+    return (ids.gather(1, at) == before) & (at > 0) & (before >= 0)
+
+
 def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -319,4 +326,4 @@ def _quiet() -> Any:
         logging.set_verbosity(level)
 
 
-__all__ = ["SITES", "WHEELS", "first_token", "load", "query_columns", "real_tokens", "site", "tiny"]
+__all__ = ["SITES", "WHEELS", "first_token", "load", "query_columns", "real_tokens", "repeated_token", "site", "tiny"]

@@ -1,0 +1,797 @@
+"""The `generate` service: a language model and its patches behind OpenAI's API; every row of a batch has its own arm.
+
+`/v1/chat/completions` and `/v1/completions` (streaming, stop, logprobs, usage), `/v1/models`, `/v1/outcomes`,
+`/v1/experiments/live`, `/livez`, `/readyz`, `/metrics`, `/openapi.json`, the playground at `/`. The application is
+plain Starlette; BentoML serves it whole (and so can any ASGI server). BentoML's own routes for methods are not used: its
+(de)serialisation and per-method middlewares cost more than a small model does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from bentos.arms import Choice, Table, choose, other
+from bentos.http import Tokens, answer, endpoint, parse, refuse
+from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
+from patches.decode import Row
+from registry import experiment as experiments
+from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, TooLarge
+from registry.experiment import CONTROL, TREATMENT
+
+PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
+MAX_TOKENS = 1024
+"""an answer's length if the request names none is DEFAULT_TOKENS; it may name up to this"""
+DEFAULT_TOKENS = 128
+DEADLINE_S = 300.0
+MAX_ROWS = 64
+"""prompts x n of one request"""
+MAX_STOPS, MAX_STOP_CHARS = 4, 64
+KEPT_SHADOWS = 512
+
+Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Number = Annotated[float, Field(strict=False)]
+
+
+# ---- what may be sent --------------------------------------------------------------------------------------------
+
+
+class Extra(BaseModel):
+    """Ours, beside OpenAI's fields."""
+
+    model_config = Strict
+    strength: Annotated[Number, Field(ge=0.0, le=2.0)] = 1.0
+    """how much of the patch; 0 is exactly the base"""
+    compare: bool = False
+    """answer with the base and with the chosen arm, side by side"""
+
+
+class StreamOptions(BaseModel):
+    model_config = Strict
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Ask(BaseModel):
+    """Fields that chats and completions share; what clients send and we need not act on is accepted by name."""
+
+    model_config = Strict
+    model: Annotated[str, Field(max_length=200)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Annotated[
+        list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)
+    ] | None = None  # fmt: skip
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    user: Annotated[str, Field(max_length=128)] | None = None
+    patchbay: Extra = Extra()
+    # accepted, and without effect here
+    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    ignore_eos: bool = False
+    """decode on past the end token; for measurements"""
+
+
+class TextPart(BaseModel):
+    model_config = Strict
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = Strict
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Chat(Ask):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Completion(Ask):
+    """POST /v1/completions"""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_ROWS)] | Ids | Annotated[
+        list[Ids], Field(min_length=1, max_length=MAX_ROWS)
+    ]  # fmt: skip
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class Outcome(BaseModel):
+    """What came of one unit."""
+
+    model_config = Strict
+    unit: Annotated[str, Field(min_length=1, max_length=128)]
+    value: Number
+    experiment: Annotated[str, Field(max_length=64)] | None = None
+    """by default the live one"""
+    arm: Literal["control", "treatment"] | None = None
+    """shadow experiments: whose answer this judges"""
+    key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """the same key counts once, so that a retry is safe"""
+
+
+class Outcomes(BaseModel):
+    """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
+
+    model_config = ConfigDict(extra="allow")
+    outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
+
+
+# ---- from tokens to text -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """One row's text as it grows: whole characters only, cut before a stop string."""
+
+    tokenizer: Any
+    stops: Sequence[str]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """everything decoded"""
+    given: int = 0
+    """characters handed out"""
+    stopped: bool = False
+    _from: int = 0
+    _to: int = 0
+
+    def push(self, ids: Sequence[int]) -> None:
+        """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
+        self.ids.extend(ids)
+        before = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
+        now = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character, wait for the rest
+            self.text += now[len(before) :]
+            self._from, self._to = self._to, len(self.ids)
+            self._cut()
+
+    def end(self) -> None:
+        """No more tokens: what was held back is text now."""
+        before = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
+        now = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
+        if not self.stopped:
+            self.text += now[len(before) :]
+            self._cut()
+
+    def take(self, last: bool = False) -> str:
+        """Text not handed out yet, less what may still become a stop string."""
+        upto = len(self.text)
+        if not last and not self.stopped:
+            upto -= max((n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        piece = self.text[self.given : upto]
+        self.given = max(self.given, upto)
+        return piece
+
+    def _cut(self) -> None:
+        found = [at for s in self.stops if (at := self.text.find(s)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+
+@dataclass
+class Line:
+    """One choice of one answer: a row being decoded, and its text."""
+
+    index: int
+    prompt: int
+    row: Row
+    text: Text
+    arm: str
+    seen: int = 0
+    """tokens already turned into text"""
+
+    @property
+    def finish(self) -> str | None:
+        if self.text.stopped:
+            return "stop"
+        return "length" if self.row.finished == "length" else "stop" if self.row.finished else None
+
+
+class Service:
+    """The routes, bound to one runtime."""
+
+    def __init__(self, runtime: Runtime, tokens: Tokens) -> None:
+        self.runtime, self.tokens = runtime, tokens
+        self.created = int(time.time())
+        self.shadows: dict[str, dict[str, Any]] = {}
+        self.background: set[asyncio.Task[Any]] = set()
+
+    # ---- asking --------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request, ask: Chat) -> Response:
+        messages = [m.plain() for m in ask.messages]
+        if not any(m["content"].strip() for m in messages):
+            raise BadRequest("messages: all of them are empty; say something.")
+        try:
+            ids = self.runtime.model.encode(messages)
+        except PatchbayError:
+            raise
+        except Exception as e:  # a model's own template may refuse an order of roles
+            raise BadRequest(f"messages: this model's chat template refuses them ({str(e)[:120]}).") from None
+        tokens = ask.max_completion_tokens or ask.max_tokens
+        if ask.top_logprobs is not None and not ask.logprobs:
+            raise BadRequest("top_logprobs: set logprobs to true as well.")
+        scores = (ask.top_logprobs or 0) if ask.logprobs else None
+        return await self._answer(request, ask, [ids], tokens, scores, "chat")
+
+    async def complete(self, request: Request, ask: Completion) -> Response:
+        prompts: list[Any]
+        if isinstance(ask.prompt, str):
+            prompts = [ask.prompt]
+        else:
+            prompts = [ask.prompt] if isinstance(ask.prompt[0], int) else list(ask.prompt)
+        size = self.runtime.base.model.config.vocab_size
+        rows = []
+        for i, prompt in enumerate(prompts):
+            ids = self.runtime.model.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if not ids:
+                raise BadRequest(f"prompt {i} is empty; give at least one token.")
+            if max(ids) >= size:
+                raise BadRequest(f"prompt {i}: token {max(ids)} is beyond the vocabulary of {size}.")
+            rows.append(ids)
+        return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
+
+    async def _answer(
+        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, kind: str
+    ) -> Response:
+        table = self._table()
+        start = time.perf_counter()
+        unit = request.headers.get("x-patchbay-unit") or ask.user
+        choice = choose(table, request.headers.get("x-patchbay-arm") or ask.model, unit)
+        self._check_scopes(request, ask)
+        lines, inbox = self._lines(ask, prompts, tokens, scores, choice)
+        headers = _headers(table, choice)
+        shadow = None
+        try:
+            self.runtime.submit([line.row for line in lines])
+            if choice.experiment is not None and choice.experiment.mode == "shadow":
+                shadow = self._shadow(request, ask, prompts, tokens, choice, lines)
+        except PatchbayError as e:
+            await self._expose(request, choice, e.status, start)
+            raise
+        about = _About(kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self._model(choice))
+        if ask.stream:
+            body = self._stream(request, ask, lines, inbox, about, choice, start)
+            return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while any(line.finish is None for line in lines):
+                    await self._receive(request, lines, inbox)
+        except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
+            self._cancel(lines)
+            status = getattr(e, "status", 504)
+            await self._expose(request, choice, status, start)
+            if isinstance(e, TimeoutError):
+                raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
+            raise
+        await self._expose(request, choice, 200, start)
+        del shadow
+        out = about.whole(lines, prompts, scores, getattr(ask, "echo", False), self.runtime.base.processor)
+        out["patchbay"] = _facts(table, choice)
+        return answer(out, headers=headers)
+
+    def _lines(
+        self, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, choice: Choice
+    ) -> tuple[list[Line], asyncio.Queue[Any]]:
+        """The rows of a request, and the queue their decoding rings. One ring may stand for many tokens."""
+        n = ask.n or 1
+        arms = [(choice.arm, choice.label)]
+        if ask.patchbay.compare:
+            arms.insert(0, (None, "base"))
+        if len(prompts) * n * len(arms) > MAX_ROWS:
+            raise TooLarge(f"{len(prompts)} prompts x n={n} are more than {MAX_ROWS} rows.")
+        stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
+        if "" in stops:
+            raise BadRequest("stop: an empty string would stop everything; leave it out.")
+        size = self.runtime.base.model.config.vocab_size
+        bias = {}
+        for token, add in (ask.logit_bias or {}).items():
+            if not re.fullmatch(r"[0-9]{1,7}", token) or int(token) >= size:
+                raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
+            bias[int(token)] = float(add)
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        lines: list[Line] = []
+
+        def ring(_: Row) -> None:
+            # after a disconnect the loop may be gone; then nobody waits
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(inbox.put_nowait, None)
+
+        for p, prompt in enumerate(prompts):
+            for arm, label in arms:
+                for i in range(n):
+                    seed = None if ask.seed is None else (ask.seed + i) % 2**63
+                    row = Row(
+                        prompt, arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
+                        temperature=1.0 if ask.temperature is None else ask.temperature,
+                        top_p=1.0 if ask.top_p is None else ask.top_p, seed=seed, logprobs=scores, bias=bias,
+                        ignore_eos=ask.ignore_eos,
+                    )  # fmt: skip
+                    row.tag = ring
+                    lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
+        return lines, inbox
+
+    async def _receive(self, request: Request, lines: list[Line], inbox: asyncio.Queue[Any]) -> None:
+        """Wait for news, and turn new tokens into text. Raises if the caller has gone."""
+        try:
+            async with asyncio.timeout(1.0):
+                await inbox.get()
+            while not inbox.empty():
+                inbox.get_nowait()
+        except TimeoutError:
+            if await request.is_disconnected():
+                raise asyncio.CancelledError from None
+        for line in lines:
+            if line.text.stopped:
+                continue
+            end = line.row.finished
+            if end == "failed":
+                raise NotReady("Decoding failed for this request; it is in the log. Try again.")
+            upto = len(line.row.out) - (end == "stop")  # the end token itself is no text
+            if upto > line.seen:
+                line.text.push(line.row.out[line.seen : upto])
+                line.seen = upto
+            if end:
+                line.text.end()
+            elif line.text.stopped:
+                self.runtime.cancel(line.row)
+
+    async def _stream(
+        self, request: Request, ask: Ask, lines: list[Line], inbox: asyncio.Queue[Any], about: _About, choice: Choice,
+        start: float,
+    ) -> AsyncIterator[bytes]:  # fmt: skip
+        open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
+        try:
+            if about.kind == "chat":
+                for line in lines:
+                    yield about.part(line, "", role=True)
+            async with asyncio.timeout(DEADLINE_S):
+                while open_lines:
+                    await self._receive(request, open_lines, inbox)
+                    for line in list(open_lines):
+                        done = line.finish is not None
+                        piece = line.text.take(last=done)
+                        if piece or done:
+                            upto = max(line.seen, scored[line.index])
+                            scores = line.row.scores[scored[line.index] : upto]
+                            ids = line.row.out[scored[line.index] : upto]
+                            scored[line.index] = upto
+                            logprobs = about.logprobs(ids, scores, self.runtime.base.processor) if scores else None
+                            yield about.part(line, piece, logprobs=logprobs)
+                        if done:
+                            yield about.part(line, "", finish=line.finish)
+                            open_lines.remove(line)
+            status = 200
+            await self._expose(request, choice, status, start)
+            choice = Choice(choice.label, choice.digest)  # exposed once
+            if ask.stream_options and ask.stream_options.include_usage:
+                yield about.usage_part(lines)
+            yield b"data: [DONE]\n\n"
+        except PatchbayError as e:
+            status = e.status
+            yield b"data: " + bytes(refuse(e).body) + b"\n\n"
+        except TimeoutError:
+            status = 504
+            yield b'data: {"error":{"message":"No answer in time; it was given up.","type":"timeout_error"}}\n\n'
+        finally:
+            self._cancel(lines)
+            if choice.experiment is not None:
+                # the caller left or it failed: an exposure all the same, or slow answers would look better
+                self._later(self._expose(request, choice, status, start))
+
+    # ---- experiments ---------------------------------------------------------------------------------------------
+
+    async def _expose(self, request: Request, choice: Choice, status: int, start: float) -> None:
+        """Write an exposure, durable before the answer is finished."""
+        self.runtime.counts.answers[choice.label, status] += 1
+        x, events = choice.experiment, self.runtime.events
+        if x is None or events is None or choice.unit is None or choice.side is None:
+            return
+        if 400 <= status < 500 and status != 499:
+            return  # refused before any arm could matter
+        latency = (time.perf_counter() - start) * 1e3
+        future = events.expose(
+            x, choice.unit, choice.side, request=request.state.number, status=status, latency_ms=latency
+        )
+        await asyncio.wrap_future(future)
+
+    def _shadow(
+        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, choice: Choice,
+        lines: list[Line],
+    ) -> asyncio.Task[None] | None:  # fmt: skip
+        """Decode the treatment beside the control, without anybody waiting for it; given up under load."""
+        assert choice.experiment is not None
+        assert choice.unit is not None
+        if self.runtime.queued > SHADOW_QUEUE:
+            self.runtime.counts.shadows_dropped += 1
+            if self.runtime.events:
+                self.runtime.events.drop(choice.experiment, choice.unit)
+            return None
+        twin = other(choice)
+        shadows, inbox = self._lines(ask, prompts, tokens, None, twin)
+        self.runtime.submit([line.row for line in shadows])
+        number, start = request.state.number, time.perf_counter()
+
+        async def follow() -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                while any(line.finish is None for line in (*shadows, *lines)):
+                    with contextlib.suppress(TimeoutError):  # the control may end last, and rings elsewhere
+                        await asyncio.wait_for(inbox.get(), 0.2)
+                    for line in shadows:
+                        upto = len(line.row.out) - (line.row.finished == "stop")
+                        line.text.push(line.row.out[line.seen : upto])
+                        line.seen = max(line.seen, upto)
+                        if line.row.finished:
+                            line.text.end()
+            both = [[line.text.text for line in side] for side in (lines, shadows)]
+            self.shadows[number] = {
+                "unit": choice.unit,
+                CONTROL: both[0],
+                TREATMENT: both[1],
+                "agree": both[0] == both[1],
+            }
+            while len(self.shadows) > KEPT_SHADOWS:
+                self.shadows.pop(next(iter(self.shadows)))
+            await self._expose(request, twin, 200, start)
+
+        return self._later(follow())
+
+    def _later(self, work: Any) -> asyncio.Task[None]:
+        """Run beside the request; kept referenced until it is done."""
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+        return task
+
+    async def outcomes(self, request: Request, body: Outcomes) -> Response:
+        """Count outcomes; a bad one is refused for itself and the others count."""
+        del request
+        many = body.outcomes is not None
+        rows = body.outcomes if body.outcomes is not None else [body.model_dump(exclude={"outcomes"})]
+        results = await asyncio.gather(*(self._outcome(row) for row in rows))
+        if not many:
+            if (e := results[0].pop("raised", None)) is not None:
+                raise e
+            return answer(results[0])
+        for r in results:
+            r.pop("raised", None)
+        return answer({"outcomes": results})
+
+    async def _outcome(self, values: Any) -> dict[str, Any]:
+        try:
+            one = parse(Outcome, values)
+            x, events = self._experiment(one.experiment), self.runtime.events
+            assert events is not None
+            value = experiments.check_value(x, one.value)
+            if x.mode == "shadow" and one.arm is None:
+                raise BadRequest(
+                    "arm: a shadow experiment wants to know whose answer this judges: control or treatment."
+                )
+            if x.mode == "split" and one.arm is not None:
+                raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
+            await asyncio.to_thread(events.arm_of, x.name, one.unit)
+            new = await asyncio.wrap_future(events.outcome(x, one.unit, value, arm=one.arm, key=one.key))
+            return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
+        except PatchbayError as e:
+            unit = values.get("unit") if isinstance(values, dict) else None
+            return {"unit": unit, "status": "refused", "code": e.status, "error": str(e), "raised": e}
+
+    def _experiment(self, name: str | None) -> experiments.Experiment:
+        x = self._table().experiment
+        if x is not None and name in (None, x.name):
+            return x
+        if name is not None and self.runtime.ledger is not None:  # outcomes may come after the end
+            for entry in self.runtime.ledger.history(self.runtime.settings.system, 1000):
+                if entry.experiment and entry.experiment["name"] == name:
+                    return experiments.load(entry.experiment)
+        raise NotFound(f"There is no {'live experiment' if name is None else f'experiment {name!r}'} here.")
+
+    async def live(self, request: Request, _: None) -> Response:
+        """The live experiment's numbers."""
+        del request
+        x, events = self._table().experiment, self.runtime.events
+        if x is None or events is None:
+            return answer({"experiment": None})
+        decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
+        shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
+        return answer({"experiment": experiments.plain(x), **decision.evidence(), "shadows": shadows})
+
+    async def shadow_answers(self, request: Request, _: None) -> Response:
+        """Both answers of recent shadow requests, so that somebody can score them."""
+        del request
+        return answer({"shadows": [{"request": k, **v} for k, v in self.shadows.items()]})
+
+    # ---- about the service ---------------------------------------------------------------------------------------
+
+    async def models(self, request: Request, _: None) -> Response:
+        del request
+        table = self._table()
+        names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
+        names += [f"sha256:{d}" for d in sorted(table.loaded)]
+        made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
+        return answer({"object": "list", "data": made, "patchbay": _facts(table, None)})
+
+    async def ready(self, request: Request, _: None) -> Response:
+        del request
+        if self.runtime.problem:
+            return answer({"ready": False, "why": self.runtime.problem}, 503, {"retry-after": "2"})
+        out = {"ready": True, **_facts(self._table(), None)}
+        return answer({**out, "warning": self.runtime.warning} if self.runtime.warning else out)
+
+    async def live_probe(self, request: Request, _: None) -> Response:
+        del request
+        return PlainTextResponse("ok\n")
+
+    async def metrics(self, request: Request, _: None) -> Response:
+        del request
+        c = self.runtime.counts
+        lines = ["# TYPE patchbay_answers_total counter"]
+        lines += [f'patchbay_answers_total{{arm="{a}",status="{s}"}} {n}' for (a, s), n in sorted(c.answers.items())]
+        lines += ["# TYPE patchbay_tokens_total counter"]
+        lines += [f'patchbay_tokens_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.tokens.items())]
+        for name, kind, value in (
+            ("steps_total", "counter", c.steps), ("rows_total", "counter", c.rows),
+            ("decoding_seconds_total", "counter", round(c.seconds, 3)), ("queue_rows", "gauge", self.runtime.queued),
+            ("shadows_dropped_total", "counter", c.shadows_dropped),
+        ):  # fmt: skip
+            lines += [f"# TYPE patchbay_{name} {kind}", f"patchbay_{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def playground(self, request: Request, _: None) -> Response:
+        del request
+        return FileResponse(PLAYGROUND)
+
+    async def openapi(self, request: Request, _: None) -> Response:
+        del request
+        return answer(openapi())
+
+    def _table(self) -> Table:
+        if self.runtime.problem or self.runtime.table is None:
+            raise NotReady(f"The service is not ready: {self.runtime.problem}")
+        return self.runtime.table
+
+    def _model(self, choice: Choice) -> str:
+        patch = "base" if choice.arm is None else f"sha256:{choice.digest[:16]}"
+        return f"{self.runtime.base.name}/{patch}"
+
+    @staticmethod
+    def _check_scopes(request: Request, ask: Ask) -> None:
+        if ask.patchbay.compare:
+            if "compare" not in request.state.token.scopes:
+                raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
+            if ask.stream:
+                raise BadRequest("patchbay.compare: not with stream; send two requests.")
+
+    def _cancel(self, lines: list[Line]) -> None:
+        for line in lines:
+            if not line.row.finished:
+                self.runtime.cancel(line.row)
+
+
+@dataclass(frozen=True)
+class _About:
+    """What every part of one answer repeats."""
+
+    kind: str
+    id: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def whole(
+        self, lines: list[Line], prompts: list[list[int]], scores: int | None, echo: bool, tokenizer: Any
+    ) -> dict[str, Any]:
+        choices = []
+        for line in lines:
+            text = line.text.text
+            logprobs = self.logprobs(line.row.out[: line.seen], line.row.scores[: line.seen], tokenizer)
+            one: dict[str, Any] = {"index": line.index, "finish_reason": line.finish}
+            one["logprobs"] = logprobs if scores is not None else None
+            if self.kind == "chat":
+                one["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                echoed = tokenizer.decode(prompts[line.prompt], skip_special_tokens=True) if echo else ""
+                one["text"] = echoed + text
+            if len({entry.arm for entry in lines}) > 1:
+                one["arm"] = line.arm
+            choices.append(one)
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
+
+    def part(
+        self, line: Line, text: str, *, role: bool = False, finish: str | None = None, logprobs: Any = None
+    ) -> bytes:
+        one: dict[str, Any] = {"index": line.index, "finish_reason": finish, "logprobs": logprobs}
+        if self.kind == "chat":
+            one["delta"] = (
+                {"role": "assistant", "content": ""} if role else {"content": text} if text or not finish else {}
+            )
+        else:
+            one["text"] = text
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
+
+    def usage_part(self, lines: list[Line]) -> bytes:
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return b"data: " + orjson.dumps({**self.head(name), "choices": [], "usage": self.usage(lines)}) + b"\n\n"
+
+    @staticmethod
+    def usage(lines: list[Line]) -> dict[str, int]:
+        asked = sum(len(line.row.prompt) for line in {line.prompt: line for line in lines}.values())
+        made = sum(len(line.row.out) for line in lines)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+    def logprobs(self, ids: Sequence[int], scores: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
+        def token(i: int, score: float) -> dict[str, Any]:
+            text = tokenizer.decode([i])
+            return {"token": text, "logprob": score, "bytes": list(text.encode())}
+
+        parts = [
+            {**token(i, score), "top_logprobs": [token(j, s) for j, s in best]}
+            for i, (score, best) in zip(ids, scores, strict=False)
+        ]
+        if self.kind == "chat":
+            return {"content": parts, "refusal": None}
+        offsets, at = [], 0
+        for p in parts:
+            offsets.append(at)
+            at += len(p["token"])
+        return {
+            "tokens": [p["token"] for p in parts],
+            "token_logprobs": [p["logprob"] for p in parts],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in p["top_logprobs"]} for p in parts],
+            "text_offset": offsets,
+        }
+
+
+def _facts(table: Table, choice: Choice | None) -> dict[str, Any]:
+    """What an answer says about who gave it."""
+    out: dict[str, Any] = {"system": table.system, "base": f"{table.base}@{table.base_digest}"}
+    if choice is None:
+        x = table.experiment
+        more = {"champion": table.champion, "challenger": table.challenger, "experiment": x.name if x else None}
+        return {**out, **more, "loaded": sorted(table.loaded)}
+    out |= {"arm": choice.label, "patch": choice.digest, "unit": choice.unit}
+    return out | {"experiment": choice.experiment.name if choice.experiment else None}
+
+
+def _headers(table: Table, choice: Choice) -> dict[str, str]:
+    out = {"x-patchbay-arm": choice.label, "x-patchbay-patch": choice.digest, "x-patchbay-base": table.base_digest}
+    if choice.experiment is not None:
+        out |= {"x-patchbay-experiment": choice.experiment.name, "x-patchbay-unit": choice.unit or ""}
+    return out
+
+
+# ---- the application ---------------------------------------------------------------------------------------------
+
+_ROUTES: tuple[tuple[str, str, str, str | None, type[BaseModel] | None], ...] = (
+    ("POST", "/v1/chat/completions", "chat", "generate", Chat),
+    ("POST", "/v1/completions", "complete", "generate", Completion),
+    ("POST", "/v1/outcomes", "outcomes", "outcomes", Outcomes),
+    ("GET", "/v1/models", "models", "generate", None),
+    ("GET", "/v1/experiments/live", "live", "outcomes", None),
+    ("GET", "/v1/shadows", "shadow_answers", "compare", None),
+    ("GET", "/metrics", "metrics", "metrics", None),
+    ("GET", "/readyz", "ready", None, None),
+    ("GET", "/livez", "live_probe", None, None),
+    ("GET", "/openapi.json", "openapi", None, None),
+    ("GET", "/docs.json", "openapi", None, None),
+    ("GET", "/", "playground", None, None),
+)
+"""method, path, handler, scope, body"""
+
+
+def openapi() -> dict[str, Any]:
+    """OpenAPI 3.1 of what is above."""
+    paths: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    error = {"description": "refused; error.message names the value and the way out"}
+    for method, path, handler, scope, model in _ROUTES:
+        about: dict[str, Any] = {"operationId": f"{handler}{'_docs' if path == '/docs.json' else ''}", "responses": {}}
+        codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if model else ["401", "403", "429", "503"]
+        about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
+        if model is not None:
+            made = (Outcome if model is Outcomes else model).model_json_schema(
+                ref_template="#/components/schemas/{model}"
+            )
+            schemas |= made.pop("$defs", {})
+            schemas[made["title"]] = made
+            schema = {"$ref": f"#/components/schemas/{made['title']}"}
+            about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        if scope is not None:
+            about["security"] = [{"bearer": []}, {}]
+        paths.setdefault(path, {})[method.lower()] = about
+    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "patchbay generate", "version": "1"},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": bearer},
+    }
+
+
+def application(settings: Settings | None = None, tokens: Tokens | None = None) -> Starlette:
+    """The whole service as an ASGI application; its lifespan starts and stops the runtime."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        runtime = Runtime(settings or Settings.from_environment())
+        app.state.service = Service(runtime, tokens or Tokens.from_environment())
+        await asyncio.to_thread(runtime.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(runtime.stop)
+
+    guard = tokens or Tokens.from_environment()
+    app = Starlette(lifespan=lifespan)
+
+    def route(method: str, path: str, handler: str, scope: str | None, model: type[BaseModel] | None) -> Route:
+        async def call(request: Request, body: Any) -> Response:
+            service: Service = app.state.service
+            response: Response = await getattr(service, handler)(request, body)
+            return response
+
+        return Route(path, endpoint(guard, scope, call, model), methods=[method])
+
+    app.router.routes.extend(route(*r) for r in _ROUTES)
+    return app
+
+
+def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
+    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once."""
+    Tokens.from_environment().check_host(host)
+    settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
+    command = [sys.executable, "-m", "bentoml", "serve", "bentos.service:Generate", "--host", host, "--port", str(port)]
+    process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
+    if not background:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+    return process

@@ -1,0 +1,214 @@
+"""The edge of every service: who may call, how much may be sent, how errors look. No model in here.
+
+Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}; a PatchbayError brings its own status, and
+what we did not foresee is a 500 that says nothing about our insides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from registry.errors import BadRequest, ConfigError, Forbidden, PatchbayError, TooLarge, TooMany, Unauthorised
+
+log = logging.getLogger("patchbay")
+
+MAX_BODY_BYTES = 2 << 20
+SCOPES = ("generate", "compare", "outcomes", "metrics")
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+         503: "unavailable_error"}  # fmt: skip
+
+
+class WrongType(BadRequest):
+    """The body is not JSON by its own header."""
+
+    status = 415
+
+
+@dataclass
+class Bucket:
+    """Calls a token may still make; refills continuously."""
+
+    per_s: float
+    burst: float
+    left: float
+    at: float = field(default_factory=time.monotonic)
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
+        self.at = now
+        if self.left < 1.0:
+            return False
+        self.left -= 1.0
+        return True
+
+
+@dataclass(frozen=True)
+class Token:
+    """A caller: known by the sha256 of its bearer token, never by the token."""
+
+    name: str
+    scopes: frozenset[str]
+    bucket: Bucket | None
+
+
+OPEN = Token("anyone", frozenset(SCOPES), None)
+
+
+class Tokens:
+    """Who may call. Without a file everybody may, which `check_host` allows on loopback only.
+
+    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600}}.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.known: dict[str, Token] | None = None
+        if file is None:
+            return
+        try:
+            listed = json.loads(file.read_text())
+            self.known = {key.lower(): _token(key, about) for key, about in listed.items()}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
+            raise ConfigError(f"The token file {file.name} cannot be read: {e}.") from None
+
+    @classmethod
+    def from_environment(cls) -> Tokens:
+        name = os.environ.get("PATCHBAY_TOKENS")
+        return cls(Path(name) if name else None)
+
+    def check_host(self, host: str) -> None:
+        """Raises ConfigError if anybody on the network could call without a token."""
+        if self.known is None and host not in ("127.0.0.1", "::1", "localhost"):
+            raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
+
+    def admit(self, header: str | None, scope: str) -> Token:
+        """The caller. Raises Unauthorised, Forbidden or TooMany."""
+        if self.known is None:
+            return OPEN
+        scheme, _, value = (header or "").partition(" ")
+        if scheme.lower() != "bearer" or not value:
+            raise Unauthorised("This service wants a bearer token: Authorization: Bearer <token>.")
+        digest = hashlib.sha256(value.strip().encode()).hexdigest()
+        found = None
+        for key, token in self.known.items():  # all of them, so that time says nothing about which matched
+            if hmac.compare_digest(key, digest):
+                found = token
+        if found is None:
+            raise Unauthorised("This bearer token is not known here.")
+        if scope not in found.scopes:
+            raise Forbidden(f"The token of {found.name} lacks the scope {scope!r}.")
+        if found.bucket and not found.bucket.take():
+            raise TooMany(f"{found.name} is over its {found.bucket.per_s * 60:g} calls a minute.")
+        return found
+
+
+def _token(key: str, about: dict[str, Any]) -> Token:
+    if len(key) != 64:
+        raise ValueError("keys must be sha256 digests of tokens")
+    if unknown := set(about.get("scopes", SCOPES)) - set(SCOPES):
+        raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
+    rate = float(about.get("per_minute", 0))
+    bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
+    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket)
+
+
+Handler = Callable[[Request, Any], Awaitable[Response]]
+
+
+def endpoint(
+    tokens: Tokens, scope: str | None, handler: Handler, model: type[BaseModel] | None = None
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route: admit the caller, read and check the body, answer; every error in one shape.
+
+    scope None: open to everybody (health). model: what the JSON body must be; None for calls without one.
+    """
+
+    async def route(request: Request) -> Response:
+        number = secrets.token_hex(8)
+        request.state.number = number
+        try:
+            request.state.token = tokens.admit(request.headers.get("authorization"), scope) if scope else OPEN
+            body = await read(request, model) if model else None
+            response = await handler(request, body)
+        except PatchbayError as e:
+            response = refuse(e)
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        except Exception:
+            log.exception("request %s failed", number)
+            response = error(500, f"Something failed here; it is in the log as request {number}.", "server_error")
+        response.headers["x-patchbay-request"] = number
+        return response
+
+    return route
+
+
+async def read(request: Request, model: type[BaseModel]) -> Any:
+    """The JSON body as a checked `model`. Raises TooLarge as soon as it is, BadRequest naming the field."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise WrongType(f"Content-Type {kind[:60] or '(none)'!r} is not application/json.")
+    size = 0
+    parts: list[bytes] = []
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
+        parts.append(part)
+    try:
+        values = orjson.loads(b"".join(parts))
+    except orjson.JSONDecodeError as e:
+        raise BadRequest(f"The body is not JSON: {str(e)[:120]}.") from None
+    if not isinstance(values, dict):
+        raise BadRequest(f"The body must be a JSON object, not {type(values).__name__}.")
+    return parse(model, values)
+
+
+def parse(model: type[BaseModel], values: Any) -> Any:
+    """A checked `model`. Raises BadRequest naming field and value."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        # the branches of a union are our names, not the caller's
+        where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))
+        given = repr(first.get("input"))[:80]
+        refusal = BadRequest(f"{where}: {first['msg']} (got {given}).")
+        refusal.param = where  # type: ignore[attr-defined]
+        raise refusal from None
+
+
+def refuse(e: PatchbayError) -> Response:
+    headers = {"retry-after": "2"} if e.status in (429, 503) else {}
+    if e.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if e.status >= 500 and e.status != 503:
+        log.error("%s: %s", type(e).__name__, e)
+    return error(e.status, str(e), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
+
+
+def error(
+    status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    return answer({"error": {"message": message, "type": kind, "param": param, "code": kind}}, status, headers)
+
+
+def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(orjson.dumps(value), status, headers, "application/json")

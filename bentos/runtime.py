@@ -1,0 +1,387 @@
+"""What a service runs on: one base, its patches, one decoding thread; it follows the ledger while it serves.
+
+Start-up: load the base, pull and verify every digest the ledger names, warm each arm, prove the revert (strength 0 and
+no arm give the base's logits bit for bit), only then be ready. After that two quiet threads work: one follows the
+ledger (new arms are verified and warmed before the routing table is swapped by one reference; rows in flight keep their
+arm), one judges the live experiment about once a second and writes what it decides to the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bentos.arms import Table
+from patches import artifact
+from patches.bases import Base, load_base
+from patches.decode import Decoder, Row
+from patches.patched import PatchedModel
+from registry import experiment as experiments
+from registry import ledger as ledgers
+from registry.errors import NotReady, PatchbayError, TooMany
+from registry.events import Events
+from registry.experiment import Experiment
+from registry.home import home
+from registry.ledger import BASE, Ledger
+from registry.systems import system
+
+log = logging.getLogger("patchbay")
+
+FOLLOW_S = 0.5
+JUDGE_S = 1.0
+QUEUE = 512
+"""rows waiting or running; more get 429"""
+SHADOW_QUEUE = 32
+"""rows waiting above which a shadow is dropped, so that it never delays an answer"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a service is deployed; from the environment, so that a Bento and a laptop say it the same way."""
+
+    system: str
+    base: str | None = None
+    """reference of the base; None: the one the champion's or challenger's manifest names"""
+    device: str = "cpu"
+    slots: int = 32
+    context: int = 4096
+    pinned: Path | None = None
+    """folder of the one patch a Bento carries; then there is no ledger and no store"""
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        env = os.environ
+        pinned = env.get("PATCHBAY_PINNED")
+        return cls(
+            system=system(env.get("PATCHBAY_SYSTEM", "")).name,
+            base=env.get("PATCHBAY_BASE") or None,
+            device=env.get("PATCHBAY_DEVICE", "cpu"),
+            slots=int(env.get("PATCHBAY_SLOTS", "32")),
+            context=int(env.get("PATCHBAY_CONTEXT", "4096")),
+            pinned=Path(pinned) if pinned else None,
+        )
+
+
+@dataclass
+class Counts:
+    """What /metrics shows."""
+
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(arm label, status)"""
+    tokens: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    shadows_dropped: int = 0
+
+
+class Runtime:
+    """One base with its arms, decoding for everybody. `start` before use, `stop` after."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.counts = Counts()
+        self.problem = "starting"
+        """why it is not ready; empty when it is"""
+        self.warning = ""
+        """what went wrong while following; the old table keeps serving"""
+        self.table: Table | None = None
+        self.events: Events | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._inflight: Counter[str] = Counter()
+        self._counting = threading.Lock()
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load, verify, warm, prove; then follow. Raises what stands in the way, and says it on /readyz."""
+        try:
+            torch.set_grad_enabled(False)
+            pinned = self.settings.pinned
+            self.ledger = None if pinned else Ledger()
+            head = self.ledger.head(self.settings.system) if self.ledger else None
+            family = system(self.settings.system).families[0]
+            self.base: Base = load_base(self.settings.base or self._base_ref(head), family, self.settings.device)
+            self.model = PatchedModel(self.base)
+            self.decoder = Decoder(self.base, self.model.applied, self.settings.slots, self.settings.context)
+            self._spawn(self._decode)
+            if pinned:
+                about, patch = artifact.load(pinned, base=self.base.digest)
+                self._add(about.digest, patch)
+                self.table = self._table(None, champion=about.digest)
+            else:
+                self.events = Events()
+                self.table = self._follow_once(head)
+                self._spawn(self._follow)
+                self._spawn(self._judge)
+            self._prove_revert()
+            self.problem = ""
+        except BaseException as e:
+            self.problem = str(e) or type(e).__name__
+            raise
+
+    def stop(self) -> None:
+        """End the threads and take the patches off."""
+        self._stopping.set()
+        with self._wake:
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        if self.events:
+            self.events.close()
+        if hasattr(self, "model"):
+            self.model.close()
+
+    def _base_ref(self, head: ledgers.Entry | None) -> str:
+        for digest in (head.champion, head.challenger) if head else ():
+            if digest and digest != BASE:
+                from registry import store
+
+                about, _ = artifact.load(store.pull(digest))
+                return about.base.rpartition("@")[0]
+        raise NotReady(
+            f"{self.settings.system} has no patch yet, so its base is unknown. Push one, or set PATCHBAY_BASE, "
+            "for instance to pypi:smollm2."
+        )
+
+    def _spawn(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # ---- decoding ------------------------------------------------------------------------------------------------
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue rows; row.tag(row) is called on the decoding thread after each of its tokens and at its end.
+
+        Raises TooMany if the queue is full, TooLarge if a prompt does not fit; then nothing is queued.
+        """
+        if self.problem:
+            raise NotReady(f"The service is not ready: {self.problem}")
+        if sum(self._inflight.values()) + len(rows) > QUEUE:
+            raise TooMany(f"{QUEUE} rows are waiting or running; try again in a few seconds.")
+        self.decoder.check(rows)
+        with self._counting:
+            for row in rows:
+                self._inflight[row.arm or BASE] += 1
+        self._tell(lambda: self.decoder.add(rows))
+
+    def cancel(self, row: Row) -> None:
+        """Stop a row; its neighbours do not notice."""
+
+        def command() -> None:
+            if not row.finished:
+                self.decoder.cancel(row)
+                self._done(row)
+
+        self._tell(command)
+
+    @property
+    def queued(self) -> int:
+        return sum(self._inflight.values())
+
+    def _tell(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _decode(self) -> None:
+        torch.set_grad_enabled(False)
+        while not self._stopping.is_set():
+            with self._wake:
+                while not self._commands and self.decoder.idle and not self._stopping.is_set():
+                    self._wake.wait(timeout=1.0)
+                commands, self._commands = self._commands, deque()
+            for command in commands:
+                command()
+            if self.decoder.idle:
+                continue
+            start = time.perf_counter()
+            try:
+                touched = self.decoder.step()
+            except Exception:
+                # nothing a request contains may end up here; if it does, these rows fail and the next ones live
+                log.exception("a decoding step failed; its rows are given up")
+                touched = [*self.decoder.running, *self.decoder.waiting]
+                for row in touched:
+                    row.finished = row.finished or "failed"
+                self.decoder = Decoder(self.base, self.model.applied, self.settings.slots, self.settings.context)
+            self.counts.steps += 1
+            self.counts.rows += len(touched)
+            self.counts.seconds += time.perf_counter() - start
+            for row in touched:
+                self.counts.tokens[row.arm or BASE] += 1
+                if row.finished:
+                    self._done(row)
+                if row.tag is not None:
+                    row.tag(row)
+
+    def _done(self, row: Row) -> None:
+        with self._counting:
+            self._inflight[row.arm or BASE] -= 1
+
+    def _call(self, command: Callable[[], Any]) -> Any:
+        """Run on the decoding thread, between steps, and wait for the answer."""
+        done = threading.Event()
+        box: list[tuple[Any, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                box.append((command(), None))
+            except BaseException as e:
+                box.append((None, e))
+            done.set()
+
+        self._tell(run)
+        if not done.wait(timeout=120):
+            raise NotReady("The decoding thread does not answer.")
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value
+
+    # ---- following -----------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        seen = -1
+        assert self.ledger is not None
+        while not self._stopping.wait(FOLLOW_S):
+            try:
+                now = self.ledger.version()
+                if now == seen:
+                    self._forget_unused()
+                    continue
+                head = self.ledger.head(self.settings.system)
+                if self.table is None or (head.hash if head else "") != self.table.head:
+                    self.table = self._follow_once(head)
+                    log.info("serving champion %s", self.table.champion[:16])
+                seen, self.warning = now, ""
+            except Exception as e:  # the old table keeps serving, loudly
+                self.warning = f"cannot follow the ledger: {e}"
+                log.error(self.warning)
+
+    def _follow_once(self, head: ledgers.Entry | None) -> Table:
+        from registry import store
+
+        x = experiments.load(head.experiment) if head and head.experiment else None
+        champion = head.champion if head else BASE
+        challenger = head.challenger if head else None
+        for digest in {champion, challenger, *((x.control, x.treatment) if x else ())} - {BASE, None}:
+            assert digest is not None
+            if digest not in self.model.applied.arms:
+                _, patch = artifact.load(store.pull(digest), digest=digest, base=self.base.digest)
+                self._add(digest, patch)
+        return self._table(head, champion, challenger, x)
+
+    def _table(
+        self, head: ledgers.Entry | None, champion: str, challenger: str | None = None, x: Experiment | None = None
+    ) -> Table:
+        return Table(
+            self.settings.system, self.base.name, self.base.digest, champion, challenger, x,
+            frozenset(self.model.applied.arms), head.hash if head else "",
+        )  # fmt: skip
+
+    def _add(self, digest: str, patch: Any) -> None:
+        """A verified patch becomes an arm, and has decoded once before anybody is routed to it."""
+        patch = patch.to(self.base.device)
+        self._call(lambda: self.model.applied.add(digest, patch))
+        warm = threading.Event()
+        row = Row([1, 2, 3], arm=digest, max_tokens=2, ignore_eos=True)
+        row.tag = lambda r: warm.set() if r.finished else None
+        with self._counting:
+            self._inflight[digest] += 1
+        self._tell(lambda: self.decoder.add([row]))
+        if not warm.wait(timeout=120) or row.finished != "length":
+            self._call(lambda: self.model.applied.remove(digest))
+            raise NotReady(f"sha256:{digest[:16]} was verified but cannot decode; it is not served.")
+
+    def _forget_unused(self) -> None:
+        """Remove arms nobody is routed to and no row uses."""
+        table = self.table
+        if table is None:
+            return
+        x = table.experiment
+        wanted = {table.champion, table.challenger, *((x.control, x.treatment) if x else ())}
+        for digest in set(self.model.applied.arms) - wanted:
+            if not self._inflight[digest]:
+                self._call(partial(self.model.applied.remove, digest))
+                self.table = self._retabled(table)
+
+    def _retabled(self, table: Table) -> Table:
+        return replace(table, loaded=frozenset(self.model.applied.arms))
+
+    def _prove_revert(self) -> None:
+        """Strength 0, and no arm at all, must be the base bit for bit; an arm that is never reached is refused."""
+
+        def logits(arm: str | None, strength: float = 1.0) -> torch.Tensor:
+            ids = torch.arange(1, 9, device=self.base.device)[None]
+            with self.model.applied.rows([arm], [strength]), torch.inference_mode():
+                out: torch.Tensor = self.base.model(input_ids=ids).logits
+            return out
+
+        def proof() -> None:
+            base = logits(None)
+            for digest in self.model.applied.arms:
+                logits(digest)
+                if not torch.equal(logits(digest, 0.0), base) or not torch.equal(logits(None), base):
+                    raise NotReady(f"sha256:{digest[:16]} does not revert to the base bit for bit; it is not served.")
+            if missed := self.model.applied.unreached():
+                raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
+
+        self._call(proof)
+
+    # ---- judging -------------------------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        """Only one process of a deployment judges: the one that holds the lock."""
+        with (home() / "judge.lock").open("w") as lock:
+            while not self._stopping.is_set():
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                self._stopping.wait(5.0)
+            while not self._stopping.wait(JUDGE_S):
+                try:
+                    self.judge_once()
+                except Exception as e:
+                    log.error("cannot judge: %s", e)
+
+    def judge_once(self) -> experiments.Decision | None:
+        """Judge the live experiment; act on the ledger if it says so."""
+        if self.ledger is None or self.events is None:
+            return None
+        head = self.ledger.head(self.settings.system)
+        if head is None or head.experiment is None:
+            return None
+        x = experiments.load(head.experiment)
+        decision = experiments.judge(x, self.events.summary(x))
+        if decision.action == "continue":
+            return decision
+        act = {"promote": ledgers.promote, "rollback": ledgers.rollback}
+        try:
+            if decision.action == "stop":
+                ledgers.stop(self.ledger, x.system, evidence=decision.evidence(), who="judge")
+            else:
+                act[decision.action](
+                    self.ledger, x.system, evidence=decision.evidence(), who="judge", expect=head.hash,
+                    **({"digest": x.treatment} if decision.action == "promote" else {}),
+                )  # fmt: skip
+            log.warning("%s: %s (%s)", x.name, decision.action, decision.why)
+        except PatchbayError as e:  # somebody decided first: look again in a second
+            log.info("not decided: %s", e)
+        return decision

@@ -1,0 +1,46 @@
+"""What BentoML serves and packs: the `generate` application, whole.
+
+Nothing heavy is imported before the worker starts: BentoML's own processes import this module too, and torch would cost
+each of them 700 MB. The settings switch off what BentoML would wrap around every call a second time: its access log,
+its metrics (ours are at /metrics), its tracing and its timeout (an answer may stream for minutes; we have a deadline).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import bentoml
+from starlette.applications import Starlette
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
+    from bentos.generate import application
+
+    inner = application()
+    outer.router.routes.extend(inner.router.routes)
+    async with inner.router.lifespan_context(inner):
+        outer.state.service = inner.state.service
+        yield
+
+
+app = Starlette(lifespan=_lifespan)
+
+
+@bentoml.service(
+    name="generate",
+    workers=1,  # one process holds one copy of the base with every patch; more workers are more copies
+    traffic={"timeout": 3600, "max_concurrency": 4096},
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+    tracing={"excluded_urls": ".*"},
+)
+@bentoml.asgi_app(app, path="/")
+class Generate:
+    """OpenAI's API over one base and all its patches."""
+
+    def __is_ready__(self) -> bool:
+        # BentoML answers /readyz itself, before the application is asked
+        service = getattr(app.state, "service", None)
+        return service is not None and not service.runtime.problem

@@ -1,0 +1,90 @@
+"""A service on the tiny model, in process, with patches in the ledger; no port, no mock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from bentos.generate import application
+from bentos.http import Tokens
+from bentos.runtime import Runtime, Settings
+from patches import artifact
+from patches.sink import SinkConfig, SinkEdit
+from registry import ledger as ledgers
+from registry.home import home
+from registry.ledger import Ledger
+
+SYSTEM = "attention_sink"
+CONFIGS = (
+    SinkConfig(neurons=((0, 1), (1, 5), (2, 7)), damp_layers=(0,), damp_limit=1.0),
+    SinkConfig(neurons=((0, 3), (0, 9), (1, 2), (2, 4)), keep_first=False),
+    SinkConfig(neurons=((1, 11), (1, 12), (1, 13)), keep_first=False),
+)
+
+
+def seal(base, config) -> str:
+    """A sealed patch in home()/artifacts; its digest."""
+    import tempfile
+    from pathlib import Path
+
+    (home() / "artifacts").mkdir(exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=home()))
+    about = artifact.save(SinkEdit(config, {}), SYSTEM, part, base=base.label)
+    if not (home() / "artifacts" / about.digest).exists():
+        part.rename(home() / "artifacts" / about.digest)
+    return about.digest
+
+
+@dataclass
+class Served:
+    """A running application."""
+
+    app: Any
+    http: httpx.AsyncClient
+    runtime: Runtime
+    digests: list[str]
+    ledger: Ledger
+
+    async def chat(
+        self, text: str = "hello there", headers: dict[str, str] | None = None, **more: Any
+    ) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **more}
+        return await self.http.post("/v1/chat/completions", json=body, headers=headers)
+
+    async def until(self, what, seconds: float = 10.0) -> None:
+        """Wait until `what()` holds."""
+        for _ in range(int(seconds / 0.05)):
+            if what():
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError("it never happened")
+
+
+@pytest.fixture
+def service(home, tiny_llm):
+    """`async with service() as s`: two patches known, the first one champion."""
+
+    @contextlib.asynccontextmanager
+    async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
+        digests = [seal(tiny_llm, c) for c in CONFIGS]
+        ledger = Ledger()
+        if champion:
+            ledgers.promote(ledger, SYSTEM, digests[0])
+            ledgers.challenge(ledger, SYSTEM, digests[1])
+        app = application(Settings(SYSTEM, base="tiny", **settings), tokens or Tokens(None))
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
+                yield Served(app, http, app.state.service.runtime, digests, ledger)
+
+    return run
+
+
+@pytest.fixture
+def run_async():
+    return lambda work: asyncio.run(work)
