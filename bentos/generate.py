@@ -1,9 +1,9 @@
 """The `generate` service: a language model and its patches behind OpenAI's API; every row of a batch has its own arm.
 
 `/v1/chat/completions` and `/v1/completions` (streaming, stop, logprobs, usage), `/v1/models`, `/v1/outcomes`,
-`/v1/experiments/live`, `/livez`, `/readyz`, `/metrics`, `/openapi.json`, the playground at `/`. The application is
-plain Starlette; BentoML serves it whole (and so can any ASGI server). BentoML's own routes for methods are not used: its
-(de)serialisation and per-method middlewares cost more than a small model does.
+`/v1/experiments/live`, `/livez`, `/readyz`, `/metrics`, `/openapi.json`, the playground at `/`. The app is
+plain Starlette; BentoML serves it whole, and so can any ASGI server. BentoML's own routes for methods are not used:
+their (de)serialisation costs more than a small model does.
 """
 
 from __future__ import annotations

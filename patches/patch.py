@@ -46,10 +46,12 @@ class Inputs(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.kwargs)
 
-    def once(self, derive: Callable[[Mapping[str, Any]], Tensor]) -> Tensor:
-        """derive(inputs) (B, ...), computed once per forward however many sites ask, narrowed to these rows."""
+    def once(self, derive: Callable[[Inputs], Tensor]) -> Tensor:
+        """derive(inputs of all rows) (B, ...), computed once per forward however many ask, narrowed to these rows."""
         if derive not in self.memo:
-            self.memo[derive] = derive(self.kwargs)
+            whole = Inputs(self.kwargs)
+            whole.memo = self.memo
+            self.memo[derive] = derive(whole)
         value: Tensor = self.memo[derive]
         return value if self.at is None else value[self.at]
 

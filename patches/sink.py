@@ -2,8 +2,8 @@
 
 Two of them, alone or together (Yona et al., arXiv 2503.08908):
 - **neurons**: the paper's patch. At every token but the first of its row, the named MLP neurons are set to zero, to a
-  value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) narrows this to
-  tokens that repeat their predecessor.
+  value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) narrows
+  this to tokens that repeat their predecessor.
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets
   b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
   token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of

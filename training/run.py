@@ -85,7 +85,9 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
     config = configs.override(configs.parse(job.Config, sealed["config"]), words)
-    base = load_base(about.base.rpartition("@")[0] or config.base, row.families[0], device)
+    # a job that makes its own base (a planted one) says how; else the artifact names it
+    own = getattr(job, "load", None)
+    base = own(config) if own else load_base(about.base.rpartition("@")[0], row.families[0], device)
     model = PatchedModel.load(folder, base)
     try:
         _seed(getattr(config, "seed", 0))

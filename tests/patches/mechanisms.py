@@ -72,6 +72,9 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "sink-everywhere": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), keep_first=False), {}),
     "sink-damp": lambda: SinkEdit(SinkConfig(damp_layers=(0, 2), damp_limit=2.0), {}),
     "sink-repeats": lambda: SinkEdit(SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True), {}),
+    "sink-all": lambda: SinkEdit(
+        SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True, damp_layers=(0,), damp_limit=2.0), {}
+    ),
     "sink-both": lambda: SinkEdit(SinkConfig(neurons=((2, 5),), damp_layers=(0,), damp_limit=1.0), {}),
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
