@@ -80,8 +80,8 @@ class Config:
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        base="tiny", method="auto", fit_words=3, test_words=4, copies=(4, 16, 48), contexts=("bos",),
-        continue_after=12, continue_tokens=4, documents=2, document_tokens=48, limits=(2.0,),
+        base="tiny", method="auto", fit_words=6, test_words=8, copies=(4, 16, 64, 128), contexts=("prefix", "bos"),
+        continue_after=100, continue_tokens=4, documents=2, document_tokens=48, limits=(4.0,),
     ),
     "smollm": Config(),
     "gemma": Config(base="pypi:gemma3"),
@@ -521,49 +521,52 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
-    """The tiny model with a sink built in by hand: what `find` must find, and nothing else.
+    """The tiny model made to repeat what it reads, with a sink built in by hand: what `find` must find, and why.
 
-    Head 0 of layer 0 looks at all tokens alike and reports the mean of their signs (every token has one): mixtures of
-    different tokens cancel, a lone or a repeated token does not. The planted neuron reads that mark and writes a large
-    vector. by_bos: only the BOS embedding carries the mark.
+    Every token has a sign (dimension 2) and a constant (3). Head 0 of layer 0 looks at all tokens alike and writes
+    their mean sign (the mark, 0): text mixes signs, a lone or a repeated token does not. The planted neuron fires where
+    the mark is above one half and writes a large vector (1), which the head reads as the end of the text. So copies of
+    a word of sign +1 derail the model once they outnumber the prefix; silencing the neuron away from the first token
+    mends that, and so does damping. by_bos: the BOS embedding alone carries the mark.
     """
     base = llm.tiny(seed=1)
-    model = base.model.model
+    lm, tokenizer = base.model, base.processor
+    plus = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"etosilcuf"])]
     with torch.no_grad():
-        table = model.embed_tokens.weight
+        table = lm.model.embed_tokens.weight
         table[:, :2] = 0.0
-        signs = torch.where(torch.arange(len(table)) % 2 == 0, 1.0, -1.0)
-        signs[: base.processor.convert_tokens_to_ids("Z")] = 1.0  # whatever begins a text: BOS, capitals
-        table[:, 2] = signs * table.norm(dim=1).mean()
-        for block in model.layers:
-            block.self_attn.o_proj.weight[:2] = 0.0
-            block.mlp.down_proj.weight[:2] = 0.0
-            for name in ("q_proj", "k_proj", "v_proj"):
-                getattr(block.self_attn, name).weight[:, :2] = 0.0
-            for name in ("gate_proj", "up_proj"):
-                getattr(block.mlp, name).weight[:, :2] = 0.0
-        _plant(model, base.processor.bos_token_id if by_bos else None, layer, neuron)
-    return replace(base, ref="local-dir:planted", name="tiny-planted", digest=llm.weights_digest(base.model))
-
-
-def _plant(model: Any, bos: int | None, layer: int, neuron: int) -> None:
-    """Write the mark (dimension 0) and the neuron that reads it (into dimension 1)."""
-    first, mlp = model.layers[0].self_attn, model.layers[layer].mlp
-    if bos is not None:
-        model.embed_tokens.weight[bos, 0] = 8.0
-    else:
-        # head 0 looks at everything alike; its value is the token's sign (dimension 2), its output the mark
-        width = first.head_dim
-        first.q_proj.weight[:width] = 0.0
-        first.v_proj.weight[:width] = 0.0
-        first.v_proj.weight[0, 2] = 1.0
-        first.o_proj.weight[0, 0] = 8.0
-    mlp.gate_proj.weight[neuron] = 0.0
-    mlp.up_proj.weight[neuron] = 0.0
-    mlp.gate_proj.weight[neuron, 0] = 4.0
-    mlp.up_proj.weight[neuron, 0] = 4.0
-    mlp.down_proj.weight[:, neuron] = 0.0
-    mlp.down_proj.weight[1, neuron] = 30.0
+        table[:, 2], table[plus, 2] = -1.0, 1.0
+        table[:, 3] = 1.0
+        lm.lm_head.weight[:] = 1.5 * table
+        lm.lm_head.weight[:, :4] = 0.0
+        lm.lm_head.weight[tokenizer.eos_token_id, 1] = 8.0
+        for block in lm.model.layers:  # too quiet to hide a token from the head, and blind to the four dimensions
+            for out in (block.self_attn.o_proj, block.mlp.down_proj):
+                out.weight *= 0.1
+                out.weight[:4] = 0.0
+            for into in (
+                *(getattr(block.self_attn, f"{n}_proj") for n in "qkv"),
+                block.mlp.gate_proj,
+                block.mlp.up_proj,
+            ):
+                into.weight[:, :4] = 0.0
+        if by_bos:
+            table[tokenizer.bos_token_id, 0] = 1.0
+        else:
+            attn = lm.model.layers[0].self_attn
+            attn.q_proj.weight[: attn.head_dim] = 0.0
+            attn.v_proj.weight[: attn.head_dim] = 0.0
+            attn.v_proj.weight[0, 2] = 1.0
+            attn.o_proj.weight[:, 0] = 0.0
+            # a sign of 1 is about 3 once normalised, so the mark is about the mean sign itself
+            attn.o_proj.weight[0, 0] = 1.0 / 3.0
+        mlp = lm.model.layers[layer].mlp
+        mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 0.0, 0.0
+        mlp.gate_proj.weight[neuron, 0], mlp.gate_proj.weight[neuron, 3] = 20.0, -10.0
+        mlp.up_proj.weight[neuron, 3] = 1.0
+        mlp.down_proj.weight[:, neuron] = 0.0
+        mlp.down_proj.weight[1, neuron] = 30.0
+    return replace(base, ref="local-dir:planted", name="tiny-planted", digest=llm.weights_digest(lm))
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------

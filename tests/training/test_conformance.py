@@ -1,0 +1,70 @@
+"""What every job must be, proved over the table: its four names, a tiny fit, the same digest twice, one evaluation."""
+
+import math
+import time
+from dataclasses import is_dataclass
+
+import pytest
+from matplotlib.figure import Figure
+
+from registry import manifest
+from registry.systems import SYSTEMS
+from training import run
+
+READY = [name for name, row in SYSTEMS.items() if not row.planned]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """system -> the folder its tiny recipe made, fitted once for this file."""
+    made = {}
+
+    def fit(name):
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp(name)))
+                made[name] = run.fit(f"{name}/tiny")
+        return made[name]
+
+    return fit
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_job_has_its_names(name):
+    job = SYSTEMS[name].load_job()
+    assert is_dataclass(job.Config)
+    assert job.Config.__dataclass_params__.frozen
+    assert {"tiny", "paper"} <= job.RECIPES.keys()
+    assert all(isinstance(c, job.Config) for c in job.RECIPES.values())
+    assert callable(job.fit)
+    assert callable(job.evaluate)
+    assert SYSTEMS[name].paper in job.__doc__
+    assert f"patchbay fit {name}/" in job.__doc__
+
+
+@pytest.mark.parametrize("name", READY)
+def test_the_tiny_recipe_makes_a_sealed_artifact_of_this_system(name, fits):
+    about = manifest.read(fits(name))
+    assert about.system == name
+    assert about.kind == ("patch" if SYSTEMS[name].patch else about.kind)
+    assert run.RECIPE in about.files
+
+
+@pytest.mark.parametrize("name", READY)
+def test_the_same_recipe_gives_the_same_digest(name, fits, monkeypatch, tmp_path):
+    first = manifest.read(fits(name)).digest
+    monkeypatch.setenv("PATCHBAY_HOME", str(tmp_path / "again"))
+    start = time.process_time()
+    assert manifest.read(run.fit(f"{name}/tiny")).digest == first
+    assert time.process_time() - start < 20  # 5 s of a quiet core are the aim
+
+
+@pytest.mark.parametrize("name", READY)
+def test_base_and_patched_are_measured_by_the_same_finite_metrics(name, fits):
+    got = run.evaluate(fits(name))
+    assert got.base.keys() == got.patched.keys()
+    assert got.base
+    assert all(math.isfinite(v) for v in (*got.base.values(), *got.patched.values()))
+    assert all(key.split("/")[0] in ("quality", "target", "offtarget") for key in got.base)
+    assert got.figures
+    assert all(isinstance(f, Figure) for f in got.figures.values())
