@@ -138,7 +138,13 @@ def report(args: argparse.Namespace) -> Says:
     experiment = experiments.load(entries[0].experiment)
     with events.Events() as log:
         decision = experiments.judge(experiment, log.summary(experiment))
-    return Says(experiments.describe(experiment, decision), **decision.evidence())
+        drawn = importlib.import_module("registry.report").picture(experiment, log.trajectory(experiment))
+    file = importlib.import_module("registry.home").home() / "reports" / f"{experiment.name}.png"
+    file.parent.mkdir(exist_ok=True)
+    drawn.savefig(file, dpi=110)
+    warning = _store().show_experiment(experiment.name, drawn, decision.evidence())
+    text = f"{experiments.describe(experiment, decision)}\n  picture    {file}{f' ({warning})' if warning else ''}"
+    return Says(text, picture=str(file), **decision.evidence())
 
 
 def promote(args: argparse.Namespace) -> Says:
@@ -201,7 +207,11 @@ def bench(args: argparse.Namespace) -> Says:
 
 def export(args: argparse.Namespace) -> Says:
     """fold a patch into a hook-free checkpoint"""
-    folder = importlib.import_module("patches.export").export(_store().pull(_digest(args.ref)), args.out)
+    digest = _digest(args.ref)
+    if digest == "base":
+        raise NotFound(f"{args.ref} is the base itself, so there is nothing to fold. Name a patch: SYSTEM@challenger")
+    base = os.environ.get("PATCHBAY_BASE") or None  # where a base fitted from a folder lies on this machine
+    folder = importlib.import_module("patches.export").export(_store().pull(digest), args.out, base)
     return Says(str(folder), folder=str(folder))
 
 

@@ -2,6 +2,8 @@
 
     runs/       sealed folders made by fit, one per artifact, named system-digest16
     artifacts/  sealed folders pulled from the store, named by digest
+    exports/    checkpoints with a patch folded in
+    bentos/     Dockerfile, Kubernetes manifests and contents of each Bento; the Bento itself is in BentoML's store
     mlflow.db   MLflow's default back end, with mlartifacts/ beside it
     ledger.db   who is champion, who challenges, since when
     events.db   exposures and outcomes of experiments
