@@ -86,6 +86,10 @@ def test_registry_needs_no_torch():
 
 
 def test_nothing_unsafe_is_loaded():
-    unsafe = re.compile(r"pickle\.load|torch\.load\(|trust_remote_code *= *True|weights_only *= *False|yaml\.load\(")
+    # torch.load may read a published checkpoint's tensors, and nothing else of it
+    unsafe = re.compile(
+        r"pickle\.load|torch\.load\((?![^()]*weights_only=True\))|trust_remote_code *= *True"
+        r"|weights_only *= *False|yaml\.load\("
+    )
     for file in FILES:
         assert not unsafe.search(file.read_text()), file

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from patches.features import SAE, edit
 from patches.patch import Act, Patch, Side, Weight
 from patches.sink import SinkConfig, SinkEdit
 
@@ -61,6 +62,21 @@ def _seeded(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3
 
 
+def _dictionary(activation: str = "relu", normalise: str = "none") -> SAE:
+    """64 features of the tiny model's width; every activation function an autoencoder may have."""
+    F = 64
+    return SAE(
+        encoder=_seeded(F, D),
+        bias=_seeded(F),
+        decoder=torch.nn.functional.normalize(_seeded(F, D), dim=1),
+        decoder_bias=torch.zeros(D),
+        activation=activation,
+        k=8 if activation == "topk" else 0,
+        threshold=torch.full((F,), 0.1) if activation == "jumprelu" else None,
+        normalise=normalise,
+    )
+
+
 MECHANISMS: dict[str, Callable[[], Patch]] = {
     "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
     "sink-clip": lambda: SinkEdit(
@@ -76,6 +92,11 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
         SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True, damp_layers=(0,), damp_limit=2.0), {}
     ),
     "sink-both": lambda: SinkEdit(SinkConfig(neurons=((2, 5),), damp_layers=(0,), damp_limit=1.0), {}),
+    "features-zero": lambda: edit(_dictionary(), "model.layers.1", range(0, 40, 2)),
+    "features-clamp": lambda: edit(_dictionary("jumprelu"), "model.layers.1", (3, 9), "clamp", 2.0),
+    "features-scale": lambda: edit(_dictionary("topk"), "model.layers.0", range(32), "scale", 3.0),
+    "features-cap": lambda: edit(_dictionary("relu", "layer_norm"), "model.layers.2.mlp", range(32), "cap", 0.05),
+    "features-add": lambda: edit(_dictionary(), "model.layers.1", (5, 6), "add", 1.5),
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
