@@ -15,10 +15,11 @@ Shapes: B images or texts, T tokens (the class token first), D width, H heads, e
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Attention(nn.Module):
     """nn.MultiheadAttention with the same parameters, every part of it in reach of a hook.
 
     torch's own calls neither `out_proj` nor anything else a hook could sit on. `pattern` is formed only while it is
-    hooked; otherwise the fused kernel runs.
+    hooked, beside the fused kernel.
     """
 
     def __init__(self, stock: nn.MultiheadAttention) -> None:
@@ -131,11 +132,12 @@ class Attention(nn.Module):
         """x (B, T, D), attn_mask (T, T) additive -> (B, T, D). Self-attention: keys and values are x too."""
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.values(v.transpose(1, 2))
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         if self.pattern._forward_hooks or self.pattern._forward_pre_hooks:
             logits = q @ k.mT * q.shape[-1] ** -0.5
-            z = self.pattern((logits if attn_mask is None else logits + attn_mask).softmax(-1)) @ v
-        else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+            pattern = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
+            if (edited := self.pattern(pattern)) is not pattern:
+                z = z + (edited - pattern) @ v  # rows that nobody edits stay bit for bit what the kernel gave
         return self.out_proj(z.transpose(1, 2).flatten(2)), None
 
 
@@ -292,24 +294,89 @@ def logit_scale(base: Base) -> float:
 # ---- tokenizers ------------------------------------------------------------------------------------------------
 
 
-def _letters(vocab: int) -> Any:
-    """A transformers tokenizer whose tokens are single characters; its last id ends a text, as CLIP's pooling wants."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+def compact_tokenizer(texts: Iterable[str]) -> Any:
+    """CLIP's own tokenizer cut down to the words of `texts`, as a transformers tokenizer that `save_pretrained` keeps.
 
-    letters = [chr(c) for c in range(32, 127)][: vocab - 4]
-    ids = {w: i for i, w in enumerate(["<pad>", "<unk>", *letters, "<start_of_text>", "<end_of_text>"])}
-    inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    A known word splits into the pieces the full tokenizer gives; any other word is one <unk>. Merges on the way to a
+    known word are all kept, so the full tokenizer's choice is always there, and the cheapest merge stays the cheapest.
+    """
+    import regex
+    from open_clip.tokenizer import SimpleTokenizer
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    full = SimpleTokenizer()
+    words = sorted({w for text in texts for w in full.pat.findall(full.clean_fn(text))})
+    merges: set[tuple[str, str]] = set()
+    pieces: set[str] = set()
+    for word in words:
+        parts = [full.byte_encoder[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        pieces.update(parts)
+        while pairs := [p for p in itertools.pairwise(parts) if p in full.bpe_ranks]:
+            best = min(pairs, key=full.bpe_ranks.__getitem__)
+            merges.add(best)
+            joined: list[str] = []
+            for part in parts:
+                if joined and not joined[-1].endswith("</w>") and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+            pieces.update(parts)
+    order = ["<pad>", "<unk>", *sorted(pieces, key=full.encoder.__getitem__)]
+    inner = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(order)},
+            merges=sorted(merges, key=full.bpe_ranks.__getitem__),
+            unk_token="<unk>",
+            fuse_unk=True,
+            end_of_word_suffix="</w>",
+        )
+    )
+    letters = "|".join(regex.escape(w) for w in words if w.isalpha())
+    inner.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(
+                Regex(rf"(?<![\p{{L}}'])(?!(?:{letters})(?!\p{{L}}))\p{{L}}+"), "\N{REPLACEMENT CHARACTER}"
+            ),
+        ]
+    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return _with_ends(inner)
+
+
+def _letters(vocab: int) -> Any:
+    """A transformers tokenizer whose tokens are single characters."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    words = ["<pad>", "<unk>", *(chr(c) for c in range(32, 128))][: vocab - 2]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    ends = [(w, ids[w]) for w in ("<start_of_text>", "<end_of_text>")]
-    inner.post_processor = processors.TemplateProcessing(single="<start_of_text> $A <end_of_text>", special_tokens=ends)
+    return _with_ends(inner)
+
+
+def _with_ends(inner: Any) -> Any:
+    """The tokenizer with CLIP's marks around a text; the end has the highest id, which is how CLIP pools it."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    start, end = "<start_of_text>", "<end_of_text>"
+    inner.add_special_tokens(["<pad>", "<unk>", start, end])
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(w, inner.token_to_id(w)) for w in (start, end)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<start_of_text>",
-        eos_token="<end_of_text>",
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end
     )
 
 
