@@ -38,3 +38,11 @@ def tiny_llm():
     from patches.bases import llm
 
     return llm.tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip():
+    """A random CLIP with both towers and a tokenizer; tests must leave it bit for bit as it was."""
+    from patches.bases import clip
+
+    return clip.tiny()
