@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bentos.arms import Choice, Table, choose, other
+from bentos.arms import UNIT, Choice, Table, choose, other
 from bentos.http import Tokens, answer, endpoint, parse, refuse
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
 from patches.decode import Row
@@ -46,7 +45,6 @@ MAX_STOPS, MAX_STOP_CHARS = 4, 64
 KEPT_SHADOWS = 512
 
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Number = Annotated[float, Field(strict=False)]
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
@@ -56,7 +54,7 @@ class Extra(BaseModel):
     """Ours, beside OpenAI's fields."""
 
     model_config = Strict
-    strength: Annotated[Number, Field(ge=0.0, le=2.0)] = 1.0
+    strength: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """how much of the patch; 0 is exactly the base"""
     compare: bool = False
     """answer with the base and with the chosen arm, side by side"""
@@ -74,8 +72,8 @@ class Ask(BaseModel):
     model_config = Strict
     model: Annotated[str, Field(max_length=200)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Annotated[
@@ -83,12 +81,17 @@ class Ask(BaseModel):
     ] | None = None  # fmt: skip
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
-    user: Annotated[str, Field(max_length=128)] | None = None
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,7}$")], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=300),
+    ] | None = None  # fmt: skip
+    """token id -> added to its logit"""
+    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    """the unit of an experiment: printable, without spaces"""
     patchbay: Extra = Extra()
     # accepted, and without effect here
-    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -142,7 +145,7 @@ class Outcome(BaseModel):
 
     model_config = Strict
     unit: Annotated[str, Field(min_length=1, max_length=128)]
-    value: Number
+    value: float | bool
     experiment: Annotated[str, Field(max_length=64)] | None = None
     """by default the live one"""
     arm: Literal["control", "treatment"] | None = None
@@ -327,7 +330,7 @@ class Service:
         size = self.runtime.base.model.config.vocab_size
         bias = {}
         for token, add in (ask.logit_bias or {}).items():
-            if not re.fullmatch(r"[0-9]{1,7}", token) or int(token) >= size:
+            if int(token) >= size:
                 raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
             bias[int(token)] = float(add)
         inbox: asyncio.Queue[Any] = asyncio.Queue()

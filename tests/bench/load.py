@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ class Load:
     concurrency: int
     calls: int
     failed: int
+    reasons: dict[str, int]
+    """why calls failed -> how many"""
     seconds: float
     p50_ms: float
     p99_ms: float
@@ -58,23 +61,25 @@ async def closed_loop(
 ) -> Load:  # fmt: skip
     """`calls` POSTs of body(i) by `concurrency` callers, each waiting for its answer before the next."""
     latencies: list[float] = []
-    failed = tokens = 0
+    reasons: Counter[str] = Counter()
+    tokens = 0
     peak = memory_mb(pid)
     todo = iter(range(calls))
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(timeout=300, limits=limits) as client:
 
         async def caller() -> None:
-            nonlocal failed, tokens, peak
+            nonlocal tokens, peak
             for i in todo:
                 start = time.perf_counter()
                 try:
                     answer = await client.post(url, json=body(i), headers=headers(i))
-                    ok = answer.status_code == 200
-                    tokens += answer.json()["usage"]["completion_tokens"] if ok else 0
-                except (httpx.HTTPError, ValueError, KeyError):
-                    ok = False
-                failed += not ok
+                    if answer.status_code == 200:
+                        tokens += answer.json()["usage"]["completion_tokens"]
+                    else:
+                        reasons[f"{answer.status_code} {answer.text[:120]}"] += 1
+                except (httpx.HTTPError, ValueError, KeyError) as e:
+                    reasons[repr(e)[:120]] += 1
                 latencies.append((time.perf_counter() - start) * 1e3)
                 if i % 50 == 0:
                     peak = max(peak, memory_mb(pid))
@@ -84,7 +89,7 @@ async def closed_loop(
         seconds, used = time.perf_counter() - start, cpu_s(pid) - before
     latencies.sort()
     return Load(
-        concurrency, len(latencies), failed, seconds, latencies[len(latencies) // 2],
+        concurrency, len(latencies), sum(reasons.values()), dict(reasons), seconds, latencies[len(latencies) // 2],
         latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))], tokens, used * 1e3 / len(latencies), peak,
     )  # fmt: skip
 
