@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,9 +24,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from bentos import playground
 from bentos.arms import UNIT, Choice, Table, choose, other
 from bentos.http import Tokens, answer, endpoint, parse, refuse
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
@@ -34,7 +36,6 @@ from registry import experiment as experiments
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, TooLarge
 from registry.experiment import CONTROL, TREATMENT
 
-PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 MAX_TOKENS = 1024
 """an answer's length if the request names none is DEFAULT_TOKENS; it may name up to this"""
 DEFAULT_TOKENS = 128
@@ -123,6 +124,8 @@ class Chat(Ask):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    continue_final_message: bool = False
+    """the last message is what the assistant has said so far: go on from there (as vLLM names it)"""
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -246,8 +249,10 @@ class Service:
         messages = [m.plain() for m in ask.messages]
         if not any(m["content"].strip() for m in messages):
             raise BadRequest("messages: all of them are empty; say something.")
+        if ask.continue_final_message and messages[-1]["role"] != "assistant":
+            raise BadRequest("continue_final_message: the last message must be the assistant's.")
         try:
-            ids = self.runtime.model.encode(messages)
+            ids = self.runtime.model.encode(messages, begun=ask.continue_final_message)
         except PatchbayError:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
@@ -539,7 +544,7 @@ class Service:
             return answer({"experiment": None})
         decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
         shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
-        return answer({"experiment": experiments.plain(x), **decision.evidence(), "shadows": shadows})
+        return answer({**decision.evidence(), "experiment": experiments.plain(x), "shadows": shadows})
 
     async def shadow_answers(self, request: Request, _: None) -> Response:
         """Both answers of recent shadow requests, so that somebody can score them."""
@@ -584,7 +589,7 @@ class Service:
 
     async def playground(self, request: Request, _: None) -> Response:
         del request
-        return FileResponse(PLAYGROUND)
+        return playground.page()
 
     async def openapi(self, request: Request, _: None) -> Response:
         del request
@@ -792,6 +797,8 @@ def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool
     command = [sys.executable, "-m", "bentoml", "serve", "bentos.service:Generate", "--host", host, "--port", str(port)]
     process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
     if not background:
+        # whoever ends this process means the service: without this, SIGTERM would leave it behind, holding the port
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             process.wait()
         except KeyboardInterrupt:

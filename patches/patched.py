@@ -55,12 +55,17 @@ class PatchedModel:
         Decoder(self.base, self.applied).run(rows)
         return [self.base.processor.decode(r.out, skip_special_tokens=True) for r in rows]
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of a text, or of a chat up to where the assistant speaks."""
+    def encode(self, prompt: str | list[dict[str, str]], begun: bool = False) -> list[int]:
+        """Token ids of a text, or of a chat up to where the assistant speaks.
+
+        begun: the last message is what the assistant has said so far; its turn stays open.
+        """
         tokenizer = self.base.processor
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def close(self) -> None:

@@ -1,0 +1,132 @@
+"""The page: it stays inside its service, asks only for what is there, and its chat can go on where an answer began."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+
+import pytest
+
+from bentos.generate import openapi
+from bentos.playground import INDEX, page, policy
+from registry.systems import SYSTEMS
+
+HTML = INDEX.read_text(encoding="utf-8")
+
+
+def inside(tag):
+    return re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", HTML, re.DOTALL)
+
+
+def test_it_is_served_with_headers_that_keep_it_at_home(service):
+    async def work():
+        async with service() as s:
+            got = await s.http.get("/")
+            assert got.status_code == 200
+            assert got.text == HTML
+            assert got.headers["content-type"] == "text/html; charset=utf-8"
+            assert got.headers["x-content-type-options"] == "nosniff"
+            assert got.headers["referrer-policy"] == "no-referrer"
+            assert got.headers["content-security-policy"] == policy(HTML)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("tag", ["script", "style"])
+def test_the_policy_admits_exactly_what_is_in_the_file(tag):
+    rules = dict(rule.split(" ", 1) for rule in page().headers["content-security-policy"].split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["connect-src"] == "'self'"
+    (content,) = inside(tag)
+    hashed = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    assert rules[f"{tag}-src"] == f"'sha256-{hashed}'"
+    assert "unsafe" not in str(rules)
+
+
+def test_nothing_in_it_needs_what_the_policy_forbids():
+    markup = re.sub(r"<(script|style)>.*?</\1>", "", HTML, flags=re.DOTALL)
+    assert not re.search(r"\s(style|on[a-z]+)=", markup)
+    assert not re.search(r"\b(eval|Function|importScripts|WebSocket|EventSource|XMLHttpRequest|sendBeacon)\b", HTML)
+
+
+def test_no_address_outside_the_service_is_in_it():
+    # namespaces are names and are never fetched
+    text = re.sub(r"(?<=[\"'])http://www\.w3\.org/2000/svg(?=[\"'])", "", HTML)
+    assert "//" not in re.sub(r"(?m)(^|\s)// .*$", "", text), "a comment begins a line or follows a blank"
+    assert not re.search(r"<(link|script|img|iframe|object|embed)\b[^>]*\b(src|href)=(?![\"']data:)", text)
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_text_of_models_never_becomes_markup():
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|setHTML|srcdoc", HTML)
+
+
+def test_every_operation_it_calls_is_offered():
+    (script,) = inside("script")
+    called = set(re.findall(r'"((?:GET|POST|PUT|DELETE|PATCH) /[^"]*)"', script))
+    offered = {f"{method.upper()} {path}" for path, methods in openapi()["paths"].items() for method in methods}
+    assert called >= {"POST /v1/chat/completions", "GET /v1/experiments/live", "POST /v1/outcomes", "GET /v1/models"}
+    assert called <= offered
+    assert script.count("fetch(") == 1, "all calls go through one function, which names its operation"
+
+
+def test_every_field_it_sends_is_known():
+    (script,) = inside("script")
+    (body,) = re.findall(r"const ask = \{(.*?)\n      \};", script, re.DOTALL)
+    sent = set(re.findall(r"^        (\w+)", body, re.MULTILINE)) | {"model", "stream", "stream_options"}
+    assert {"messages", "continue_final_message", "seed", "patchbay"} <= sent
+    assert sent <= set(openapi()["components"]["schemas"]["Chat"]["properties"])
+
+
+def test_it_names_no_system():
+    for name in SYSTEMS:
+        assert not re.search(rf"\b{name}\b", HTML)
+
+
+def test_an_answer_that_has_begun_is_continued(service):
+    ask = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "ab ab"}]
+
+    async def work():
+        async with service() as s:
+            raw = {"prompt": "u:say it;a:ab ab", "max_tokens": 8, "temperature": 0}
+            whole = await s.http.post("/v1/completions", json=raw)
+            got = await s.chat(messages=ask, continue_final_message=True)
+            assert got.json()["choices"][0]["message"]["content"] == whole.json()["choices"][0]["text"]
+            assert got.json()["usage"] == whole.json()["usage"]
+            fresh = await s.chat(messages=ask)  # by default an assistant's turn is over, and a new one begins
+            assert fresh.json()["usage"]["prompt_tokens"] == whole.json()["usage"]["prompt_tokens"] + len(";a:")
+            refused = await s.chat(messages=ask[:1], continue_final_message=True)
+            assert refused.status_code == 400
+            assert "assistant" in refused.json()["error"]["message"]
+
+    asyncio.run(work())
+
+
+def test_the_page_reads_an_arm_and_its_experiment_from_headers(service):
+    """What the page shows beside an answer, and sends back as the unit it judges."""
+    from registry import experiment as experiments
+    from registry import ledger as ledgers
+
+    async def work():
+        async with service() as s:
+            x = experiments.begin("attention_sink", control=s.digests[0], treatment=s.digests[1], share=0.5)
+            ledgers.split(s.ledger, x.system, experiments.plain(x))
+            await s.until(lambda: s.runtime.table.experiment is not None)
+            got = await s.chat(model="auto", stream=True, stream_options={"include_usage": True})
+            assert got.headers["x-patchbay-arm"] in ("control", "treatment")
+            assert got.headers["x-patchbay-patch"] in s.digests
+            last = [json.loads(part[6:]) for part in got.text.strip().split("\n\n")[:-1]][-1]
+            assert last["usage"]["completion_tokens"] > 0
+            outcome = {
+                "unit": got.headers["x-patchbay-unit"], "value": 1.0, "key": got.headers["x-patchbay-request"],
+                "experiment": got.headers["x-patchbay-experiment"],
+            }  # fmt: skip
+            said = [(await s.http.post("/v1/outcomes", json=outcome)).json()["status"] for _ in range(2)]
+            assert said == ["counted", "duplicate"]
+            live = (await s.http.get("/v1/experiments/live")).json()
+            assert live["experiment"]["name"] == x.name
+            assert {"effect", "low", "high", "verdict", "e_value"} <= live["result"].keys()
+            assert live["guardrails"].keys() == {g.metric for g in x.guardrails}
+
+    asyncio.run(work())
