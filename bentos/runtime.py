@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ from patches.decode import Decoder, Row
 from patches.patched import PatchedModel
 from registry import experiment as experiments
 from registry import ledger as ledgers
+from registry import manifest
 from registry.errors import NotReady, PatchbayError, TooMany
 from registry.events import Events
 from registry.experiment import Experiment
@@ -39,8 +41,12 @@ from registry.systems import system
 
 log = logging.getLogger("patchbay")
 
+CARRIED = Path(__file__).parent.parent / "carried"
+"""in a Bento: the sealed folder it was built to serve; a checkout has none"""
 FOLLOW_S = 0.5
 JUDGE_S = 1.0
+WINDOW_S = 10.0
+"""how often the live experiment's numbers go to MLflow, which only displays them"""
 QUEUE = 512
 """rows waiting or running; more get 429"""
 SHADOW_QUEUE = 32
@@ -53,19 +59,20 @@ class Settings:
 
     system: str
     base: str | None = None
-    """reference of the base; None: the one the champion's or challenger's manifest names"""
+    """reference of the base; None: the one the artifact's manifest names"""
     device: str = "cpu"
     slots: int = 32
     context: int = 4096
     pinned: Path | None = None
-    """folder of the one patch a Bento carries; then there is no ledger and no store"""
+    """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
 
     @classmethod
     def from_environment(cls) -> Settings:
         env = os.environ
-        pinned = env.get("PATCHBAY_PINNED")
+        pinned = env.get("PATCHBAY_PINNED") or (CARRIED if CARRIED.is_dir() else None)
+        name = manifest.read(Path(pinned)).system if pinned else env.get("PATCHBAY_SYSTEM", "")
         return cls(
-            system=system(env.get("PATCHBAY_SYSTEM", "")).name,
+            system=system(name).name,
             base=env.get("PATCHBAY_BASE") or None,
             device=env.get("PATCHBAY_DEVICE", "cpu"),
             slots=int(env.get("PATCHBAY_SLOTS", "32")),
@@ -116,14 +123,18 @@ class Runtime:
             self.ledger = None if pinned else Ledger()
             head = self.ledger.head(self.settings.system) if self.ledger else None
             family = system(self.settings.system).families[0]
-            self.base: Base = load_base(self.settings.base or self._base_ref(head), family, self.settings.device)
+            ref = self.settings.base or self._base_ref(head)
+            if ref.startswith("local:"):
+                raise NotReady(
+                    f"The base is the folder {ref[6:]!r} of the machine where the patch was fitted. Put it here, and "
+                    "set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
+                )
+            self.base: Base = load_base(ref, family, self.settings.device)
             self.model = PatchedModel(self.base)
             self.decoder = Decoder(self.base, self.model.applied, self.settings.slots, self.settings.context)
             self._spawn(self._decode)
             if pinned:
-                about, patch = artifact.load(pinned, base=self.base.digest)
-                self._add(about.digest, patch)
-                self.table = self._table(None, champion=about.digest)
+                self.table = self._table(None, champion=self._pin(pinned))
             else:
                 self.events = Events()
                 self.table = self._follow_once(head)
@@ -147,7 +158,18 @@ class Runtime:
         if hasattr(self, "model"):
             self.model.close()
 
+    def _pin(self, folder: Path) -> str:
+        """The champion of a deployment that carries its own: a patch's digest, or "base"."""
+        about = manifest.read(folder, base=self.base.digest)
+        if about.kind == "model" and not about.files:
+            return BASE
+        _, patch = artifact.load(folder, digest=about.digest, base=self.base.digest)
+        self._add(about.digest, patch)
+        return about.digest
+
     def _base_ref(self, head: ledgers.Entry | None) -> str:
+        if self.settings.pinned:
+            return manifest.read(self.settings.pinned).base.rpartition("@")[0]
         for digest in (head.champion, head.challenger) if head else ():
             if digest and digest != BASE:
                 from registry import store
@@ -355,11 +377,38 @@ class Runtime:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 self._stopping.wait(5.0)
+            shown = 0.0
             while not self._stopping.wait(JUDGE_S):
                 try:
-                    self.judge_once()
+                    decision = self.judge_once()
+                    if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
+                        self._show(decision)
+                        shown = time.monotonic()
                 except Exception as e:
                     log.error("cannot judge: %s", e)
+
+    def _show(self, decision: experiments.Decision) -> None:
+        """The experiment's numbers, and after a decision the new champion, in MLflow. The ledger does not need it."""
+        from registry import store
+
+        try:
+            r, s = decision.result, decision.summary
+            units = s.control.units + s.treatment.units
+            numbers = {
+                "ab/effect": r.effect, "ab/low": r.low, "ab/high": r.high, "ab/e_value": r.e_value,
+                "ab/mean_control": r.mean_control, "ab/mean_treatment": r.mean_treatment,
+                "ab/n_control": r.n_control, "ab/n_treatment": r.n_treatment,
+            }  # fmt: skip
+            store.log_window(decision.experiment, units, {k: v for k, v in numbers.items() if math.isfinite(v)})
+            if decision.action != "continue":
+                store.log_decision(decision.experiment, decision.evidence())
+                assert self.ledger is not None
+                head = self.ledger.head(self.settings.system)
+                assert head is not None
+                if why := store.mirror(self.settings.system, head.champion, head.challenger):
+                    log.warning(why)
+        except PatchbayError as e:
+            log.warning("MLflow does not show the experiment: %s", e)
 
     def judge_once(self) -> experiments.Decision | None:
         """Judge the live experiment; act on the ledger if it says so."""

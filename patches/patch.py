@@ -55,6 +55,14 @@ class Inputs(Mapping[str, Any]):
         value: Tensor = self.memo[derive]
         return value if self.at is None else value[self.at]
 
+    def once_here(self, derive: Callable[[Inputs], V]) -> V:
+        """derive(these inputs), computed once per forward and set of rows, for a patch that asks at many sites."""
+        key = (derive, id(self.at))
+        if key not in self.memo:
+            self.memo[key] = derive(self)
+        value: V = self.memo[key]
+        return value
+
     def narrow(self, at: Tensor | slice | None) -> Inputs:
         if at is None:
             return self

@@ -7,7 +7,9 @@ Two of them, alone or together (Yona et al., arXiv 2503.08908):
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets
   b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
   token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of
-  the first attention layer on n repeats tends to that of the token alone) loses its premise.
+  the first attention layer on n repeats tends to that of the token alone) loses its premise. `damp_by="run"` counts only
+  the copies in the unbroken run that key j belongs to: ordinary text has no runs, so every layer may be damped and the
+  model sees a run of any length as one of `limit` copies.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class SinkConfig:
     damp_layers: tuple[int, ...] = ()
     damp_limit: float = 8.0
     """copies of one token that may weigh in full"""
+    damp_by: Literal["token", "run"] = "token"
+    """what counts as a copy: the token anywhere before, or in the same unbroken run"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class SinkEdit(Patch):
         c = self.config
         if not c.neurons and not c.damp_layers:
             raise PatchError("This sink patch names no neuron and damps no layer; it would do nothing.")
-        out: list[Edit] = [Bias(llm.site("attn", layer), self._damping()) for layer in c.damp_layers]
+        damping = self._damping()
+        out: list[Edit] = [Bias(llm.site("attn", layer), damping) for layer in c.damp_layers]
         for layer in sorted({layer for layer, _ in c.neurons}):
             out.append(Act(llm.site("neurons", layer), self._silence(layer), "input"))
         return out
@@ -105,11 +110,13 @@ class SinkEdit(Patch):
         return fn
 
     def _damping(self) -> Callable[[Inputs], Tensor | None]:
-        def fn(inputs: Inputs) -> Tensor | None:
-            ids = inputs.once(llm.real_tokens)
-            return repeat_bias(ids, inputs.once(llm.query_columns), self.config.damp_limit)
+        c = self.config
 
-        return fn
+        def bias(inputs: Inputs) -> Tensor | None:
+            ids = inputs.once(llm.real_tokens if c.damp_by == "token" else llm.runs)
+            return repeat_bias(ids, inputs.once(llm.query_columns), c.damp_limit)
+
+        return lambda inputs: inputs.once_here(bias)
 
     def __post_init__(self) -> None:
         if self.config.mode != "zero" and (

@@ -106,6 +106,22 @@ class Events:
                     totals.fold(experiment, *row)
             return totals.summary()
 
+    def trajectory(self, experiment: Experiment, points: int = 100) -> list[Summary]:
+        """The summaries one would have seen after every so many events; the last one is of all of them."""
+        with closing(self._open()) as db:
+            rows = db.execute(
+                "SELECT id, kind, unit, arm, share, status, latency_ms, value FROM events "
+                "WHERE experiment = ? ORDER BY id",
+                (experiment.name,),
+            ).fetchall()
+        totals, seen = _Totals(), []
+        every = max(1, len(rows) // points)
+        for n, row in enumerate(rows, 1):
+            totals.fold(experiment, *row)
+            if n % every == 0 or n == len(rows):
+                seen.append(totals.summary())
+        return seen
+
     def count(self) -> int:
         """Events on the disk."""
         with closing(self._open()) as db:

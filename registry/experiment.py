@@ -211,6 +211,7 @@ class Result:
 class Decision:
     """What to do now, and why."""
 
+    experiment: str
     action: Literal["continue", "promote", "rollback", "stop"]
     why: str
     result: Result
@@ -347,7 +348,7 @@ def judge(experiment: Experiment, summary: Summary) -> Decision:
     c, t = summary.control, summary.treatment
 
     def decide(action: Literal["continue", "promote", "rollback", "stop"], why: str) -> Decision:
-        return Decision(action, why, result, rails, summary)
+        return Decision(experiment.name, action, why, result, rails, summary)
 
     if t.calls >= HEALTH_CALLS and t.errors > HEALTH_RATE * t.calls and t.errors * c.calls > 2 * c.errors * t.calls:
         return decide("rollback", f"health: {t.errors} of {t.calls} treated calls failed")

@@ -491,6 +491,18 @@ def log_decision(experiment: str, document: Mapping[str, Any]) -> None:
         client.set_tag(run.info.run_id, "ab.decision", str(document.get("action", ""))[:250])
 
 
+def show_experiment(experiment: str, figure: Any, evidence: Mapping[str, Any]) -> str | None:
+    """The picture and the numbers of an online experiment on its run. Returns why that failed instead of raising."""
+    try:
+        with _mlflow() as client, _lock():
+            run = _ab_run(client, experiment)
+            client.log_figure(run.info.run_id, figure, "figures/effect.png")
+            client.log_dict(run.info.run_id, dict(evidence), "evidence.json")
+    except PatchbayError as e:
+        return f"MLflow does not show it: {e}"
+    return None
+
+
 def _check(sides: Sides) -> None:
     """Raises ConfigError for what MLflow would store as something else, or could not lay side by side."""
     if unknown := sides.keys() - {BASE, "patched"}:
@@ -749,7 +761,13 @@ def _experiment(client: MlflowClient, name: str) -> str:
     if known is not None:
         return str(known.experiment_id)
     local = None if _uri().startswith("http") else (home() / "mlartifacts" / name.replace("/", "-")).as_uri()
-    return str(client.create_experiment(name, artifact_location=local))
+    try:
+        return str(client.create_experiment(name, artifact_location=local))
+    except MlflowException:
+        made = client.get_experiment_by_name(name)  # another process may have been faster
+        if made is None:
+            raise
+        return str(made.experiment_id)
 
 
 def _run(client: MlflowClient, experiment: str, tags: Mapping[str, str], side: str) -> str:

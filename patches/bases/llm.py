@@ -184,6 +184,14 @@ def repeated_token(inputs: Inputs) -> Tensor:
     return (ids.gather(1, at) == before) & (at > 0) & (before >= 0)
 
 
+def runs(inputs: Inputs) -> Tensor:
+    """(B, K) long: number of the unbroken run of equal tokens that each key belongs to, -1 where there is no token."""
+    ids = inputs.once(real_tokens)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return (new.cumsum(1) - 1).masked_fill(ids < 0, -1)
+
+
 def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from patches.bases import llm
-from patches.patch import apply
+from patches.patch import Inputs, apply
 from patches.read import record
 from patches.sink import SinkConfig, SinkEdit, repeat_bias
 from registry.errors import PatchError
@@ -36,6 +37,27 @@ def test_decoding_one_token_asks_for_the_last_row_of_the_bias():
     full = repeat_bias(ids, torch.arange(15).expand(2, -1), 2.0)
     last = repeat_bias(ids, torch.tensor([[14], [14]]), 2.0)
     torch.testing.assert_close(last, full[:, :, -1:])
+
+
+def test_a_run_is_counted_by_itself_and_padding_belongs_to_none():
+    ids = torch.tensor([[-1, -1, 5, 5, 6, 5, 5, 5], [7, 7, 7, 8, 8, 9, 9, 9]])
+    inputs = Inputs({"input_ids": ids.clamp_min(0), "attention_mask": (ids >= 0).long(), "past_length": 0})
+    runs = llm.runs(inputs)
+    assert runs[0, :2].tolist() == [-1, -1]
+    groups = [[(runs[b] == r).nonzero()[:, 0].tolist() for r in runs[b, runs[b] >= 0].unique()] for b in (0, 1)]
+    assert groups == [[[2, 3], [4], [5, 6, 7]], [[0, 1, 2], [3, 4], [5, 6, 7]]]
+
+
+def test_damping_runs_leaves_text_without_runs_exactly_as_it_was(tiny_llm):
+    ids = torch.tensor([[5, 6] * 20])
+    with torch.inference_mode():
+        before = tiny_llm.model(input_ids=ids).logits
+        by_run = SinkConfig(damp_layers=(0, 1, 2), damp_limit=2.0, damp_by="run")
+        with SinkEdit(by_run, {}).apply(tiny_llm.model) as on:
+            assert torch.equal(tiny_llm.model(input_ids=ids).logits, before)
+            assert not on.unreached()
+        with SinkEdit(replace(by_run, damp_by="token"), {}).apply(tiny_llm.model):
+            assert not torch.equal(tiny_llm.model(input_ids=ids).logits, before)
 
 
 def test_no_repeats_no_bias():

@@ -140,3 +140,15 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
 
         there = {int(u) for (u,) in sqlite3.connect(file).execute("SELECT unit FROM events")}
     assert set(said) <= there
+
+
+def test_the_trajectory_ends_where_the_summary_stands(log):
+    x = trial(min_n=2)
+    for i in range(40):
+        arm = assign(x, f"u{i}")
+        log.expose(x, f"u{i}", arm).result()
+        log.outcome(x, f"u{i}", float(arm == TREATMENT)).result()
+    seen = log.trajectory(x, points=10)
+    assert seen[-1] == log.summary(x)
+    assert [s.control.n + s.treatment.n for s in seen] == sorted(s.control.n + s.treatment.n for s in seen)
+    assert 10 <= len(seen) <= 12

@@ -1,0 +1,51 @@
+"""What the runtime does beside answering: what it decided is shown in MLflow, and MLflow is never in the way."""
+
+import asyncio
+
+from registry import experiment as experiments
+from registry import ledger as ledgers
+from registry import store
+
+SYSTEM = "attention_sink"
+
+
+async def decided(s, unit_is_good):
+    """Run an experiment of 200 units to its decision."""
+    x = experiments.begin(SYSTEM, control=s.digests[0], treatment=s.digests[1], share=0.5, words=["min_n=30"])
+    ledgers.split(s.ledger, SYSTEM, experiments.plain(x))
+    await s.until(lambda: s.runtime.table.experiment)
+    for i in range(200):
+        side = experiments.assign(x, str(i))
+        s.runtime.events.expose(x, str(i), side)
+        s.runtime.events.outcome(x, str(i), float(unit_is_good(side))).result()
+    await s.until(lambda: s.runtime.table.experiment is None, 30)
+    return x
+
+
+def test_a_decision_is_shown_on_the_experiments_run(service):
+    async def work():
+        async with service() as s:
+            x = await decided(s, lambda side: side == experiments.CONTROL)
+
+            def run():
+                with store._mlflow() as client:
+                    return store._ab_run(client, x.name)
+
+            await s.until(lambda: run().data.tags.get("ab.decision") == "rollback", 60)
+            assert run().data.metrics["ab/effect"] < -0.9
+            assert run().data.metrics["ab/e_value"] > 20
+
+    asyncio.run(work())
+
+
+def test_a_dead_mlflow_delays_no_decision(service, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+
+    async def work():
+        async with service() as s:
+            await decided(s, lambda side: side == experiments.CONTROL)
+            head = s.ledger.head(SYSTEM)
+            assert (head.action, head.who) == ("rollback", "judge")
+            assert (await s.chat()).status_code == 200
+
+    asyncio.run(work())
