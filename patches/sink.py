@@ -7,9 +7,9 @@ Two of them, alone or together (Yona et al., arXiv 2503.08908):
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets
   b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
   token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of
-  the first attention layer on n repeats tends to that of the token alone) loses its premise. `damp_by="run"` counts only
-  the copies in the unbroken run that key j belongs to: ordinary text has no runs, so every layer may be damped and the
-  model sees a run of any length as one of `limit` copies.
+  the first attention layer on n repeats tends to that of the token alone) loses its premise. `damp_by="run"` counts
+  only the copies in the unbroken run that key j belongs to: ordinary text has no runs and stays what it was, bit for
+  bit, whichever layers are damped.
 """
 
 from __future__ import annotations

