@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -72,7 +73,7 @@ OPEN = Token("anyone", frozenset(SCOPES), None)
 
 
 class Tokens:
-    """Who may call. Without a file everybody may, which `check_host` allows on loopback only.
+    """Who may call. Without a file everybody on this machine may, and nobody else.
 
     The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600}}.
     """
@@ -97,9 +98,13 @@ class Tokens:
         if self.known is None and host not in ("127.0.0.1", "::1", "localhost"):
             raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
 
-    def admit(self, header: str | None, scope: str) -> Token:
-        """The caller. Raises Unauthorised, Forbidden or TooMany."""
+    def admit(self, header: str | None, scope: str, near: bool) -> Token:
+        """The caller. near: from this machine. Raises Unauthorised, Forbidden or TooMany."""
         if self.known is None:
+            if not near:
+                raise Unauthorised(
+                    "This service has no tokens, so it answers only its own machine. Set PATCHBAY_TOKENS."
+                )
             return OPEN
         scheme, _, value = (header or "").partition(" ")
         if scheme.lower() != "bearer" or not value:
@@ -128,6 +133,20 @@ def _token(key: str, about: dict[str, Any]) -> Token:
     return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket)
 
 
+def near(request: Request) -> bool:
+    """Whether a call came in on a loopback address, or over no network at all.
+
+    By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
+    must not be open to all of them.
+    """
+    server = request.scope.get("server")
+    try:
+        address = ipaddress.ip_address(server[0] if server else "")
+    except ValueError:  # a unix socket, or a call within the process
+        return True
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 Handler = Callable[[Request, Any], Awaitable[Response]]
 
 
@@ -143,7 +162,8 @@ def endpoint(
         number = secrets.token_hex(8)
         request.state.number = number
         try:
-            request.state.token = tokens.admit(request.headers.get("authorization"), scope) if scope else OPEN
+            header = request.headers.get("authorization")
+            request.state.token = tokens.admit(header, scope, near(request)) if scope else OPEN
             body = await read(request, model) if model else None
             response = await handler(request, body)
         except PatchbayError as e:

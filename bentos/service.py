@@ -35,6 +35,7 @@ app = Starlette(lifespan=_lifespan)
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing={"excluded_urls": ".*"},
+    envs=[{"name": "BENTOML_DO_NOT_TRACK", "value": "true"}],
 )
 @bentoml.asgi_app(app, path="/")
 class Generate:

@@ -1,14 +1,21 @@
 """Every test has its own home, no network but loopback, and tiny bases; the model is the mock."""
 
 import os
+import shutil
 import socket
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="patchbay-tests-")  # read once per process; never the user's own
 
 import pytest
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
