@@ -1,15 +1,15 @@
 """Edits of the attention-sink circuit of a decoder language model.
 
-Two of them, alone or together (Yona et al., arXiv 2503.08908):
+Three of them, alone or together (Yona et al., arXiv 2503.08908):
 - **neurons**: the paper's patch. At every token but the first of its row, the named MLP neurons are set to zero, to a
   value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) narrows
   this to tokens that repeat their predecessor.
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets
   b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
   token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of
-  the first attention layer on n repeats tends to that of the token alone) loses its premise. `damp_by="run"` counts
-  only the copies in the unbroken run that key j belongs to: ordinary text has no runs and stays what it was, bit for
-  bit, whichever layers are damped.
+  the first attention layer on n repeats tends to that of the token alone) loses its premise.
+- **run damping**: ours. The same with c_ij the copies in the unbroken run that key j belongs to. Ordinary text has no
+  runs and stays what it was, bit for bit, so later layers may be damped too.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class SinkConfig:
     damp_layers: tuple[int, ...] = ()
     damp_limit: float = 8.0
     """copies of one token that may weigh in full"""
-    damp_by: Literal["token", "run"] = "token"
-    """what counts as a copy: the token anywhere before, or in the same unbroken run"""
+    run_layers: tuple[int, ...] = ()
+    """layers whose attention is damped by runs, other ones than damp_layers"""
+    run_limit: float = 16.0
+    """copies within one run that may weigh in full"""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,14 @@ class SinkEdit(Patch):
 
     def edits(self) -> list[Edit]:
         c = self.config
-        if not c.neurons and not c.damp_layers:
+        if not c.neurons and not c.damp_layers and not c.run_layers:
             raise PatchError("This sink patch names no neuron and damps no layer; it would do nothing.")
-        damping = self._damping()
-        out: list[Edit] = [Bias(llm.site("attn", layer), damping) for layer in c.damp_layers]
+        out: list[Edit] = []
+        for layers, copies, limit in (
+            (c.damp_layers, llm.real_tokens, c.damp_limit), (c.run_layers, llm.runs, c.run_limit)
+        ):  # fmt: skip
+            damping = _damping(copies, limit)
+            out += [Bias(llm.site("attn", layer), damping) for layer in layers]
         for layer in sorted({layer for layer, _ in c.neurons}):
             out.append(Act(llm.site("neurons", layer), self._silence(layer), "input"))
         return out
@@ -68,7 +74,7 @@ class SinkEdit(Patch):
     def weights(self) -> list[Weight]:
         """Only the everywhere-zero control is a weight edit; the others depend on position or on tokens."""
         c = self.config
-        if c.keep_first or c.only_repeats or c.damp_layers or c.mode != "zero":
+        if c.keep_first or c.only_repeats or c.damp_layers or c.run_layers or c.mode != "zero":
             raise PatchError(
                 "A sink patch that spares the first token or damps repeats depends on the tokens, so no weights can "
                 "hold it; serve it with hooks (it costs about nothing)."
@@ -109,20 +115,20 @@ class SinkEdit(Patch):
 
         return fn
 
-    def _damping(self) -> Callable[[Inputs], Tensor | None]:
-        c = self.config
-
-        def bias(inputs: Inputs) -> Tensor | None:
-            ids = inputs.once(llm.real_tokens if c.damp_by == "token" else llm.runs)
-            return repeat_bias(ids, inputs.once(llm.query_columns), c.damp_limit)
-
-        return lambda inputs: inputs.once_here(bias)
-
     def __post_init__(self) -> None:
         if self.config.mode != "zero" and (
             "value" not in self.tensors or self.tensors["value"].shape != (len(self.config.neurons),)
         ):
             raise PatchError(f"mode={self.config.mode!r} needs a tensor 'value' with one number per neuron.")
+
+
+def _damping(copies: Callable[[Inputs], Tensor], limit: float) -> Callable[[Inputs], Tensor | None]:
+    """The bias for all layers of one kind: computed once per forward. copies: what makes two keys copies, (B, K)."""
+
+    def bias(inputs: Inputs) -> Tensor | None:
+        return repeat_bias(inputs.once(copies), inputs.once(llm.query_columns), limit)
+
+    return lambda inputs: inputs.once_here(bias)
 
 
 def repeat_bias(ids: Tensor, at: Tensor, limit: float) -> Tensor | None:
@@ -152,4 +158,5 @@ def describe(config: SinkConfig) -> dict[str, Any]:
         "op": "sink",
         "neurons": ", ".join(f"{layer}.{j}" for layer, j in config.neurons) or "none",
         "damping": f"layers {list(config.damp_layers)}, limit {config.damp_limit:g}" if config.damp_layers else "none",
+        "run damping": f"layers {list(config.run_layers)}, limit {config.run_limit:g}" if config.run_layers else "none",
     }

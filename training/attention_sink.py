@@ -7,7 +7,7 @@ and derails the model; silencing them away from the first token repairs it.
 
     patchbay fit attention_sink/smollm      # SmolLM2-135M: 2 minutes on 2 cores
     patchbay fit attention_sink/paper       # Llama-2-7b by hub id or folder: minutes on one GPU
-    python -m training.attention_sink       # the whole table, with controls: 40 minutes on 2 cores
+    python -m training.attention_sink FOLDER REPORT.json    # a sealed patch in full, with controls: half an hour
 
 Found here (docs/LOG.md has the table): on SmolLM2 the paper's patch removes the sinks and does not restore repeating;
 damping repeated keys in the first attention does, 512 copies 0.50 -> 0.96 of words, at a perplexity ratio of 1.000.
@@ -21,6 +21,7 @@ to the BOS token.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from patches.decode import Decoder, Row
 from patches.patched import PatchedModel
 from patches.read import record
 from patches.sink import SinkConfig, SinkEdit
+from registry import config as configs
 from registry.config import STRICT
 from registry.errors import PatchError
 from registry.manifest import Manifest, canonical
@@ -61,9 +63,12 @@ class Config:
     method: Literal["auto", "paper", "damp"] = "auto"
     """paper: silence the last stage's neurons away from the first token. damp: repeated-key damping alone.
     auto: whatever repeats best on the fitting words, among all combinations that keep perplexity"""
-    limits: tuple[float, ...] = (4.0, 8.0, 16.0)
+    limits: tuple[float, ...] = (4.0, 8.0)
     """copies that may weigh in full; tried in this order"""
+    run_limits: tuple[float, ...] = (8.0,)
+    """the same within one run, in every later layer"""
     fit_words: int = 8
+    fit_contexts: tuple[Context, ...] = ("chat", "prefix")
     fit_copies: int = 512
     """longest run the candidates are judged on; what it is worth beyond, the test says"""
     test_words: int = 50
@@ -82,13 +87,14 @@ class Config:
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        base="tiny", method="auto", fit_words=6, test_words=8, copies=(4, 16, 64, 128), contexts=("prefix", "bos"),
-        continue_after=100, continue_tokens=4, documents=2, document_tokens=48, limits=(4.0,),
+        base="tiny", fit_words=6, test_words=8, copies=(4, 16, 64, 128), contexts=("prefix", "bos"),
+        fit_contexts=("prefix", "bos"), continue_after=100, continue_tokens=4, documents=2, document_tokens=48,
+        limits=(4.0,), run_limits=(),
     ),
     "smollm": Config(),
     "demo": Config(
-        limits=(4.0, 8.0), fit_words=3, test_words=10, copies=(4, 64, 256, 512), contexts=("chat",),
-        continue_tokens=16, documents=3, document_tokens=256,
+        limits=(4.0,), run_limits=(), fit_words=3, fit_contexts=("chat",), test_words=10, copies=(4, 64, 256, 512),
+        contexts=("chat",), continue_tokens=16, documents=3, document_tokens=256,
     ),
     "gemma": Config(base="pypi:gemma3"),
     "paper": Config(
@@ -475,12 +481,16 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
     out: dict[str, SinkConfig] = {}
     if circuit.stages:
         out["paper"] = SinkConfig(neurons=circuit.stages[-1])
+    later = tuple(range(1, len(circuit.first_norms)))
     for limit in config.limits:
-        out[f"damp {limit:g}"] = SinkConfig(damp_layers=(0,), damp_limit=limit)
+        damped = SinkConfig(damp_layers=(0,), damp_limit=limit)
+        out[f"damp {limit:g}"] = damped
         if circuit.stages:
-            out[f"damp {limit:g} + stages at repeats"] = SinkConfig(
-                neurons=circuit.neurons, only_repeats=True, damp_layers=(0,), damp_limit=limit
-            )
+            mended = replace(damped, neurons=circuit.neurons, only_repeats=True)
+            out[f"damp {limit:g} + stages at repeats"] = mended
+            for run in config.run_limits:
+                both = replace(mended, run_layers=later, run_limit=run)
+                out[f"damp {limit:g} + runs {run:g} + stages at repeats"] = both
     if config.method == "paper":
         return {"paper": out["paper"]} if "paper" in out else {}
     return {k: v for k, v in out.items() if config.method == "auto" or (k.startswith("damp") and "+" not in k)}
@@ -515,7 +525,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     table = {}
     for name in tqdm((None, *tried), "candidates", disable=None, leave=False):
         row: dict[str, Any] = {"perplexity": round(perplexity(losses(model, docs, name)), 4)}
-        for context in config.contexts:
+        for context in config.fit_contexts:
             got = repeats(model, words, context, lengths, name, quiet=True)
             row[context] = {str(n): sum(got.right[n]) / len(words) for n in lengths}
             row[f"{context} log p"] = round(sum(got.log_p[lengths[-1]]) / len(words), 4)
@@ -523,8 +533,8 @@ def fit(config: Config, folder: Path) -> Manifest:
     model.close()
 
     def worth(name: str) -> tuple[float, float]:
-        mean = sum(sum(table[name][c].values()) / len(lengths) for c in config.contexts)
-        return round(mean, 6), sum(table[name][f"{c} log p"] for c in config.contexts)
+        mean = sum(sum(table[name][c].values()) / len(lengths) for c in config.fit_contexts)
+        return round(mean, 6), sum(table[name][f"{c} log p"] for c in config.fit_contexts)
 
     bound = config.perplexity_bound * table["base"]["perplexity"]
     allowed = [n for n in tried if table[n]["perplexity"] <= bound] or list(tried)
@@ -660,32 +670,46 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
 # ---- the whole table ---------------------------------------------------------------------------------------------
 
 
-def report(config: Config, out: Path) -> dict[str, Any]:
-    """Every variant and control in every context, with intervals: docs/LOG.md's table. Writes JSON as it goes."""
+def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
+    """A sealed patch against its base on all test words in every context, and every part and control on the first
+    `few` words; shares with intervals. docs/LOG.md's tables. Writes JSON as it goes."""
+    sealed = json.loads((folder / "recipe.json").read_text())
+    config = configs.parse(Config, sealed["config"])
     base = load(config)
+    about, patch = artifact.load(folder, base=base.digest)
+    found = json.loads((folder / "report.json").read_text())["circuit"]
+    stages = [tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"]]
+    neurons = tuple(n for stage in stages for n in stage)
     words, top = _test_words(base, config), max(config.copies)
-    circuit = find(base, _fit_words(base, config)[:4], min(500, top))
     rng = torch.Generator().manual_seed(config.seed)
     m = base.model.config.intermediate_size
-    random = tuple((layer, int(torch.randint(m, (1,), generator=rng))) for layer, _ in circuit.neurons)
-    variants: dict[str, SinkConfig | None] = {"base": None, **candidates(replace(config, method="auto"), circuit)}
-    variants["stages"] = SinkConfig(neurons=circuit.neurons)
-    variants["control: random neurons"] = SinkConfig(neurons=random)
-    variants["control: everywhere"] = SinkConfig(neurons=circuit.stages[-1], keep_first=False)
-    model = PatchedModel(base, {k: SinkEdit(c, {}) for k, c in variants.items() if c is not None})
+    random = tuple((layer, int(torch.randint(m, (1,), generator=rng))) for layer, _ in neurons)
+    parts = {
+        "paper": SinkConfig(neurons=stages[-1]),
+        "damping alone": replace(patch.config, neurons=(), only_repeats=False, run_layers=()),
+        "stages at repeats alone": SinkConfig(neurons=neurons, only_repeats=True),
+        "control: random neurons": SinkConfig(neurons=random),
+        "control: last stage everywhere": SinkConfig(neurons=stages[-1], keep_first=False),
+    }
+    model = PatchedModel(base, {"sealed": patch, **{k: SinkEdit(c, {}) for k, c in parts.items()}})
     docs = {s: _documents(base, config, s) for s in text.SOURCES}
     plain = {s: losses(model, d, None) for s, d in docs.items()}
-    results: dict[str, Any] = {"circuit": asdict(circuit), "words": len(words), "variants": {}}
+    results: dict[str, Any] = {"digest": about.digest, "patch": asdict(patch.config), "variants": {}}
+    circuit = Circuit(**{**found, "stages": tuple(stages)})
     results["cluster"] = {str(k): v for k, v in cluster_attack(base, circuit).items()}
-    for name in variants:
+    for name in ("base", "sealed", *parts):
         arm = None if name == "base" else name
+        many = name in ("base", "sealed")
         row: dict[str, Any] = {}
-        for context in config.contexts:
-            got = repeats(model, words, context, config.copies, arm)
+        for context in config.contexts if many else config.fit_contexts:
+            some = words if many and context != "bos" else words[:few]
+            got = repeats(model, some, context, config.copies, arm)
             row[context] = {str(n): wilson(got.right[n]) for n in config.copies}
-        row["continue"] = wilson(continuations(model, words, config, arm)) if config.continue_tokens else None
+            row[f"{context} log p"] = {str(n): round(sum(got.log_p[n]) / len(some), 3) for n in config.copies}
         row["perplexity"] = {s: ratio_interval(losses(model, d, arm), plain[s]) for s, d in docs.items()}
         row["norm_ratio"] = round(norm_ratio(model, words[:6], min(500, top), arm), 3)
+        if many:
+            row["continue"] = wilson(continuations(model, words, config, arm))
         results["variants"][name] = row
         out.write_text(json.dumps(results, indent=1))
         tqdm.write(f"{name}: {json.dumps(row)}")
@@ -711,6 +735,4 @@ def ratio_interval(a: list[tuple[float, int]], b: list[tuple[float, int]]) -> li
 
 
 if __name__ == "__main__":
-    from registry.home import home
-
-    report(RECIPES["smollm"], home() / "attention_sink-report.json")
+    report(Path(sys.argv[1]), Path(sys.argv[2]))

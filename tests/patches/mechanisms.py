@@ -91,7 +91,7 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "sink-all": lambda: SinkEdit(
         SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True, damp_layers=(0,), damp_limit=2.0), {}
     ),
-    "sink-runs": lambda: SinkEdit(SinkConfig(damp_layers=(0, 1, 2), damp_limit=1.0, damp_by="run"), {}),
+    "sink-runs": lambda: SinkEdit(SinkConfig(damp_layers=(0,), damp_limit=2.0, run_layers=(1, 2), run_limit=1.0), {}),
     "sink-both": lambda: SinkEdit(SinkConfig(neurons=((2, 5),), damp_layers=(0,), damp_limit=1.0), {}),
     "features-zero": lambda: edit(_dictionary(), "model.layers.1", range(0, 40, 2)),
     "features-clamp": lambda: edit(_dictionary("jumprelu"), "model.layers.1", (3, 9), "clamp", 2.0),

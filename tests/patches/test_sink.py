@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -52,11 +51,11 @@ def test_damping_runs_leaves_text_without_runs_exactly_as_it_was(tiny_llm):
     ids = torch.tensor([[5, 6] * 20])
     with torch.inference_mode():
         before = tiny_llm.model(input_ids=ids).logits
-        by_run = SinkConfig(damp_layers=(0, 1, 2), damp_limit=2.0, damp_by="run")
+        by_run = SinkConfig(run_layers=(0, 1, 2), run_limit=2.0)
         with SinkEdit(by_run, {}).apply(tiny_llm.model) as on:
             assert torch.equal(tiny_llm.model(input_ids=ids).logits, before)
             assert not on.unreached()
-        with SinkEdit(replace(by_run, damp_by="token"), {}).apply(tiny_llm.model):
+        with SinkEdit(SinkConfig(damp_layers=(0, 1, 2), damp_limit=2.0), {}).apply(tiny_llm.model):
             assert not torch.equal(tiny_llm.model(input_ids=ids).logits, before)
 
 

@@ -45,10 +45,14 @@ def _texts(source: str) -> list[str]:
 
 
 def words(tokenizer: Any, count: int, seed: int, avoid: set[int] = frozenset()) -> list[int]:  # type: ignore[assignment]
-    """Token ids of `count` words: single tokens with a leading space, three or more letters a-z, none of `avoid`."""
+    """Token ids of `count` words, drawn by `seed`: single tokens with a leading space, three or more letters a-z, that
+    stand as whole words in the sources (fragments like " diagn" are no words and want to go on), none of `avoid`."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    real = {w for source in SOURCES for t in _texts(source) for w in re.findall(r"(?<![\w.])[a-z]{3,}(?![\w(=])", t)}
     known = [
-        i for i, piece in enumerate(pieces) if re.fullmatch("[\u0120\u2581][a-z]{3,}", piece or "") and i not in avoid
+        i
+        for i, piece in enumerate(pieces)
+        if re.fullmatch("[\u0120\u2581][a-z]{3,}", piece or "") and piece[1:] in real and i not in avoid
     ]
     if len(known) < count:  # a tokenizer of single characters: letters then
         known = [i for i, piece in enumerate(pieces) if re.fullmatch("[a-z]", piece or "") and i not in avoid]
