@@ -1,4 +1,4 @@
-"""Reading a model at its sites: `with record(model, ["model.layers.3"]) as acts`."""
+"""Reading a model at its sites: `with record(model, ["model.layers.3"]) as acts`, or one site with `upto`."""
 
 from __future__ import annotations
 
@@ -45,3 +45,25 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """What was wanted of a forward has been seen."""
+
+
+def upto(model: nn.Module, site: str, **inputs: Any) -> Tensor:
+    """What leaves `site` (B, ...) in a forward on `inputs`, detached. The forward ends there, so later layers cost
+    nothing."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    with record(model, [site]) as acts:
+        handle = _module(model, site).register_forward_hook(stop)  # after the one that records
+        try:
+            model(**inputs)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return acts[site][0]

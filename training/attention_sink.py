@@ -35,7 +35,7 @@ from patches import artifact
 from patches.bases import Base, llm, load_base
 from patches.decode import Decoder, Row
 from patches.patched import PatchedModel
-from patches.read import record
+from patches.read import record, upto
 from patches.sink import SinkConfig, SinkEdit
 from registry import config as configs
 from registry.config import STRICT
@@ -216,35 +216,23 @@ def _neighbours(layers: list[int]) -> list[list[int]]:
     return out
 
 
-class _Enough(Exception):
-    """All that was wanted of a forward has been seen."""
+def _run(base: Base, ids: Tensor, layer: int | None = None) -> None:
+    """One forward over a text; it ends after `layer`, for most questions are about the first layers."""
+    inputs = {"input_ids": ids[None].to(base.device), "use_cache": False}
+    if layer is None:
+        base.model.get_submodule(base.root)(**inputs)
+    else:
+        upto(base.model, llm.site("block", layer), **inputs)
 
 
-def _run(base: Base, ids: Tensor, upto: int | None = None) -> None:
-    """One forward over a text; it ends after layer `upto`, for most questions are about the first layers."""
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
-    # registered last, so it runs after those that record the same layer
-    hook = base.model.get_submodule(llm.site("block", upto)).register_forward_hook(stop) if upto is not None else None
-    try:
-        base.model.get_submodule(base.root)(input_ids=ids[None].to(base.device), use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-def _norms(base: Base, texts: list[Tensor], upto: int | None = None) -> list[Tensor]:
-    """Residual norms (layers, T) after each layer (up to `upto`), one tensor per text."""
-    layers = base.model.config.num_hidden_layers if upto is None else upto + 1
+def _norms(base: Base, texts: list[Tensor], last: int | None = None) -> list[Tensor]:
+    """Residual norms (layers, T) after each layer (up to `last`), one tensor per text."""
+    layers = base.model.config.num_hidden_layers if last is None else last + 1
     sites = [llm.site("block", i) for i in range(layers)]
     out = []
     for ids in texts:
         with record(base.model, sites, keep=lambda x: x[0].float().norm(dim=-1).cpu()) as acts:
-            _run(base, ids, upto)
+            _run(base, ids, last)
         out.append(torch.stack([acts[s][0] for s in sites]))
     return out
 
