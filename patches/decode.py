@@ -8,6 +8,7 @@ This is what evaluations, MLflow and the services all run.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from torch import Tensor
 from patches.bases import Base
 from patches.patch import Applied
 from registry.errors import TooLarge
+
+# transformers renames this argument in 5.40, which pyproject.toml keeps out; until then it would say so in every log
+warnings.filterwarnings("ignore", message=".*past_key_values. is deprecated", category=FutureWarning)
 
 GROW = 256
 """columns and slots are added in steps, so that a short batch costs little memory"""

@@ -93,8 +93,8 @@ RECIPES: dict[str, Config] = {
     ),
     "smollm": Config(),
     "demo": Config(
-        limits=(4.0,), run_limits=(), fit_words=3, fit_contexts=("chat",), test_words=10, copies=(4, 64, 256, 512),
-        contexts=("chat",), continue_tokens=16, documents=3, document_tokens=256,
+        limits=(4.0,), run_limits=(), fit_words=3, fit_contexts=("prefix",), test_words=10, copies=(4, 64, 256, 512),
+        contexts=("prefix",), continue_tokens=16, documents=3, document_tokens=256,
     ),
     "gemma": Config(base="pypi:gemma3"),
     "paper": Config(
@@ -405,7 +405,7 @@ def continuations(model: PatchedModel, words: list[int], config: Config, arm: st
     """Per word: is every token of a greedy continuation of many copies the word again? Through the running batch."""
     rows = []
     for w in words:
-        lead = prompt(model.base, w, "chat" if "chat" in config.contexts else "bos")
+        lead = prompt(model.base, w, config.contexts[0])
         rows.append(
             Row([*lead, *[w] * config.continue_after], arm=arm, max_tokens=config.continue_tokens, ignore_eos=True)
         )
