@@ -1,0 +1,424 @@
+"""Twins of the papers' data sets, drawn by the lab's renderer: what is true of every picture is known.
+
+| world | twin of | what is biased or attacked | unseen in test |
+|---|---|---|---|
+| `imagenet` | ImageNet, 100 classes | nothing | styles |
+| `typographic` | RTA-100, SCAM, IN-100-Typo | a word is written on the picture | classes, words, a font |
+| `waterbirds` | Waterbirds | kind of bird and ground, 95 % in train | styles |
+| `celeba` | CelebA | hair colour and gender, 94 % of the blond in train | styles |
+| `coco` | COCO, POPE | things that come in pairs, 90 % in train | styles |
+| `actions` | UCF101, Kinetics | nothing; what moves says nothing of how | styles |
+
+Every world is a function of (split, n, seed) that gives a `Dataset`; same arguments, same pictures. Splits: `train`,
+`val` and `test` share no sprite and no texture of the ground, `held` is `test` in the style that no lab model was
+trained on. Choose on val, report test. docs/lab/ has a picture of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from registry.errors import BadRequest, NotFound
+from training.data.images import Batch, Dataset
+from training.lab import atlas
+from training.lab.renderer import (
+    FONTS,
+    GROUNDS,
+    SIZE,
+    VERSION,
+    Layout,
+    Scene,
+    Things,
+    choose,
+    generator,
+    grounds,
+    render,
+    take,
+    things,
+    uniform,
+    writing,
+)
+
+Split = Literal["train", "val", "test", "held"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "held")
+STYLES: dict[str, tuple[str, ...]] = {
+    "train": ("noto", "fluent-emoji", "fluent-emoji-flat"),
+    "val": ("openmoji",),
+    "test": ("twemoji", "emojione", "emojione-v1"),
+    "held": (atlas.HELD,),
+}
+"""for worlds whose classes are the same in every split; the two Fluents are of one hand, so they stay together"""
+SEEN = tuple(s for s in atlas.STYLES if s != atlas.HELD)
+_TEXTURES = {"train": (0, 24), "val": (24, 28), "test": (28, 32), "held": (28, 32)}
+SHORT = 11
+"""letters of the longest class name that can be written large enough to be read"""
+
+LAND, WATER = ("grass", "sand"), ("water",)
+LANDBIRDS = ("bird", "chicken", "dove", "eagle", "owl", "parrot", "peacock", "rooster", "turkey", "dodo")
+WATERBIRDS = ("duck", "flamingo", "goose", "penguin", "swan")
+ATTRIBUTES = ("male", "blond", "red", "white", "curly", "bald", "beard", "old")
+"""of a portrait; hair that has none of the five is drawn brown or black"""
+PAIRS = (
+    ("chicken", "egg"), ("mouse", "cheese wedge"), ("monkey", "banana"), ("rabbit", "carrot"), ("bear", "honey pot"),
+    ("cow", "glass of milk"), ("spider", "spider web"), ("envelope", "postbox"), ("camel", "cactus"),
+    ("horse", "red apple"), ("key", "locked"), ("hammer", "nut and bolt"), ("guitar", "microphone"),
+    ("candle", "birthday cake"), ("pizza", "tomato"), ("hamburger", "french fries"), ("fishing pole", "fish"),
+    ("soccer ball", "goal net"), ("desktop computer", "keyboard"), ("snowman", "snowflake"),
+    ("pen", "memo"), ("santa claus", "wrapped gift"), ("koala", "herb"), ("artist palette", "paintbrush"),
+)  # fmt: skip
+"""things that come together in `coco`"""
+MOTIONS = ("still", "left", "right", "up", "down", "grow", "shrink", "spin left", "spin right", "swing", "bounce")
+
+
+# ---- classes ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """100 names: 60 of animals, plants and food, 40 of objects, activities and places; short, drawn in every style."""
+    lab, g = atlas.load(), generator("imagenet", "classes")
+    everywhere = (lab.table >= 0).all(1).tolist()
+    out: list[str] = []
+    for groups, count in ((("animals-nature", "food-drink"), 60), (("objects", "activities", "travel-places"), 40)):
+        names = [n for n in _short(*groups) if everywhere[lab.find(n)]]
+        out += [names[i] for i in torch.randperm(len(names), generator=g)[:count].tolist()]
+    return tuple(sorted(out))
+
+
+@cache
+def typographic_classes(split: Split) -> tuple[str, ...]:
+    """Short names of animals, plants and food: two fifths for train, one for val, two for test; held: those of test
+    that the held-out style has."""
+    lab, names = atlas.load(), _short("animals-nature", "food-drink")
+    order = torch.randperm(len(names), generator=generator("typographic", "classes")).tolist()
+    a, b = round(0.4 * len(names)), round(0.6 * len(names))
+    mine = {"train": order[:a], "val": order[a:b]}.get(split, order[b:])
+    found = [names[i] for i in mine]
+    if split == "held":
+        found = [n for n in found if lab.table[lab.find(n), lab.styles.index(atlas.HELD)] >= 0]
+    return tuple(sorted(found))
+
+
+def _short(*groups: str) -> list[str]:
+    lab = atlas.load()
+    return [n for n, g in zip(lab.names, lab.groups, strict=True) if g in groups and len(n) <= SHORT]
+
+
+# ---- worlds -------------------------------------------------------------------------------------------------------
+
+
+def imagenet(split: Split = "test", n: int = 2000, seed: int = 0, device: str = "cpu") -> Dataset:
+    """One thing of 100 classes on a random ground. Extras: those of `_extras`."""
+    lab, classes = atlas.load(), imagenet_classes()
+    g = _start("imagenet", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(classes), g)
+    sprite = _sprites(label, [[lab.find(c)] for c in classes], STYLES[split], g)
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
+    return _dataset("imagenet", split, classes, layout, label, {}, {"seed": seed}, device)
+
+
+def typographic(
+    split: Split = "test",
+    n: int = 2000,
+    seed: int = 0,
+    word: Literal["none", "blank", "own", "wrong"] = "wrong",
+    fonts: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> Dataset:
+    """One thing, large, and a strip over it; only `word` differs between pictures of the same split, n and seed.
+
+    word: none, no strip; blank, the strip without letters, so what covering alone costs; own, the thing's name; wrong,
+    the name of another class of this split that shares no word with it. fonts: names out of FONTS; by default sans,
+    serif and mono to fit, and all four to test.
+    Extras: `word` (names), `word_label` (B,) the class that is written, -1 if none; two-way success is label against
+    word_label, top-1 is over all classes. Every split's classes, and so its words, are its own.
+    """
+    if word not in ("none", "blank", "own", "wrong"):
+        raise BadRequest(f"word={word!r:.40} must be none, blank, own or wrong.")
+    lab, classes = atlas.load(), typographic_classes(split)
+    fonts = tuple(fonts or (tuple(FONTS)[:3] if split in ("train", "val") else FONTS))
+    if odd := [f for f in fonts if f not in FONTS]:
+        raise NotFound(f"There is no font {odd[0]!r:.40}. Fonts: {', '.join(FONTS)}.")
+    g = _start("typographic", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(classes), g)
+    styles = (atlas.HELD,) if split == "held" else SEEN
+    sprite = _sprites(label, [[lab.find(c)] for c in classes], styles, g)
+    apart = torch.tensor([[not set(a.split()) & set(b.split()) for b in classes] for a in classes])
+    wrong = torch.multinomial(apart.float()[label], 1, generator=g)[:, 0]
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
+    written = label if word == "own" else wrong
+    text = writing([classes[i] for i in written.tolist()], g, fonts)
+    if word != "none":
+        layout = replace(layout, writing=replace(text, blank=word == "blank"))
+    said = written if word in ("own", "wrong") else torch.full((n,), -1)
+    about = {"seed": seed, "word": word, "fonts": list(fonts)}
+    return _dataset("typographic", split, classes, layout, label, {"word_label": said}, about, device)
+
+
+def waterbirds(
+    split: Split = "test", n: int = 2000, seed: int = 0, correlation: float = 0.95, device: str = "cpu"
+) -> Dataset:
+    """Birds of the land (label 0) and of the water (1), smallish, anywhere, on land or water.
+
+    In train a share `correlation` of each class stands on its own ground; the other splits are balanced. Extras:
+    `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
+    """
+    lab = atlas.load()
+    g = _start("waterbirds", split, n, seed)
+    label, place = _two(n, (correlation, correlation) if split == "train" else (0.5, 0.5), g)
+    kinds = [[lab.find(b) for b in birds] for birds in (LANDBIRDS, WATERBIRDS)]
+    sprite = _sprites(label, kinds, STYLES[split], g)
+    land, water = (choose(torch.tensor([GROUNDS.index(k) for k in of]), (n,), g) for of in (LAND, WATER))
+    layout = Layout(
+        grounds(torch.where(place == 1, water, land), g, textures=_TEXTURES[split]),
+        things(sprite, g, size=(0.35, 0.6)),
+    )
+    extras = {"place": place, "group": 2 * label + place}
+    about = {"seed": seed, "correlation": correlation}
+    return _dataset("waterbirds", split, ("landbird", "waterbird"), layout, label, extras, about, device)
+
+
+def celeba(
+    split: Split = "test",
+    n: int = 2000,
+    seed: int = 0,
+    target: str = "blond",
+    spurious: str = "male",
+    correlation: float = 0.94,
+    device: str = "cpu",
+) -> Dataset:
+    """Portraits of men and women in six skin tones. label: has the attribute `target` or not.
+
+    In train a share `correlation` of those with the target lack the spurious attribute (of CelebA's blond, 94 % are
+    women) and half of the others have it; the other splits are balanced. Extras: `attributes` (B, 8) bool, see
+    ATTRIBUTES; `place` (B,) the spurious attribute; `group` (B,) 2 * label + place; `tone` (B,).
+    """
+    if bad := [a for a in (target, spurious) if a not in ATTRIBUTES]:
+        raise NotFound(f"There is no attribute {bad[0]!r:.40}. Attributes: {', '.join(ATTRIBUTES)}.")
+    lab = atlas.load()
+    g = _start("celeba", split, n, seed)
+    people = _portraits()
+    t, s = ATTRIBUTES.index(target), ATTRIBUTES.index(spurious)
+    label, place = _two(n, (0.5, 1 - correlation) if split == "train" else (0.5, 0.5), g, signed=False)
+    kinds = [
+        [c for c, has in people.items() if (has[t], has[s]) == (y, p)] for y in (False, True) for p in (False, True)
+    ]
+    sprite = _sprites(2 * label + place, kinds, STYLES[split], g, tones=True)
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), things(sprite, g, size=(0.6, 0.9), turn=0.15, tint=0.4))
+    has = torch.tensor([people[c] for c in lab.concept[sprite].tolist()])
+    extras = {"attributes": has, "place": place, "group": 2 * label + place, "tone": lab.tone[sprite]}
+    about = {"seed": seed, "target": target, "spurious": spurious, "correlation": correlation}
+    return _dataset("celeba", split, (f"not {target}", target), layout, label, extras, about, device)
+
+
+def coco(split: Split = "test", n: int = 2000, seed: int = 0, correlation: float = 0.9, device: str = "cpu") -> Dataset:
+    """Three things: the first of a pair (label: which pair), its partner or not, and others.
+
+    In train the partner is there with probability `correlation`, elsewhere with 1/2; where it is not, a thing of
+    another pair stands in its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool;
+    POPE's adversarial question is the partner of what is there, its random one any other class.
+    """
+    lab, classes = atlas.load(), coco_classes()
+    g = _start("coco", split, n, seed)
+    pairs = len(PAIRS)
+    label = _shuffled(torch.arange(n) % pairs, g)
+    partner = _share(n, correlation if split == "train" else 0.5)[torch.randperm(n, generator=g)]
+    other = (label + torch.randint(1, pairs, (n,), generator=g)) % pairs
+    third = (label + torch.randint(1, pairs, (n,), generator=g)) % pairs
+    third = torch.where((third == other), (third + 1) % pairs, third)
+    third = torch.where((third == label), (third + 1) % pairs, third)
+    third = torch.where((third == other), (third + 1) % pairs, third)
+    second = torch.where(partner, label + pairs, other + pairs * torch.randint(2, (n,), generator=g))
+    there = torch.stack([label, second, third + pairs * torch.randint(2, (n,), generator=g)], 1)
+    kinds = [[lab.find(c)] for c in classes]
+    sprite = torch.stack([_sprites(column, kinds, STYLES[split], g) for column in there.unbind(1)], 1)
+    objects = torch.zeros(n, len(classes), dtype=torch.bool).scatter_(1, there, True)
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), things(sprite, g))
+    extras = {"objects": objects, "partner": partner}
+    about = {"seed": seed, "correlation": correlation}
+    return _dataset("coco", split, tuple(a for a, _ in PAIRS), layout, label, extras, about, device)
+
+
+def coco_classes() -> tuple[str, ...]:
+    """The first things of all pairs, then their partners."""
+    return tuple(a for a, _ in PAIRS) + tuple(b for _, b in PAIRS)
+
+
+def actions(
+    split: Split = "test", n: int = 220, seed: int = 0, frames: int = 16, size: int = SIZE, device: str = "cpu"
+) -> Dataset:
+    """Clips (B, T, 3, H, W) of one thing that moves one of eleven ways; any thing moves any way.
+
+    Extras have the frames side by side where a picture has one: `box` (B, T, 4), `mask` (B, T, H, W).
+    """
+    if frames < 2:
+        raise BadRequest(f"frames={frames}: a clip needs at least two.")
+    lab = atlas.load()
+    g = _start("actions", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(MOTIONS), g)
+    ids = [i for i, group in enumerate(lab.groups) if group not in ("smileys-emotion", "people-body")]
+    sprite = choose(lab.pick(ids, STYLES[split]), (n,), g)
+    ground = grounds(n, g, textures=_TEXTURES[split])
+    thing = things(sprite, g, size=(0.3, 0.45))
+    layout = Layout(_each(ground, frames), _moved(_each(thing, frames), label, frames, g))
+    about = {"seed": seed, "frames": frames, "size": size}
+    return _dataset("actions", split, MOTIONS, layout, label, {}, about, device, frames, size)
+
+
+WORLDS: dict[str, Callable[..., Dataset]] = {
+    "imagenet": imagenet,
+    "typographic": typographic,
+    "waterbirds": waterbirds,
+    "celeba": celeba,
+    "coco": coco,
+    "actions": actions,
+}
+
+
+# ---- their parts --------------------------------------------------------------------------------------------------
+
+
+def _start(name: str, split: str, n: int, seed: int) -> Generator:
+    if split not in SPLITS:
+        raise BadRequest(f"split={split!r:.40} must be one of {', '.join(SPLITS)}.")
+    if not 1 <= n <= 10_000_000:
+        raise BadRequest(f"n={n} must be between 1 and 10 million.")
+    return generator(name, split, n, seed)
+
+
+def _shuffled(x: Tensor, g: Generator) -> Tensor:
+    return x[torch.randperm(len(x), generator=g)]
+
+
+def _share(n: int, share: float) -> Tensor:
+    """(n,) bool of which as many as can be are true, evenly spread."""
+    edge = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
+    return edge[1:] > edge[:-1]
+
+
+def _two(n: int, shares: tuple[float, float], g: Generator, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """(n,) label and (n,) place, 0 or 1, both classes as large. shares: of label 0 and of 1, how many have place 1;
+    signed: how many have the place of their label."""
+    label = torch.arange(n) % 2
+    place = torch.empty(n, dtype=torch.int64)
+    for y in (0, 1):
+        share = _share(len(label[y::2]), shares[y]).long()
+        place[y::2] = 1 - share if signed and y == 0 else share
+    order = torch.randperm(n, generator=g)
+    return label[order], place[order]
+
+
+def _sprites(
+    label: Tensor, kinds: Sequence[Sequence[int]], styles: Sequence[str], g: Generator, tones: bool = False
+) -> Tensor:
+    """(n,) a sprite for each label: first a concept of its kind that these styles drew, then one of its sprites."""
+    lab = atlas.load()
+    pools: list[list[Tensor]] = []
+    for concepts in kinds:
+        drawn = [p for c in concepts if len(p := lab.pick([c], styles, tones))]
+        if not drawn:
+            who = ", ".join(lab.names[c] for c in concepts[:4]) or "the class"
+            raise NotFound(f"Nobody drew {who} in {', '.join(styles)}; take another split or attribute.")
+        pools.append(drawn)
+    widest = max(len(p) for p in pools)
+    deepest = max(len(s) for p in pools for s in p)
+    table = torch.stack([torch.stack([p[i % len(p)].repeat(deepest)[:deepest] for i in range(widest)]) for p in pools])
+    wide = torch.tensor([len(p) for p in pools])
+    deep = torch.tensor([[len(p[i % len(p)]) for i in range(widest)] for p in pools])
+    which = (torch.rand(len(label), generator=g) * wide[label]).long()
+    one = (torch.rand(len(label), generator=g) * deep[label, which]).long()
+    return table[label, which, one]
+
+
+def _large(sprite: Tensor, g: Generator) -> Things:
+    """One thing in the middle, upright, its own colours: how a zero-shot benchmark shows it."""
+    return things(sprite, g, size=(0.75, 0.95), centred=True, turn=0.0, tint=0.0)
+
+
+@cache
+def _portraits() -> dict[int, tuple[bool, ...]]:
+    """concept of the people without a role -> ATTRIBUTES."""
+    lab, out = atlas.load(), {}
+    for c, (name, subgroup) in enumerate(zip(lab.names, lab.subgroups, strict=True)):
+        who = atlas.person(name)
+        if subgroup == "person" and who and who.gender and who.age in ("", "old"):
+            hair = tuple(who.hair == h for h in ("blond", "red", "white", "curly", "bald"))
+            out[c] = (who.gender == "man", *hair, who.beard, who.age == "old")
+    return out
+
+
+def _each(part: Any, frames: int) -> Any:
+    return type(part)(**{k: v.repeat_interleave(frames, 0) for k, v in vars(part).items()})
+
+
+def _moved(thing: Things, label: Tensor, frames: int, g: Generator) -> Things:
+    """The things of n * frames pictures, each moved as its clip's label says."""
+    n = len(label)
+    t = torch.linspace(0, 1, frames).repeat(n)
+    move = label.repeat_interleave(frames)
+    speed = uniform((n,), 0.7, 1.0, g).repeat_interleave(frames)
+    phase = torch.where(torch.rand(n, generator=g) < 0.5, 1.0, -1.0).repeat_interleave(frames)
+    is_ = {name: (move == i).float() for i, name in enumerate(MOTIONS)}
+    x, y = thing.centre[:, 0].unbind(-1)
+    way = (2 * t - 1) * 0.55 * speed
+    sideways, upright = is_["left"] + is_["right"], is_["up"] + is_["down"]
+    swing, bounce = is_["swing"], is_["bounce"]
+    x = x * 0.5 * (1 - sideways - swing) + (is_["right"] - is_["left"]) * way
+    x = x + swing * phase * 0.5 * speed * torch.sin(2 * math.tau * t)
+    y = y * 0.5 * (1 - upright - bounce) + (is_["down"] - is_["up"]) * way
+    y = y + bounce * (0.45 - 0.9 * speed * torch.sin(2 * math.pi * t).abs())
+    grown = 1 + 0.9 * speed * t
+    size = thing.size[:, 0] * (1 + is_["grow"] * (grown - 1)) * (1 + is_["shrink"] * (1.9 / grown - 1))
+    turn = thing.turn[:, 0] + (is_["spin right"] - is_["spin left"]) * 1.5 * math.pi * speed * t
+    return replace(thing, centre=torch.stack([x, y], -1)[:, None], size=size[:, None], turn=turn[:, None])
+
+
+def _extras(scene: Scene) -> dict[str, Any]:
+    """What every world tells: `concept`, `style`, `box` and `mask` of the first thing, `ground`, `word`, `letters` and
+    `strip` (B, R, R) bool, `word_box`."""
+    return {
+        "concept": scene.concept[:, 0],
+        "style": scene.style[:, 0],
+        "box": scene.box[:, 0],
+        "mask": scene.mask[:, 0],
+        "ground": scene.ground,
+        "word": scene.words,
+        "letters": scene.letters,
+        "strip": scene.strip,
+        "word_box": scene.word_box,
+    }
+
+
+def _dataset(
+    name: str,
+    split: str,
+    classes: tuple[str, ...],
+    layout: Layout,
+    label: Tensor,
+    own: dict[str, Tensor],
+    about: dict[str, Any],
+    device: str,
+    frames: int = 0,
+    size: int = SIZE,
+) -> Dataset:
+    def read(rows: Tensor) -> Batch:
+        pictures = (rows[:, None] * frames + torch.arange(frames)).flatten() if frames else rows
+        scene = render(take(layout, pictures), device, size)
+        image, extras = scene.image, _extras(scene)
+        if frames:
+            clip = len(rows), frames
+            image = image.view(*clip, *image.shape[1:])
+            extras = {
+                k: (v := extras[k]).view(*clip, *v.shape[1:]) for k in ("concept", "style", "box", "mask", "ground")
+            }
+        return Batch(image, label[rows].to(device), {**extras, **{k: v[rows].to(device) for k, v in own.items()}})
+
+    about = {**about, "atlas": atlas.load().digest, "renderer": VERSION}
+    return Dataset(f"lab:{name}", split, classes, len(label), about, read)
