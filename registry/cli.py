@@ -108,19 +108,20 @@ def compare(args: argparse.Namespace) -> Says:
 def split(args: argparse.Namespace) -> Says:
     """begin a production A/B of an artifact against the champion; a larger share ramps it, 0 stops it"""
     ledgers, experiments = _ledger(), importlib.import_module("registry.experiment")
-    name, share = args.system, args.share
+    name = args.system
+    ref, share, words = _split_words(args.words)
     ledger = ledgers.Ledger()
     head = ledger.head(name)
     live = head.experiment if head else None
     if share == 0:
         ledgers.stop(ledger, name, who=_who())
         return Says(f"{name}: the experiment is stopped; everyone gets the champion.", system=name, share=0)
-    if live and args.ref in (None, live["treatment"]):
+    if live and ref in (None, live["treatment"]):
         ledgers.ramp(ledger, name, share, who=_who())
         return Says(f"{name}: the challenger's share is now {share:.0%}; nobody already in it left.", share=share)
-    treatment = _digest(args.ref or f"{name}@challenger")
+    treatment = _digest(ref or f"{name}@challenger")
     made = experiments.begin(
-        name, control=head.champion if head else "base", treatment=treatment, share=share, words=args.words
+        name, control=head.champion if head else "base", treatment=treatment, share=share, words=words
     )
     ledgers.split(ledger, name, experiments.plain(made), who=_who())
     warning = _mirror(_store(), name)
@@ -216,6 +217,19 @@ def export(args: argparse.Namespace) -> Says:
 
 
 # ---- what the verbs share --------------------------------------------------------------------------------------
+
+
+def _split_words(words: Sequence[str]) -> tuple[str | None, float, list[str]]:
+    """[REF] SHARE [key=value ...] -> reference, share, settings."""
+    settings = [w for w in words if "=" in w]
+    *ref, share = [w for w in words if "=" not in w] or [""]
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if len(ref) > 1 or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"split wants [REF] SHARE [key=value ...] with a share from 0 to 1, not {' '.join(words)!r}.")
+    return (ref[0] if ref else None), value, settings
 
 
 def _store() -> Any:
@@ -318,12 +332,14 @@ def parser() -> argparse.ArgumentParser:
     made["push"].add_argument("folder", type=Path)
     for name in ("eval", "pull", "show", "promote", "build", "bench", "export"):
         made[name].add_argument("ref", **ref)
-    for name in ("fit", "eval", "split"):
-        if name == "split":
-            made[name].add_argument("system")
-            made[name].add_argument("ref", nargs="?", **ref)
-            made[name].add_argument("share", type=float, help="0.1 for 10 %%; more ramps, 0 stops")
+    for name in ("fit", "eval"):
         made[name].add_argument("words", nargs="*", metavar="key=value", help="settings to change")
+    made["split"].add_argument("system")
+    # argparse cannot tell an optional word from the ones after it, so `split` sorts them itself
+    made["split"].add_argument(
+        "words", nargs="+", metavar="[REF] SHARE [key=value]",
+        help="what to try (the challenger); 0.1 for 10 %%, more ramps, 0 stops; settings of the experiment",
+    )  # fmt: skip
     made["eval"].add_argument("--device", default="cpu")
     made["list"].add_argument("system", nargs="?")
     made["compare"].add_argument("a", **ref)

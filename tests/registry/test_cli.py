@@ -75,3 +75,23 @@ def test_every_verb_the_readme_types_exists():
 
     typed = set(re.findall(r"^patchbay (\w+)", (ROOT / "README.md").read_text(), re.M))
     assert typed <= set(cli.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["0.1"], (None, 0.1, [])),
+        (["attention_sink@3", "0.5"], ("attention_sink@3", 0.5, [])),
+        (["0.5", "min_n=20", "tau=0.3"], (None, 0.5, ["min_n=20", "tau=0.3"])),
+        (["sha256:abcdef12", "1", "promote_on_win=true"], ("sha256:abcdef12", 1.0, ["promote_on_win=true"])),
+    ],
+)
+def test_split_takes_a_reference_a_share_and_settings(words, want):
+    assert cli._split_words(cli.parser().parse_args(["split", "attention_sink", *words]).words) == want
+
+
+@pytest.mark.parametrize("words", [["min_n=3"], ["x"], ["a", "b", "0.1"], ["1.5"], ["nan"], ["0.1", "0.2", "0.3"]])
+def test_split_says_what_it_wants(capsys, words):
+    code, out, err = run(capsys, "split", "attention_sink", *words)
+    assert (code, out) == (2, "")
+    assert "SHARE" in err
