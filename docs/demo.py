@@ -180,17 +180,20 @@ def run(stack: ExitStack, once: bool) -> None:
 
     step("6. Production A/B: users decide")
     patchbay("split", SYSTEM, "0.5", "promote_on_win=true", "min_n=20", "tau=0.3")
+    until("the running service has begun the experiment", lambda: live(url)["experiment"])
     answered = asyncio.run(traffic(url, base, job.prompt, text.words(tokenizer, USERS, 11)))
     patchbay("report", SYSTEM)
     patchbay("show", SYSTEM)
-    head = json.loads(httpx.get(f"{url}/v1/models", timeout=30).text)["patchbay"]
-    out.print(f"  {answered} users answered; the service's champion is now sha256:{head['champion'][:16]}")
+    winner = champion(url)
+    out.print(f"  {answered} users answered; the service's champion is now {winner[:16]}")
+    if winner == "base":
+        raise SystemExit("The experiment did not decide; that is not how this demo goes.")
 
     step("7. Roll back, and forward again")
     patchbay("rollback", SYSTEM)
-    follow(url, "base")
-    patchbay("promote", f"sha256:{head['champion']}")
-    follow(url, head["champion"])
+    until("the running service follows the rollback", lambda: champion(url) == "base")
+    patchbay("promote", f"sha256:{winner}")
+    until("the running service follows the promotion", lambda: champion(url) == winner)
     wait(f"{ui}/health", server)
     patchbay("compare", f"{SYSTEM}@base", f"{SYSTEM}@champion")
 
@@ -254,16 +257,24 @@ async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: li
     return done
 
 
-def follow(url: str, digest: str) -> None:
+def live(url: str) -> Any:
+    """The live experiment's numbers."""
+    return httpx.get(f"{url}/v1/experiments/live", timeout=30).json()
+
+
+def champion(url: str) -> str:
+    """Digest of what the service gives to everybody now."""
+    return str(httpx.get(f"{url}/v1/models", timeout=30).json()["patchbay"]["champion"])
+
+
+def until(what: str, true: Callable[[], Any]) -> None:
     """How long the running service takes to follow the ledger."""
     began = time.monotonic()
-    while time.monotonic() - began < 30:
-        champion = httpx.get(f"{url}/v1/models", timeout=30).json()["patchbay"]["champion"]
-        if champion == digest:
-            out.print(f"  the running service follows after {time.monotonic() - began:.1f} s, without a restart")
-            return
+    while not true():
+        if time.monotonic() - began > 30:
+            raise SystemExit(f"This did not happen within 30 s: {what}.")
         time.sleep(0.1)
-    raise SystemExit(f"The service does not follow: its champion is {champion[:16]}.")
+    out.print(f"  {what} after {time.monotonic() - began:.1f} s, without a restart")
 
 
 if __name__ == "__main__":
