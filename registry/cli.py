@@ -290,10 +290,11 @@ def _write_readme() -> Says:
 
 def readme_table() -> str:
     """The table of systems as README shows it."""
-    lines = ["| system | what it does | paper | status |", "|---|---|---|---|"]
+    lines = ["| system | what it does | paper | measured |", "|---|---|---|---|"]
     for row in SYSTEMS.values():
         link = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        lines.append(f"| `{row.name}` | {row.title} | {link} | {'planned' if row.planned else '**ready**'} |")
+        status = "planned" if row.planned else row.measured or "**ready**"
+        lines.append(f"| `{row.name}` | {row.title} | {link} | {status} |")
     return "\n".join(lines) + "\n"
 
 

@@ -28,6 +28,8 @@ class System:
     """module:Class of the mechanism; None for systems that edit nothing (a search) or are models themselves"""
     services: tuple[str, ...]
     """bentos/<shape>.py"""
+    measured: str = ""
+    """the claim as a number on a model anybody can have, for README's table; docs/LOG.md has n and interval"""
 
     @property
     def job(self) -> str:
@@ -65,7 +67,9 @@ _ROWS = (
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
            "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("explain", "classify")),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",
-           "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",)),
+           "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",),
+           "SmolLM2-135M predicts a word once more after 1,024 copies: base 28 %, patched 90 % (50 words, chat); "
+           "perplexity x 1.000"),
     System("vlm_erasure", "Erase hallucinated objects from a vision-language model's image features",
            "2410.02762", ("vlm",), "patches.erase:EraseEdit", ("generate",)),
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
