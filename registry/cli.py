@@ -183,7 +183,7 @@ def build(args: argparse.Namespace) -> Says:
     digest = _digest(args.ref)
     name = args.ref.partition("@")[0]
     name = name if name in SYSTEMS else _manifest(store.pull(digest)).system
-    made = importlib.import_module("bentos.build").build(name, digest, args.out)
+    made = importlib.import_module("bentos.build").build(name, digest, args.out, args.image)
     return Says(f"{made.tag}\n{made.folder}", tag=made.tag, folder=str(made.folder))
 
 
@@ -351,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     made["serve"].add_argument("--port", type=int, default=3000)
     for name in ("build", "export"):
         made[name].add_argument("--out", type=Path, default=None)
+    made["build"].add_argument("--image", help="what the Kubernetes manifests call the container image")
     return out
 
 
