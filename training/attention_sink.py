@@ -87,7 +87,7 @@ class Config:
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        base="tiny", fit_words=6, test_words=8, copies=(4, 16, 64, 128), contexts=("prefix", "bos"),
+        base="tiny:planted", fit_words=6, test_words=8, copies=(4, 16, 64, 128), contexts=("prefix", "bos"),
         fit_contexts=("prefix", "bos"), continue_after=100, continue_tokens=4, documents=2, document_tokens=48,
         limits=(4.0,), run_limits=(),
     ),
@@ -484,17 +484,12 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
     return {k: v for k, v in out.items() if config.method == "auto" or (k.startswith("damp") and "+" not in k)}
 
 
-def load(config: Config) -> Base:
-    """The base of a config; `tiny` is the small random one with a sink planted in it."""
-    return planted() if config.base == "tiny" else load_base(config.base, "llm", config.device)
-
-
 def fit(config: Config, folder: Path) -> Manifest:
     """Find the circuit, try the candidates on fitting words and text, seal the best with its evidence.
 
     Raises PatchError if the model has no sink at the first position: there is nothing to patch then.
     """
-    base = load(config)
+    base = load_base(config.base, "llm", config.device)
     words = _fit_words(base, config)
     top = max(config.copies)
     circuit = find(base, words[:4], min(500, top))
@@ -536,58 +531,6 @@ def fit(config: Config, folder: Path) -> Manifest:
     }  # fmt: skip
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(SinkEdit(tried[best], {}), "attention_sink", folder, base=base.label)
-
-
-# ---- a model whose sink is known ---------------------------------------------------------------------------------
-
-
-def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
-    """The tiny model made to repeat what it reads, with a sink built in by hand: what `find` must find, and why.
-
-    Every token has a sign (dimension 2) and a constant (3). Head 0 of layer 0 looks at all tokens alike and writes
-    their mean sign (the mark, 0): text mixes signs, a lone or a repeated token does not. The planted neuron fires where
-    the mark is above one half and writes a large vector (1), which the head reads as the end of the text. So copies of
-    a word of sign +1 derail the model once they outnumber the prefix; silencing the neuron away from the first token
-    mends that, and so does damping. by_bos: the BOS embedding alone carries the mark.
-    """
-    base = llm.tiny(seed=1)
-    lm, tokenizer = base.model, base.processor
-    plus = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"etosilcuf"])]
-    with torch.no_grad():
-        table = lm.model.embed_tokens.weight
-        table[:, :2] = 0.0
-        table[:, 2], table[plus, 2] = -1.0, 1.0
-        table[:, 3] = 1.0
-        lm.lm_head.weight[:] = 1.5 * table
-        lm.lm_head.weight[:, :4] = 0.0
-        lm.lm_head.weight[tokenizer.eos_token_id, 1] = 8.0
-        for block in lm.model.layers:  # too quiet to hide a token from the head, and blind to the four dimensions
-            for out in (block.self_attn.o_proj, block.mlp.down_proj):
-                out.weight *= 0.1
-                out.weight[:4] = 0.0
-            for into in (
-                *(getattr(block.self_attn, f"{n}_proj") for n in "qkv"),
-                block.mlp.gate_proj,
-                block.mlp.up_proj,
-            ):
-                into.weight[:, :4] = 0.0
-        if by_bos:
-            table[tokenizer.bos_token_id, 0] = 1.0
-        else:
-            attn = lm.model.layers[0].self_attn
-            attn.q_proj.weight[: attn.head_dim] = 0.0
-            attn.v_proj.weight[: attn.head_dim] = 0.0
-            attn.v_proj.weight[0, 2] = 1.0
-            attn.o_proj.weight[:, 0] = 0.0
-            # a sign of 1 is about 3 once normalised, so the mark is about the mean sign itself
-            attn.o_proj.weight[0, 0] = 1.0 / 3.0
-        mlp = lm.model.layers[layer].mlp
-        mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 0.0, 0.0
-        mlp.gate_proj.weight[neuron, 0], mlp.gate_proj.weight[neuron, 3] = 20.0, -10.0
-        mlp.up_proj.weight[neuron, 3] = 1.0
-        mlp.down_proj.weight[:, neuron] = 0.0
-        mlp.down_proj.weight[1, neuron] = 30.0
-    return replace(base, ref="local-dir:planted", name="tiny-planted", digest=llm.weights_digest(lm))
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
@@ -663,7 +606,7 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
     `few` words; shares with intervals. docs/LOG.md's tables. Writes JSON as it goes."""
     sealed = json.loads((folder / "recipe.json").read_text())
     config = configs.parse(Config, sealed["config"])
-    base = load(config)
+    base = load_base(config.base, "llm", config.device)
     about, patch = artifact.load(folder, base=base.digest)
     found = json.loads((folder / "report.json").read_text())["circuit"]
     stages = [tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"]]

@@ -85,9 +85,7 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
     config = configs.override(configs.parse(job.Config, sealed["config"]), words)
-    # a job that makes its own base (a planted one) says how; else the artifact names it
-    own = getattr(job, "load", None)
-    base = own(config) if own else load_base(about.base.rpartition("@")[0], row.families[0], device)
+    base = load_base(getattr(config, "base", "") or about.base.rpartition("@")[0], row.families[0], device)
     model = PatchedModel.load(folder, base)
     try:
         _seed(getattr(config, "seed", 0))

@@ -44,10 +44,17 @@ class Base:
 
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:
-    """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one."""
+    """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one,
+    `tiny:<name>` one of those it makes for a purpose (TINIES)."""
     module = importlib.import_module(f"patches.bases.{family}")
     if ref == "tiny" or ref.startswith("tiny:"):
-        tiny: Base = module.tiny(int(ref.partition(":")[2] or 0))
+        which, purposes = ref.partition(":")[2], getattr(module, "TINIES", {})
+        if which in purposes:
+            made: Base = purposes[which]()
+            return made
+        if which and not re.fullmatch("[0-9]{1,9}", which):
+            raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
+        tiny: Base = module.tiny(int(which or 0))
         return tiny
     if ref.startswith("local:"):
         raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")

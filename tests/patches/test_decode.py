@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from patches.bases import llm
+from patches.bases import llm, load_base
 from patches.decode import Decoder, Row
 from patches.patched import PatchedModel
 from registry.errors import NotFound, NotReady, TooLarge
@@ -130,3 +130,10 @@ def test_other_layouts_decode_like_their_own_generate(family, tiny_llm):
         logits = patched(rows=[row.arm], input_ids=text).logits[0, len(row.prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == row.out
     patched.close()
+
+
+def test_a_small_base_made_for_a_purpose_has_a_name_of_its_own():
+    base = load_base("tiny:planted", "llm")
+    assert base.label == f"tiny:planted@{llm.planted().digest}"
+    with pytest.raises(NotFound, match="tiny:planted"):
+        load_base("tiny:nonsense", "llm")

@@ -18,7 +18,7 @@ TINY = job.RECIPES["tiny"]
 
 @pytest.fixture(scope="module")
 def base():
-    return job.planted()
+    return llm.planted()
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +39,27 @@ def test_the_planted_neuron_is_found_without_hints_and_no_other(circuit):
 
 @pytest.mark.parametrize(("layer", "neuron"), [(0, 3), (1, 40)])
 def test_wherever_it_is_planted(layer, neuron):
-    base = job.planted(layer, neuron)
+    base = llm.planted(layer, neuron)
     assert job.find(base, job._fit_words(base, TINY)[:4], 100).stages == (((layer, neuron),),)
 
 
 def test_a_sink_that_belongs_to_bos_is_told_apart_and_not_patched(tmp_path, monkeypatch):
-    base = job.planted(by_bos=True)
+    base = llm.planted(by_bos=True)
     assert job.find(base, job._fit_words(base, TINY)[:4], 100).bound_to == "bos"
-    monkeypatch.setattr(job, "load", lambda config: base)
+    monkeypatch.setattr(job, "load_base", lambda *_: base)
     with pytest.raises(PatchError, match="bound to its BOS token"):
         job.fit(TINY, tmp_path)
 
 
 def test_a_model_without_a_sink_is_refused(tmp_path, monkeypatch):
     base = llm.tiny(seed=1)
-    monkeypatch.setattr(job, "load", lambda config: base)
+    monkeypatch.setattr(job, "load_base", lambda *_: base)
     with pytest.raises(PatchError, match="no attention sink"):
         job.fit(TINY, tmp_path)
 
 
 def test_finding_changes_nothing(base, circuit):
-    assert llm.weights_digest(base.model) == job.planted().digest
+    assert llm.weights_digest(base.model) == llm.planted().digest
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
 
 
@@ -71,7 +71,7 @@ def test_copies_become_lone_tokens_as_they_grow(base):
 
 def test_the_base_fails_at_many_copies_and_the_patch_mends_it(fitted):
     folder, _ = fitted
-    model = PatchedModel.load(folder, job.planted())
+    model = PatchedModel.load(folder, llm.planted())
     base, patched = (job.evaluate(model, TINY, arm) for arm in (None, "patch"))
     model.close()
     assert base.keys() == patched.keys()
