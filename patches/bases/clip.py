@@ -19,6 +19,7 @@ import itertools
 import json
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> B
             f"{folder} has neither {CONFIG} nor config.json. Give a folder in open_clip's local-dir: layout, or one "
             "that transformers' CLIPModel.save_pretrained wrote."
         )
+    _check_config(config.get("model_cfg"))
     _check_activation(ref, name, config, (folder / GOLDEN).is_file())
     tokenizer, tokens = _tokenizer(folder, config["model_cfg"]["text_cfg"])
     base = _base(ref, name, config, state, tokenizer, tokens)
@@ -281,7 +283,7 @@ def embed_texts(base: Base, texts: Sequence[str], templates: Sequence[str] = ("{
 
 def zero_shot(base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
     """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises BadRequest for doubled labels."""
-    if double := next((x for i, x in enumerate(labels) if x in labels[:i]), None):
+    if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise BadRequest(f"Label {double[:60]!r} occurs twice; labels must differ.")
     return embed_texts(base, labels, templates).T
 
@@ -384,7 +386,7 @@ def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> tuple[Callable[[lis
     """The tokenizer a config asks for, and what names it in a digest."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    context, more = text_cfg["context_length"], text_cfg.get("tokenizer_kwargs") or {}
+    context, more = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
     if not text_cfg.get("hf_tokenizer_name"):
         return SimpleTokenizer(context_length=context, **more), f"open_clip {manifest.digest_of(more)[:8]}"
     files = [folder / f for f in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / f).is_file()]
@@ -625,7 +627,7 @@ def _digest(model: Any, tokens: str) -> str:
     return manifest.digest_of(about)
 
 
-def _check_config(model_cfg: Mapping[str, Any]) -> None:
+def _check_config(model_cfg: Any) -> None:
     """Raises NotFound with the reason if this is not CLIP with a plain ViT that pools its class token."""
     try:
         v, t = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
