@@ -47,6 +47,7 @@ def digest(home, tiny_llm):
 def test_a_bento_holds_what_it_runs_the_sealed_folder_and_nothing_else(digest):
     built = build(SYSTEM, digest)
     files = {f.relative_to(built.bento / "src").as_posix() for f in (built.bento / "src").rglob("*") if f.is_file()}
+    files = {f for f in files if "__pycache__" not in f}  # another test may have served this Bento already
     assert files == {*built.contents, "bentofile.yaml"}
     assert manifest.read(built.bento / "src" / CARRIED.name, digest=digest).system == SYSTEM
     for name in ("bentos/service.py", "bentos/generate.py", "bentos/playground/index.html", "patches/sink.py"):
