@@ -40,6 +40,8 @@ MAX_TOKENS = 1024
 """an answer's length if the request names none is DEFAULT_TOKENS; it may name up to this"""
 DEFAULT_TOKENS = 128
 DEADLINE_S = 300.0
+KEEP_ALIVE_S = 75
+"""idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
@@ -89,7 +91,7 @@ class Ask(BaseModel):
     """token id -> added to its logit"""
     user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
     """the unit of an experiment: printable, without spaces"""
-    patchbay: Extra = Extra()
+    patchbay: Extra = Field(default_factory=Extra)  # a default value would be copied deeply, every time
     # accepted, and without effect here
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -185,8 +187,7 @@ class Text:
     def push(self, ids: Sequence[int]) -> None:
         """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
         self.ids.extend(ids)
-        before = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
-        now = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
+        before, now = self._decode(self._to), self._decode(len(self.ids))
         if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character, wait for the rest
             self.text += now[len(before) :]
             self._from, self._to = self._to, len(self.ids)
@@ -194,10 +195,8 @@ class Text:
 
     def end(self) -> None:
         """No more tokens: what was held back is text now."""
-        before = self.tokenizer.decode(self.ids[self._from : self._to], skip_special_tokens=True)
-        now = self.tokenizer.decode(self.ids[self._from :], skip_special_tokens=True)
-        if not self.stopped:
-            self.text += now[len(before) :]
+        if not self.stopped and self._to < len(self.ids):
+            self.text += self._decode(len(self.ids))[len(self._decode(self._to)) :]
             self._cut()
 
     def take(self, last: bool = False) -> str:
@@ -208,6 +207,10 @@ class Text:
         piece = self.text[self.given : upto]
         self.given = max(self.given, upto)
         return piece
+
+    def _decode(self, to: int) -> str:
+        ids = self.ids[self._from : to]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
     def _cut(self) -> None:
         found = [at for s in self.stops if (at := self.text.find(s)) >= 0]
@@ -288,7 +291,7 @@ class Service:
         unit = request.headers.get("x-patchbay-unit") or ask.user
         choice = choose(table, request.headers.get("x-patchbay-arm") or ask.model, unit)
         self._check_scopes(request, ask)
-        lines, inbox = self._lines(ask, prompts, tokens, scores, choice)
+        lines, news = self._lines(ask, prompts, tokens, scores, choice)
         headers = _headers(table, choice)
         shadow = None
         try:
@@ -300,12 +303,11 @@ class Service:
             raise
         about = _About(kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self._model(choice))
         if ask.stream:
-            body = self._stream(request, ask, lines, inbox, about, choice, start)
+            body = self._stream(request, ask, lines, news, about, choice, start)
             return StreamingResponse(body, headers=headers, media_type="text/event-stream")
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                while any(line.finish is None for line in lines):
-                    await self._receive(request, lines, inbox)
+            while any(line.finish is None for line in lines):
+                await self._receive(request, lines, news, start)
         except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
             self._cancel(lines)
             status = getattr(e, "status", 504)
@@ -321,8 +323,8 @@ class Service:
 
     def _lines(
         self, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, choice: Choice
-    ) -> tuple[list[Line], asyncio.Queue[Any]]:
-        """The rows of a request, and the queue their decoding rings. One ring may stand for many tokens."""
+    ) -> tuple[list[Line], asyncio.Event]:
+        """The rows of a request, and the event their decoding sets when there is something to do here."""
         n = ask.n or 1
         arms = [(choice.arm, choice.label)]
         if ask.patchbay.compare:
@@ -338,14 +340,17 @@ class Service:
             if int(token) >= size:
                 raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
             bias[int(token)] = float(add)
-        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        news = asyncio.Event()
         loop = asyncio.get_running_loop()
         lines: list[Line] = []
+        each = bool(ask.stream or stops)
+        """whether every token is of interest; if not, waking up for each would cost more than a small model does"""
 
-        def ring(_: Row) -> None:
-            # after a disconnect the loop may be gone; then nobody waits
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(inbox.put_nowait, None)
+        def ring(row: Row) -> None:
+            if each or row.finished:
+                # after a disconnect the loop may be gone; then nobody waits
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(news.set)
 
         for p, prompt in enumerate(prompts):
             for arm, label in arms:
@@ -359,16 +364,18 @@ class Service:
                     )  # fmt: skip
                     row.tag = ring
                     lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
-        return lines, inbox
+        return lines, news
 
-    async def _receive(self, request: Request, lines: list[Line], inbox: asyncio.Queue[Any]) -> None:
-        """Wait for news, and turn new tokens into text. Raises if the caller has gone."""
+    async def _receive(self, request: Request, lines: list[Line], news: asyncio.Event, start: float) -> None:
+        """Wait for news, and turn new tokens into text. Raises if the caller has gone, or the deadline has passed."""
         try:
-            async with asyncio.timeout(1.0):
-                await inbox.get()
-            while not inbox.empty():
-                inbox.get_nowait()
+            if not news.is_set():
+                async with asyncio.timeout(1.0):
+                    await news.wait()
+            news.clear()
         except TimeoutError:
+            if time.perf_counter() - start > DEADLINE_S:
+                raise
             if await request.is_disconnected():
                 raise asyncio.CancelledError from None
         for line in lines:
@@ -387,7 +394,7 @@ class Service:
                 self.runtime.cancel(line.row)
 
     async def _stream(
-        self, request: Request, ask: Ask, lines: list[Line], inbox: asyncio.Queue[Any], about: _About, choice: Choice,
+        self, request: Request, ask: Ask, lines: list[Line], news: asyncio.Event, about: _About, choice: Choice,
         start: float,
     ) -> AsyncIterator[bytes]:  # fmt: skip
         open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
@@ -395,22 +402,21 @@ class Service:
             if about.kind == "chat":
                 for line in lines:
                     yield about.part(line, "", role=True)
-            async with asyncio.timeout(DEADLINE_S):
-                while open_lines:
-                    await self._receive(request, open_lines, inbox)
-                    for line in list(open_lines):
-                        done = line.finish is not None
-                        piece = line.text.take(last=done)
-                        if piece or done:
-                            upto = max(line.seen, scored[line.index])
-                            scores = line.row.scores[scored[line.index] : upto]
-                            ids = line.row.out[scored[line.index] : upto]
-                            scored[line.index] = upto
-                            logprobs = about.logprobs(ids, scores, self.runtime.base.processor) if scores else None
-                            yield about.part(line, piece, logprobs=logprobs)
-                        if done:
-                            yield about.part(line, "", finish=line.finish)
-                            open_lines.remove(line)
+            while open_lines:
+                await self._receive(request, open_lines, news, start)
+                for line in list(open_lines):
+                    done = line.finish is not None
+                    piece = line.text.take(last=done)
+                    if piece or done:
+                        upto = max(line.seen, scored[line.index])
+                        scores = line.row.scores[scored[line.index] : upto]
+                        ids = line.row.out[scored[line.index] : upto]
+                        scored[line.index] = upto
+                        logprobs = about.logprobs(ids, scores, self.runtime.base.processor) if scores else None
+                        yield about.part(line, piece, logprobs=logprobs)
+                    if done:
+                        yield about.part(line, "", finish=line.finish)
+                        open_lines.remove(line)
             status = 200
             await self._expose(request, choice, status, start)
             choice = Choice(choice.label, choice.digest)  # exposed once
@@ -458,7 +464,7 @@ class Service:
                 self.runtime.events.drop(choice.experiment, choice.unit)
             return None
         twin = other(choice)
-        shadows, inbox = self._lines(ask, prompts, tokens, None, twin)
+        shadows, news = self._lines(ask, prompts, tokens, None, twin)
         self.runtime.submit([line.row for line in shadows])
         number, start = request.state.number, time.perf_counter()
 
@@ -466,7 +472,8 @@ class Service:
             async with asyncio.timeout(DEADLINE_S):
                 while any(line.finish is None for line in (*shadows, *lines)):
                     with contextlib.suppress(TimeoutError):  # the control may end last, and rings elsewhere
-                        await asyncio.wait_for(inbox.get(), 0.2)
+                        await asyncio.wait_for(news.wait(), 0.2)
+                    news.clear()
                     for line in shadows:
                         upto = len(line.row.out) - (line.row.finished == "stop")
                         line.text.push(line.row.out[line.seen : upto])
@@ -794,7 +801,10 @@ def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool
     """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once."""
     Tokens.from_environment().check_host(host)
     settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
-    command = [sys.executable, "-m", "bentoml", "serve", "bentos.service:Generate", "--host", host, "--port", str(port)]
+    command = [
+        sys.executable, "-m", "bentoml", "serve", "bentos.service:Generate", "--host", host, "--port", str(port),
+        "--timeout-keep-alive", str(KEEP_ALIVE_S),
+    ]  # fmt: skip
     process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
     if not background:
         # whoever ends this process means the service: without this, SIGTERM would leave it behind, holding the port

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before the worker starts: BentoML's own processes import this module too, and torch would cost
 each of them 700 MB. The settings switch off what BentoML would wrap around every call a second time: its access log,
-its metrics (ours are at /metrics), its tracing and its timeout (an answer may stream for minutes; we have a deadline).
+its metrics (ours are at /metrics), its tracing and its limit of concurrency (we have a queue). Its timeout ends with
+the first byte, so an answer may stream for longer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ app = Starlette(lifespan=_lifespan)
 @bentoml.service(
     name="generate",
     workers=1,  # one process holds one copy of the base with every patch; more workers are more copies
-    traffic={"timeout": 3600, "max_concurrency": 4096},
+    # beyond our own deadline (bentos.generate.DEADLINE_S) and no longer: BentoML keeps a timer of half a kilobyte for
+    # every request until then, answered or not
+    traffic={"timeout": 330},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
     tracing={"excluded_urls": ".*"},

@@ -22,6 +22,8 @@ class Load:
     failed: int
     reasons: dict[str, int]
     """why calls failed -> how many"""
+    unequal: int
+    """answers that were not the text expected"""
     seconds: float
     p50_ms: float
     p99_ms: float
@@ -57,25 +59,30 @@ def memory_mb(pid: int) -> float:
 
 async def closed_loop(
     url: str, body: Callable[[int], dict[str, Any]], calls: int, concurrency: int, pid: int,
-    headers: Callable[[int], dict[str, str]] = lambda _: {},
+    headers: Callable[[int], dict[str, str]] = lambda _: {}, want: Callable[[int], str | None] = lambda _: None,
 ) -> Load:  # fmt: skip
-    """`calls` POSTs of body(i) by `concurrency` callers, each waiting for its answer before the next."""
+    """`calls` POSTs of body(i) by `concurrency` callers, each waiting for its answer before the next.
+
+    want(i): the text answer i must be, None for any.
+    """
     latencies: list[float] = []
     reasons: Counter[str] = Counter()
-    tokens = 0
+    tokens = unequal = 0
     peak = memory_mb(pid)
     todo = iter(range(calls))
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(timeout=300, limits=limits) as client:
 
         async def caller() -> None:
-            nonlocal tokens, peak
+            nonlocal tokens, unequal, peak
             for i in todo:
                 start = time.perf_counter()
                 try:
                     answer = await client.post(url, json=body(i), headers=headers(i))
                     if answer.status_code == 200:
-                        tokens += answer.json()["usage"]["completion_tokens"]
+                        got = answer.json()
+                        tokens += got["usage"]["completion_tokens"]
+                        unequal += want(i) not in (None, got["choices"][0]["message"]["content"])
                     else:
                         reasons[f"{answer.status_code} {answer.text[:120]}"] += 1
                 except (httpx.HTTPError, ValueError, KeyError) as e:
@@ -88,9 +95,10 @@ async def closed_loop(
         await asyncio.gather(*(caller() for _ in range(concurrency)))
         seconds, used = time.perf_counter() - start, cpu_s(pid) - before
     latencies.sort()
+    n = len(latencies)
     return Load(
-        concurrency, len(latencies), sum(reasons.values()), dict(reasons), seconds, latencies[len(latencies) // 2],
-        latencies[min(len(latencies) - 1, int(len(latencies) * 0.99))], tokens, used * 1e3 / len(latencies), peak,
+        concurrency, n, sum(reasons.values()), dict(reasons), unequal, seconds, latencies[n // 2],
+        latencies[min(n - 1, int(n * 0.99))], tokens, used * 1e3 / n, peak,
     )  # fmt: skip
 
 

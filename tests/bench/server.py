@@ -16,10 +16,11 @@ from typing import Literal
 import httpx
 import psutil
 
-from bentos.generate import serve
+from bentos.generate import KEEP_ALIVE_S, serve
 
 ROOT = Path(__file__).parent.parent.parent
-Kind = Literal["bentoml", "uvicorn"]
+Kind = Literal["bentoml", "uvicorn", "floor"]
+APPLICATIONS = {"uvicorn": "bentos.generate:application", "floor": "tests.bench.floor:application"}
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Server:
         processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
         return int(max(processes, key=lambda p: p.memory_info().rss).pid)
 
-    def wait_ready(self, timeout_s: float = 120.0) -> None:
+    def wait_ready(self, timeout_s: float = 300.0) -> None:
         """Until /readyz says 200. Raises if the process ends before."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -58,7 +59,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Server]:
-    """The service of `system` as `patchbay serve` starts it, or the same application under plain uvicorn.
+    """The service of `system` as `patchbay serve` starts it, or under plain uvicorn, or the least that could be.
 
     env: more environment; PATCHBAY_HOME is this process's own unless it is named.
     """
@@ -70,8 +71,10 @@ def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Serv
         if kind == "bentoml":
             process = serve(system, port=port, background=True)
         else:
-            command = [sys.executable, "-m", "uvicorn", "--factory", "bentos.generate:application", "--port", str(port),
-                       "--no-access-log", "--log-level", "warning"]  # fmt: skip
+            command = [
+                sys.executable, "-m", "uvicorn", "--factory", APPLICATIONS[kind], "--port", str(port),
+                "--no-access-log", "--log-level", "warning", "--timeout-keep-alive", str(KEEP_ALIVE_S),
+            ]  # fmt: skip
             process = subprocess.Popen(command, env={**os.environ, "PATCHBAY_SYSTEM": system}, cwd=ROOT)
     server = Server(f"http://127.0.0.1:{port}", process, 0.0, 0.0)
     try:

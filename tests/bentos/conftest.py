@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +90,15 @@ def service(home, tiny_llm):
 @pytest.fixture
 def run_async():
     return lambda work: asyncio.run(work)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """tokens(secret={"name": ..., "scopes": [...]}, ...) -> who may call."""
+
+    def made(**by_token):
+        file = tmp_path / "tokens.json"
+        file.write_text(json.dumps({hashlib.sha256(k.encode()).hexdigest(): v for k, v in by_token.items()}))
+        return Tokens(file)
+
+    return made

@@ -51,6 +51,82 @@ def test_the_openai_client_works_unchanged(service):
     asyncio.run(work())
 
 
+def test_the_openai_client_gets_choices_seeds_stops_and_logprobs(service):
+    async def work():
+        async with service() as s:
+            ai, ask = client(s), [{"role": "user", "content": "hello"}]
+            how = {"model": "base", "messages": ask, "max_tokens": 12, "temperature": 1.2, "seed": 7, "n": 3,
+                   "extra_body": {"ignore_eos": True}}  # fmt: skip
+            one, two = [await ai.chat.completions.create(**how) for _ in range(2)]
+            texts = [c.message.content for c in one.choices]
+            assert texts == [c.message.content for c in two.choices]
+            assert len(set(texts)) == 3
+            assert (
+                one.usage.completion_tokens == sum(len(t) > 0 for t in texts) * 12 or one.usage.completion_tokens < 36
+            )
+            other = await ai.chat.completions.create(**{**how, "seed": 8})
+            assert texts != [c.message.content for c in other.choices]
+
+            greedy = {"model": "champion", "prompt": ["ab", "cd"], "max_tokens": 10, "temperature": 0}
+            whole = await ai.completions.create(**greedy, n=2)
+            assert [c.index for c in whole.choices] == [0, 1, 2, 3]
+            streamed = dict.fromkeys(range(4), "")
+            async for part in await ai.completions.create(**greedy, n=2, stream=True):
+                for choice in part.choices:
+                    streamed[choice.index] += choice.text
+            assert list(streamed.values()) == [c.text for c in whole.choices]
+
+            text = whole.choices[0].text
+            stopped = await ai.completions.create(**{**greedy, "prompt": "ab"}, stop=[text[2:5]])
+            assert stopped.choices[0].text == text[: text.index(text[2:5])]
+            assert stopped.choices[0].finish_reason == "stop"
+
+            scored = {"model": "base", "messages": ask, "max_tokens": 6, "temperature": 0}
+            whole = await ai.chat.completions.create(**scored, logprobs=True, top_logprobs=3)
+            parts = [p async for p in await ai.chat.completions.create(
+                **scored, logprobs=True, top_logprobs=3, stream=True
+            )]  # fmt: skip
+            tokens = [t for p in parts if p.choices[0].logprobs for t in p.choices[0].logprobs.content]
+            assert tokens == whole.choices[0].logprobs.content
+            assert all(t.logprob == t.top_logprobs[0].logprob <= 0 for t in tokens)  # greedy: the likeliest
+
+            raw = await ai.chat.completions.with_raw_response.create(
+                **scored, extra_headers={"x-patchbay-arm": "champion"}
+            )
+            assert raw.headers["x-patchbay-patch"] == s.digests[0]
+
+    asyncio.run(work())
+
+
+def test_the_openai_client_raises_its_own_errors(service, tokens):
+    known = tokens(good={"name": "good", "scopes": ["generate"]}, slow={"name": "slow", "per_minute": 6})
+
+    async def work():
+        async with service(tokens=known) as s:
+
+            def call(key, **how):
+                ai = openai.AsyncOpenAI(base_url="http://here/v1", api_key=key, http_client=s.http, max_retries=0)
+                ask = [{"role": "user", "content": "x"}]
+                return ai.chat.completions.create(**{"model": "base", "messages": ask, "max_tokens": 1, **how})
+
+            async def raised(error, key="good", **how):
+                with pytest.raises(error) as e:
+                    await call(key, **how)
+                return e.value
+
+            assert "gpt-9" in (await raised(openai.NotFoundError, model="gpt-9")).message
+            bad = await raised(openai.BadRequestError, temperature=9)
+            assert (bad.param, bad.type) == ("temperature", "invalid_request_error")
+            assert (await raised(openai.AuthenticationError, "strange")).status_code == 401
+            compare = {"extra_body": {"patchbay": {"compare": True}}}
+            assert "compare" in (await raised(openai.PermissionDeniedError, **compare)).message
+            await call("slow")
+            assert (await raised(openai.RateLimitError, "slow")).response.headers["retry-after"]
+            assert (await raised(openai.APIStatusError, max_tokens=1000)).status_code == 413
+
+    asyncio.run(work())
+
+
 def test_each_arm_answers_as_its_patch_does_alone(service, tiny_llm):
     async def work():
         async with service() as s:

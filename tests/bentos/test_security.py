@@ -1,7 +1,6 @@
 """Bad input gets a 4xx that names the value, for its own row only; strangers get nothing."""
 
 import asyncio
-import hashlib
 import json
 
 import pytest
@@ -103,16 +102,6 @@ def test_a_unit_that_cannot_be_one_is_refused(service, unit):
             assert got.status_code in ((200,) if not unit.strip() else (400,))
 
     asyncio.run(work())
-
-
-@pytest.fixture
-def tokens(tmp_path):
-    def made(**by_token):
-        file = tmp_path / "tokens.json"
-        file.write_text(json.dumps({hashlib.sha256(k.encode()).hexdigest(): v for k, v in by_token.items()}))
-        return Tokens(file)
-
-    return made
 
 
 def test_tokens_scopes_and_rates(service, tokens):

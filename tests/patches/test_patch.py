@@ -1,3 +1,7 @@
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -75,3 +79,31 @@ def test_record_sees_each_site_and_leaves_nothing(tiny_llm):
         tiny_llm.model(input_ids=IDS)
     assert {k: [tuple(x.shape) for x in v] for k, v in acts.items()} == {s: [(2, 6)] for s in sites}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llm.model.modules())
+
+
+def test_sixty_four_threads_with_random_patches_get_no_wrong_row(tiny_llm):
+    """Every thread names its own arms for its own rows, all on one copy of the base, all at once."""
+    arms = {name: make() for name, make in MECHANISMS.items() if name != "weights"}  # rows cannot differ in those
+    names, ids = [None, *arms], torch.tensor([[5, 7, 7, 7, 7, 9], [11, 11, 11, 11, 4, 4]])
+    with torch.inference_mode(), apply(tiny_llm.model, arms) as on:
+        alone = []
+        for name in names:
+            with on.rows([name] * len(ids)):
+                alone.append(tiny_llm.model(input_ids=ids).logits)
+        alone = torch.stack(alone)  # (arms, rows, T, V)
+        assert all((alone - one).abs().amax(dim=(2, 3)).sort(dim=0).values[1].min() > 1e-3 for one in alone)
+        gate = threading.Barrier(64)
+
+        def thread(seed):
+            rng, wrong = random.Random(seed), 0
+            gate.wait()
+            for _ in range(8):
+                chosen = [rng.randrange(len(names)) for _ in ids]
+                with on.rows([names[i] for i in chosen]), torch.inference_mode():
+                    got = tiny_llm.model(input_ids=ids).logits
+                nearest = (alone - got).abs().amax(dim=(2, 3)).argmin(dim=0).tolist()
+                wrong += sum(a != b for a, b in zip(nearest, chosen, strict=True))
+            return wrong
+
+        with ThreadPoolExecutor(64) as pool:
+            assert sum(pool.map(thread, range(64))) == 0
