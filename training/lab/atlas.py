@@ -45,7 +45,7 @@ class Atlas:
     """N sprites of C concepts in S styles."""
 
     sprites: Tensor
-    """(N, 4, 64, 64) uint8: red, green, blue, opacity; colours are not premultiplied, and 0 where nothing is"""
+    """(N, 4, 64, 64) uint8: red, green, blue, opacity; not premultiplied; the colour of what is clear is anything"""
     concept: Tensor
     """(N,) int64"""
     style: Tensor

@@ -321,7 +321,7 @@ def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
         paper = drawn[:, 1:] * text.papered[there].float().to(device)[:, None, None, None]
         under = torch.lerp(canvas[rows], text.paper[there].to(device)[:, :, None, None] * 255, paper)
         canvas[rows] = torch.lerp(under, text.ink[there].to(device)[:, :, None, None] * 255, drawn[:, :1])
-        letters[rows] = drawn[:, 0] > 0.5
+        letters[rows] = drawn[:, 0] > 0.3  # small letters have strokes that never cover half a pixel
         strip[rows] = (paper[:, 0] > 0.5) | letters[rows]
         mask &= ~strip[:, None]
     return Scene(

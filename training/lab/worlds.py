@@ -11,18 +11,23 @@
 
 Every world is a function of (split, n, seed) that gives a `Dataset`; same arguments, same pictures. Splits: `train`,
 `val` and `test` share no sprite and no texture of the ground, `held` is `test` in the style that no lab model was
-trained on. Choose on val, report test. docs/lab/ has a picture of each.
+trained on. Choose on val, report test. docs/lab/ has a picture of each:
+
+    python -m training.lab.worlds docs/lab
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from registry.errors import BadRequest, NotFound
@@ -272,6 +277,17 @@ def actions(
     return _dataset("actions", split, MOTIONS, layout, label, {}, about, device, frames, size)
 
 
+def sheet(data: Dataset, columns: int = 10, rows: int = 2) -> Image.Image:
+    """Pictures of a world side by side, in 128 colours so that the file is small; of clips every fourth frame."""
+    batch = data.read(range(min(len(data), rows * columns)))
+    image = batch.image.cpu()
+    if image.ndim == 5:
+        image = image[: rows * columns // 5, :: max(1, image.shape[1] // 5)][:, :5].flatten(0, 1)
+    grid = image[: rows * columns].unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    pixels = grid.flatten(2, 3).flatten(0, 1).contiguous().numpy()
+    return Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE)
+
+
 WORLDS: dict[str, Callable[..., Dataset]] = {
     "imagenet": imagenet,
     "typographic": typographic,
@@ -382,8 +398,10 @@ def _moved(thing: Things, label: Tensor, frames: int, g: Generator) -> Things:
 
 def _extras(scene: Scene) -> dict[str, Any]:
     """What every world tells: `concept`, `style`, `box` and `mask` of the first thing, `ground`, `word`, `letters` and
-    `strip` (B, R, R) bool, `word_box`."""
+    `strip` (B, R, R) bool, `word_box`; with several things also `concepts`, `boxes` and `masks` (B, K, ...) of all."""
+    many = {"concepts": scene.concept, "boxes": scene.box, "masks": scene.mask} if scene.concept.shape[1] > 1 else {}
     return {
+        **many,
         "concept": scene.concept[:, 0],
         "style": scene.style[:, 0],
         "box": scene.box[:, 0],
@@ -422,3 +440,8 @@ def _dataset(
 
     about = {**about, "atlas": atlas.load().digest, "renderer": VERSION}
     return Dataset(f"lab:{name}", split, classes, len(label), about, read)
+
+
+if __name__ == "__main__":
+    for _name, _world in WORLDS.items():
+        sheet(_world("train", 1000)).save(Path(sys.argv[1]) / f"{_name}.png", optimize=True)
