@@ -118,7 +118,6 @@ class Runtime:
     def start(self) -> None:
         """Load, verify, warm, prove; then follow. Raises what stands in the way, and says it on /readyz."""
         try:
-            torch.set_grad_enabled(False)
             pinned = self.settings.pinned
             self.ledger = None if pinned else Ledger()
             head = self.ledger.head(self.settings.system) if self.ledger else None

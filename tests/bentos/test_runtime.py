@@ -2,6 +2,9 @@
 
 import asyncio
 
+import torch
+
+from bentos.runtime import Runtime, Settings
 from registry import experiment as experiments
 from registry import ledger as ledgers
 from registry import store
@@ -28,7 +31,7 @@ def test_a_decision_is_shown_on_the_experiments_run(service):
             x = await decided(s, lambda side: side == experiments.CONTROL)
 
             def run():
-                with store._mlflow() as client:
+                with store._mlflow() as client, store._lock():  # find-or-create, as the judge does it
                     return store._ab_run(client, x.name)
 
             await s.until(lambda: run().data.tags.get("ab.decision") == "rollback", 60)
@@ -49,3 +52,12 @@ def test_a_dead_mlflow_delays_no_decision(service, monkeypatch):
             assert (await s.chat()).status_code == 200
 
     asyncio.run(work())
+
+
+def test_starting_changes_nothing_for_the_thread_that_starts_it(home):
+    runtime = Runtime(Settings(SYSTEM, base="tiny"))
+    runtime.start()
+    try:
+        assert torch.is_grad_enabled()
+    finally:
+        runtime.stop()
