@@ -283,7 +283,7 @@ def sheet(data: Dataset, columns: int = 10, rows: int = 2) -> Image.Image:
     image = batch.image.cpu()
     if image.ndim == 5:
         image = image[: rows * columns // 5, :: max(1, image.shape[1] // 5)][:, :5].flatten(0, 1)
-    grid = image[: rows * columns].unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
+    grid = image[: rows * columns].reshape(rows, columns, *image.shape[1:]).permute(0, 3, 1, 4, 2)
     pixels = grid.flatten(2, 3).flatten(0, 1).contiguous().numpy()
     return Image.fromarray(pixels).quantize(128, dither=Image.Dither.NONE)
 
@@ -444,4 +444,5 @@ def _dataset(
 
 if __name__ == "__main__":
     for _name, _world in WORLDS.items():
-        sheet(_world("train", 1000)).save(Path(sys.argv[1]) / f"{_name}.png", optimize=True)
+        _sheet = sheet(_world("train", 1000), rows=4 if _name == "actions" else 2)
+        _sheet.save(Path(sys.argv[1]) / f"{_name}.png", optimize=True)
