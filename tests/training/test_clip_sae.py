@@ -1,0 +1,306 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from patches import artifact
+from patches.bases import clip
+from patches.features import SAE, edit, load_sae, save_sae
+from patches.patch import ONLY
+from patches.patched import PatchedModel
+from registry.errors import ConfigError
+from training import clip_sae, run
+from training.clip_sae import (
+    RECIPES,
+    Answers,
+    Stream,
+    alike,
+    answers,
+    applied,
+    ask,
+    by_difference,
+    by_effect,
+    classifier,
+    evaluate,
+    fires,
+    fit,
+    mean_direction,
+    metrics,
+    pictures,
+    streams,
+    worth,
+)
+from training.defences import DEFENCES
+from training.lab import atlas, worlds
+
+TINY = RECIPES["tiny"]
+D, F = 32, 60
+
+
+def some_sae(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    W = torch.nn.functional.normalize(torch.randn(F, D, generator=g), dim=1)
+    return SAE(W, 0.2 * torch.randn(F, generator=g), W, torch.zeros(D))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The tiny recipe, fitted with every split but train and val out of reach; its folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as m:
+        for name, world in worlds.WORLDS.items():
+
+            def guarded(split, *args, world=world, **more):
+                assert split in ("train", "val"), "fitting must not see this split"
+                return world(split, *args, **more)
+
+            m.setitem(worlds.WORLDS, name, guarded)
+        fit(TINY, folder)
+    return folder
+
+
+# ---- streams -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["block", "mlp"])
+def test_a_stream_gives_the_answers_of_the_patched_forward(tiny_clip, hook):
+    """What candidates are judged by is what is served: same mechanism, same rest of the tower."""
+    config = replace(TINY, layers=(0, 1, 2), hook=hook)
+    data = pictures(config, "val", 20)["attacked"]
+    weights = classifier(tiny_clip, config, data)
+    for layer, stream in streams(tiny_clip, config, data).items():
+        for patch in (None, edit(some_sae(), clip.site(hook, layer), range(0, F, 3), "clamp", 0.7)):
+            got = answers(tiny_clip, layer, stream, weights, applied(patch) if patch else lambda x: x)
+            model = PatchedModel(tiny_clip, {ONLY: patch} if patch else {})
+            want = ask(tiny_clip, config, data, weights)
+            model.close()
+            torch.testing.assert_close(got.logits, want.logits, atol=1e-3, rtol=1e-4)
+            assert torch.equal(got.label, want.label)
+            assert torch.equal(got.other, want.other)
+
+
+# ---- ranking -----------------------------------------------------------------------------------------------------
+
+
+def planted_pairs(j=7, n=40):
+    """Clean streams, and the same with feature j's direction written on some of their tokens."""
+    g = torch.Generator().manual_seed(1)
+    sae = some_sae()
+    x = torch.randn(n, 17, D, generator=g)
+    label, other = torch.arange(n) % 5, (torch.arange(n) + 2) % 5
+    more = torch.zeros(n, 17, 1)
+    more[:, 5:9] = 6 + torch.rand(n, 4, 1, generator=g)
+    hit = x + more * sae.decoder[j]
+    clean = Stream(x, x, label, torch.full_like(label, -1))
+    return sae, {"clean": clean, "attacked": Stream(hit, hit, label, other)}
+
+
+def test_the_feature_of_the_attack_comes_first():
+    sae, seen = planted_pairs()
+    assert int(by_difference(TINY, sae, seen).argmax()) == 7
+
+
+def test_a_feature_of_the_place_comes_before_one_of_the_class():
+    """Groups: features 3 and 4 tell the place, feature 9 the class, with the place confounded."""
+    g = torch.Generator().manual_seed(2)
+    n, sae = 400, some_sae()
+    label = torch.arange(n) % 2
+    place = torch.where(torch.rand(n, generator=g) < 0.9, label, 1 - label)
+    x = 0.3 * torch.randn(n, 5, D, generator=g)
+    x += 4 * place[:, None, None] * sae.decoder[3] + 4 * (1 - place)[:, None, None] * sae.decoder[4]
+    x += 4 * label[:, None, None] * sae.decoder[9]
+    score = by_difference(replace(TINY, task="waterbirds"), sae, {"clean": Stream(x, x, label, place)})
+    assert score[[3, 4]].min() > 0 > score[9]
+
+
+def test_the_effect_is_the_slope_of_the_true_class(tiny_clip):
+    """Against finite differences of the mechanism itself: scale feature j by 1 - h and see log p of the label move."""
+    config = TINY
+    sae, seen = planted_pairs()
+    weights = torch.nn.functional.normalize(torch.randn(24, 5, generator=torch.Generator().manual_seed(0)), dim=0)
+    got = by_effect(tiny_clip, config, 1, sae, seen, weights)
+
+    def right(change):
+        total = 0.0
+        for stream in seen.values():
+            said = answers(tiny_clip, 1, stream, weights, change)
+            total += said.logits.log_softmax(1).gather(1, said.label[:, None]).mean()
+        return total
+
+    plain, h = right(lambda x: x), 1e-2
+    for j in (0, 7, 20, 33):
+        moved = right(applied(edit(sae, clip.site("block", 1), [j], "scale", 1 - h)))
+        assert float(moved - plain) / h == pytest.approx(float(got[j]), rel=0.1, abs=0.02)
+
+
+def test_the_control_has_as_many_other_features_of_the_same_mass():
+    sae, seen = planted_pairs()
+    mass = fires(sae, seen["clean"]).mean(0)
+    chosen = mass.argsort()[20:35].tolist()
+    other = alike(sae, seen["clean"], chosen, seed=0)
+    assert len(set(other)) == len(chosen)
+    assert not set(other) & set(chosen)
+    assert float(mass[other].sum()) == pytest.approx(float(mass[chosen].sum()), rel=0.25)
+    assert alike(sae, seen["clean"], chosen, seed=0) == other
+
+
+def test_the_mean_direction_takes_the_difference_of_means_away():
+    _, seen = planted_pairs()
+    change = applied(mean_direction(TINY, "site", seen))
+    clean, hit = seen["clean"].x, seen["attacked"].x
+    way = torch.nn.functional.normalize((hit - clean).mean((0, 1)), dim=0)
+    assert ((change(hit) - clean) @ way).mean().abs() < 0.6 * ((hit - clean) @ way).mean()
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_typographic_metrics_are_their_definitions():
+    logits = torch.tensor([[5.0, 1, 0], [5, 1, 0], [0, 5, 1], [0, 1, 5]])
+    label, word = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 0, 2, 1])
+    said = {
+        "clean": Answers(logits, label, torch.full((4,), -1)),
+        "attacked": Answers(logits, label, word),
+        "blank": Answers(logits, torch.tensor([0, 0, 1, 1]), torch.full((4,), -1)),
+    }
+    assert metrics(TINY, said) == {"clean": 0.5, "attacked": 0.5, "says_word": 0.25, "two_way": 0.5, "blank": 0.75}
+
+
+def test_group_metrics_are_their_definitions():
+    logits = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]])
+    label, place = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 1, 0, 1, 1])
+    got = metrics(replace(TINY, task="celeba"), {"clean": Answers(logits, label, place)})
+    assert got == {"average": 0.8, "worst_group": 0.5, "group_0": 1.0, "group_1": 0.5, "group_2": 1.0, "group_3": 1.0}
+
+
+def test_what_costs_too_much_is_never_preferred():
+    base = {"clean": 0.9, "attacked": 0.1}
+    kept, costly, worse = ({"clean": c, "attacked": a} for c, a in ((0.89, 0.2), (0.88, 0.9), (0.5, 0.95)))
+    order = [worth(TINY, got, base) for got in (kept, costly, worse)]
+    assert order == sorted(order, reverse=True)
+    assert order[0] == 0.2
+    assert order[1] < 0
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------
+
+
+def test_the_sealed_patch_is_the_best_candidate_on_val(fitted):
+    report = json.loads((fitted / "report.json").read_text())
+    base = report["layers"]["1"]["base"]
+    best = max(report["candidates"], key=lambda row: worth(TINY, row, base))
+    assert report["chosen"] == best
+    _, patch = artifact.load(fitted)
+    assert len(patch.config.features) == best["count"]
+    assert patch.config.site == clip.site("block", best["layer"])
+    assert {"attacked", "clean", "says_word"} <= report["random"].keys()
+    assert len(report["random"]["features"]) == best["count"]
+    sae = load_sae(fitted / "sae")
+    assert torch.equal(sae.decoder[list(patch.config.features)], patch.tensors["decoder"])
+
+
+def test_the_report_says_how_good_the_dictionary_is(fitted):
+    layer = json.loads((fitted / "report.json").read_text())["layers"]["1"]
+    for kind in ("all", "cls", "patches"):
+        assert layer[kind]["explained_variance"] <= 1
+        assert 0 <= layer[kind]["alive"] <= 1
+        assert sum(layer[kind]["density"]) == pytest.approx(layer[kind]["alive"] * 96)
+    assert len(layer["l0_map"]) == 17
+    assert layer["ce"]["clean"] > 0
+    assert layer["curve"][-1]["step"] == TINY.sae.steps
+
+
+def test_a_published_dictionary_is_used_and_not_trained(tmp_path, monkeypatch):
+    save_sae(replace(some_sae(), site="blocks.1.hook_resid_post"), tmp_path / "published-1")
+    monkeypatch.setattr(clip_sae, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    config = replace(TINY, dictionary=str(tmp_path / "published-{layer}"))
+    fit(config, tmp_path / "out")
+    assert len(load_sae(tmp_path / "out" / "sae").bias) == F
+
+
+def test_steering_raises_the_word(tmp_path):
+    """Features of the last block whose concept is the word, clamped high: the word's probability rises on test."""
+    words = worlds.imagenet_classes()
+    config = replace(TINY, task="steer", layers=(2,), op="clamp", value=40.0, word=words[0])
+    with pytest.raises(ConfigError, match="is no class"):
+        fit(replace(config, word="no such thing"), tmp_path / "none")
+    base = clip.tiny()
+    sae = some_sae()
+    data = pictures(config, "train", 24)["clean"]
+    seen = streams(base, config, data)[2]
+    strong = torch.full((F,), 40.0)
+    got = clip_sae.steering(base, 2, seen, sae.decoder, sae.encode, strong, classifier(base, config, data).T)
+    word = words[int(got.concept[got.power.argmax()])]
+    save_sae(sae, tmp_path / "sae")
+    config = replace(config, word=word, counts=(1,), dictionary=str(tmp_path / "sae"))
+    fit(config, tmp_path / "steer")
+    model = PatchedModel.load(tmp_path / "steer", base)
+    before, after = evaluate(model, config, None), evaluate(model, config, ONLY)
+    model.close()
+    assert after["target/probability"] > 2 * before["target/probability"]
+
+
+def test_classes_of_birds_and_portraits_are_the_names_they_are_drawn_as():
+    base = clip.tiny()
+    for task in ("waterbirds", "celeba"):
+        config = replace(TINY, task=task)
+        data = pictures(config, "val", 8)["clean"]
+        weights = classifier(base, config, data)
+        assert weights.shape == (24, 2)
+        torch.testing.assert_close(weights.norm(dim=0), torch.ones(2))
+
+
+# ---- the whole table ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_sae, "DEFENCE_PAIRS", 24)
+    folder = run.fit("clip_sae/tiny")
+    got = clip_sae.report(folder, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(got))
+    assert {"base", "clip_sae", "random features", "mean direction", *DEFENCES} == got["arms"].keys()
+    for arm in got["arms"].values():
+        for split in ("test", "held"):
+            for share, low, high, n in arm[split].values():
+                assert 0 <= low <= share <= high <= 1
+                assert n == TINY.test_images
+    measured = run.evaluate(folder)
+    assert got["arms"]["base"]["test"]["attacked"][0] == pytest.approx(measured.base["target/attacked"], abs=1e-4)
+    assert got["arms"]["clip_sae"]["held"]["clean"][0] == pytest.approx(
+        measured.patched["quality/clean_held"], abs=1e-4
+    )
+
+
+def test_wilson_is_the_textbook_interval():
+    yes = torch.cat([torch.ones(45), torch.zeros(5)])
+    assert clip_sae.wilson(yes) == [0.9, 0.7864, 0.9565, 50]
+    assert clip_sae.wilson(torch.zeros(10))[1] == 0.0
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_as_many_neurons_as_features_are_held_against_each_other(tiny_clip, layer):
+    config = replace(TINY, layers=(layer,), steer_features=20)
+    stream = streams(tiny_clip, config, pictures(config, "val", 24)["clean"])[layer]
+    got = clip_sae.steerable(tiny_clip, config, layer, some_sae(), stream)
+    for side in got.values():
+        assert side["features"] == 20
+        assert side["coverage"] <= side["steerable"] <= 20
+        assert side["words"] == len(atlas.load().names)
+        assert side["pictures"] == 16
+
+
+def test_a_neuron_is_set_and_not_added_to(tiny_clip):
+    """The same answer as writing the value over the dimension in the stream itself."""
+    config = replace(TINY, layers=(1,))
+    stream = streams(tiny_clip, config, pictures(config, "val", 6)["clean"])[1]
+    words = clip.embed_texts(tiny_clip, ["ant", "bee", "cow"])
+    one, value = torch.eye(D)[[4]], torch.tensor([7.0])
+    got = clip_sae.steering(tiny_clip, 1, stream, one, lambda x: x[..., [4]], value, words)
+    x = stream.x.clone()
+    x[..., 4] = 7.0
+    before, after = (
+        answers(tiny_clip, 1, Stream(z, z, stream.label, stream.other), words.T, lambda x: x).logits.softmax(1).mean(0)
+        for z in (stream.x, x)
+    )
+    torch.testing.assert_close(got.score[0], (after - before).square().sum(), atol=1e-5, rtol=1e-3)

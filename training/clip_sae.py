@@ -1,0 +1,811 @@
+"""clip_sae: sparse autoencoders on CLIP's image tower, and patches that suppress or steer what they find.
+
+Paper: Joseph et al., "Steering CLIP's vision transformer with sparse autoencoders", arXiv 2504.08729. Claim: zeroing a
+chosen set of features at a middle layer, the rest of the activation kept, takes away what should not matter (a written
+word, the ground behind a bird, gender behind hair) and hardly anything else; random features do nothing.
+
+    patchbay fit clip_sae/tiny          # a random tower: 3 s on a CPU
+    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 8 minutes on 2 cores
+    patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE: a night on one GPU
+    patchbay fit clip_sae/layers        # every layer in short, features beside neurons: 20 minutes on 2 cores
+    python -m training.clip_sae FOLDER REPORT.json    # a sealed patch on test, beside controls and other defences
+
+A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked on pictures of the
+train split with and without what should not matter, and (layer, ranking, number of features) is chosen on val among
+those that cost no more than `bound` of clean accuracy. Nothing is chosen on test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from patches import artifact
+from patches.bases import Base, clip, load_base
+from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
+from patches.patch import Act, Inputs
+from patches.patched import PatchedModel
+from patches.read import record
+from registry import config as configs
+from registry.config import STRICT
+from registry.errors import ConfigError
+from registry.home import home
+from registry.manifest import Manifest, canonical, digest_of
+from training.data import images as readers
+from training.data.images import Batch, Dataset
+from training.data.typographic import written
+from training.defences import DEFENCES, Defence, judge, pairs
+from training.lab import atlas, worlds
+from training.sae import BINS, Quality, SAEConfig, activations, principal_variance, train
+from training.steerability import Steerability, after_block, after_last_block, rest
+
+Task = Literal["typographic", "waterbirds", "celeba", "steer"]
+Rank = Literal["difference", "effect"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to fit and how to measure it."""
+
+    __pydantic_config__ = STRICT
+
+    base: str = "lab:clip"
+    """reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    device: str = "cpu"
+    seed: int = 0
+    task: Task = "typographic"
+    data: str = ""
+    """folder of the real data set; empty: its twin in the lab world"""
+    layers: tuple[int, ...] = (4,)
+    """candidates, 0-based; a dictionary is trained for each"""
+    hook: Literal["block", "mlp"] = "block"
+    """the stream after the block (resid_post), or what its MLP adds (mlp_out)"""
+    which: Literal["all", "cls", "patches"] = "all"
+    """tokens the dictionary is trained on"""
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    chunk: int = 256
+    """pictures per chunk of activations"""
+    dictionary: str = ""
+    """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer. Nothing is
+    trained then"""
+    ranks: tuple[Rank, ...] = ("difference", "effect")
+    """how features are ordered: by how much more they fire where the thing that should not matter is, over the spread;
+    by what taking them away does to the true class to first order"""
+    counts: tuple[int, ...] = (50, 100, 250, 500, 1000)
+    op: Op = "zero"
+    value: float = 0.0
+    """of the ops that take one; for steer in multiples of the feature's largest activation"""
+    tokens: Tokens = "all"
+    """that are edited"""
+    word: str = ""
+    """of steer: the class to steer to"""
+    steer_features: int = 0
+    """so many features and neurons of every layer are compared by how they steer; 0: none"""
+    bound: float = 0.01
+    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
+    fit_images: int = 384
+    val_images: int = 384
+    test_images: int = 500
+
+
+_SMALL = SAEConfig(features=96, k=6, steps=12, batch=128, warmup=4, dead_after=4)
+
+RECIPES: dict[str, Config] = {
+    "tiny": Config(
+        base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
+    ),
+    "lab": Config(layers=(4,), sae=SAEConfig(steps=400, passes=2)),
+    "layers": Config(
+        layers=tuple(range(8)), sae=SAEConfig(steps=150, passes=2), counts=(100, 250, 500), steer_features=128,
+        fit_images=256, val_images=256,
+    ),
+    "waterbirds": Config(task="waterbirds"),
+    "celeba": Config(task="celeba"),
+    "steer": Config(task="steer", layers=(7,), word="owl", op="clamp", value=4.0, counts=(1, 2, 4)),
+    "paper": Config(
+        base="hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", device="cuda", layers=tuple(range(12)),
+        sae=SAEConfig(method="vanilla", features=64 * 768, l1=1e-5, steps=158_691, warmup=500, dead="auxiliary",
+                      normalise="layer_norm"),
+        chunk=2048, fit_images=2000, val_images=2000, test_images=10_000,
+    ),
+}  # fmt: skip
+
+
+# ---- what is shown, and what counts ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of n pictures."""
+
+    logits: Tensor
+    """(n, C)"""
+    label: Tensor
+    """(n,)"""
+    other: Tensor
+    """(n,) what should not matter: the class that is written (-1 for none), or the place; of steer, the word's class"""
+
+
+def pictures(config: Config, split: str, n: int) -> dict[str, Dataset]:
+    """The sets a task is measured on, by name: `clean`, and for the typographic one `attacked` and `blank`, the same
+    pictures with another class written on them, and with the strip alone."""
+    if config.task == "typographic":
+        words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
+        return {name: _world(config, "typographic", split, n, word=w) for name, w in words.items()}
+    return {"clean": _world(config, "imagenet" if config.task == "steer" else config.task, split, n)}
+
+
+def _world(config: Config, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
+    """A set of the lab world, or its real twin out of `data`, at most n pictures of it drawn by the seed."""
+    if not config.data:
+        return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
+    if name == "typographic":
+        whole = written(readers.imagenet(config.data, split), seed=config.seed, **more)
+    else:
+        whole = readers.READERS[name](config.data, split)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(config.seed + seed))[:n]
+    about = {**whole.about, "drawn": [config.seed + seed, len(order)]}
+    return Dataset(whole.name, whole.split, whole.classes, len(order), about, lambda rows: whole.read(order[rows]))
+
+
+def classifier(base: Base, config: Config, data: Dataset, templates: Sequence[str] = clip.TEMPLATES) -> Tensor:
+    """(k, C) zero-shot weights. A class of the lab's birds and portraits is the mean of the names it is drawn as."""
+    if config.data or config.task in ("typographic", "steer"):
+        return clip.zero_shot(base, data.classes, templates)
+    if config.task == "waterbirds":
+        kinds: tuple[Sequence[str], ...] = (worlds.LANDBIRDS, worlds.WATERBIRDS)
+    else:
+        blond: list[str] = []
+        others: list[str] = []
+        for name in atlas.load().names:
+            who = atlas.person(name)
+            if who and who.gender and not who.does and who.age in ("", "old"):
+                (blond if who.hair == "blond" else others).append(name)
+        kinds = (others, blond)
+    return torch.stack([nnf.normalize(clip.embed_texts(base, k).mean(0), dim=0) for k in kinds], 1)
+
+
+def outcomes(config: Config, said: Mapping[str, Answers]) -> dict[str, Tensor]:
+    """metric -> (n,) 0 or 1 per picture that it is the mean of; of steer also probabilities."""
+    clean = said["clean"]
+    right = clean.logits.argmax(1) == clean.label
+    if config.task == "typographic":
+        hit = said["attacked"]
+        best = hit.logits.argmax(1)
+        true, word = (hit.logits.gather(1, t[:, None])[:, 0] for t in (hit.label, hit.other))
+        return {
+            "clean": right,
+            "attacked": best == hit.label,
+            "says_word": best == hit.other,
+            "two_way": true > word,
+            "blank": said["blank"].logits.argmax(1) == said["blank"].label,
+        }
+    if config.task == "steer":
+        p = clean.logits.softmax(1).gather(1, clean.other[:, None])[:, 0]
+        return {"probability": p, "says": clean.logits.argmax(1) == clean.other}
+    group = 2 * clean.label + clean.other
+    return {"average": right, **{f"group_{g}": right[group == g] for g in range(4) if bool((group == g).any())}}
+
+
+def metrics(config: Config, said: Mapping[str, Answers]) -> dict[str, float]:
+    """The task's numbers: what counts is `attacked`, `worst_group` or `probability`; what must stay, clean, average."""
+    got = {k: _share(v) for k, v in outcomes(config, said).items()}
+    return got | ({"worst_group": min(v for k, v in got.items() if k != "average")} if "average" in got else {})
+
+
+GOAL = {"typographic": "attacked", "waterbirds": "worst_group", "celeba": "worst_group", "steer": "probability"}
+KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "steer": ""}
+
+
+def worth(config: Config, got: Mapping[str, float], base: Mapping[str, float]) -> float:
+    """What a candidate is chosen by: its goal if it keeps what must stay, else how near it comes to keeping it."""
+    kept = KEPT[config.task]
+    short = base[kept] - config.bound - got[kept] if kept else 0.0
+    return got[GOAL[config.task]] if short <= 1e-9 else -short
+
+
+def _share(yes: Tensor) -> float:
+    return round(float(yes.float().mean()), 6) if len(yes) else 0.0
+
+
+@torch.no_grad()
+def ask(base: Base, config: Config, data: Dataset, weights: Tensor) -> Answers:
+    """What the base, with the patches that are applied to it, answers to every picture."""
+    logits, label, other = [], [], []
+    for batch in data.batches(50):
+        logits.append(clip.logit_scale(base) * clip.embed_images(base, batch.image) @ weights)
+        label.append(batch.label)
+        other.append(_other(config, data, batch))
+    return Answers(*(torch.cat(part).cpu() for part in (logits, label, other)))
+
+
+def _other(config: Config, data: Dataset, batch: Batch) -> Tensor:
+    if config.task == "steer":
+        if config.word not in data.classes:
+            raise ConfigError(
+                f"{config.word!r:.40} is no class of {data.name}. Classes: {', '.join(data.classes[:12])}."
+            )
+        return torch.full_like(batch.label, data.classes.index(config.word))
+    other: Tensor = batch.extras["word_label" if config.task == "typographic" else "place"]
+    return other
+
+
+# ---- streams: pictures as one layer sees them --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stream:
+    """n pictures at one layer: everything after it can be run again without what comes before."""
+
+    x: Tensor
+    """(n, T, D) at the site"""
+    z: Tensor
+    """(n, T, D) after the block; x itself if that is the site"""
+    label: Tensor
+    other: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def parts(self, size: int = 32) -> Iterator[Stream]:
+        for i in range(0, len(self), size):
+            at = slice(i, i + size)
+            x = self.x[at]
+            yield Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
+
+
+@torch.no_grad()
+def streams(base: Base, config: Config, data: Dataset) -> dict[int, Stream]:
+    """The set at each candidate layer; all layers in one forward."""
+    sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
+    kept: dict[str, list[Tensor]] = {}
+    label, other = [], []
+    for batch in data.batches(32):
+        with record(base.model, {s for pair in sites.values() for s in pair}) as acts:
+            clip.embed_images(base, batch.image, batch=len(batch))
+        for name, x in acts.items():
+            kept.setdefault(name, []).append(x[0].float())
+        label.append(batch.label)
+        other.append(_other(config, data, batch))
+    whole = {name: torch.cat(x) for name, x in kept.items()}
+    about = torch.cat(label), torch.cat(other)
+    return {layer: Stream(whole[site], whole[block], *about) for layer, (site, block) in sites.items()}
+
+
+def finish(base: Base, layer: int, part: Stream, x: Tensor, weights: Tensor) -> Tensor:
+    """(n, C) logits if x stood at the site."""
+    y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
+    logits: Tensor = clip.logit_scale(base) * nnf.normalize(y, dim=1) @ weights
+    return logits
+
+
+@torch.no_grad()
+def answers(base: Base, layer: int, stream: Stream, weights: Tensor, change: Callable[[Tensor], Tensor]) -> Answers:
+    """As `ask`, from a stream, with what stands at the site changed: (n, T, D) -> (n, T, D)."""
+    logits = torch.cat([finish(base, layer, part, change(part.x), weights) for part in stream.parts()])
+    return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
+
+
+def applied(patch: FeatureEdit) -> Callable[[Tensor], Tensor]:
+    """The patch's own rewriting of its site, outside of a forward."""
+    (act,) = patch.edits()
+    assert isinstance(act, Act)
+    fn, nothing = act.fn, Inputs({})
+    return lambda x: fn(x, nothing)
+
+
+# ---- which features ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fires(sae: SAE, stream: Stream) -> Tensor:
+    """(n, F) activation summed over tokens."""
+    return torch.cat([sae.encode(part.x).sum(1) for part in stream.parts()])
+
+
+def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tensor:
+    """(F,) how much more a feature fires where what should not matter is, over its spread.
+
+    Pairs (clean, attacked): the mean of the increase over its deviation. Groups: |Cohen's d| of the place less that of
+    the label, so that a feature of the class itself comes last.
+    """
+    if config.task == "typographic":
+        more = fires(sae, seen["attacked"]) - fires(sae, seen["clean"])
+        spread = more.std(0)
+        return more.mean(0) / (spread + 0.05 * spread.max())
+    f, clean = fires(sae, seen["clean"]), seen["clean"]
+
+    def apart(by: Tensor) -> Tensor:
+        one, two = f[by == 1], f[by == 0]
+        spread = ((one.var(0) + two.var(0)) / 2).sqrt()
+        return ((one.mean(0) - two.mean(0)) / (spread + 0.05 * spread.max())).abs()
+
+    return apart(clean.other) - apart(clean.label)
+
+
+def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor) -> Tensor:
+    """(F,) what taking a feature away does to the log-probability of the true class, to first order.
+
+    -f_j <W_j, gradient> summed over tokens, mean over pictures with what should not matter (attacked, or groups
+    weighted alike) and over clean ones: a feature that the clean picture needs loses what it gains.
+    """
+    total = torch.zeros(len(sae.bias))
+    for stream in seen.values():
+        weight = torch.full((len(stream),), 1 / len(stream))
+        if config.task in ("waterbirds", "celeba"):
+            group = 2 * stream.label + stream.other
+            weight = 1 / group.bincount(minlength=4).clamp_min(1)[group].float()
+        for part, share in zip(stream.parts(), torch.split(weight, 32), strict=True):
+            x = part.x.detach().requires_grad_()
+            with torch.enable_grad():
+                right = finish(base, layer, part, x, weights).log_softmax(1).gather(1, part.label[:, None])[:, 0]
+                (slope,) = torch.autograd.grad((right * share.to(right)).sum(), x)
+            total -= (sae.encode(part.x) * (slope @ sae.decoder.T)).sum((0, 1)).cpu()
+    return total
+
+
+def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
+    """A control: as many other features, each the one nearest to a chosen one in mean activation, ties drawn."""
+    mass = fires(sae, stream).mean(0).cpu()
+    noise = torch.rand(len(mass), generator=torch.Generator().manual_seed(seed))
+    free = mass * (1 + 0.1 * noise)
+    free[list(chosen)] = float("inf")
+    out = []
+    for j in sorted(chosen, key=lambda j: -float(mass[j])):
+        nearest = int((free - mass[j]).abs().argmin())
+        free[nearest] = float("inf")
+        out.append(nearest)
+    return out
+
+
+def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> FeatureEdit:
+    """A control without a dictionary: what stands out along the direction from one mean to the other is taken away."""
+    clean = seen["clean"]
+    if config.task == "typographic":
+        one, two = seen["attacked"].x.mean((0, 1)), clean.x.mean((0, 1))
+    else:
+        one, two = (clean.x[clean.other == p].mean((0, 1)) for p in (1, 0))
+    way = nnf.normalize(one - two, dim=0)[None]
+    rank_one = SAE(way, -(way @ two), way, torch.zeros_like(two))
+    return edit(rank_one, site, [0], "zero", tokens=config.tokens)
+
+
+# ---- fitting -----------------------------------------------------------------------------------------------------
+
+
+def dictionary(base: Base, config: Config, layer: int) -> tuple[SAE, list[dict[str, float]]]:
+    """The dictionary of a layer and its training's curve: read if one is named, else trained on the train split."""
+    site = clip.site(config.hook, layer)
+    if config.dictionary:
+        return replace(load_sae(config.dictionary.replace("{layer}", str(layer)), config.device), site=site), []
+    mark = digest_of([asdict(config.sae), base.digest, site, config.which, config.task, config.data, config.chunk])
+    checkpoint = home() / "checkpoints" / f"sae-{mark[:16]}.safetensors"
+    chunks = activations(base.model, site, _stream(base, config), config.which)
+    trained = train(config.sae, chunks, site, config.device, checkpoint, label=f"SAE of layer {layer}")
+    checkpoint.unlink(missing_ok=True)
+    return trained
+
+
+def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
+    """Chunk number -> pictures of the train split: half of the task's own world, a quarter each of single things and of
+    crowds, so that the dictionary is not one of the task alone. Real data: the data set in another order each time."""
+    main = {"steer": "imagenet"}.get(config.task, config.task)
+
+    def chunk(number: int) -> Tensor:
+        seed = 1000 + number
+        if config.data:
+            parts = [_world(config, main, "train", config.chunk, seed, **_words(main, number))]
+        else:
+            shares = ((main, config.chunk // 2), ("imagenet", config.chunk // 4), ("coco", config.chunk // 4))
+            parts = [_world(config, w, "train", n, seed, **_words(w, number)) for w, n in shares]
+        pictures = torch.cat([part.read(range(len(part))).image for part in parts])
+        ready: Tensor = base.processor.image(pictures)
+        return ready.to(base.device)
+
+    return chunk
+
+
+def _words(world: str, number: int) -> dict[str, str]:
+    return {"word": ("wrong", "own", "none")[number % 3]} if world == "typographic" else {}
+
+
+def fit(config: Config, folder: Path) -> Manifest:
+    """Train the dictionaries, rank their features on train, choose on val, seal the best edit with its evidence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = load_base(config.base, "clip", config.device)
+    base.model.requires_grad_(False)
+    sizes = {"train": config.fit_images, "val": config.val_images}
+    data = {split: pictures(config, split, n) for split, n in sizes.items()}
+    weights = {split: classifier(base, config, sets["clean"]) for split, sets in data.items()}
+    seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
+    report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
+    best: tuple[float, FeatureEdit, SAE, dict[str, Any]] | None = None
+    for layer in config.layers:
+        sae, curve = dictionary(base, config, layer)
+        tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
+        judge = partial(measure, base, config, layer, va, weights["val"])
+        plain = judge(None)
+        mine: tuple[float, FeatureEdit, dict[str, Any]] | None = None
+        for row, patch in candidates(base, config, layer, sae, tr, weights["train"]):
+            row |= (got := judge(patch)) | {"worth": worth(config, got, plain)}
+            report["candidates"].append(row)
+            if mine is None or row["worth"] > mine[0]:
+                mine = row["worth"], patch, row
+        assert mine is not None
+        about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], weights["val"])}
+        if config.op != "add":
+            control = random_control(sae, mine[1], tr["clean"], config.seed)
+            about["random"] = {"features": control.config.features, **judge(control)}
+        if config.task != "steer":
+            about["mean_direction"] = judge(mean_direction(config, clip.site(config.hook, layer), tr))
+        if config.steer_features:
+            about["steerability"] = steerable(base, config, layer, sae, va["clean"])
+        report["layers"][str(layer)] = about
+        if best is None or mine[0] > best[0]:
+            best = mine[0], mine[1], sae, mine[2]
+    assert best is not None
+    _, patch, sae, report["chosen"] = best
+    report["random"] = report["layers"][str(report["chosen"]["layer"])].get("random")
+    va = {k: s[report["chosen"]["layer"]] for k, s in seen["val"].items()}
+    _examples(base, config, data["val"], va, patch, weights["val"], report, folder)
+    save_sae(sae, folder / "sae")
+    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
+    return artifact.save(patch, "clip_sae", folder, base=base.label)
+
+
+def measure(
+    base: Base,
+    config: Config,
+    layer: int,
+    seen: Mapping[str, Stream],
+    weights: Tensor,
+    patch: FeatureEdit | None,
+) -> dict[str, float]:
+    """The task's metrics from streams, with the patch at the site they were recorded at."""
+    change = applied(patch) if patch else lambda x: x
+    return metrics(config, {k: answers(base, layer, s, weights, change) for k, s in seen.items()})
+
+
+def candidates(
+    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor
+) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
+    """The edits a layer offers, by ranking and number of features, from the train split alone."""
+    top = _largest(sae, seen["clean"])
+    for how, order in orders(base, config, layer, sae, seen, weights).items():
+        counts = [n for n in config.counts if n <= len(order)] or [len(order)]
+        for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):
+            chosen = order[:count].tolist()
+            value = config.value if config.op == "scale" else config.value * top[chosen]
+            patch = edit(sae, clip.site(config.hook, layer), chosen, config.op, value, config.tokens)
+            yield {"layer": layer, "rank": how, "count": count}, patch
+
+
+def _largest(sae: SAE, stream: Stream) -> Tensor:
+    """(F,) largest activation of each feature."""
+    return torch.stack([sae.encode(part.x).amax((0, 1)) for part in stream.parts()]).amax(0)
+
+
+def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> FeatureEdit:
+    """The same edit of as many other features of the same mass."""
+    c = patch.config
+    other = alike(sae, stream, c.features, seed)
+    return edit(sae, c.site, other, c.op, patch.tensors.get("value", 0.0), c.tokens)
+
+
+def orders(
+    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor
+) -> dict[str, Tensor]:
+    """ranking -> features, best first. To steer: those whose concept is the word, strongest first."""
+    if config.task == "steer":
+        clean = seen["clean"]
+        top = config.value * _largest(sae, clean)
+        got = steering(base, layer, clean, sae.decoder, sae.encode, top, weights.T)
+        mine = (got.concept == int(clean.other[0])).nonzero()[:, 0]
+        if not len(mine):
+            raise ConfigError(f"No feature of layer {layer} steers to {config.word!r}. Take another word or layer.")
+        return {"concept": mine[got.power[mine].argsort(descending=True)]}
+    scores = {
+        "difference": lambda: by_difference(config, sae, seen),
+        "effect": lambda: by_effect(base, config, layer, sae, seen, weights),
+    }
+    return {how: scores[how]().argsort(descending=True) for how in config.ranks}
+
+
+def steering(
+    base: Base, layer: int, stream: Stream, rows: Tensor, code: Callable[[Tensor], Tensor], value: Tensor, words: Tensor
+) -> Steerability:
+    """Every direction of `rows` (F, D), whose activations are code(x) (..., F), clamped to `value` (F,)."""
+    if layer == len(base.model.visual.transformer.resblocks) - 1:
+        return after_last_block(base, stream.z[:, 0], rows, code(stream.x[:, 0]), value, words, quiet=False)
+    f = code(stream.x)
+    return after_block(base, layer, stream.z, rows, lambda at: f[..., at], value, words, quiet=False)
+
+
+STRENGTH, STEER_IMAGES = 4.0, 16
+"""of the comparison with neurons: multiples of a direction's largest activation, and pictures"""
+
+
+@torch.no_grad()
+def steerable(base: Base, config: Config, layer: int, sae: SAE, stream: Stream) -> dict[str, dict[str, float]]:
+    """How many features of a layer steer, and how many of the stream's own dimensions ("neurons"), by the same measure.
+
+    A neuron is set to its mean and so many times its largest deviation. Both are drawn, as many as the config says.
+    """
+    names = readers.imagenet(config.data, "val").classes if config.data else atlas.load().names
+    words = clip.embed_texts(base, names)
+    few = next(stream.parts(STEER_IMAGES))
+    g = torch.Generator().manual_seed(config.seed)
+    top = _largest(sae, stream)
+    alive = (top > 0).nonzero()[:, 0]
+    F = alive[torch.randperm(len(alive), generator=g)[: config.steer_features]]
+    D = torch.randperm(stream.x.shape[-1], generator=g)[: config.steer_features]
+    mean = stream.x.mean((0, 1))
+    far = mean + STRENGTH * (stream.x - mean).abs().amax((0, 1))
+    one = torch.eye(len(mean))[D].to(mean)
+    got = {
+        "features": steering(
+            base, layer, few, sae.decoder[F], lambda x: sae.encode(x)[..., F], STRENGTH * top[F], words
+        ),
+        "neurons": steering(base, layer, few, one, lambda x: x[..., D], far[D], words),
+    }
+    about = {"pictures": len(few), "words": len(names), "alive": len(alive)}
+    return {k: {**v.summary(), **about} for k, v in got.items()}
+
+
+@torch.no_grad()
+def quality(base: Base, layer: int, sae: SAE, stream: Stream, weights: Tensor) -> dict[str, Any]:
+    """How good a dictionary is on this stream: `Quality`, what as many principal components explain, and cross-entropy
+    recovered between zero (the site is nothing) and clean, with the model's own logit scale."""
+    seen = Quality(sae)
+    for part in stream.parts():
+        seen.add(part.x)
+    out = seen.result()
+    flat = stream.x.flatten(0, 1)[:: max(1, stream.x[..., 0].numel() // 8192)]
+    out["principal_variance"] = principal_variance(flat, max(1, round(out["all"]["l0_mean"])))
+
+    def loss(change: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+        said = answers(base, layer, stream, weights, change).logits
+        return float(nnf.cross_entropy(said, stream.label.cpu())), said.argmax(1)
+
+    (clean, before), (back, after) = loss(lambda x: x), loss(lambda x: sae.decode(sae.encode(x), x).to(x))
+    zero, _ = loss(torch.zeros_like)
+    out["ce"] = {"clean": clean, "sae": back, "zero": zero, "recovered": (zero - back) / (zero - clean)}
+    out["top1_kept"] = _share(before == after)
+    return out
+
+
+def _examples(
+    base: Base, config: Config, data: Mapping[str, Dataset], seen: Mapping[str, Stream],
+    patch: FeatureEdit, weights: Tensor, report: dict[str, Any], folder: Path, count: int = 8,
+) -> None:  # fmt: skip
+    """A few pictures of val with what the base and the patched model call them, for the figure."""
+    name = "attacked" if config.task == "typographic" else "clean"
+    s = seen[name]
+    few, layer, classes = next(s.parts(count)), report["chosen"]["layer"], data[name].classes
+    said = {
+        side: [classes[i] for i in answers(base, layer, few, weights, change).logits.argmax(1).tolist()]
+        for side, change in (("base", lambda x: x), ("patched", applied(patch)))
+    }
+    report["examples"] = {**said, "is": [classes[i] for i in few.label.tolist()]}
+    save_file({"image": data[name].read(range(len(few))).image.cpu().contiguous()}, folder / "examples.safetensors")
+
+
+# ---- measuring a model -------------------------------------------------------------------------------------------
+
+GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
+"""metrics that should stay; the others are what the patch is for"""
+
+
+def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
+    """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
+    out: dict[str, float] = {}
+    for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
+        sets = pictures(config, split, config.test_images)
+        weights = classifier(model.base, config, sets["clean"])
+        with model.applied.rows([arm]):  # one name stands for all rows of every batch
+            said = {k: ask(model.base, config, d, weights) for k, d in sets.items()}
+        for key, value in metrics(config, said).items():
+            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = round(value, 6)
+    return out
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Candidates by layer and count, sparsity by position and token type, densities, examples, base beside patched."""
+    from matplotlib.figure import Figure
+
+    report = json.loads((folder / "report.json").read_text())
+    goal = GOAL[report["task"]]
+    out: dict[str, Any] = {}
+    rows = report["candidates"]
+    f = Figure(figsize=(7, 4.2), layout="constrained")
+    a = f.subplots()
+    for layer, how in sorted({(r["layer"], r["rank"]) for r in rows}):
+        mine = [r for r in rows if (r["layer"], r["rank"]) == (layer, how)]
+        a.semilogx([r["count"] for r in mine], [r[goal] for r in mine], marker="o", label=f"layer {layer}, {how}")
+    base = next(iter(report["layers"].values()))["base"]
+    a.axhline(base[goal], color="grey", linestyle=":", label="base")
+    if report["random"]:
+        a.plot(report["chosen"]["count"], report["random"][goal], "x", color="black", label="random features")
+    if "blank" in base:
+        a.axhline(base["blank"], color="grey", linestyle="--", label="strip without letters")
+    a.set(title=f"Choosing on val: {goal.replace('_', ' ')}", xlabel="features", ylabel=goal.replace("_", " "))
+    a.grid(alpha=0.25)
+    a.legend(fontsize=7)
+    out["candidates"] = f
+
+    if len(report["layers"]) > 1:
+        out["layers"] = _layers(report, goal)
+
+    mine = report["layers"][str(report["chosen"]["layer"])]
+    f = Figure(figsize=(7, 3.4), layout="constrained")
+    left, right = f.subplots(1, 2)
+    patches = torch.tensor(mine["l0_map"][1:])
+    side = int(len(patches) ** 0.5)
+    shown = left.imshow(patches[: side * side].view(side, side).numpy(), cmap="viridis")
+    f.colorbar(shown, ax=left, shrink=0.8)
+    left.set(title=f"L0 by position (class token {mine['l0_map'][0]:.0f})", xticks=[], yticks=[])
+    right.bar(BINS[:-1], mine["all"]["density"], width=BINS[1] - BINS[0], align="edge")
+    right.set(title="Densities", xlabel="log10 of the share of tokens", ylabel="features")
+    out["positions"] = f
+
+    seen = load_file(folder / "examples.safetensors")["image"]
+    f = Figure(figsize=(1.7 * len(seen), 2.5), layout="constrained")
+    for i, a in enumerate(f.subplots(1, len(seen), squeeze=False)[0]):
+        a.imshow(seen[i].permute(1, 2, 0).numpy())
+        said = [report["examples"][side][i] for side in ("is", "base", "patched")]
+        a.set_title("{}\nbase: {}\npatched: {}".format(*said), fontsize=7)
+        a.axis("off")
+    out["examples"] = f
+
+    keys = [k for k in results["base"] if not k.endswith("_held")]
+    f = Figure(figsize=(7, 3.6), layout="constrained")
+    a = f.subplots()
+    for i, (arm, values) in enumerate(results.items()):
+        a.bar([n + 0.4 * i - 0.2 for n in range(len(keys))], [values[k] for k in keys], width=0.4, label=arm)
+    a.set_xticks(range(len(keys)), [k.split("/")[1].replace("_", " ") for k in keys], rotation=30, fontsize=8)
+    a.set(title="Test", ylim=(0, 1.02))
+    a.legend()
+    out["test"] = f
+    return out
+
+
+def _layers(report: Mapping[str, Any], goal: str) -> Any:
+    """What each layer can do, how sparse its dictionary is per token type, and how many of its features steer."""
+    from matplotlib.figure import Figure
+
+    names = sorted(report["layers"], key=int)
+    layers = [report["layers"][n] for n in names]
+    ground = layers[0]["base"]
+    best = []
+    for name in names:
+        rows = [r for r in report["candidates"] if str(r["layer"]) == name]
+        best.append(max(rows, key=lambda r: r["worth"]))
+    f = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = f.subplots(1, 3 if "steerability" in layers[0] else 2)
+    a = panels[0]
+    a.plot(names, [r[goal] for r in best], marker="o", color="C0", label="chosen features")
+    for r, name in zip(best, names, strict=True):
+        if r["worth"] < 0:  # hollow: no edit of this layer keeps what must stay
+            a.plot(name, r[goal], "o", markerfacecolor="white", color="C0")
+    a.plot(names, [x["random"][goal] for x in layers], marker=".", color="C7", label="random features")
+    if "mean_direction" in layers[0]:
+        a.plot(names, [x["mean_direction"][goal] for x in layers], marker=".", color="C1", label="mean direction")
+    a.axhline(ground[goal], color="black", linestyle=":", label="base")
+    if "blank" in ground:
+        a.axhline(ground["blank"], color="black", linestyle="--", label="strip without letters")
+    a.set(title=f"{goal.replace('_', ' ')}, val", xlabel="layer", ylim=(0, None))
+    a.legend(fontsize=7)
+    a = panels[1]
+    for kind, label in (("cls", "class token"), ("patches", "patches"), ("all", "all")):
+        a.plot(names, [x[kind]["l0_mean"] for x in layers], marker="o", label=label)
+    a.set(title="features that fire per token", xlabel="layer", ylim=(0, None))
+    a.legend(fontsize=7)
+    if "steerability" in layers[0]:
+        a = panels[2]
+        for kind in ("features", "neurons"):
+            a.plot(names, [x["steerability"][kind]["steerable_share"] for x in layers], marker="o", label=kind)
+        a.set(title="share that steers", xlabel="layer", ylim=(0, None))
+        a.legend(fontsize=7)
+    for a in panels:
+        a.grid(alpha=0.25)
+    return f
+
+
+# ---- the whole table ---------------------------------------------------------------------------------------------
+
+DEFENCE_PAIRS = 1024
+"""pictures of train, with and without a word, that the other defences are fitted on"""
+
+
+def wilson(yes: Tensor) -> list[float]:
+    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
+    n, k, z = len(yes), float(yes.float().sum()), 1.96
+    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
+    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
+
+
+def report(folder: Path, out: Path) -> dict[str, Any]:
+    """A sealed patch, its controls, and for the typographic task other defences, on test and in the held style: every
+    metric with its interval and n. docs/LOG.md's tables. Writes JSON as it goes."""
+    sealed = json.loads((folder / "recipe.json").read_text())
+    config = configs.parse(Config, sealed["config"])
+    base = load_base(config.base, "clip", config.device)
+    base.model.requires_grad_(False)
+    about, patch = artifact.load(folder, base=base.digest)
+    assert isinstance(patch, FeatureEdit)
+    fitted = json.loads((folder / "report.json").read_text())
+    arms: dict[str, Defence | None] = {"base": None, "clip_sae": Defence(patch, about=fitted["chosen"])}
+    if fitted["random"]:
+        c, value = patch.config, patch.tensors.get("value", 0.0)
+        other = edit(load_sae(folder / "sae"), c.site, fitted["random"]["features"], c.op, value, c.tokens)
+        arms["random features"] = Defence(other)
+    results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "arms": {}}
+    tests = {"test": config, **({"held": config} if not config.data else {})}
+    sets = {split: pictures(config, split, config.test_images) for split in tests}
+    for name, defence in tqdm(chain(arms.items(), others(base, config)), "arms", disable=None):
+        row: dict[str, Any] = {"about": dict(defence.about) if defence else {}}
+        for split, mine in sets.items():
+            with defence.patch.apply(base.model, defence.strength) if defence else nullcontext():
+                weights = classifier(base, config, mine["clean"], defence.templates if defence else clip.TEMPLATES)
+                said = {k: ask(base, config, d, weights) for k, d in mine.items()}
+            row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
+            if "average" in row[split]:
+                row[split]["worst_group"] = min(v for k, v in row[split].items() if k != "average")
+        results["arms"][name] = row
+        out.write_text(json.dumps(results, indent=1))
+        tqdm.write(f"{name}: {json.dumps(row)}")
+    return results
+
+
+def others(base: Base, config: Config) -> Iterator[tuple[str, Defence]]:
+    """What else keeps CLIP from it, fitted on train and chosen on val at the same bound: the mean direction of the
+    best layer, and for the typographic task the defences of training/defences.py."""
+    if config.task == "steer":
+        return
+    layers = tuple(range(len(base.model.visual.transformer.resblocks)))
+    config = replace(config, layers=layers, hook="block")
+    sizes = {"train": config.fit_images, "val": config.val_images}
+    sets = {split: pictures(config, split, n) for split, n in sizes.items()}
+    weights = classifier(base, config, sets["val"]["clean"])
+    seen = {split: {k: streams(base, config, d) for k, d in part.items()} for split, part in sets.items()}
+    best: tuple[float, FeatureEdit, dict[str, Any]] | None = None
+    for layer in tqdm(layers, "mean direction", disable=None, leave=False):
+        tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
+        patch = mean_direction(config, clip.site("block", layer), tr)
+        got = measure(base, config, layer, va, weights, patch)
+        score = worth(config, got, measure(base, config, layer, va, weights, None))
+        if best is None or score > best[0]:
+            best = score, patch, {"layer": layer, **got}
+    assert best is not None
+    yield "mean direction", Defence(best[1], about=best[2])
+    if config.task == "typographic":
+        del seen
+        fit_on = pictures(config, "train", DEFENCE_PAIRS)
+        train = pairs(base, fit_on["clean"], fit_on["attacked"])
+        val = pairs(base, sets["val"]["clean"], sets["val"]["attacked"])
+        floor = judge(base, val, None).clean - config.bound
+        for name, fitter in DEFENCES.items():
+            start = time.monotonic()
+            defence = fitter(base, train, val, floor)
+            yield name, replace(defence, about={**defence.about, "seconds": round(time.monotonic() - start)})
+
+
+if __name__ == "__main__":
+    report(Path(sys.argv[1]), Path(sys.argv[2]))
