@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -256,6 +257,13 @@ def test_classes_of_birds_and_portraits_are_the_names_they_are_drawn_as():
 
 def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_sae, "DEFENCE_PAIRS", 24)
+    short = {
+        "dyslexify": {"skips": 1},
+        "prefix": {"steps": 2},
+        "projection": {"ranks": (0.5,), "stays": (1.0,), "steps": 2},
+        "interpolation": {"steps": 2, "shares": (0.5,)},
+    }
+    monkeypatch.setattr(clip_sae, "DEFENCES", {k: partial(fitter, **short[k]) for k, fitter in DEFENCES.items()})
     folder = run.fit("clip_sae/tiny")
     got = clip_sae.report(folder, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(got))
