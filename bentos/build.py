@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from bentos.desk import shapes
 from bentos.runtime import CARRIED
 from patches.bases import load_base
 from registry import manifest
@@ -44,7 +45,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 
 ROOT = Path(__file__).parent.parent
 SERVICES = "bentos.service"
-"""module that holds BentoML's object for every API shape, called like the shape: generate -> Generate"""
+"""module that holds BentoML's object"""
 OURS = ("registry", "patches", "bentos")
 LEFT_OUT = frozenset({"registry.store"})
 """imported by the runtime when there is a ledger to follow, which a Bento does not do; it would bring MLflow"""
@@ -178,19 +179,15 @@ def _installed() -> Mapping[str, list[str]]:
 
 
 def _service(row: System) -> Any:
-    """BentoML's object for the API shape of a system."""
-    shape = row.services[0]
-    module = importlib.import_module(SERVICES)
-    found = getattr(module, shape.title(), None)
-    if found is None:
-        raise NotFound(f"{row.name} is served as {shape!r}, which has no Bento yet.")
-    return found
+    """BentoML's object. Raises NotFound if none of the system's API shapes is written yet."""
+    shapes(row)
+    return importlib.import_module(SERVICES).Patchbay
 
 
 def _modules(row: System) -> list[str]:
     """Modules that are found by their names in the table, which no import statement shows."""
     patch = [row.patch.partition(":")[0]] if row.patch else []
-    return [*patch, *(f"patches.bases.{family}" for family in row.families)]
+    return [*patch, *(m.__name__ for m in shapes(row)), *(f"patches.bases.{family}" for family in row.families)]
 
 
 def _carry(row: System, digest: str, folder: Path) -> Manifest:
@@ -242,7 +239,7 @@ def _make(
     before, service.image = service.image, image
     try:
         return bentoml.build(
-            f"{SERVICES}:{service.name.title()}",
+            f"{SERVICES}:Patchbay",
             name=name,
             version=version,
             labels={f"patchbay.{k}": v for k, v in facts.items()},

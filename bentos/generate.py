@@ -1,66 +1,37 @@
-"""The `generate` service: a language model and its patches behind OpenAI's API; every row of a batch has its own arm.
+"""The shape `generate`: a language model and its patches behind OpenAI's API; every row of a batch has its own arm.
 
-`/v1/chat/completions` and `/v1/completions` (streaming, stop, logprobs, usage), `/v1/models`, `/v1/outcomes`,
-`/v1/experiments/live`, `/livez`, `/readyz`, `/metrics`, `/openapi.json`, the playground at `/`. The app is
-plain Starlette; BentoML serves it whole, and so can any ASGI server. BentoML's own routes for methods are not used:
-their (de)serialisation costs more than a small model does.
+`/v1/chat/completions` and `/v1/completions`: streaming, stop, logprobs, usage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.applications import Starlette
+from pydantic import BaseModel, Field
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import Response, StreamingResponse
 
-from bentos import playground
-from bentos.arms import UNIT, Choice, Table, choose, other
-from bentos.http import Tokens, answer, endpoint, parse, refuse
-from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
+from bentos.arms import UNIT, Choice
+from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
+from bentos.http import Call, answer, refuse
 from patches.decode import Row
-from registry import experiment as experiments
-from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, TooLarge
-from registry.experiment import CONTROL, TREATMENT
+from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 
 MAX_TOKENS = 1024
 """an answer's length if the request names none is DEFAULT_TOKENS; it may name up to this"""
 DEFAULT_TOKENS = 128
-DEADLINE_S = 300.0
-KEEP_ALIVE_S = 75
-"""idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
-KEPT_SHADOWS = 512
-
-Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
-
-
-class Extra(BaseModel):
-    """Ours, beside OpenAI's fields."""
-
-    model_config = Strict
-    strength: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    """how much of the patch; 0 is exactly the base"""
-    compare: bool = False
-    """answer with the base and with the chosen arm, side by side"""
 
 
 class StreamOptions(BaseModel):
@@ -145,27 +116,6 @@ class Completion(Ask):
     best_of: Literal[1] | None = None
 
 
-class Outcome(BaseModel):
-    """What came of one unit."""
-
-    model_config = Strict
-    unit: Annotated[str, Field(min_length=1, max_length=128)]
-    value: float | bool
-    experiment: Annotated[str, Field(max_length=64)] | None = None
-    """by default the live one"""
-    arm: Literal["control", "treatment"] | None = None
-    """shadow experiments: whose answer this judges"""
-    key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """the same key counts once, so that a retry is safe"""
-
-
-class Outcomes(BaseModel):
-    """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
-
-    model_config = ConfigDict(extra="allow")
-    outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
-
-
 # ---- from tokens to text -----------------------------------------------------------------------------------------
 
 
@@ -238,13 +188,10 @@ class Line:
 
 
 class Service:
-    """The routes, bound to one runtime."""
+    """The routes, for one desk."""
 
-    def __init__(self, runtime: Runtime, tokens: Tokens) -> None:
-        self.runtime, self.tokens = runtime, tokens
-        self.created = int(time.time())
-        self.shadows: dict[str, dict[str, Any]] = {}
-        self.background: set[asyncio.Task[Any]] = set()
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.runtime = desk, desk.runtime
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
@@ -286,40 +233,40 @@ class Service:
     async def _answer(
         self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, kind: str
     ) -> Response:
-        table = self._table()
         start = time.perf_counter()
-        unit = request.headers.get("x-patchbay-unit") or ask.user
-        choice = choose(table, request.headers.get("x-patchbay-arm") or ask.model, unit)
-        self._check_scopes(request, ask)
+        table, choice = self.desk.choice(request, ask.model, ask.user)
+        self.desk.check_compare(request, ask.patchbay.compare)
+        if ask.patchbay.compare and ask.stream:
+            raise BadRequest("patchbay.compare: not with stream; send two requests.")
         lines, news = self._lines(ask, prompts, tokens, scores, choice)
-        headers = _headers(table, choice)
+        named = headers(table, choice)
         shadow = None
         try:
             self.runtime.submit([line.row for line in lines])
-            if choice.experiment is not None and choice.experiment.mode == "shadow":
-                shadow = self._shadow(request, ask, prompts, tokens, choice, lines)
+            if (twin := self.desk.twin(choice)) is not None:
+                shadow = self._shadow(request, ask, prompts, tokens, twin, lines)
         except PatchbayError as e:
-            await self._expose(request, choice, e.status, start)
+            await self.desk.expose(request, choice, e.status, start)
             raise
-        about = _About(kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self._model(choice))
+        about = _About(kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self.desk.model(choice))
         if ask.stream:
             body = self._stream(request, ask, lines, news, about, choice, start)
-            return StreamingResponse(body, headers=headers, media_type="text/event-stream")
+            return StreamingResponse(body, headers=named, media_type="text/event-stream")
         try:
             while any(line.finish is None for line in lines):
                 await self._receive(request, lines, news, start)
         except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
             self._cancel(lines)
             status = getattr(e, "status", 504)
-            await self._expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start)
             if isinstance(e, TimeoutError):
                 raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
             raise
-        await self._expose(request, choice, 200, start)
+        await self.desk.expose(request, choice, 200, start)
         del shadow
         out = about.whole(lines, prompts, scores, getattr(ask, "echo", False), self.runtime.base.processor)
-        out["patchbay"] = _facts(table, choice)
-        return answer(out, headers=headers)
+        out["patchbay"] = facts(table, choice)
+        return answer(out, headers=named)
 
     def _lines(
         self, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, choice: Choice
@@ -418,7 +365,7 @@ class Service:
                         yield about.part(line, "", finish=line.finish)
                         open_lines.remove(line)
             status = 200
-            await self._expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start)
             choice = Choice(choice.label, choice.digest)  # exposed once
             if ask.stream_options and ask.stream_options.include_usage:
                 yield about.usage_part(lines)
@@ -433,37 +380,12 @@ class Service:
             self._cancel(lines)
             if choice.experiment is not None:
                 # the caller left or it failed: an exposure all the same, or slow answers would look better
-                self._later(self._expose(request, choice, status, start))
-
-    # ---- experiments ---------------------------------------------------------------------------------------------
-
-    async def _expose(self, request: Request, choice: Choice, status: int, start: float) -> None:
-        """Write an exposure, durable before the answer is finished."""
-        self.runtime.counts.answers[choice.label, status] += 1
-        x, events = choice.experiment, self.runtime.events
-        if x is None or events is None or choice.unit is None or choice.side is None:
-            return
-        if 400 <= status < 500 and status != 499:
-            return  # refused before any arm could matter
-        latency = (time.perf_counter() - start) * 1e3
-        future = events.expose(
-            x, choice.unit, choice.side, request=request.state.number, status=status, latency_ms=latency
-        )
-        await asyncio.wrap_future(future)
+                self.desk.later(self.desk.expose(request, choice, status, start))
 
     def _shadow(
-        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, choice: Choice,
-        lines: list[Line],
-    ) -> asyncio.Task[None] | None:  # fmt: skip
-        """Decode the treatment beside the control, without anybody waiting for it; given up under load."""
-        assert choice.experiment is not None
-        assert choice.unit is not None
-        if self.runtime.queued > SHADOW_QUEUE:
-            self.runtime.counts.shadows_dropped += 1
-            if self.runtime.events:
-                self.runtime.events.drop(choice.experiment, choice.unit)
-            return None
-        twin = other(choice)
+        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, twin: Choice, lines: list[Line]
+    ) -> asyncio.Task[None]:
+        """Decode the treatment beside the control, without anybody waiting for it."""
         shadows, news = self._lines(ask, prompts, tokens, None, twin)
         self.runtime.submit([line.row for line in shadows])
         number, start = request.state.number, time.perf_counter()
@@ -480,144 +402,11 @@ class Service:
                         line.seen = max(line.seen, upto)
                         if line.row.finished:
                             line.text.end()
-            both = [[line.text.text for line in side] for side in (lines, shadows)]
-            self.shadows[number] = {
-                "unit": choice.unit,
-                CONTROL: both[0],
-                TREATMENT: both[1],
-                "agree": both[0] == both[1],
-            }
-            while len(self.shadows) > KEPT_SHADOWS:
-                self.shadows.pop(next(iter(self.shadows)))
-            await self._expose(request, twin, 200, start)
+            control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
+            self.desk.keep(number, twin.unit, control, treatment)
+            await self.desk.expose(request, twin, 200, start)
 
-        return self._later(follow())
-
-    def _later(self, work: Any) -> asyncio.Task[None]:
-        """Run beside the request; kept referenced until it is done."""
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
-        return task
-
-    async def outcomes(self, request: Request, body: Outcomes) -> Response:
-        """Count outcomes; a bad one is refused for itself and the others count."""
-        del request
-        many = body.outcomes is not None
-        rows = body.outcomes if body.outcomes is not None else [body.model_dump(exclude={"outcomes"})]
-        results = await asyncio.gather(*(self._outcome(row) for row in rows))
-        if not many:
-            if (e := results[0].pop("raised", None)) is not None:
-                raise e
-            return answer(results[0])
-        for r in results:
-            r.pop("raised", None)
-        return answer({"outcomes": results})
-
-    async def _outcome(self, values: Any) -> dict[str, Any]:
-        try:
-            one = parse(Outcome, values)
-            x, events = self._experiment(one.experiment), self.runtime.events
-            assert events is not None
-            value = experiments.check_value(x, one.value)
-            if x.mode == "shadow" and one.arm is None:
-                raise BadRequest(
-                    "arm: a shadow experiment wants to know whose answer this judges: control or treatment."
-                )
-            if x.mode == "split" and one.arm is not None:
-                raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
-            await asyncio.to_thread(events.arm_of, x.name, one.unit)
-            new = await asyncio.wrap_future(events.outcome(x, one.unit, value, arm=one.arm, key=one.key))
-            return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
-        except PatchbayError as e:
-            unit = values.get("unit") if isinstance(values, dict) else None
-            return {"unit": unit, "status": "refused", "code": e.status, "error": str(e), "raised": e}
-
-    def _experiment(self, name: str | None) -> experiments.Experiment:
-        x = self._table().experiment
-        if x is not None and name in (None, x.name):
-            return x
-        if name is not None and self.runtime.ledger is not None:  # outcomes may come after the end
-            for entry in self.runtime.ledger.history(self.runtime.settings.system, 1000):
-                if entry.experiment and entry.experiment["name"] == name:
-                    return experiments.load(entry.experiment)
-        raise NotFound(f"There is no {'live experiment' if name is None else f'experiment {name!r}'} here.")
-
-    async def live(self, request: Request, _: None) -> Response:
-        """The live experiment's numbers."""
-        del request
-        x, events = self._table().experiment, self.runtime.events
-        if x is None or events is None:
-            return answer({"experiment": None})
-        decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
-        shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
-        return answer({**decision.evidence(), "experiment": experiments.plain(x), "shadows": shadows})
-
-    async def shadow_answers(self, request: Request, _: None) -> Response:
-        """Both answers of recent shadow requests, so that somebody can score them."""
-        del request
-        return answer({"shadows": [{"request": k, **v} for k, v in self.shadows.items()]})
-
-    # ---- about the service ---------------------------------------------------------------------------------------
-
-    async def models(self, request: Request, _: None) -> Response:
-        del request
-        table = self._table()
-        names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
-        names += [f"sha256:{d}" for d in sorted(table.loaded)]
-        made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
-        return answer({"object": "list", "data": made, "patchbay": _facts(table, None)})
-
-    async def ready(self, request: Request, _: None) -> Response:
-        del request
-        if self.runtime.problem:
-            return answer({"ready": False, "why": self.runtime.problem}, 503, {"retry-after": "2"})
-        out = {"ready": True, **_facts(self._table(), None)}
-        return answer({**out, "warning": self.runtime.warning} if self.runtime.warning else out)
-
-    async def live_probe(self, request: Request, _: None) -> Response:
-        del request
-        return PlainTextResponse("ok\n")
-
-    async def metrics(self, request: Request, _: None) -> Response:
-        del request
-        c = self.runtime.counts
-        lines = ["# TYPE patchbay_answers_total counter"]
-        lines += [f'patchbay_answers_total{{arm="{a}",status="{s}"}} {n}' for (a, s), n in sorted(c.answers.items())]
-        lines += ["# TYPE patchbay_tokens_total counter"]
-        lines += [f'patchbay_tokens_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.tokens.items())]
-        for name, kind, value in (
-            ("steps_total", "counter", c.steps), ("rows_total", "counter", c.rows),
-            ("decoding_seconds_total", "counter", round(c.seconds, 3)), ("queue_rows", "gauge", self.runtime.queued),
-            ("shadows_dropped_total", "counter", c.shadows_dropped),
-        ):  # fmt: skip
-            lines += [f"# TYPE patchbay_{name} {kind}", f"patchbay_{name} {value}"]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
-
-    async def playground(self, request: Request, _: None) -> Response:
-        del request
-        return playground.page()
-
-    async def openapi(self, request: Request, _: None) -> Response:
-        del request
-        return answer(openapi())
-
-    def _table(self) -> Table:
-        if self.runtime.problem or self.runtime.table is None:
-            raise NotReady(f"The service is not ready: {self.runtime.problem}")
-        return self.runtime.table
-
-    def _model(self, choice: Choice) -> str:
-        patch = "base" if choice.arm is None else f"sha256:{choice.digest[:16]}"
-        return f"{self.runtime.base.name}/{patch}"
-
-    @staticmethod
-    def _check_scopes(request: Request, ask: Ask) -> None:
-        if ask.patchbay.compare:
-            if "compare" not in request.state.token.scopes:
-                raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
-            if ask.stream:
-                raise BadRequest("patchbay.compare: not with stream; send two requests.")
+        return self.desk.later(follow())
 
     def _cancel(self, lines: list[Line]) -> None:
         for line in lines:
@@ -703,115 +492,7 @@ class _About:
         }
 
 
-def _facts(table: Table, choice: Choice | None) -> dict[str, Any]:
-    """What an answer says about who gave it."""
-    out: dict[str, Any] = {"system": table.system, "base": f"{table.base}@{table.base_digest}"}
-    if choice is None:
-        x = table.experiment
-        more = {"champion": table.champion, "challenger": table.challenger, "experiment": x.name if x else None}
-        return {**out, **more, "loaded": sorted(table.loaded)}
-    out |= {"arm": choice.label, "patch": choice.digest, "unit": choice.unit}
-    return out | {"experiment": choice.experiment.name if choice.experiment else None}
-
-
-def _headers(table: Table, choice: Choice) -> dict[str, str]:
-    out = {"x-patchbay-arm": choice.label, "x-patchbay-patch": choice.digest, "x-patchbay-base": table.base_digest}
-    if choice.experiment is not None:
-        out |= {"x-patchbay-experiment": choice.experiment.name, "x-patchbay-unit": choice.unit or ""}
-    return out
-
-
-# ---- the application ---------------------------------------------------------------------------------------------
-
-_ROUTES: tuple[tuple[str, str, str, str | None, type[BaseModel] | None], ...] = (
-    ("POST", "/v1/chat/completions", "chat", "generate", Chat),
-    ("POST", "/v1/completions", "complete", "generate", Completion),
-    ("POST", "/v1/outcomes", "outcomes", "outcomes", Outcomes),
-    ("GET", "/v1/models", "models", "generate", None),
-    ("GET", "/v1/experiments/live", "live", "outcomes", None),
-    ("GET", "/v1/shadows", "shadow_answers", "compare", None),
-    ("GET", "/metrics", "metrics", "metrics", None),
-    ("GET", "/readyz", "ready", None, None),
-    ("GET", "/livez", "live_probe", None, None),
-    ("GET", "/openapi.json", "openapi", None, None),
-    ("GET", "/docs.json", "openapi", None, None),
-    ("GET", "/", "playground", None, None),
+ROUTES: tuple[Call, ...] = (
+    Call("POST", "/v1/chat/completions", "chat", "generate", Chat),
+    Call("POST", "/v1/completions", "complete", "generate", Completion),
 )
-"""method, path, handler, scope, body"""
-
-
-def openapi() -> dict[str, Any]:
-    """OpenAPI 3.1 of what is above."""
-    paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-    error = {"description": "refused; error.message names the value and the way out"}
-    for method, path, handler, scope, model in _ROUTES:
-        about: dict[str, Any] = {"operationId": f"{handler}{'_docs' if path == '/docs.json' else ''}", "responses": {}}
-        codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if model else ["401", "403", "429", "503"]
-        about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
-        if model is not None:
-            made = (Outcome if model is Outcomes else model).model_json_schema(
-                ref_template="#/components/schemas/{model}"
-            )
-            schemas |= made.pop("$defs", {})
-            schemas[made["title"]] = made
-            schema = {"$ref": f"#/components/schemas/{made['title']}"}
-            about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        if scope is not None:
-            about["security"] = [{"bearer": []}, {}]
-        paths.setdefault(path, {})[method.lower()] = about
-    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "patchbay generate", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": bearer},
-    }
-
-
-def application(settings: Settings | None = None, tokens: Tokens | None = None) -> Starlette:
-    """The whole service as an ASGI application; its lifespan starts and stops the runtime."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        runtime = Runtime(settings or Settings.from_environment())
-        app.state.service = Service(runtime, tokens or Tokens.from_environment())
-        await asyncio.to_thread(runtime.start)
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(runtime.stop)
-
-    guard = tokens or Tokens.from_environment()
-    app = Starlette(lifespan=lifespan)
-
-    def route(method: str, path: str, handler: str, scope: str | None, model: type[BaseModel] | None) -> Route:
-        async def call(request: Request, body: Any) -> Response:
-            service: Service = app.state.service
-            response: Response = await getattr(service, handler)(request, body)
-            return response
-
-        return Route(path, endpoint(guard, scope, call, model), methods=[method])
-
-    app.router.routes.extend(route(*r) for r in _ROUTES)
-    return app
-
-
-def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
-    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once."""
-    Tokens.from_environment().check_host(host)
-    settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
-    command = [
-        sys.executable, "-m", "bentoml", "serve", "bentos.service:Generate", "--host", host, "--port", str(port),
-        "--timeout-keep-alive", str(KEEP_ALIVE_S),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
-    if not background:
-        # whoever ends this process means the service: without this, SIGTERM would leave it behind, holding the port
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-    return process

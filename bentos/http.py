@@ -6,6 +6,7 @@ what we did not foresee is a 500 that says nothing about our insides.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import hmac
@@ -16,13 +17,15 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -31,7 +34,11 @@ from registry.errors import BadRequest, ConfigError, Forbidden, PatchbayError, T
 log = logging.getLogger("patchbay")
 
 MAX_BODY_BYTES = 2 << 20
-SCOPES = ("generate", "compare", "outcomes", "metrics")
+ANY = "any"
+"""scope of a call that every known token may make"""
+MAX_FILES = 64
+"""of one multipart form"""
+SCOPES = ("generate", "classify", "explain", "compare", "outcomes", "metrics")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
          503: "unavailable_error"}  # fmt: skip
@@ -118,7 +125,7 @@ class Tokens:
                 found = token
         if found is None:
             raise Unauthorised("This bearer token is not known here.")
-        if scope not in found.scopes:
+        if scope not in (ANY, *found.scopes):
             raise Forbidden(f"The token of {found.name} lacks the scope {scope!r}.")
         if found.bucket and not found.bucket.take():
             raise TooMany(f"{found.name} is over its {found.bucket.per_s * 60:g} calls a minute.")
@@ -156,27 +163,40 @@ def _loopback(host: str) -> bool:
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
 
+
+@dataclass(frozen=True)
+class Call:
+    """One route of a service."""
+
+    method: str
+    path: str
+    handler: str
+    """name of the method that answers, (request, body) -> Response"""
+    scope: str | None = None
+    """what a token must allow (ANY: nothing in particular); None: open to everybody (health)"""
+    body: type[BaseModel] | None = None
+    """what the JSON body must be; None for calls without one"""
+    max_bytes: int = MAX_BODY_BYTES
+    files: str = ""
+    """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
+
+
 # A request's number is unique, not secret. The operating system's random numbers would cost every request a release of
 # the interpreter's lock, and 5 ms until a decoding thread gives it back.
 _STARTED = secrets.token_hex(4)
 _NUMBERS = itertools.count(1)
 
 
-def endpoint(
-    tokens: Tokens, scope: str | None, handler: Handler, model: type[BaseModel] | None = None
-) -> Callable[[Request], Awaitable[Response]]:
-    """A route: admit the caller, read and check the body, answer; every error in one shape.
-
-    scope None: open to everybody (health). model: what the JSON body must be; None for calls without one.
-    """
+def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """A route: admit the caller, read and check the body, answer; every error in one shape."""
 
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
         request.state.number = number
         try:
             header = request.headers.get("authorization")
-            request.state.token = tokens.admit(header, scope, near(request)) if scope else OPEN
-            body = await read(request, model) if model else None
+            request.state.token = tokens.admit(header, call.scope, near(request)) if call.scope else OPEN
+            body = await read(request, call) if call.body else None
             response = await handler(request, body)
         except PatchbayError as e:
             response = refuse(e)
@@ -191,25 +211,57 @@ def endpoint(
     return route
 
 
-async def read(request: Request, model: type[BaseModel]) -> Any:
-    """The JSON body as a checked `model`. Raises TooLarge as soon as it is, BadRequest naming the field."""
+async def read(request: Request, call: Call) -> Any:
+    """The body as a checked `call.body`. Raises TooLarge as soon as it is, BadRequest naming the field."""
+    assert call.body is not None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise WrongType(f"Content-Type {kind[:60] or '(none)'!r} is not application/json.")
+    if kind != "application/json" and not (call.files and kind == "multipart/form-data"):
+        also = " or multipart/form-data" if call.files else ""
+        raise WrongType(f"Content-Type {kind[:60] or '(none)'!r} is not application/json{also}.")
     size = 0
     parts: list[bytes] = []
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise TooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
+        if size > call.max_bytes:
+            raise TooLarge(f"The body is larger than {call.max_bytes} bytes.")
         parts.append(part)
+    raw = b"".join(parts)
+    if kind == "multipart/form-data":
+        return parse(call.body, await _form(request, raw, call.files))
+    return parse(call.body, _object(raw, "The body"))
+
+
+def _object(raw: bytes | str, what: str) -> dict[str, Any]:
     try:
-        values = orjson.loads(b"".join(parts))
+        values = orjson.loads(raw)
     except orjson.JSONDecodeError as e:
-        raise BadRequest(f"The body is not JSON: {str(e)[:120]}.") from None
+        raise BadRequest(f"{what} is not JSON: {str(e)[:120]}.") from None
     if not isinstance(values, dict):
-        raise BadRequest(f"The body must be a JSON object, not {type(values).__name__}.")
-    return parse(model, values)
+        raise BadRequest(f"{what} must be a JSON object, not {type(values).__name__}.")
+    return values
+
+
+async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
+    """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield raw
+
+    try:
+        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=4).parse()
+    except MultiPartException as e:
+        raise BadRequest(f"The form cannot be read: {e.message[:120]}.") from None
+    values: dict[str, Any] = {}
+    items = []
+    for name, part in form.multi_items():
+        if isinstance(part, UploadFile):
+            items.append({"data": base64.b64encode(await part.read()).decode()})
+        elif name == "request":
+            values = _object(part, "The part 'request'")
+        else:
+            raise BadRequest(f"The form has a field {name[:60]!r}; send the files, and the other fields in 'request'.")
+    given = values.get(files, [])
+    return {**values, files: [*(given if isinstance(given, list) else [given]), *items]}
 
 
 def parse(model: type[BaseModel], values: Any) -> Any:

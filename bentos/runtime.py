@@ -1,4 +1,4 @@
-"""What a service runs on: one base, its patches, one decoding thread; it follows the ledger while it serves.
+"""What a service runs on: one base, its patches, one thread that works; it follows the ledger while it serves.
 
 Start-up: load the base, pull and verify every digest the ledger names, warm each arm, prove the revert (strength 0 and
 no arm give the base's logits bit for bit), only then be ready. After that two quiet threads work: one follows the
@@ -28,6 +28,7 @@ from bentos.arms import Table
 from patches import artifact
 from patches.bases import Base, load_base
 from patches.decode import Decoder, Row
+from patches.embed import Embedder, Picture
 from patches.patched import PatchedModel
 from registry import experiment as experiments
 from registry import ledger as ledgers
@@ -47,6 +48,8 @@ FOLLOW_S = 0.5
 JUDGE_S = 1.0
 WINDOW_S = 10.0
 """how often the live experiment's numbers go to MLflow, which only displays them"""
+Job = Row | Picture
+"""what is queued: a row to be decoded, a picture to be embedded"""
 QUEUE = 512
 """rows waiting or running; more get 429"""
 SHADOW_QUEUE = 32
@@ -62,7 +65,9 @@ class Settings:
     """reference of the base; None: the one the artifact's manifest names"""
     device: str = "cpu"
     slots: int = 32
+    """rows of one batch"""
     context: int = 4096
+    """tokens of a row, prompt and answer"""
     pinned: Path | None = None
     """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
 
@@ -130,8 +135,8 @@ class Runtime:
                 )
             self.base: Base = load_base(ref, family, self.settings.device)
             self.model = PatchedModel(self.base)
-            self.decoder = Decoder(self.base, self.model.applied, self.settings.slots, self.settings.context)
-            self._spawn(self._decode)
+            self.worker = self._worker()
+            self._spawn(self._work)
             if pinned:
                 self.table = self._table(None, champion=self._pin(pinned))
             else:
@@ -166,6 +171,15 @@ class Runtime:
         self._add(about.digest, patch)
         return about.digest
 
+    def folder(self, digest: str) -> Path:
+        """The sealed folder of a patch that is served here, verified."""
+        if self.settings.pinned:
+            manifest.read(self.settings.pinned, digest=digest)
+            return self.settings.pinned
+        from registry import store
+
+        return store.pull(digest)
+
     def _base_ref(self, head: ledgers.Entry | None) -> str:
         if self.settings.pinned:
             return manifest.read(self.settings.pinned).base.rpartition("@")[0]
@@ -185,10 +199,18 @@ class Runtime:
         self._threads.append(thread)
         thread.start()
 
-    # ---- decoding ------------------------------------------------------------------------------------------------
+    # ---- working -------------------------------------------------------------------------------------------------
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        """Queue rows; row.tag(row) is called on the decoding thread after each of its tokens and at its end.
+    def _worker(self) -> Decoder | Embedder:
+        """What turns this family's rows into answers."""
+        s = self.settings
+        if system(s.system).families[0] == "llm":
+            return Decoder(self.base, self.model.applied, s.slots, s.context)
+        return Embedder(self.base, self.model.applied, s.slots)
+
+    def submit(self, rows: Sequence[Any]) -> None:
+        """Queue jobs of the worker's kind; row.tag(row) is called on the worker's thread after each step it took part
+        in, and at its end.
 
         Raises TooMany if the queue is full, TooLarge if a prompt does not fit; then nothing is queued.
         """
@@ -196,18 +218,18 @@ class Runtime:
             raise NotReady(f"The service is not ready: {self.problem}")
         if sum(self._inflight.values()) + len(rows) > QUEUE:
             raise TooMany(f"{QUEUE} rows are waiting or running; try again in a few seconds.")
-        self.decoder.check(rows)
+        self.worker.check(rows)
         with self._counting:
             for row in rows:
                 self._inflight[row.arm or BASE] += 1
-        self._tell(lambda: self.decoder.add(rows))
+        self._tell(lambda: self.worker.add(rows))
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: Any) -> None:
         """Stop a row; its neighbours do not notice."""
 
         def command() -> None:
             if not row.finished:
-                self.decoder.cancel(row)
+                self.worker.cancel(row)
                 self._done(row)
 
         self._tell(command)
@@ -221,27 +243,27 @@ class Runtime:
             self._commands.append(command)
             self._wake.notify()
 
-    def _decode(self) -> None:
+    def _work(self) -> None:
         torch.set_grad_enabled(False)
         while not self._stopping.is_set():
             with self._wake:
-                while not self._commands and self.decoder.idle and not self._stopping.is_set():
+                while not self._commands and self.worker.idle and not self._stopping.is_set():
                     self._wake.wait(timeout=1.0)
                 commands, self._commands = self._commands, deque()
             for command in commands:
                 command()
-            if self.decoder.idle:
+            if self.worker.idle:
                 continue
             start = time.perf_counter()
             try:
-                touched = self.decoder.step()
+                touched: Sequence[Job] = self.worker.step()
             except Exception:
                 # nothing a request contains may end up here; if it does, these rows fail and the next ones live
-                log.exception("a decoding step failed; its rows are given up")
-                touched = [*self.decoder.running, *self.decoder.waiting]
+                log.exception("a step failed; its rows are given up")
+                touched = [*self.worker.running, *self.worker.waiting]
                 for row in touched:
                     row.finished = row.finished or "failed"
-                self.decoder = Decoder(self.base, self.model.applied, self.settings.slots, self.settings.context)
+                self.worker = self._worker()
             self.counts.steps += 1
             self.counts.rows += len(touched)
             self.counts.seconds += time.perf_counter() - start
@@ -252,12 +274,12 @@ class Runtime:
                 if row.tag is not None:
                     row.tag(row)
 
-    def _done(self, row: Row) -> None:
+    def _done(self, row: Job) -> None:
         with self._counting:
             self._inflight[row.arm or BASE] -= 1
 
-    def _call(self, command: Callable[[], Any]) -> Any:
-        """Run on the decoding thread, between steps, and wait for the answer."""
+    def call(self, command: Callable[[], Any]) -> Any:
+        """Run on the worker's thread, between steps, and wait for the answer."""
         done = threading.Event()
         box: list[tuple[Any, BaseException | None]] = []
 
@@ -270,7 +292,7 @@ class Runtime:
 
         self._tell(run)
         if not done.wait(timeout=120):
-            raise NotReady("The decoding thread does not answer.")
+            raise NotReady("The working thread does not answer.")
         value, error = box[0]
         if error is not None:
             raise error
@@ -318,18 +340,18 @@ class Runtime:
         )  # fmt: skip
 
     def _add(self, digest: str, patch: Any) -> None:
-        """A verified patch becomes an arm, and has decoded once before anybody is routed to it."""
+        """A verified patch becomes an arm, and has worked once before anybody is routed to it."""
         patch = patch.to(self.base.device)
-        self._call(lambda: self.model.applied.add(digest, patch))
+        self.call(lambda: self.model.applied.add(digest, patch))
         warm = threading.Event()
-        row = Row([1, 2, 3], arm=digest, max_tokens=2, ignore_eos=True)
+        row: Any = self.worker.probe(digest)
         row.tag = lambda r: warm.set() if r.finished else None
         with self._counting:
             self._inflight[digest] += 1
-        self._tell(lambda: self.decoder.add([row]))
-        if not warm.wait(timeout=120) or row.finished != "length":
-            self._call(lambda: self.model.applied.remove(digest))
-            raise NotReady(f"sha256:{digest[:16]} was verified but cannot decode; it is not served.")
+        self._tell(lambda: self.worker.add([row]))
+        if not warm.wait(timeout=120) or row.finished not in ("length", "stop"):
+            self.call(lambda: self.model.applied.remove(digest))
+            raise NotReady(f"sha256:{digest[:16]} was verified but gives no answer; it is not served.")
 
     def _forget_unused(self) -> None:
         """Remove arms nobody is routed to and no row uses."""
@@ -340,7 +362,7 @@ class Runtime:
         wanted = {table.champion, table.challenger, *((x.control, x.treatment) if x else ())}
         for digest in set(self.model.applied.arms) - wanted:
             if not self._inflight[digest]:
-                self._call(partial(self.model.applied.remove, digest))
+                self.call(partial(self.model.applied.remove, digest))
                 self.table = self._retabled(table)
 
     def _retabled(self, table: Table) -> Table:
@@ -349,22 +371,17 @@ class Runtime:
     def _prove_revert(self) -> None:
         """Strength 0, and no arm at all, must be the base bit for bit; an arm that is never reached is refused."""
 
-        def logits(arm: str | None, strength: float = 1.0) -> torch.Tensor:
-            ids = torch.arange(1, 9, device=self.base.device)[None]
-            with self.model.applied.rows([arm], [strength]), torch.inference_mode():
-                out: torch.Tensor = self.base.model(input_ids=ids).logits
-            return out
-
         def proof() -> None:
-            base = logits(None)
+            look = self.worker.proof
+            base = look(None)
             for digest in self.model.applied.arms:
-                logits(digest)
-                if not torch.equal(logits(digest, 0.0), base) or not torch.equal(logits(None), base):
+                look(digest)
+                if not torch.equal(look(digest, 0.0), base) or not torch.equal(look(None), base):
                     raise NotReady(f"sha256:{digest[:16]} does not revert to the base bit for bit; it is not served.")
             if missed := self.model.applied.unreached():
                 raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
 
-        self._call(proof)
+        self.call(proof)
 
     # ---- judging -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What BentoML serves and packs: the `generate` application, whole.
+"""What BentoML serves and packs: the application of `bentos.desk`, whole.
 
 Nothing heavy is imported before the worker starts: BentoML's own processes import this module too, and torch would cost
 each of them 700 MB. The settings switch off what BentoML would wrap around every call a second time: its access log,
@@ -17,12 +17,12 @@ from starlette.applications import Starlette
 
 @contextlib.asynccontextmanager
 async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
-    from bentos.generate import application
+    from bentos.desk import application
 
     inner = application()
     outer.router.routes.extend(inner.router.routes)
     async with inner.router.lifespan_context(inner):
-        outer.state.service = inner.state.service
+        outer.state.desk = inner.state.desk
         yield
 
 
@@ -30,9 +30,9 @@ app = Starlette(lifespan=_lifespan)
 
 
 @bentoml.service(
-    name="generate",
+    name="patchbay",
     workers=1,  # one process holds one copy of the base with every patch; more workers are more copies
-    # beyond our own deadline (bentos.generate.DEADLINE_S) and no longer: BentoML keeps a timer of half a kilobyte for
+    # beyond our own deadline (bentos.desk.DEADLINE_S) and no longer: BentoML keeps a timer of half a kilobyte for
     # every request until then, answered or not
     traffic={"timeout": 330},
     metrics={"enabled": False},
@@ -41,10 +41,10 @@ app = Starlette(lifespan=_lifespan)
     envs=[{"name": "BENTOML_DO_NOT_TRACK", "value": "true"}],
 )
 @bentoml.asgi_app(app, path="/")
-class Generate:
-    """OpenAI's API over one base and all its patches."""
+class Patchbay:
+    """One base with all its patches, behind the shapes of API its system has."""
 
     def __is_ready__(self) -> bool:
         # BentoML answers /readyz itself, before the application is asked
-        service = getattr(app.state, "service", None)
-        return service is not None and not service.runtime.problem
+        desk = getattr(app.state, "desk", None)
+        return desk is not None and not desk.runtime.problem

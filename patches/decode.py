@@ -234,6 +234,19 @@ class Decoder:
                 self._leave(slot)
         return touched
 
+    @staticmethod
+    def probe(arm: str | None) -> Row:
+        """A short row that any model can decode."""
+        return Row([1, 2, 3], arm=arm, max_tokens=2, ignore_eos=True)
+
+    @torch.inference_mode()
+    def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
+        """Logits (1, 8, V) of a fixed input under an arm: equal for equal behaviour, bit for bit."""
+        assert self.applied is not None
+        with self.applied.rows([arm], [strength]):
+            out: Tensor = self.base.model(input_ids=torch.arange(1, 9, device=self.base.device)[None]).logits
+        return out
+
     def run(self, sequences: Sequence[Row]) -> Sequence[Row]:
         """Decode all of them to the end."""
         self.add(sequences)

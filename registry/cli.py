@@ -172,8 +172,7 @@ def rollback(args: argparse.Namespace) -> Says:
 
 def serve(args: argparse.Namespace) -> Says:
     """serve a system: base and every patch in one process, OpenAI-compatible where it generates"""
-    service = importlib.import_module(f"bentos.{system(args.system).services[0]}")
-    service.serve(args.system, host=args.host, port=args.port)
+    importlib.import_module("bentos.desk").serve(system(args.system).name, host=args.host, port=args.port)
     return Says("stopped")
 
 

@@ -16,11 +16,11 @@ from typing import Literal
 import httpx
 import psutil
 
-from bentos.generate import KEEP_ALIVE_S, serve
+from bentos.desk import KEEP_ALIVE_S, serve
 
 ROOT = Path(__file__).parent.parent.parent
 Kind = Literal["bentoml", "uvicorn", "floor"]
-APPLICATIONS = {"uvicorn": "bentos.generate:application", "floor": "tests.bench.floor:application"}
+APPLICATIONS = {"uvicorn": "bentos.desk:application", "floor": "tests.bench.floor:application"}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bentos.generate import application
+from bentos.desk import application
 from bentos.http import Tokens
 from bentos.runtime import Runtime, Settings
 from patches import artifact
@@ -82,7 +82,66 @@ def service(home, tiny_llm):
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
-                yield Served(app, http, app.state.service.runtime, digests, ledger)
+                yield Served(app, http, app.state.desk.runtime, digests, ledger)
+
+    return run
+
+
+PICTURES = "clip_sae"
+"""the system of `pictures`"""
+
+
+def dictionary(seed: int = 0, features: int = 40, width: int = 32):
+    """Random features of the tiny CLIP that fire now and then."""
+    import torch
+
+    from patches.features import SAE
+
+    g = torch.Generator().manual_seed(seed)
+    W = torch.nn.functional.normalize(torch.randn(features, width, generator=g), dim=1)
+    return SAE(W, 0.1 * torch.randn(features, generator=g), W, torch.zeros(width))
+
+
+def seal_features(base, features, seed: int = 0, cards: bool = True) -> str:
+    """A sealed feature edit with its dictionary and cards in home()/artifacts; its digest."""
+    import tempfile
+    from pathlib import Path
+
+    from patches.bases import clip
+    from patches.cards import save_cards
+    from patches.features import edit, save_sae
+    from training import cards as making
+    from training.lab import worlds
+
+    site = clip.site("block", 1)
+    part = Path(tempfile.mkdtemp(dir=home()))
+    save_sae(dictionary(seed), part / "sae")
+    if cards:
+        data = worlds.WORLDS["imagenet"]("train", 12, 0)
+        save_cards(making.make(base, dictionary(seed), site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
+    about = artifact.save(edit(dictionary(seed), site, features), PICTURES, part, base=base.label)
+    (home() / "artifacts").mkdir(exist_ok=True)
+    part.rename(home() / "artifacts" / about.digest)
+    return about.digest
+
+
+@pytest.fixture
+def pictures(home, tiny_clip):
+    """`async with pictures() as s`: a CLIP with two feature edits, the first one champion, the second challenger."""
+
+    @contextlib.asynccontextmanager
+    async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
+        home.mkdir(parents=True, exist_ok=True)
+        digests = [seal_features(tiny_clip, range(0, 40, 2)), seal_features(tiny_clip, range(5), 1, cards=False)]
+        ledger = Ledger()
+        if champion:
+            ledgers.promote(ledger, PICTURES, digests[0])
+            ledgers.challenge(ledger, PICTURES, digests[1])
+        app = application(Settings(PICTURES, base="tiny", **settings), tokens or Tokens(None))
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
+                yield Served(app, http, app.state.desk.runtime, digests, ledger)
 
     return run
 

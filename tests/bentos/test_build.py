@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bentos.build import build, pins, sources
-from bentos.generate import application
+from bentos.desk import application
 from bentos.runtime import CARRIED, Runtime, Settings
 from patches import artifact
 from patches.patched import PatchedModel

@@ -322,7 +322,7 @@ def test_a_shadow_answers_with_the_control_and_keeps_both(service):
             await s.until(lambda: s.runtime.table.experiment)
             got = await s.chat(headers={"x-patchbay-unit": "u"})
             assert got.headers["x-patchbay-arm"] == CONTROL
-            await s.until(lambda: s.app.state.service.shadows)
+            await s.until(lambda: s.app.state.desk.shadows)
             shadow = (await s.http.get("/v1/shadows")).json()["shadows"][0]
             assert shadow[CONTROL] == [got.json()["choices"][0]["message"]["content"]]
             want = (await s.chat(model="challenger")).json()["choices"][0]["message"]["content"]

@@ -13,16 +13,18 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.python.asgi import shutdown_lifespans
 from schemathesis.specs.openapi.checks import negative_data_rejection, status_code_conformance
 
-from bentos.generate import _ROUTES, application, openapi
+from bentos.desk import application, calls, openapi
 from bentos.http import Tokens
 from bentos.runtime import Settings
 from registry import experiment as experiments
 from registry import ledger as ledgers
 from registry.ledger import Ledger
+from registry.systems import system
 
 from .conftest import CONFIGS, SYSTEM, seal
 
-OPERATIONS = [(m, path) for path, methods in openapi()["paths"].items() for m in methods]
+CALLS = calls(system(SYSTEM))
+OPERATIONS = [(m, path) for path, methods in openapi(CALLS, SYSTEM)["paths"].items() for m in methods]
 EXAMPLES = 25
 
 
@@ -57,7 +59,7 @@ def test_no_body_brings_a_5xx(schema, method, path, mode):
     operation = schema[path][method.upper()]
     if mode is GenerationMode.NEGATIVE and not operation.body:
         return  # nothing in it can be wrong
-    model = {path: model for _, path, _, _, model in _ROUTES}[path]
+    model = {c.path: c.body for c in CALLS}[path]
     lengths = {"max_tokens", "max_completion_tokens"} & (model.model_fields.keys() if model else set())
     seen: Counter[int] = Counter()
 

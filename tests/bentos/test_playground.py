@@ -8,11 +8,13 @@ import re
 
 import pytest
 
-from bentos.generate import openapi
+from bentos.desk import calls, openapi
 from bentos.playground import INDEX, page, policy
-from registry.systems import SYSTEMS
+from registry.systems import SYSTEMS, system
 
 HTML = INDEX.read_text(encoding="utf-8")
+CALLS = [*calls(system("attention_sink")), *calls(system("clip_sae"))]
+"""of every shape there is"""
 
 
 def inside(tag):
@@ -65,7 +67,7 @@ def test_text_of_models_never_becomes_markup():
 def test_every_operation_it_calls_is_offered():
     (script,) = inside("script")
     called = set(re.findall(r'"((?:GET|POST|PUT|DELETE|PATCH) /[^"]*)"', script))
-    offered = {f"{method.upper()} {path}" for path, methods in openapi()["paths"].items() for method in methods}
+    offered = {f"{method.upper()} {path}" for path, methods in openapi(CALLS, "all")["paths"].items() for method in methods}
     assert called >= {"POST /v1/chat/completions", "GET /v1/experiments/live", "POST /v1/outcomes", "GET /v1/models"}
     assert called <= offered
     assert script.count("fetch(") == 1, "all calls go through one function, which names its operation"
@@ -76,7 +78,7 @@ def test_every_field_it_sends_is_known():
     (body,) = re.findall(r"const ask = \{(.*?)\n      \};", script, re.DOTALL)
     sent = set(re.findall(r"^        (\w+)", body, re.MULTILINE)) | {"model", "stream", "stream_options"}
     assert {"messages", "continue_final_message", "seed", "patchbay"} <= sent
-    assert sent <= set(openapi()["components"]["schemas"]["Chat"]["properties"])
+    assert sent <= set(openapi(CALLS, "all")["components"]["schemas"]["Chat"]["properties"])
 
 
 def test_it_names_no_system():

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from bentos.generate import MAX_TOKENS, serve
+from bentos.desk import serve
+from bentos.generate import MAX_TOKENS
 from bentos.http import MAX_BODY_BYTES, Tokens
 from registry.errors import ConfigError
 

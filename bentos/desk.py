@@ -1,0 +1,393 @@
+"""What every service does beside its own question: who is routed where, exposures and outcomes, health, documents.
+
+A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A shape
+is a module `bentos.<shape>` with ROUTES and a class `Service(desk)` whose methods they call; several shapes of one
+system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and so can
+any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small model.
+
+Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/livez`, `/readyz`, `/metrics`,
+`/openapi.json`, the playground at `/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from bentos import playground
+from bentos.arms import Choice, Table, choose, other
+from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
+from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
+from registry import experiment as experiments
+from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError
+from registry.experiment import CONTROL, TREATMENT
+from registry.systems import System, system
+
+DEADLINE_S = 300.0
+KEEP_ALIVE_S = 75
+"""idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
+KEPT_SHADOWS = 512
+
+Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Extra(BaseModel):
+    """Ours, beside the fields of whatever API a shape follows."""
+
+    model_config = Strict
+    strength: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """how much of the patch; 0 is exactly the base"""
+    compare: bool = False
+    """answer with the base and with the chosen arm, side by side"""
+
+
+class Outcome(BaseModel):
+    """What came of one unit."""
+
+    model_config = Strict
+    unit: Annotated[str, Field(min_length=1, max_length=128)]
+    value: float | bool
+    experiment: Annotated[str, Field(max_length=64)] | None = None
+    """by default the live one"""
+    arm: Literal["control", "treatment"] | None = None
+    """shadow experiments: whose answer this judges"""
+    key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """the same key counts once, so that a retry is safe"""
+
+
+class Outcomes(BaseModel):
+    """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
+
+    model_config = ConfigDict(extra="allow")
+    outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
+
+
+class Desk:
+    """The routes every service has, and what its shapes ask of a runtime."""
+
+    def __init__(self, runtime: Runtime, routes: Sequence[Call], title: str) -> None:
+        self.runtime, self.routes, self.title = runtime, tuple(routes), title
+        self.created = int(time.time())
+        self.shadows: dict[str, dict[str, Any]] = {}
+        self.background: set[asyncio.Task[Any]] = set()
+
+    # ---- routing -------------------------------------------------------------------------------------------------
+
+    def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
+        """Who answers: by header, else by the body's `model`; the table stays the one a request began with."""
+        table = self.table()
+        unit = request.headers.get("x-patchbay-unit") or unit
+        return table, choose(table, request.headers.get("x-patchbay-arm") or model, unit)
+
+    @staticmethod
+    def check_compare(request: Request, wanted: bool) -> None:
+        """Raises Forbidden if base and patched side by side are wanted by a token without that scope."""
+        if wanted and "compare" not in request.state.token.scopes:
+            raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
+
+    def table(self) -> Table:
+        if self.runtime.problem or self.runtime.table is None:
+            raise NotReady(f"The service is not ready: {self.runtime.problem}")
+        return self.runtime.table
+
+    def model(self, choice: Choice) -> str:
+        """What answered, as OpenAI's field `model` says it."""
+        patch = "base" if choice.arm is None else f"sha256:{choice.digest[:16]}"
+        return f"{self.runtime.base.name}/{patch}"
+
+    # ---- experiments ---------------------------------------------------------------------------------------------
+
+    async def expose(self, request: Request, choice: Choice, status: int, start: float) -> None:
+        """Write an exposure, durable before the answer is finished."""
+        self.runtime.counts.answers[choice.label, status] += 1
+        x, events = choice.experiment, self.runtime.events
+        if x is None or events is None or choice.unit is None or choice.side is None:
+            return
+        if 400 <= status < 500 and status != 499:
+            return  # refused before any arm could matter
+        latency = (time.perf_counter() - start) * 1e3
+        future = events.expose(
+            x, choice.unit, choice.side, request=request.state.number, status=status, latency_ms=latency
+        )
+        await asyncio.wrap_future(future)
+
+    def twin(self, choice: Choice) -> Choice | None:
+        """The arm to ask beside the control of a shadow experiment; None if there is none, or no room for it now."""
+        if choice.experiment is None or choice.experiment.mode != "shadow":
+            return None
+        if self.runtime.queued > SHADOW_QUEUE:
+            self.runtime.counts.shadows_dropped += 1
+            if self.runtime.events:
+                assert choice.unit is not None
+                self.runtime.events.drop(choice.experiment, choice.unit)
+            return None
+        return other(choice)
+
+    def keep(self, number: str, unit: str | None, control: Any, treatment: Any) -> None:
+        """Both answers of a shadow request, so that somebody can score them."""
+        both = {CONTROL: control, TREATMENT: treatment}
+        self.shadows[number] = {"unit": unit, **both, "agree": control == treatment}
+        while len(self.shadows) > KEPT_SHADOWS:
+            self.shadows.pop(next(iter(self.shadows)))
+
+    def later(self, work: Any) -> asyncio.Task[None]:
+        """Run beside the request; kept referenced until it is done."""
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+        return task
+
+    async def outcomes(self, request: Request, body: Outcomes) -> Response:
+        """Count outcomes; a bad one is refused for itself and the others count."""
+        del request
+        many = body.outcomes is not None
+        rows = body.outcomes if body.outcomes is not None else [body.model_dump(exclude={"outcomes"})]
+        results = await asyncio.gather(*(self._outcome(row) for row in rows))
+        if not many:
+            if (e := results[0].pop("raised", None)) is not None:
+                raise e
+            return answer(results[0])
+        for r in results:
+            r.pop("raised", None)
+        return answer({"outcomes": results})
+
+    async def _outcome(self, values: Any) -> dict[str, Any]:
+        try:
+            one = parse(Outcome, values)
+            x, events = self._experiment(one.experiment), self.runtime.events
+            assert events is not None
+            value = experiments.check_value(x, one.value)
+            if x.mode == "shadow" and one.arm is None:
+                raise BadRequest(
+                    "arm: a shadow experiment wants to know whose answer this judges: control or treatment."
+                )
+            if x.mode == "split" and one.arm is not None:
+                raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
+            await asyncio.to_thread(events.arm_of, x.name, one.unit)
+            new = await asyncio.wrap_future(events.outcome(x, one.unit, value, arm=one.arm, key=one.key))
+            return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
+        except PatchbayError as e:
+            unit = values.get("unit") if isinstance(values, dict) else None
+            return {"unit": unit, "status": "refused", "code": e.status, "error": str(e), "raised": e}
+
+    def _experiment(self, name: str | None) -> experiments.Experiment:
+        x = self.table().experiment
+        if x is not None and name in (None, x.name):
+            return x
+        if name is not None and self.runtime.ledger is not None:  # outcomes may come after the end
+            for entry in self.runtime.ledger.history(self.runtime.settings.system, 1000):
+                if entry.experiment and entry.experiment["name"] == name:
+                    return experiments.load(entry.experiment)
+        raise NotFound(f"There is no {'live experiment' if name is None else f'experiment {name!r}'} here.")
+
+    async def live(self, request: Request, _: None) -> Response:
+        """The live experiment's numbers."""
+        del request
+        x, events = self.table().experiment, self.runtime.events
+        if x is None or events is None:
+            return answer({"experiment": None})
+        decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
+        shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
+        return answer({**decision.evidence(), "experiment": experiments.plain(x), "shadows": shadows})
+
+    async def shadow_answers(self, request: Request, _: None) -> Response:
+        """Both answers of recent shadow requests, so that somebody can score them."""
+        del request
+        return answer({"shadows": [{"request": k, **v} for k, v in self.shadows.items()]})
+
+    # ---- about the service ---------------------------------------------------------------------------------------
+
+    async def models(self, request: Request, _: None) -> Response:
+        del request
+        table = self.table()
+        names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
+        names += [f"sha256:{d}" for d in sorted(table.loaded)]
+        made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
+        return answer({"object": "list", "data": made, "patchbay": facts(table, None)})
+
+    async def ready(self, request: Request, _: None) -> Response:
+        del request
+        if self.runtime.problem:
+            return answer({"ready": False, "why": self.runtime.problem}, 503, {"retry-after": "2"})
+        out = {"ready": True, **facts(self.table(), None)}
+        return answer({**out, "warning": self.runtime.warning} if self.runtime.warning else out)
+
+    async def live_probe(self, request: Request, _: None) -> Response:
+        del request
+        return PlainTextResponse("ok\n")
+
+    async def metrics(self, request: Request, _: None) -> Response:
+        del request
+        c = self.runtime.counts
+        lines = ["# TYPE patchbay_answers_total counter"]
+        lines += [f'patchbay_answers_total{{arm="{a}",status="{s}"}} {n}' for (a, s), n in sorted(c.answers.items())]
+        lines += ["# TYPE patchbay_tokens_total counter"]
+        lines += [f'patchbay_tokens_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.tokens.items())]
+        for name, kind, value in (
+            ("steps_total", "counter", c.steps), ("rows_total", "counter", c.rows),
+            ("decoding_seconds_total", "counter", round(c.seconds, 3)), ("queue_rows", "gauge", self.runtime.queued),
+            ("shadows_dropped_total", "counter", c.shadows_dropped),
+        ):  # fmt: skip
+            lines += [f"# TYPE patchbay_{name} {kind}", f"patchbay_{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def playground(self, request: Request, _: None) -> Response:
+        del request
+        return playground.page()
+
+    async def openapi(self, request: Request, _: None) -> Response:
+        del request
+        return answer(openapi(self.routes, self.title))
+
+
+def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
+    """What an answer says about who gave it."""
+    out: dict[str, Any] = {"system": table.system, "base": f"{table.base}@{table.base_digest}"}
+    if choice is None:
+        x = table.experiment
+        more = {"champion": table.champion, "challenger": table.challenger, "experiment": x.name if x else None}
+        return {**out, **more, "loaded": sorted(table.loaded)}
+    out |= {"arm": choice.label, "patch": choice.digest, "unit": choice.unit}
+    return out | {"experiment": choice.experiment.name if choice.experiment else None}
+
+
+def headers(table: Table, choice: Choice) -> dict[str, str]:
+    out = {"x-patchbay-arm": choice.label, "x-patchbay-patch": choice.digest, "x-patchbay-base": table.base_digest}
+    if choice.experiment is not None:
+        out |= {"x-patchbay-experiment": choice.experiment.name, "x-patchbay-unit": choice.unit or ""}
+    return out
+
+
+# ---- the application ---------------------------------------------------------------------------------------------
+
+ROUTES: tuple[Call, ...] = (
+    Call("POST", "/v1/outcomes", "outcomes", "outcomes", Outcomes),
+    Call("GET", "/v1/models", "models", ANY),
+    Call("GET", "/v1/experiments/live", "live", "outcomes"),
+    Call("GET", "/v1/shadows", "shadow_answers", "compare"),
+    Call("GET", "/metrics", "metrics", "metrics"),
+    Call("GET", "/readyz", "ready"),
+    Call("GET", "/livez", "live_probe"),
+    Call("GET", "/openapi.json", "openapi"),
+    Call("GET", "/docs.json", "openapi"),
+    Call("GET", "/", "playground"),
+)
+
+
+def shapes(row: System) -> list[Any]:
+    """The modules that answer for a system. Raises NotFound if none of its shapes is written yet."""
+    here = Path(__file__).parent
+    found = [importlib.import_module(f"bentos.{s}") for s in row.services if (here / f"{s}.py").is_file()]
+    if not found:
+        raise NotFound(f"{row.name} is served as {' and '.join(row.services)}, which is not written yet.")
+    return found
+
+
+def calls(row: System) -> list[Call]:
+    """Every route of a system's service."""
+    return [*(r for m in shapes(row) for r in m.ROUTES), *ROUTES]
+
+
+def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
+    """OpenAPI 3.1 of `routes`."""
+    paths: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    error = {"description": "refused; error.message names the value and the way out"}
+    for r in routes:
+        about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
+        codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
+        codes += ["404"] if "{" in r.path else []
+        about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
+        names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
+        if names:
+            about["parameters"] = [
+                {"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names
+            ]
+        if r.body is not None:
+            made = (Outcome if r.body is Outcomes else r.body).model_json_schema(
+                ref_template="#/components/schemas/{model}"
+            )
+            schemas |= made.pop("$defs", {})
+            schemas[made["title"]] = made
+            schema = {"$ref": f"#/components/schemas/{made['title']}"}
+            about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        if r.scope is not None:
+            about["security"] = [{"bearer": []}, {}]
+        paths.setdefault(r.path, {})[r.method.lower()] = about
+    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"patchbay {title}", "version": "1"},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": bearer},
+    }
+
+
+def application(settings: Settings | None = None, tokens: Tokens | None = None) -> Starlette:
+    """The whole service as an ASGI application; its lifespan starts and stops the runtime."""
+    settings = settings or Settings.from_environment()
+    guard = tokens or Tokens.from_environment()
+    row = system(settings.system)
+    modules, routes = shapes(row), calls(row)
+    answering: dict[str, Any] = {}  # handler -> who has it
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        runtime = Runtime(settings)
+        desk = Desk(runtime, routes, " + ".join(row.services))
+        app.state.desk = desk
+        answering.update({r.handler: desk for r in ROUTES})
+        for module in modules:
+            answering.update(dict.fromkeys([r.handler for r in module.ROUTES], module.Service(desk)))
+        await asyncio.to_thread(runtime.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(runtime.stop)
+
+    app = Starlette(lifespan=lifespan)
+
+    def route(r: Call) -> Route:
+        async def call(request: Request, body: Any) -> Response:
+            response: Response = await getattr(answering[r.handler], r.handler)(request, body)
+            return response
+
+        return Route(r.path, endpoint(guard, r, call), methods=[r.method])
+
+    app.router.routes.extend(map(route, routes))
+    return app
+
+
+def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
+    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once."""
+    Tokens.from_environment().check_host(host)
+    settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
+    command = [
+        sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
+        "--timeout-keep-alive", str(KEEP_ALIVE_S),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
+    if not background:
+        # whoever ends this process means the service: without this, SIGTERM would leave it behind, holding the port
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+    return process
