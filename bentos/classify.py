@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -86,7 +87,9 @@ class Classifiers:
     @torch.inference_mode()
     def _make(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
         base = self.runtime.base
-        made = clip.logit_scale(base) * clip.zero_shot(base, labels, templates).cpu()
+        engine = self.runtime.worker.engines.get(None)
+        tower = partial(engine, "text") if engine is not None else None
+        made = clip.logit_scale(base) * clip.zero_shot(base, labels, templates, tower).cpu()
         self.kept[labels, templates] = made
         while len(self.kept) > 1 and sum(w.numel() for w in self.kept.values()) > KEPT_NUMBERS:
             self.kept.popitem(last=False)

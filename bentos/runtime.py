@@ -68,6 +68,8 @@ class Settings:
     """rows of one batch"""
     context: int = 4096
     """tokens of a row, prompt and answer"""
+    provider: str = ""
+    """of ONNX Runtime, cpu or cuda, for families whose towers it can run; empty: torch"""
     pinned: Path | None = None
     """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
 
@@ -82,6 +84,7 @@ class Settings:
             device=env.get("PATCHBAY_DEVICE", "cpu"),
             slots=int(env.get("PATCHBAY_SLOTS", "32")),
             context=int(env.get("PATCHBAY_CONTEXT", "4096")),
+            provider=env.get("PATCHBAY_PROVIDER", ""),
             pinned=Path(pinned) if pinned else None,
         )
 
@@ -206,7 +209,15 @@ class Runtime:
         s = self.settings
         if system(s.system).families[0] == "llm":
             return Decoder(self.base, self.model.applied, s.slots, s.context)
-        return Embedder(self.base, self.model.applied, s.slots)
+        return Embedder(self.base, self.model.applied, s.slots, self._towers if s.provider else None)
+
+    def _towers(self, arm: str | None, patch: Any) -> Any:
+        """An arm's towers in ONNX Runtime, from a copy of the base that nobody has hooks on."""
+        from patches.onnx import prepared
+
+        s = self.settings
+        fresh = load_base(self.base.ref, system(s.system).families[0])
+        return prepared(fresh, s.provider, patch, system=s.system, digest=arm or "")
 
     def submit(self, rows: Sequence[Any]) -> None:
         """Queue jobs of the worker's kind; row.tag(row) is called on the worker's thread after each step it took part
@@ -343,6 +354,7 @@ class Runtime:
         """A verified patch becomes an arm, and has worked once before anybody is routed to it."""
         patch = patch.to(self.base.device)
         self.call(lambda: self.model.applied.add(digest, patch))
+        self.worker.prepare(digest, patch)
         warm = threading.Event()
         row: Any = self.worker.probe(digest)
         row.tag = lambda r: warm.set() if r.finished else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -233,6 +233,12 @@ class Decoder:
             if s.finished:
                 self._leave(slot)
         return touched
+
+    engines: Mapping[str | None, Any] = {}
+    """of other runtimes: none, decoding is torch's"""
+
+    def prepare(self, arm: str | None, patch: Any = None) -> None:
+        """Nothing is to be made for an arm."""
 
     @staticmethod
     def probe(arm: str | None) -> Row:

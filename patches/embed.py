@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from patches.bases import Base
-from patches.patch import Applied
+from patches.patch import Applied, Patch
 from registry.errors import BadRequest
+
+
+Engine = Callable[[str, Tensor], Tensor]
+"""("image", (B, 3, H, W)) or ("text", ids (B, context)) -> unit features (B, k) on the CPU"""
 
 
 @dataclass(eq=False)
@@ -36,14 +40,27 @@ class Picture:
 class Embedder:
     """Pictures of any arms in one forward."""
 
-    def __init__(self, base: Base, applied: Applied, slots: int = 32) -> None:
-        self.base, self.applied, self.slots = base, applied, slots
+    def __init__(
+        self, base: Base, applied: Applied, slots: int = 32,
+        engines: Callable[[str | None, Patch | None], Engine] | None = None,
+    ) -> None:  # fmt: skip
+        """engines: (arm, its patch) -> what embeds pictures of that arm at full strength instead of torch; the towers
+        in ONNX Runtime."""
+        self.base, self.applied, self.slots, self.make_engine = base, applied, slots, engines
+        self.engines: dict[str | None, Engine] = {}
+        self.prepare(None)
         self.waiting: deque[Picture] = deque()
         self.running: list[Picture] = []
 
     @property
     def idle(self) -> bool:
         return not self.waiting
+
+    def prepare(self, arm: str | None, patch: Patch | None = None) -> None:
+        """Make an arm's engine, if there are any; may take seconds, so not on the thread that steps."""
+        if self.make_engine is not None:
+            self.engines = {**{k: v for k, v in self.engines.items() if k is None or k in self.applied.arms},
+                            arm: self.make_engine(arm, patch)}  # fmt: skip
 
     def add(self, pictures: Iterable[Picture]) -> None:
         """Queue pictures. Raises BadRequest, queueing none, if one is not of the model's size."""
@@ -70,13 +87,21 @@ class Embedder:
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
             return []
-        x = torch.stack([p.pixels for p in self.running]).to(self.base.device, self.base.model.visual.proj.dtype)
-        with self.applied.rows([p.arm for p in self.running], [p.strength for p in self.running]):
-            y = self.base.model(image=x)["image_features"].float().cpu()
-        for picture, out in zip(self.running, y, strict=True):
-            picture.out, picture.finished = out, "stop"
+        by_engine: dict[Engine | None, list[Picture]] = {}
+        for p in self.running:
+            by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
+        for engine, pictures in by_engine.items():
+            x = torch.stack([p.pixels for p in pictures])
+            for picture, out in zip(pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True):
+                picture.out, picture.finished = out, "stop"
         done, self.running = self.running, []
         return done
+
+    def _torch(self, x: Tensor, pictures: Sequence[Picture]) -> Tensor:
+        x = x.to(self.base.device, self.base.model.visual.proj.dtype)
+        with self.applied.rows([p.arm for p in pictures], [p.strength for p in pictures]):
+            y: Tensor = self.base.model(image=x)["image_features"]
+        return y.float().cpu()
 
     def run(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
         """Embed all of them."""

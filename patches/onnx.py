@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from patches.bases import Base
 from patches.patch import Patch
 from registry import manifest
 from registry.errors import NotReady, PatchError
+from registry.home import home
 from registry.manifest import Manifest
 
 PARITY = 1e-4
@@ -58,6 +60,25 @@ def export_towers(
         _check_parity(folder, base)
     config = {"context": base.model.context_length, "image_size": list(base.processor.size)}
     return manifest.write(folder, kind="model", system=system, base=base.label, config=config, parents=list(parents))
+
+
+def prepared(
+    base: Base, provider: str, patch: Patch | None = None, *, system: str = "", digest: str = "", threads: int = 0
+) -> Towers:
+    """The towers of `base`, with `patch` (of that digest) in them if given: kept in home()/exports, written if missing.
+
+    base: a copy nobody has hooks on. Takes some seconds the first time. Raises as `export_towers` and `Towers`.
+    """
+    folder = home() / "exports" / f"onnx-{base.digest[:16]}-{digest[:16] or 'base'}"
+    if folder.exists():
+        manifest.read(folder, base=base.digest)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+            export_towers(base, Path(part) / "towers", patch, system=system, parents=[digest] if digest else [])
+            with contextlib.suppress(OSError):  # another process was first, with the same
+                (Path(part) / "towers").rename(folder)
+    return Towers(folder, provider, threads)
 
 
 class Towers:

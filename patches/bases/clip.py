@@ -264,28 +264,36 @@ def embed_images(base: Base, images: Any, batch: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def embed_texts(base: Base, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch: int = 256) -> Tensor:
+def embed_texts(
+    base: Base, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch: int = 256,
+    tower: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """(N, k) float32 of unit norm: each text in each template, embeddings averaged and normalised again.
 
-    Raises BadRequest for no text or a template without {}.
+    tower: what embeds token ids (B, context) -> (B, k) instead of the base's own. Raises BadRequest for no text or a
+    template without {}.
     """
     if not texts or isinstance(texts, str):
         raise BadRequest(f"Texts must be a list with at least one string, not {texts!r:.60}.")
     if bad := [t for t in templates if "{}" not in t]:
         raise BadRequest(f"Template {bad[0][:60]!r} has no {{}} where the text goes.")
+    own = lambda ids: base.model(text=ids)["text_features"]  # noqa: E731
     filled = [t.replace("{}", text) for text in texts for t in templates]
     parts = [
-        base.model(text=base.processor.text(filled[i : i + batch]).to(base.device))["text_features"].float()
+        (tower or own)(base.processor.text(filled[i : i + batch]).to(base.device)).float()
         for i in range(0, len(filled), batch)
     ]
     return F.normalize(torch.cat(parts).unflatten(0, (len(texts), -1)).mean(1), dim=-1)
 
 
-def zero_shot(base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+def zero_shot(
+    base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES,
+    tower: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises BadRequest for doubled labels."""
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise BadRequest(f"Label {double[:60]!r} occurs twice; labels must differ.")
-    return embed_texts(base, labels, templates).T
+    return embed_texts(base, labels, templates, tower=tower).T
 
 
 def logit_scale(base: Base) -> float:
