@@ -143,7 +143,10 @@ class Service:
     def _result(self, index: int, entry: Entry, ask: Classify, weights: Tensor) -> dict[str, Any]:
         if entry.refused is not None:
             e = entry.refused
-            return {"index": index, "error": {"message": str(e), "type": KINDS.get(e.status, "error"), "code": e.status}}
+            return {
+                "index": index,
+                "error": {"message": str(e), "type": KINDS.get(e.status, "error"), "code": e.status},
+            }
         assert entry.job is not None
         out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
         out |= scores(entry.job, ask, weights)

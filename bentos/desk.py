@@ -1,9 +1,10 @@
 """What every service does beside its own question: who is routed where, exposures and outcomes, health, documents.
 
-A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A shape
-is a module `bentos.<shape>` with ROUTES and a class `Service(desk)` whose methods they call; several shapes of one
-system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and so can
-any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small model.
+A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A
+shape is a module `bentos.<shape>` with ROUTES and a class `Service(desk)` whose methods they call; several shapes of
+one system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and
+so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
+model.
 
 Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/livez`, `/readyz`, `/metrics`,
 `/openapi.json`, the playground at `/`.
@@ -140,7 +141,7 @@ class Desk:
 
     def keep(self, number: str, unit: str | None, control: Any, treatment: Any) -> None:
         """Both answers of a shadow request, so that somebody can score them."""
-        both = {CONTROL: control, TREATMENT: treatment}
+        both: dict[str, Any] = {CONTROL: control, TREATMENT: treatment}
         self.shadows[number] = {"unit": unit, **both, "agree": control == treatment}
         while len(self.shadows) > KEPT_SHADOWS:
             self.shadows.pop(next(iter(self.shadows)))

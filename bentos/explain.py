@@ -71,9 +71,9 @@ class Steer(BaseModel):
     value: Number = 0.0
     """for clamp, cap, add: in multiples of each feature's largest known activation; for scale the factor"""
     tokens: Annotated[str, Field(pattern="^(all|cls|patches)$")] = "all"
-    strengths: Annotated[
-        list[Annotated[float, Field(ge=0, le=2)]], Field(min_length=1, max_length=MAX_STRENGTHS)
-    ] = Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    strengths: Annotated[list[Annotated[float, Field(ge=0, le=2)]], Field(min_length=1, max_length=MAX_STRENGTHS)] = (
+        Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    )
     """a sweep: all of them in one batch; 0 is exactly the base"""
     model: Name | None = None
     top: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -140,9 +140,12 @@ class Service:
         n, base = len(ask.strengths), self.runtime.base
 
         def look() -> Tensor:
-            with torch.inference_mode(), apply(base.model, {"steer": patch}, root=base.root) as on:
-                with on.rows(["steer"] * n, ask.strengths):
-                    return clip.embed_images(base, x.expand(n, *x.shape), batch=n).cpu()
+            with (
+                torch.inference_mode(),
+                apply(base.model, {"steer": patch}, root=base.root) as on,
+                on.rows(["steer"] * n, ask.strengths),
+            ):
+                return clip.embed_images(base, x.expand(n, *x.shape), batch=n).cpu()
 
         p = ((await asyncio.to_thread(self.runtime.call, look)) @ weights).softmax(1)
         sweep = []
@@ -157,7 +160,7 @@ class Service:
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def features(self, request: Request, _: None) -> Response:
-        """The features a patch edits, or with ?order=density|largest those that come first, as cards without pictures."""
+        """Cards without pictures of the features a patch edits, or, with ?order=density|largest, of the first ones."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
         one = await self._dictionary(choice.digest)
         if one.cards is None:

@@ -248,7 +248,9 @@ class Service:
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)
             raise
-        about = _About(kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self.desk.model(choice))
+        about = _About(
+            kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self.desk.model(choice)
+        )
         if ask.stream:
             body = self._stream(request, ask, lines, news, about, choice, start)
             return StreamingResponse(body, headers=named, media_type="text/event-stream")

@@ -17,7 +17,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
 async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
     """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
 
-    async def whole() -> AsyncIterator[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
 
     try:

@@ -65,8 +65,10 @@ def read(data: str) -> Pillow.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warnings about what is refused below
         try:
-            picture = Pillow.open(io.BytesIO(raw), formats=FORMATS)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
+            picture: Pillow.Image = Pillow.open(io.BytesIO(raw), formats=FORMATS)
+        except Pillow.DecompressionBombError:
+            raise TooLarge(f"The picture claims far more than the {MAX_PIXELS} pixels that are allowed.") from None
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
             raise BadRequest(f"The picture is none of {', '.join(FORMATS)}, or its header is broken.") from None
         width, height = picture.size
         if width * height > MAX_PIXELS:
@@ -76,8 +78,8 @@ def read(data: str) -> Pillow.Image:
                 f"The picture has {width} x {height} pixels; its sides must be at least {MIN_SIDE}, and one at most "
                 f"{MAX_ASPECT} times the other."
             )
-        if getattr(picture, "n_frames", 1) > 1:
-            raise BadRequest(f"The picture is animated ({picture.n_frames} frames); send one frame.")
+        if (frames := getattr(picture, "n_frames", 1)) > 1:
+            raise BadRequest(f"The picture is animated ({frames} frames); send one frame.")
         if picture.mode == "CMYK":
             raise BadRequest("The picture is in CMYK, whose colours depend on an ink profile; convert it to RGB.")
         try:

@@ -17,7 +17,6 @@ from patches.bases import Base
 from patches.patch import Applied, Patch
 from registry.errors import BadRequest
 
-
 Engine = Callable[[str, Tensor], Tensor]
 """("image", (B, 3, H, W)) or ("text", ids (B, context)) -> unit features (B, k) on the CPU"""
 
@@ -92,7 +91,9 @@ class Embedder:
             by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
         for engine, pictures in by_engine.items():
             x = torch.stack([p.pixels for p in pictures])
-            for picture, out in zip(pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True):
+            for picture, out in zip(
+                pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True
+            ):
                 picture.out, picture.finished = out, "stop"
         done, self.running = self.running, []
         return done

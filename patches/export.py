@@ -1,4 +1,5 @@
-"""Fold a patch into a checkpoint that needs none of us: no hooks, transformers' layout, the parent's digest sealed in.
+"""Fold a patch into a checkpoint that needs none of us, its digest sealed in: a language model without hooks in
+transformers' layout, a CLIP's two towers as ONNX graphs.
 
 What is written is read back and must answer as the hooked base does (`PARITY`), so a checkpoint that exists is one that
 was checked. A patch whose edits depend on tokens or positions has no weights to be folded into and is refused.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from patches import artifact
 from patches.bases import Base, load_base
+from patches.patch import Patch
 from registry import manifest
 from registry.errors import Conflict, PatchError, Unsealed
 from registry.home import home
@@ -37,30 +40,20 @@ def export(folder: Path, out: Path | None = None, base: Base | str | None = None
     """
     about, patch = artifact.load(Path(folder))
     row = system(about.system)
-    if row.families != ("llm",):
+    if row.families[0] not in WRITERS:
         raise PatchError(
-            f"{row.name} edits a {' + '.join(row.families)} base; only language models are exported to transformers' "
-            f"layout. Serve it with hooks: patchbay serve {row.name}"
+            f"{row.name} edits a {' + '.join(row.families)} base; only {', '.join(WRITERS)} bases are exported. "
+            f"Serve it with hooks: patchbay serve {row.name}"
         )
     if not isinstance(base, Base):
         base = load_base(base or about.base.rpartition("@")[0], row.families[0])
     manifest.read(Path(folder), digest=about.digest, base=base.digest)
     place = Path(out) if out is not None else home() / "exports" / f"{row.name}-{about.digest[:16]}"
     _check_place(place, about)
-    folded: Any = patch.fold(base.model)
-    ids = _probe(base)
-    with patch.apply(base.model, root=base.root):
-        want = _logits(base, ids)
     place.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
     try:
-        folded.save_pretrained(part)
-        base.processor.save_pretrained(part)
-        del folded
-        _check_parity(load_base(f"local-dir:{part}", row.families[0]), ids, want)
-        made = manifest.write(
-            part, kind="model", system=row.name, base=about.base, config=about.config, parents=[about.digest]
-        )
+        made = WRITERS[row.families[0]](about, patch, base, part)
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
         if not place.exists():
@@ -70,6 +63,32 @@ def export(folder: Path, out: Path | None = None, base: Base | str | None = None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return place
+
+
+def _checkpoint(about: Manifest, patch: Patch, base: Base, part: Path) -> Manifest:
+    """A language model whose weights are changed."""
+    folded: Any = patch.fold(base.model)
+    ids = _probe(base)
+    with patch.apply(base.model, root=base.root):
+        want = _logits(base, ids)
+    folded.save_pretrained(part)
+    base.processor.save_pretrained(part)
+    del folded
+    _check_parity(load_base(f"local-dir:{part}", "llm"), ids, want)
+    return manifest.write(
+        part, kind="model", system=about.system, base=about.base, config=about.config, parents=[about.digest]
+    )
+
+
+def _towers(about: Manifest, patch: Patch, base: Base, part: Path) -> Manifest:
+    """Both towers of a CLIP, the patch traced into its graph."""
+    from patches.onnx import export_towers
+
+    return export_towers(base, part, patch, system=about.system, parents=[about.digest])
+
+
+WRITERS: dict[str, Callable[[Manifest, Patch, Base, Path], Manifest]] = {"llm": _checkpoint, "clip": _towers}
+"""family -> what writes and checks"""
 
 
 def _check_place(place: Path, about: Manifest) -> None:

@@ -57,7 +57,9 @@ def test_a_sweep_is_the_patch_at_each_strength(pictures, tiny_clip, op, value):
             raw = value if op in ("zero", "scale") else value * largest
             weights = clip.logit_scale(tiny_clip) * clip.zero_shot(tiny_clip, LABELS)
             for row, strength in zip(got["sweep"], (0.0, 0.5, 1.0), strict=True):
-                with edit(dictionary(0), SITE, [2, 3, 9], op, raw).apply(tiny_clip.model, strength, root=tiny_clip.root):
+                with edit(dictionary(0), SITE, [2, 3, 9], op, raw).apply(
+                    tiny_clip.model, strength, root=tiny_clip.root
+                ):
                     want = (clip.embed_images(tiny_clip, [picture(0)]) @ weights).softmax(1)[0]
                 said = {x["label"]: x["probability"] for x in row["scores"]}
                 assert [said[k] for k in LABELS] == pytest.approx(want.tolist(), abs=2e-5)
@@ -95,7 +97,8 @@ def test_a_card_shows_words_and_pictures(pictures):
     [
         ("/v1/explain/features/40", "0 to 39"), ("/v1/explain/features/-1", "numbers"),
         ("/v1/explain/features/x", "numbers"), ("/v1/explain/features?order=x", "order"),
-        ("/v1/explain/features?model=base", "no dictionary"), ("/v1/explain/features?model=challenger", "no feature cards"),
+        ("/v1/explain/features?model=base", "no dictionary"),
+        ("/v1/explain/features?model=challenger", "no feature cards"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_told(pictures, path, says):

@@ -67,7 +67,9 @@ def test_text_of_models_never_becomes_markup():
 def test_every_operation_it_calls_is_offered():
     (script,) = inside("script")
     called = set(re.findall(r'"((?:GET|POST|PUT|DELETE|PATCH) /[^"]*)"', script))
-    offered = {f"{method.upper()} {path}" for path, methods in openapi(CALLS, "all")["paths"].items() for method in methods}
+    offered = {
+        f"{method.upper()} {path}" for path, methods in openapi(CALLS, "all")["paths"].items() for method in methods
+    }
     assert called >= {"POST /v1/chat/completions", "GET /v1/experiments/live", "POST /v1/outcomes", "GET /v1/models"}
     assert called <= offered
     assert script.count("fetch(") == 1, "all calls go through one function, which names its operation"
