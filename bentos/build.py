@@ -32,7 +32,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bentos.desk import shapes
-from bentos.runtime import CARRIED
+from bentos.runtime import CARRIED, ENGINE, ENGINED
 from patches.bases import load_base
 from registry import manifest
 from registry.errors import Conflict, NotFound, NotReady, Tampered
@@ -85,7 +85,7 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
         about = _carry(row, digest, context / CARRIED.name)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
-        for file in files:
+        for file in (*files, *_shipped(about.base)):
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, context / file)
         contents = _hashes(context)
@@ -187,7 +187,17 @@ def _service(row: System) -> Any:
 def _modules(row: System) -> list[str]:
     """Modules that are found by their names in the table, which no import statement shows."""
     patch = [row.patch.partition(":")[0]] if row.patch else []
+    patch += [ENGINE] if row.families[0] in ENGINED else []
     return [*patch, *(m.__name__ for m in shapes(row)), *(f"patches.bases.{family}" for family in row.families)]
+
+
+def _shipped(base: str) -> list[str]:
+    """Files of a lab checkpoint, which ships with our code."""
+    scheme, _, name = base.rpartition("@")[0].partition(":")
+    folder = ROOT / "patches" / "lab" / name
+    if scheme != "lab" or not folder.is_dir():
+        return []
+    return [f.relative_to(ROOT).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
 
 
 def _carry(row: System, digest: str, folder: Path) -> Manifest:

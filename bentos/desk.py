@@ -312,7 +312,7 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
     for r in routes:
         about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
         codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
-        codes += ["404"] if "{" in r.path else []
+        codes += ["404"] if r.scope and not r.body else []
         about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
         names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
         if names:

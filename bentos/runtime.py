@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import math
 import os
@@ -48,6 +49,8 @@ FOLLOW_S = 0.5
 JUDGE_S = 1.0
 WINDOW_S = 10.0
 """how often the live experiment's numbers go to MLflow, which only displays them"""
+ENGINE, ENGINED = "patches.onnx", ("clip",)
+"""what runs towers instead of torch, and the families it can run; named here and imported only where it is asked for"""
 Job = Row | Picture
 """what is queued: a row to be decoded, a picture to be embedded"""
 QUEUE = 512
@@ -213,11 +216,9 @@ class Runtime:
 
     def _towers(self, arm: str | None, patch: Any) -> Any:
         """An arm's towers in ONNX Runtime, from a copy of the base that nobody has hooks on."""
-        from patches.onnx import prepared
-
         s = self.settings
         fresh = load_base(self.base.ref, system(s.system).families[0])
-        return prepared(fresh, s.provider, patch, system=s.system, digest=arm or "")
+        return importlib.import_module(ENGINE).prepared(fresh, s.provider, patch, system=s.system, digest=arm or "")
 
     def submit(self, rows: Sequence[Any]) -> None:
         """Queue jobs of the worker's kind; row.tag(row) is called on the worker's thread after each step it took part

@@ -102,7 +102,7 @@ def dictionary(seed: int = 0, features: int = 40, width: int = 32):
     return SAE(W, 0.1 * torch.randn(features, generator=g), W, torch.zeros(width))
 
 
-def seal_features(base, features, seed: int = 0, cards: bool = True) -> str:
+def seal_features(base, features, seed: int = 0, cards: bool = True, width: int = 32) -> str:
     """A sealed feature edit with its dictionary and cards in home()/artifacts; its digest."""
     import tempfile
     from pathlib import Path
@@ -115,13 +115,15 @@ def seal_features(base, features, seed: int = 0, cards: bool = True) -> str:
 
     site = clip.site("block", 1)
     part = Path(tempfile.mkdtemp(dir=home()))
-    save_sae(dictionary(seed), part / "sae")
+    sae = dictionary(seed, width=width)
+    save_sae(sae, part / "sae")
     if cards:
         data = worlds.WORLDS["imagenet"]("train", 12, 0)
-        save_cards(making.make(base, dictionary(seed), site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
-    about = artifact.save(edit(dictionary(seed), site, features), PICTURES, part, base=base.label)
+        save_cards(making.make(base, sae, site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
+    about = artifact.save(edit(sae, site, features), PICTURES, part, base=base.label)
     (home() / "artifacts").mkdir(exist_ok=True)
-    part.rename(home() / "artifacts" / about.digest)
+    if not (home() / "artifacts" / about.digest).exists():
+        part.rename(home() / "artifacts" / about.digest)
     return about.digest
 
 

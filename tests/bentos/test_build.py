@@ -15,13 +15,14 @@ from bentos.build import build, pins, sources
 from bentos.desk import application
 from bentos.runtime import CARRIED, Runtime, Settings
 from patches import artifact
+from patches.bases import clip
 from patches.patched import PatchedModel
 from patches.sink import SinkEdit
 from registry import manifest
 from registry.errors import Conflict, NotFound, NotReady, Tampered, WrongBase
 from registry.home import home as place
 
-from .conftest import CONFIGS, SYSTEM, seal
+from .conftest import CONFIGS, PICTURES, SYSTEM, seal, seal_features
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = [{"role": "user", "content": "say it again again again again"}]
@@ -44,6 +45,35 @@ def digest(home, tiny_llm):
     return seal(tiny_llm, CONFIGS[0])
 
 
+def test_a_bento_for_pictures_holds_its_shapes_its_dictionary_and_its_engine(home, tiny_clip):
+    home.mkdir(parents=True, exist_ok=True)
+    digest = seal_features(tiny_clip, range(7))
+    built = build(PICTURES, digest)
+    assert {
+        "bentos/classify.py",
+        "bentos/explain.py",
+        "patches/features.py",
+        "patches/onnx.py",
+    } <= built.contents.keys()
+    assert {
+        f"{CARRIED.name}/{f}" for f in ("sae/cfg.json", "sae/sae_weights.safetensors", "cards.json")
+    } <= built.contents.keys()
+    assert not built.contents.keys() & {"bentos/generate.py", "patches/sink.py", "patches/bases/llm.py"}
+    pinned = (built.folder / "contents.json").read_text()
+    assert "open_clip_torch==" in pinned.replace("open-clip-torch", "open_clip_torch")
+    assert "onnxruntime" in pinned
+
+
+def test_a_lab_checkpoint_travels_with_its_bento(home):
+    home.mkdir(parents=True, exist_ok=True)
+    base = clip.load("lab:clip")
+    built = build(PICTURES, seal_features(base, range(3), width=256, cards=False))
+    assert {
+        f"patches/lab/clip/{f}"
+        for f in ("open_clip_model.safetensors", "open_clip_config.json", "golden.safetensors", "tokenizer.json")
+    } <= built.contents.keys()
+
+
 def test_a_bento_holds_what_it_runs_the_sealed_folder_and_nothing_else(digest):
     built = build(SYSTEM, digest)
     files = {f.relative_to(built.bento / "src").as_posix() for f in (built.bento / "src").rglob("*") if f.is_file()}
@@ -55,7 +85,8 @@ def test_a_bento_holds_what_it_runs_the_sealed_folder_and_nothing_else(digest):
     tops = {f.partition("/")[0] for f in files}
     assert tops == {"bentos", "patches", "registry", "carried", "bentofile.yaml"}
     # a Bento has no store to ask, no command line, no other family's base and no other mechanism
-    assert not files & {"registry/store.py", "registry/cli.py", "patches/bases/clip.py", "patches/features.py"}
+    others = {"registry/store.py", "registry/cli.py", "patches/bases/clip.py", "patches/features.py"}
+    assert not files & {*others, "patches/onnx.py", "bentos/classify.py"}
     assert "mlflow" not in (built.bento / "env" / "python" / "requirements.txt").read_text()
 
 

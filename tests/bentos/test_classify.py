@@ -14,8 +14,9 @@ from patches.bases import clip
 from patches.features import edit
 from registry import experiment as experiments
 from registry import ledger as ledgers
+from registry.errors import NotReady
 
-from .conftest import PICTURES, dictionary
+from .conftest import PICTURES, dictionary, seal_features
 from .test_pictures import REFUSED
 
 LABELS = ["cat", "dog", "sun", "ink"]
@@ -235,3 +236,32 @@ def test_many_callers_get_their_own_rows(pictures, tiny_clip):
             await asyncio.gather(*(one(i) for i in range(48)))
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("provider", ["", "cpu"])
+def test_a_pinned_service_and_one_on_onnx_answer_as_the_model_does(pictures, home, tiny_clip, provider):
+    """What a Bento does: no ledger, one sealed folder; with torch, or with the towers in ONNX Runtime."""
+    home.mkdir(parents=True, exist_ok=True)
+    folder = home / "artifacts" / seal_features(tiny_clip, range(0, 40, 2))
+
+    async def work():
+        async with pictures(champion=False, pinned=folder, provider=provider) as s:
+            for arm in ("base", "champion"):
+                got = await ask(s, model=arm)
+                want = expected(tiny_clip, None if arm == "base" else champion())
+                torch.testing.assert_close(given(got), want, atol=2e-3 if provider else 2e-5, rtol=1e-3)
+            assert (s.runtime.worker.engines == {}) == (not provider)
+            read = await s.http.post("/v1/explain/encode", json={"image": {"data": coded(picture(0))}})
+            assert read.status_code == 200, read.text
+
+    asyncio.run(work())
+
+
+def test_a_provider_that_is_missing_is_an_honest_refusal(pictures):
+    async def work():
+        with pytest.raises(NotReady, match="CUDAExecutionProvider|no provider"):
+            async with pictures(provider="cuda"):
+                pass
+
+    if not torch.cuda.is_available():
+        asyncio.run(work())
