@@ -55,7 +55,7 @@ class Pairs:
     y: tuple[Tensor, Tensor]
     """(n, k) the base's unit embeddings of both"""
     text: Tensor
-    """(n, T - 1) bool: patches that lie on the writing"""
+    """(n, T - 1) bool: patches that the writing touches"""
     label: Tensor
     word: Tensor
     """(n,) the class that is written"""
@@ -76,7 +76,7 @@ def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
     cover = nnf.adaptive_avg_pool2d(hit.extras["strip"].float(), tuple(base.model.visual.grid_size)).flatten(1)
     x, z = (base.processor.image(part.image).to(base.device) for part in (plain, hit))
     y = clip.embed_images(base, x), clip.embed_images(base, z)
-    return Pairs(x, z, y, cover > 0.5, plain.label, hit.extras["word_label"], clean.classes)
+    return Pairs(x, z, y, cover > 0, plain.label, hit.extras["word_label"], clean.classes)
 
 
 @dataclass(frozen=True)

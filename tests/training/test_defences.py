@@ -69,13 +69,13 @@ READER = (0, 2)
 @pytest.fixture(scope="module")
 def reading():
     """A tiny CLIP one of whose heads looks at white patches and writes at the class token that it saw some; and pairs
-    of pictures without and with a white strip, whose labels are what the model says without it."""
-    base = clip.tiny(seed=3)
+    of pictures without and with a white strip, whose labels are what the model says without strip and head."""
+    base = clip.tiny(seed=2)  # what it says of noise is diverse
     base.model.requires_grad_(False)
     g = torch.Generator().manual_seed(0)
     clean = 0.3 * torch.randn(40, 3, 32, 32, generator=g)
     attacked, text = clean.clone(), torch.zeros(40, 4, 4, dtype=torch.bool)
-    attacked[:, :, 16:24, 8:] = 3.0
+    attacked[:, :, 16:24, 8:] = 1.5
     text[:, 2, 1:] = True
 
     block, (_, head) = base.model.visual.transformer.resblocks[0], READER
@@ -83,18 +83,21 @@ def reading():
     handle = block.ln_1.register_forward_hook(lambda _, __, out: seen.append(out))
     clip.embed_images(base, attacked)
     handle.remove()
-    x, on = seen[0][:, 1:], text.flatten(1)
+    cls, x, on = seen[0][:, 0], seen[0][:, 1:], text.flatten(1)
     way = x[on].mean(0) - x[~on].mean(0)
     e = block.attn.in_proj_weight.shape[0] // 3 // block.attn.heads
     q, k, v = (slice(part * 32 + head * e, part * 32 + (head + 1) * e) for part in range(3))
     for rows in (q, k, v):
         block.attn.in_proj_weight[rows], block.attn.in_proj_bias[rows] = 0, 0
-    block.attn.in_proj_bias[q.start] = 1.0
+    apart = (cls.mean(0) - x.mean((0, 1))) / (cls.mean(0) - x.mean((0, 1))).square().sum()
+    block.attn.in_proj_weight[q.start] = 2 * apart  # 1 at the class token, -1 at patches, which look elsewhere
+    block.attn.in_proj_bias[q.start] = -apart @ (cls.mean(0) + x.mean((0, 1)))
     block.attn.in_proj_weight[k.start] = 12 * e**0.5 * way / way.square().sum()
-    block.attn.in_proj_weight[v.start] = 40 * way / way.square().sum()
-    block.attn.in_proj_bias[v.start] = -40 * (x[~on].mean(0) @ way) / way.square().sum()
+    block.attn.in_proj_weight[v.start] = 10 * way / way.square().sum()
+    block.attn.in_proj_bias[v.start] = -10 * (x[~on].mean(0) @ way) / way.square().sum()
 
-    said = (clip.embed_images(base, clean) @ clip.zero_shot(base, NAMES)).argmax(1)
+    with Silence(HeadsConfig((READER,), 4), {}).apply(base.model):
+        said = (clip.embed_images(base, clean) @ clip.zero_shot(base, NAMES)).argmax(1)
     y = clip.embed_images(base, clean), clip.embed_images(base, attacked)
     return base, Pairs(clean, attacked, y, on, said, (said + 1) % len(NAMES), NAMES)
 
@@ -161,24 +164,24 @@ def test_a_prefix_is_learned_that_names_what_attacked_pictures_look_like(tiny_cl
 
 def test_the_projection_takes_a_planted_direction_of_letters_away(tiny_clip):
     """A word moves a picture along one direction, which class names have a share of; classes of val are others."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(0)
     way = nnf.normalize(torch.randn(24, generator=g), dim=0)
 
     def world(classes):
-        T = clip.zero_shot(tiny_clip, classes).T
+        T = clip.zero_shot(tiny_clip, classes).T  # all much alike: what tells them apart is the rest
         label = torch.arange(160) % len(classes)
-        y = T[label] + 0.02 * torch.randn(160, 24, generator=g)
-        push = torch.where(torch.rand(160, 1, generator=g) < 0.5, 0.6, -0.6)
+        y = nnf.normalize(T - T.mean(0), dim=1)[label] + 0.02 * torch.randn(160, 24, generator=g)
+        push = torch.where(torch.rand(160, 1, generator=g) < 0.5, 2.0, -2.0)
         return embeddings_only(label, (label + 1) % len(classes), y, y + push * way, classes)
 
     train, val = world(NAMES), world(("ibis", "jay", "kite", "lynx", "mole", "newt"))
     before = judge(tiny_clip, val, None)
-    d = projection(tiny_clip, train, val, before.clean - 0.02, ranks=(23 / 24,), steps=400)
+    assert before.attacked < before.clean - 0.2
+    d = projection(tiny_clip, train, val, before.clean - 0.02, ranks=(23 / 24,), lr=0.01)
     W = d.patch.tensors["basis"]
-    assert (way @ W @ W.T).norm() < 0.5
+    assert (way @ W @ W.T).norm() < 0.2
     after = score(val, tuple(nnf.normalize(y @ W @ W.T, dim=1) for y in val.y), clip.zero_shot(tiny_clip, val.classes))
-    assert after.attacked > before.attacked + 0.5 * (before.clean - before.attacked)
-    assert after.clean >= before.clean - 0.02
+    assert min(after.attacked, after.clean) >= before.clean - 0.02
 
 
 def test_the_projection_folds_into_the_weights(tiny_clip):
