@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from patches import artifact
 from patches.bases import Base, clip, load_base
+from patches.cards import save_cards
 from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
 from patches.patch import Act, Inputs
 from patches.patched import PatchedModel
@@ -45,6 +46,7 @@ from registry.config import STRICT
 from registry.errors import ConfigError
 from registry.home import home
 from registry.manifest import Manifest, canonical, digest_of
+from training import cards
 from training.data import images as readers
 from training.data.images import Batch, Dataset
 from training.data.typographic import written
@@ -463,6 +465,8 @@ def fit(config: Config, folder: Path) -> Manifest:
     va = {k: s[report["chosen"]["layer"]] for k, s in seen["val"].items()}
     _examples(base, config, data["val"], va, patch, weights["val"], report, folder)
     save_sae(sae, folder / "sae")
+    shown = data["train"].get("attacked", data["train"]["clean"])
+    save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(patch, "clip_sae", folder, base=base.label)
 

@@ -57,13 +57,19 @@ def memory_mb(pid: int) -> float:
     return sum(p.memory_info().rss for p in tree(pid)) / 2**20
 
 
+def chat(answer: Any) -> tuple[str, int]:
+    """Text and number of tokens of a chat's answer."""
+    return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
+
+
 async def closed_loop(
     url: str, body: Callable[[int], dict[str, Any]], calls: int, concurrency: int, pid: int,
     headers: Callable[[int], dict[str, str]] = lambda _: {}, want: Callable[[int], str | None] = lambda _: None,
+    read: Callable[[Any], tuple[str, int]] = chat,
 ) -> Load:  # fmt: skip
     """`calls` POSTs of body(i) by `concurrency` callers, each waiting for its answer before the next.
 
-    want(i): the text answer i must be, None for any.
+    want(i): the text answer i must be, None for any. read: an answer's text and how many tokens (or pictures) it took.
     """
     latencies: list[float] = []
     reasons: Counter[str] = Counter()
@@ -80,9 +86,9 @@ async def closed_loop(
                 try:
                     answer = await client.post(url, json=body(i), headers=headers(i))
                     if answer.status_code == 200:
-                        got = answer.json()
-                        tokens += got["usage"]["completion_tokens"]
-                        unequal += want(i) not in (None, got["choices"][0]["message"]["content"])
+                        said, made = read(answer.json())
+                        tokens += made
+                        unequal += want(i) not in (None, said)
                     else:
                         reasons[f"{answer.status_code} {answer.text[:120]}"] += 1
                 except (httpx.HTTPError, ValueError, KeyError) as e:

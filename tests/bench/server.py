@@ -11,16 +11,27 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import psutil
 
 from bentos.desk import KEEP_ALIVE_S, serve
+from registry.systems import system as system_row
 
 ROOT = Path(__file__).parent.parent.parent
 Kind = Literal["bentoml", "uvicorn", "floor"]
 APPLICATIONS = {"uvicorn": "bentos.desk:application", "floor": "tests.bench.floor:application"}
+
+DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR42mOsqKhgIAUwMZAIRjWMahg6GgB//AGIMoiFLAAAAABJRU5ErkJggg=="
+FIRST: dict[str, tuple[str, dict[str, Any]]] = {
+    "llm": (
+        "/v1/chat/completions",
+        {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1},
+    ),
+    "clip": ("/v1/classify", {"model": "base", "images": [{"data": DOT}], "labels": ["cat", "dog"]}),
+}
+"""the first question, by family"""
 
 
 @dataclass
@@ -80,8 +91,8 @@ def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Serv
     try:
         server.wait_ready()
         server.ready_s = time.monotonic() - start
-        ask = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
-        httpx.post(f"{server.url}/v1/chat/completions", json=ask, timeout=60).raise_for_status()
+        path, ask = FIRST["llm" if system_row(system).families[0] == "llm" else "clip"]
+        httpx.post(server.url + path, json=ask, timeout=60).raise_for_status()
         server.answer_s = time.monotonic() - start
         yield server
     finally:
