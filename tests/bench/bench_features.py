@@ -7,7 +7,7 @@ import torch.nn.functional as nnf
 from patches.bases import clip, load_base
 from patches.features import SAE, edit
 from patches.read import record
-from training.sae import Dictionary, SAEConfig, across_rows
+from training.sae import Dictionary, SAEConfig, _step, across_rows
 from training.steerability import after_last_block, probabilities
 
 from .interleave import interleave, ratio
@@ -103,3 +103,31 @@ def bench_training(benchmark, method):
     rate = len(x) / sorted(times["sparse"])[len(times["sparse"]) // 2]
     benchmark.extra_info.update(throughput={"sparse": vars(got)}, tokens_per_s=rate)
     print(f"\n{method}: {got.median:.2f} [{got.low:.2f}, {got.high:.2f}] times dense, {rate:.0f} tokens/s")
+
+
+def bench_training_beside_saelens(benchmark):
+    """A whole step of TopK training, ours and SAELens' own trainer: 4,096 tokens of width 256, 4,096 features, k 32,
+    nothing dead. SAELens is no dependency of ours: put it where Python finds it."""
+    pytest.importorskip("sae_lens")
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.set_num_threads(2)
+    x = torch.randn(4096, 256, generator=torch.Generator().manual_seed(0))
+    config = SAEConfig(method="topk", features=4096, k=32)
+    ours = Dictionary(config, 256)
+    ours.start(x)
+    optimizer = torch.optim.Adam(ours.parameters(), config.lr, fused=True)
+    variants = {"ours": lambda: _step(ours, ours, optimizer, x, config, 0, None)}
+    for sparse in (False, True):
+        about = TopKTrainingSAEConfig(d_in=256, d_sae=4096, k=32, use_sparse_activations=sparse)
+        trainer = SAETrainer(
+            SAETrainerConfig(10**9, 4096, lr_end=3e-5), TopKTrainingSAE(about), iter([x]),
+        )  # fmt: skip
+        variants[f"SAELens, sparse={sparse}"] = lambda t=trainer: t._train_step(sae=t.sae, sae_in=x)
+    times = interleave(variants, 10, warmup=2)
+    out = {name: ratio(t, times["ours"]) for name, t in times.items()}
+    benchmark.pedantic(variants["ours"], rounds=2)
+    benchmark.extra_info.update(ratios={k: vars(v) for k, v in out.items()})
+    print(f"\nstep, ours = 1: { {k: f'{v.median:.2f} [{v.low:.2f}, {v.high:.2f}]' for k, v in out.items()} }")
