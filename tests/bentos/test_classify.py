@@ -82,9 +82,9 @@ def test_base_and_patched_stand_side_by_side(pictures, tiny_clip):
                 torch.tensor([[row[k] for k in LABELS] for row in base]), want, atol=2e-5, rtol=1e-4
             )
             off = (await ask(s, patchbay={"compare": True, "strength": 0.0})).json()
-            assert all(
-                r["scores"] == r["base"]["scores"] for r in off["results"]
-            )  # strength 0 is the base, bit for bit
+            for r in off["results"]:  # strength 0 is the base; a row's place in a batch may round another way
+                base = {x["label"]: x["probability"] for x in r["base"]["scores"]}
+                assert {x["label"]: x["probability"] for x in r["scores"]} == pytest.approx(base, abs=1e-5)
 
     asyncio.run(work())
 
