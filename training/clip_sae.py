@@ -51,12 +51,13 @@ from training.data import images as readers
 from training.data.images import Batch, Dataset
 from training.data.typographic import written
 from training.defences import DEFENCES, Defence, judge, pairs
+from training.gates import GateConfig, Lesson, learn
 from training.lab import atlas, worlds
 from training.sae import BINS, Quality, SAEConfig, activations, principal_variance, train
 from training.steerability import Steerability, after_block, after_last_block, rest
 
 Task = Literal["typographic", "waterbirds", "celeba", "steer"]
-Rank = Literal["difference", "effect"]
+Rank = Literal["difference", "effect", "gates"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ class Config:
     dictionary: str = ""
     """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer. Nothing is
     trained then"""
-    ranks: tuple[Rank, ...] = ("difference", "effect")
+    ranks: tuple[Rank, ...] = ("difference", "effect", "gates")
     """how features are ordered: by how much more they fire where the thing that should not matter is, over the spread;
-    by what taking them away does to the true class to first order"""
+    by what taking them away does to the true class to first order; by how far learned gates close (training/gates.py),
+    which also say how much of each is left, whatever `op` is"""
+    gates: GateConfig = field(default_factory=GateConfig)
     counts: tuple[int, ...] = (50, 100, 250, 500, 1000)
     op: Op = "zero"
     value: float = 0.0
@@ -109,6 +112,7 @@ _SMALL = SAEConfig(features=96, k=6, steps=12, batch=128, warmup=4, dead_after=4
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
+        gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(layers=(4,), sae=SAEConfig(steps=400, passes=2)),
     "layers": Config(
@@ -360,18 +364,38 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
     return total
 
 
+def lessons(
+    base: Base, config: Config, layer: int, seen: Mapping[str, Stream], weights: Tensor
+) -> tuple[list[Lesson], list[Lesson]]:
+    """What gates are learned on: pictures with what should not matter (groups weigh alike), and clean ones."""
+    paired = config.task == "typographic"
+
+    def some(stream: Stream, weight: Tensor) -> list[Lesson]:
+        size = config.gates.batch
+        parts = zip(stream.parts(size), torch.split(weight, size), strict=True)
+        return [Lesson(p.x, partial(finish, base, layer, p, weights=weights), p.label, w) for p, w in parts]
+
+    hard = seen["attacked" if paired else "clean"]
+    even = torch.ones(len(hard), device=hard.x.device)
+    weight = even
+    if not paired:
+        group = 2 * hard.label + hard.other
+        weight = 1 / group.bincount(minlength=4).clamp_min(1)[group].float()
+        weight = weight / weight.mean()
+    return some(hard, weight), some(seen["clean"], even[: len(seen["clean"])])
+
+
 def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
-    """A control: as many other features, each the one nearest to a chosen one in mean activation, ties drawn."""
+    """A control: for each chosen feature another one, the nearest in mean activation, ties drawn; none twice."""
     mass = fires(sae, stream).mean(0).cpu()
     noise = torch.rand(len(mass), generator=torch.Generator().manual_seed(seed))
     free = mass * (1 + 0.1 * noise)
     free[list(chosen)] = float("inf")
-    out = []
+    out: dict[int, int] = {}
     for j in sorted(chosen, key=lambda j: -float(mass[j])):
-        nearest = int((free - mass[j]).abs().argmin())
-        free[nearest] = float("inf")
-        out.append(nearest)
-    return out
+        out[j] = int((free - mass[j]).abs().argmin())
+        free[out[j]] = float("inf")
+    return [out[j] for j in chosen]
 
 
 def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> FeatureEdit:
@@ -489,12 +513,19 @@ def candidates(
 ) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
     """The edits a layer offers, by ranking and number of features, from the train split alone."""
     top = _largest(sae, seen["clean"])
-    for how, order in orders(base, config, layer, sae, seen, weights).items():
+    gates = torch.ones_like(sae.bias)
+    if "gates" in config.ranks and config.task != "steer":
+        edited = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[config.tokens]
+        hard, kept = lessons(base, config, layer, seen, weights)
+        gates = learn(config.gates, sae, hard, kept, edited, f"gates of layer {layer}")
+    for how, order in orders(base, config, layer, sae, seen, weights, gates).items():
         counts = [n for n in config.counts if n <= len(order)] or [len(order)]
         for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):
             chosen = order[:count].tolist()
             value = config.value if config.op == "scale" else config.value * top[chosen]
-            patch = edit(sae, clip.site(config.hook, layer), chosen, config.op, value, config.tokens)
+            op: Op = "scale" if how == "gates" else config.op
+            left = gates[chosen] if how == "gates" else value
+            patch = edit(sae, clip.site(config.hook, layer), chosen, op, left, config.tokens)
             yield {"layer": layer, "rank": how, "count": count}, patch
 
 
@@ -511,7 +542,7 @@ def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> F
 
 
 def orders(
-    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor
+    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor, gates: Tensor
 ) -> dict[str, Tensor]:
     """ranking -> features, best first. To steer: those whose concept is the word, strongest first."""
     if config.task == "steer":
@@ -525,6 +556,7 @@ def orders(
     scores = {
         "difference": lambda: by_difference(config, sae, seen),
         "effect": lambda: by_effect(base, config, layer, sae, seen, weights),
+        "gates": lambda: 1 - gates,
     }
     return {how: scores[how]().argsort(descending=True) for how in config.ranks}
 

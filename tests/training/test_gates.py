@@ -1,0 +1,56 @@
+"""Learned gates close what leads astray, and nothing that is needed."""
+
+import torch
+
+from patches.features import SAE
+from training.gates import GateConfig, Lesson, learn
+
+D, F, C = 16, 16, 3
+
+
+def world():
+    """Orthogonal features: 0 to 2 say the class; 7 and 8 together overrule it; the others are noise."""
+    W = torch.eye(D)
+    sae = SAE(W, torch.zeros(F), W, torch.zeros(D))
+    g = torch.Generator().manual_seed(0)
+    read = torch.zeros(D, C)
+    read[0, 0] = read[1, 1] = read[2, 2] = 1.0
+    read[7, 0] = read[8, 0] = 3.0
+    label = torch.arange(24) % 3
+    clean = 0.1 * torch.rand(24, 5, D, generator=g)
+    clean[..., 7:9] = 0.0
+    clean[torch.arange(24), :, label] += 2.0
+    hit = clean.clone()
+    hit[:, 3, 7:9] += 6.0
+    return sae, read, clean, hit, label
+
+
+def lessons(x, read, label, size=8):
+    ones = torch.ones(size)
+    return [
+        Lesson(x[i : i + size], lambda v: v.mean(1) @ read * 5, label[i : i + size], ones)
+        for i in range(0, len(x), size)
+    ]
+
+
+def test_what_leads_astray_is_closed_even_if_two_features_stand_in_for_each_other():
+    sae, read, clean, hit, label = world()
+    gates = learn(GateConfig(steps=120, price=1e-2), sae, lessons(hit, read, label), lessons(clean, read, label))
+    assert (gates[[7, 8]] < 0.2).all()
+    assert (gates[:3] > 0.8).all()
+    others = [j for j in range(F) if j not in (0, 1, 2, 7, 8)]
+    assert (gates[others] > 0.8).all()
+
+
+def test_a_feature_that_fires_outside_the_edited_tokens_does_not_matter():
+    sae, read, clean, hit, label = world()
+    gates = learn(
+        GateConfig(steps=60, price=1e-2), sae, lessons(hit, read, label), lessons(clean, read, label), slice(0, 1)
+    )
+    assert gates[7] > 0.8  # it fires on token 3 alone
+
+
+def test_the_same_seed_learns_the_same_gates():
+    sae, read, clean, hit, label = world()
+    a, b = (learn(GateConfig(steps=9), sae, lessons(hit, read, label), lessons(clean, read, label)) for _ in range(2))
+    assert torch.equal(a, b)
