@@ -86,9 +86,9 @@ class Config:
     """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer. Nothing is
     trained then"""
     ranks: tuple[Rank, ...] = ("difference", "effect", "gates")
-    """how features are ordered: by how much more they fire where the thing that should not matter is, over the spread;
-    by what taking them away does to the true class to first order; by how far learned gates close (training/gates.py),
-    which also say how much of each is left, whatever `op` is"""
+    """how features are ordered: by how much more they fire where the thing that should not matter is; by what taking
+    them away does to the true class to first order; by how far learned gates close (training/gates.py), which also say
+    how much of each is left, whatever `op` is"""
     gates: GateConfig = field(default_factory=GateConfig)
     counts: tuple[int, ...] = (50, 100, 250, 500, 1000)
     op: Op = "zero"
@@ -109,18 +109,21 @@ class Config:
 
 _SMALL = SAEConfig(features=96, k=6, steps=12, batch=128, warmup=4, dead_after=4)
 
+_LAB = SAEConfig(features=2048, batch=2048, steps=600, passes=3)
+"""a dictionary for two cores: smaller batches of fewer features learn more in a minute than one of 4,096 x 4,096"""
+
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
         gates=GateConfig(steps=4, batch=8),
     ),
-    "lab": Config(layers=(4,), sae=SAEConfig(steps=400, passes=2)),
+    "lab": Config(layers=(4,), sae=_LAB, ranks=("difference", "gates"), counts=(200, 400, 600, 800, 1200)),
     "layers": Config(
-        layers=tuple(range(8)), sae=SAEConfig(steps=150, passes=2), counts=(100, 250, 500), steer_features=128,
-        fit_images=256, val_images=256,
+        layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
+        steer_features=48, fit_images=128, val_images=192,
     ),
-    "waterbirds": Config(task="waterbirds"),
-    "celeba": Config(task="celeba"),
+    "waterbirds": Config(task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(10, 50, 200, 800)),
+    "celeba": Config(task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(10, 50, 200, 800)),
     "steer": Config(task="steer", layers=(7,), word="owl", op="clamp", value=4.0, counts=(1, 2, 4)),
     "paper": Config(
         base="hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", device="cuda", layers=tuple(range(12)),
@@ -324,15 +327,16 @@ def fires(sae: SAE, stream: Stream) -> Tensor:
 
 
 def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tensor:
-    """(F,) how much more a feature fires where what should not matter is, over its spread.
+    """(F,) how much more a feature fires where what should not matter is, over what it is otherwise.
 
-    Pairs (clean, attacked): the mean of the increase over its deviation. Groups: |Cohen's d| of the place less that of
-    the label, so that a feature of the class itself comes last.
+    Pairs (clean, attacked): the mean increase over the clean mean, so that what clean pictures need comes last (over
+    the increase's deviation instead, 300 features cost 4 points of clean accuracy; so, none: n = 160 of val). Groups:
+    |Cohen's d| of the place less that of the label, so that a feature of the class itself comes last.
     """
     if config.task == "typographic":
-        more = fires(sae, seen["attacked"]) - fires(sae, seen["clean"])
-        spread = more.std(0)
-        return more.mean(0) / (spread + 0.05 * spread.max())
+        hit, plain = (fires(sae, seen[name]).mean(0) for name in ("attacked", "clean"))
+        usual = plain[plain > 0].median() if bool((plain > 0).any()) else 1.0
+        return (hit - plain) / (plain + usual)
     f, clean = fires(sae, seen["clean"]), seen["clean"]
 
     def apart(by: Tensor) -> Tensor:
