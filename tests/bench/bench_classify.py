@@ -42,7 +42,7 @@ from .server import Server, running
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 PATH, LABELS = "/v1/classify", ["cat", "dog", "bird", "fish", "apple", "pizza", "car", "tree"]
-CALLS, ROUNDS = {1: 24, 8: 64, 32: 128}, {1: 10, 8: 8, 32: 6}
+CALLS, ROUNDS = {1: 16, 8: 32, 32: 64}, {1: 8, 8: 5, 32: 4}
 
 
 def dictionary(width: int, features: int, activation: str = "relu", seed: int = 0) -> SAE:

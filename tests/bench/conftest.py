@@ -40,7 +40,7 @@ class Subject:
         versions = {p: metadata.version(p) for p in ("torch", "transformers", "bentoml", "starlette", "uvicorn")}
         benchmark.extra_info.update(
             device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-            cores=os.cpu_count(), threads=torch.get_num_threads(), dtype=str(self.base.model.dtype),
+            cores=os.cpu_count(), threads=torch.get_num_threads(), dtype=str(next(self.base.model.parameters()).dtype),
             base=self.base.label, versions=versions, **more,
         )  # fmt: skip
 
