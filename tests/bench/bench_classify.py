@@ -41,6 +41,7 @@ from .server import Server, running
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 PATH, LABELS = "/v1/classify", ["cat", "dog", "bird", "fish", "apple", "pizza", "car", "tree"]
 CALLS, ROUNDS = {1: 16, 8: 32, 32: 64}, {1: 8, 8: 5, 32: 4}
 
@@ -67,7 +68,7 @@ class Eyes:
 
 @pytest.fixture(scope="module")
 def eyes() -> Eyes:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if digest := os.environ.get("PATCHBAY_BENCH"):
         about, patch = artifact.load(store.pull(digest))
@@ -94,8 +95,8 @@ def bench_look(eyes: Eyes, benchmark, batch: int, tmp_path, monkeypatch) -> None
     provider = "cuda" if eyes.base.device.type == "cuda" else "cpu"
     fresh = load_base(eyes.base.ref, "clip")
     engines = {
-        "onnx, base": prepared(fresh, provider, threads=2),
-        "onnx, patched": prepared(fresh, provider, eyes.patches["patched"].to("cpu"), digest="p" * 64, threads=2),
+        "onnx, base": prepared(fresh, provider, threads=THREADS),
+        "onnx, patched": prepared(fresh, provider, eyes.patches["patched"].to("cpu"), digest="p" * 64, threads=THREADS),
     }
     on_device = x.to(eyes.base.device)
     with apply(eyes.base.model, eyes.patches, root=eyes.base.root) as on:
