@@ -4,10 +4,10 @@ Paper: Joseph et al., "Steering CLIP's vision transformer with sparse autoencode
 chosen set of features at a middle layer, the rest of the activation kept, takes away what should not matter (a written
 word, the ground behind a bird, gender behind hair) and hardly anything else; random features do nothing.
 
-    patchbay fit clip_sae/tiny          # a random tower: 3 s on a CPU
-    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 8 minutes on 2 cores
-    patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE: a night on one GPU
-    patchbay fit clip_sae/layers        # every layer in short, features beside neurons: 20 minutes on 2 cores
+    patchbay fit clip_sae/tiny          # a random tower: seconds on a CPU
+    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 11 minutes on 2 cores
+    patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
+    patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     python -m training.clip_sae FOLDER REPORT.json    # a sealed patch on test, beside controls and other defences
 
 A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked on pictures of the
@@ -117,7 +117,11 @@ RECIPES: dict[str, Config] = {
         base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
         gates=GateConfig(steps=4, batch=8),
     ),
-    "lab": Config(layers=(4,), sae=_LAB, ranks=("difference", "gates"), counts=(200, 400, 600, 800, 1200)),
+    "lab": Config(layers=(4,), sae=_LAB, ranks=("difference", "gates"), counts=(400, 800, 1200)),
+    "demo": Config(
+        layers=(4,), sae=replace(_LAB, steps=200), ranks=("gates",), counts=(800,), gates=GateConfig(steps=60),
+        fit_images=192, val_images=128, test_images=200,
+    ),
     "layers": Config(
         layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
         steer_features=48, fit_images=128, val_images=192,

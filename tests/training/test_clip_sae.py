@@ -102,6 +102,20 @@ def test_the_feature_of_the_attack_comes_first():
     assert int(by_difference(TINY, sae, seen).argmax()) == 7
 
 
+def test_what_clean_pictures_need_comes_after_what_only_attacked_ones_have():
+    """Feature 7 fires where the attack is, feature 20 gains more but fires on clean pictures as well."""
+    g, one = torch.Generator().manual_seed(3), torch.eye(D)
+    sae = SAE(one, torch.full((D,), -0.5), one, torch.zeros(D))
+    x = torch.randn(40, 17, D, generator=g) + 30 * one[20]
+    y = x + 30 * one[20]
+    y[:, 5:9] += 6 * one[7]
+    label = torch.arange(40) % 5
+    seen = {"clean": Stream(x, x, label, label), "attacked": Stream(y, y, label, label)}
+    more = fires(sae, seen["attacked"]).mean(0) - fires(sae, seen["clean"]).mean(0)
+    assert more[20] > more[7]
+    assert int(by_difference(TINY, sae, seen).argmax()) == 7
+
+
 def test_a_feature_of_the_place_comes_before_one_of_the_class():
     """Groups: features 3 and 4 tell the place, feature 9 the class, with the place confounded."""
     g = torch.Generator().manual_seed(2)
