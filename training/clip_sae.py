@@ -83,8 +83,8 @@ class Config:
     chunk: int = 256
     """pictures per chunk of activations"""
     dictionary: str = ""
-    """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer. Nothing is
-    trained then"""
+    """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer; `lab:clip-sae`
+    is the one that ships. Nothing is trained then"""
     ranks: tuple[Rank, ...] = ("difference", "effect", "gates")
     """how features are ordered: by how much more they fire where the thing that should not matter is; by what taking
     them away does to the true class to first order; by how far learned gates close (training/gates.py), which also say
@@ -117,10 +117,13 @@ RECIPES: dict[str, Config] = {
         base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
         gates=GateConfig(steps=4, batch=8),
     ),
-    "lab": Config(layers=(4,), sae=_LAB, ranks=("difference", "gates"), counts=(400, 800, 1200)),
+    "lab": Config(
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 400, 1000), gates=GateConfig(steps=200, keep=6.0),
+        fit_images=768,
+    ),
     "demo": Config(
-        layers=(4,), sae=replace(_LAB, steps=200), ranks=("gates",), counts=(800,), gates=GateConfig(steps=60),
-        fit_images=192, val_images=128, test_images=200,
+        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(400,), gates=GateConfig(steps=90, keep=6.0),
+        fit_images=256, val_images=96, test_images=150,
     ),
     "layers": Config(
         layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
@@ -425,7 +428,9 @@ def dictionary(base: Base, config: Config, layer: int) -> tuple[SAE, list[dict[s
     """The dictionary of a layer and its training's curve: read if one is named, else trained on the train split."""
     site = clip.site(config.hook, layer)
     if config.dictionary:
-        return replace(load_sae(config.dictionary.replace("{layer}", str(layer)), config.device), site=site), []
+        place = config.dictionary.replace("{layer}", str(layer))
+        folder = clip.SHIPPED / place.removeprefix("lab:") if place.startswith("lab:") else Path(place)
+        return replace(load_sae(folder, config.device), site=site), []
     mark = digest_of([asdict(config.sae), base.digest, site, config.which, config.task, config.data, config.chunk])
     checkpoint = home() / "checkpoints" / f"sae-{mark[:16]}.safetensors"
     chunks = activations(base.model, site, _stream(base, config), config.which)

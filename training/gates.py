@@ -34,7 +34,7 @@ class GateConfig:
     batch: int = 16
     """pictures"""
     lr: float = 0.3
-    """Adam's, on the logits of the gates; falls to nought along a cosine"""
+    """Adam's, on the logits of the gates; falls to nought over the last quarter"""
     keep: float = 3.0
     price: float = 1e-3
     seed: int = 0
@@ -64,7 +64,7 @@ def learn(
         before = [lesson.logits(lesson.x).log_softmax(1) for lesson in kept]
     logit = torch.full_like(sae.bias, 3.0).requires_grad_()
     optimizer = torch.optim.Adam([logit], lr=config.lr)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 4 * (1 - n / config.steps)))
 
     def after(lesson: Lesson) -> Tensor:
         with torch.no_grad():
