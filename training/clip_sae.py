@@ -118,19 +118,19 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 400, 1000), gates=GateConfig(steps=200, keep=6.0),
-        fit_images=768,
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 400, 1000, 1500), gates=GateConfig(steps=200),
+        fit_images=512,
     ),
     "demo": Config(
-        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(400,), gates=GateConfig(steps=90, keep=6.0),
+        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
         fit_images=256, val_images=96, test_images=150,
     ),
     "layers": Config(
         layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
         steer_features=48, fit_images=128, val_images=192,
     ),
-    "waterbirds": Config(task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(10, 50, 200, 800)),
-    "celeba": Config(task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(10, 50, 200, 800)),
+    "waterbirds": Config(task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000)),
+    "celeba": Config(task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000)),
     "steer": Config(task="steer", layers=(7,), word="owl", op="clamp", value=4.0, counts=(1, 2, 4)),
     "paper": Config(
         base="hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", device="cuda", layers=tuple(range(12)),

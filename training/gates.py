@@ -35,8 +35,8 @@ class GateConfig:
     """pictures"""
     lr: float = 0.3
     """Adam's, on the logits of the gates; falls to nought over the last quarter"""
-    keep: float = 3.0
-    price: float = 1e-3
+    keep: float = 10.0
+    price: float = 2e-4
     seed: int = 0
 
 
