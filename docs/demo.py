@@ -1,4 +1,4 @@
-"""The whole path once, on a real 135M language model: `make demo`, under ten minutes on two cores.
+"""The whole path once, on a real 135M language model, then on a CLIP: `make demo`, under ten minutes on two cores.
 
 Sees the model fail to repeat a word, finds the sink circuit, fits the patch, seals it, logs it to MLflow, compares,
 packages, serves base and patched in one process, asks both over HTTP, splits traffic until the numbers decide, follows
@@ -8,6 +8,8 @@ the promotion, rolls back. Every line that begins with `$` is a command a user c
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import os
 import shutil
@@ -38,7 +40,7 @@ from rich.table import Table  # noqa: E402
 
 from registry import cli  # noqa: E402
 
-SYSTEM = "attention_sink"
+SYSTEM, EYES = "attention_sink", "clip_sae"
 COPIES, GOES_ON = 300, 8
 """the task: a word 300 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
 USERS = 400
@@ -197,8 +199,23 @@ def run(stack: ExitStack, once: bool) -> None:
     wait(f"{ui}/health", server)
     patchbay("compare", f"{SYSTEM}@base", f"{SYSTEM}@champion")
 
+    step("8. A written word fools a CLIP, and a patch of its features defends it")
+    patchbay("fit", f"{EYES}/demo")
+    patchbay("push", str(next((HOME / "runs").glob(f"{EYES}-*"))))
+    patchbay("eval", f"{EYES}@challenger")
+    eyes_port = free_port(3001)
+    eyes_url = f"http://127.0.0.1:{eyes_port}"
+    eyes = background(
+        stack, "serve-eyes", [sys.executable, "-m", "registry.cli", "serve", EYES, "--port", str(eyes_port)],
+        PATCHBAY_BASE="lab:clip",
+    )  # fmt: skip
+    out.print(f"[bold cyan]$ patchbay serve {EYES} --port {eyes_port}[/]")
+    wait(f"{eyes_url}/readyz", eyes)
+    out.print(f"  the attack and the defence as a picture: [bold]{look(eyes_url)}[/]")
+
     step("done")
     links = Table("what", "where", title="look around")
+    links.add_row("playground: a picture, base beside patched", eyes_url)
     links.add_row("playground: base beside patched", url)
     links.add_row("MLflow: versions, metrics, figures, the experiment", ui)
     links.add_row("OpenAI's API", f"{url}/v1")
@@ -214,6 +231,42 @@ def ask(url: str, prompt: str, arm: str, tokens: int) -> tuple[str, httpx.Header
     body = {"model": arm, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
     return answer.json()["choices"][0]["text"], answer.headers
+
+
+def look(url: str, count: int = 16) -> Path:
+    """Pictures with a wrong word on them, of classes and words no fit has seen, asked over HTTP; drawn with what base
+    and patched call them."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from training.lab import worlds
+
+    data = worlds.WORLDS["typographic"]("test", count, 7, word="wrong")
+    batch = data.read(range(count))
+    arrays = [x.permute(1, 2, 0).numpy() for x in batch.image]
+    coded = []
+    for array in arrays:
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        coded.append({"data": base64.b64encode(file.getvalue()).decode()})
+    body = {"images": coded, "labels": list(data.classes), "model": "challenger", "patchbay": {"compare": True}}
+    answer = httpx.post(f"{url}/v1/classify", json=body, timeout=120).raise_for_status()
+    rows = answer.json()["results"]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    right = {"base": 0, "patched": 0}
+    for array, label, row, axis in zip(arrays, batch.label.tolist(), rows, figure.subplots(2, 8).flat, strict=True):
+        axis.imshow(array)
+        axis.axis("off")
+        said = {"base": row["base"]["label"], "patched": row["label"]}
+        for y, (side, word) in enumerate(said.items()):
+            ok = word == data.classes[label]
+            right[side] += ok
+            axis.text(0.5, -0.1 - 0.14 * y, f"{side}: {word}", transform=axis.transAxes, ha="center", fontsize=8,
+                      color="#0a6b4c" if ok else "#ad2018")  # fmt: skip
+    figure.suptitle(f"A wrong word on each: right {right['base']} of {count} (base), {right['patched']} (patched)")
+    figure.savefig(HOME / "attack.png", dpi=110)
+    out.print(f"  {count} attacked pictures over HTTP: base right on {right['base']}, patched on {right['patched']}")
+    return HOME / "attack.png"
 
 
 async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: list[int]) -> int:
