@@ -252,7 +252,7 @@ def look(url: str, count: int = 16) -> Path:
     body = {"images": coded, "labels": list(data.classes), "model": "challenger", "patchbay": {"compare": True}}
     answer = httpx.post(f"{url}/v1/classify", json=body, timeout=120).raise_for_status()
     rows = answer.json()["results"]
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     right = {"base": 0, "patched": 0}
     for array, label, row, axis in zip(arrays, batch.label.tolist(), rows, figure.subplots(2, 8).flat, strict=True):
         axis.imshow(array)
