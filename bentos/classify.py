@@ -101,7 +101,7 @@ class Service:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
-        self.classifiers = Classifiers(desk.runtime)
+        self.classifiers = desk.shared(Classifiers)
 
     async def classify(self, request: Request, ask: Classify) -> Response:
         start = time.perf_counter()
@@ -170,9 +170,14 @@ class Service:
 def scores(picture: Picture, ask: Any, weights: Tensor) -> dict[str, Any]:
     """The best label, and the `top` best with their probabilities."""
     assert picture.out is not None
-    p, at = (picture.out @ weights).softmax(0).topk(min(ask.top, len(ask.labels)))
-    best = [{"label": ask.labels[i], "probability": x} for i, x in zip(at.tolist(), p.tolist(), strict=True)]
-    return {"label": best[0]["label"], "scores": best}
+    return best((picture.out @ weights).softmax(0), ask.labels, ask.top)
+
+
+def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:
+    """The best label of probabilities p (C,), and the `top` best with theirs."""
+    values, at = p.topk(min(top, len(labels)))
+    told = [{"label": labels[i], "probability": x} for i, x in zip(at.tolist(), values.tolist(), strict=True)]
+    return {"label": told[0]["label"], "scores": told}
 
 
 ROUTES: tuple[Call, ...] = (

@@ -20,9 +20,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
@@ -43,6 +43,7 @@ DEADLINE_S = 300.0
 KEEP_ALIVE_S = 75
 """idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 KEPT_SHADOWS = 512
+T = TypeVar("T")
 
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -86,6 +87,14 @@ class Desk:
         self.created = int(time.time())
         self.shadows: dict[str, dict[str, Any]] = {}
         self.background: set[asyncio.Task[Any]] = set()
+        self._shared: dict[Any, Any] = {}
+
+    def shared(self, make: Callable[[Runtime], T]) -> T:
+        """What several shapes of one service use together, made once: make(runtime)."""
+        if make not in self._shared:
+            self._shared[make] = make(self.runtime)
+        made: T = self._shared[make]
+        return made
 
     # ---- routing -------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """The shape `explain`: what a patch's dictionary sees in a picture, what a feature is, what steering by it would do.
 
 `/v1/explain/encode`, `/v1/explain/steer`, `/v1/explain/features`, `/v1/explain/features/{feature}`,
-`/v1/explain/examples`. A dictionary is the
-one sealed with a patch; it is read on the base as it is.
+`/v1/explain/examples`. A dictionary is the one sealed with a patch; it is read on the base as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image as Pillow
@@ -25,14 +24,14 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos import pictures
-from bentos.classify import Classifiers, Label, Templates
+from bentos.classify import Classifiers, Label, Templates, best
 from bentos.desk import Desk, Strict, facts, headers
 from bentos.http import ANY, Call, answer, parse
 from bentos.pictures import Image
 from patches import artifact
 from patches.bases import clip
 from patches.cards import Cards, load_cards
-from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae
+from patches.features import SAE, FeatureEdit, Op, edit, load_sae
 from patches.patch import apply
 from patches.read import record
 from registry.errors import BadRequest, NotFound, PatchError
@@ -70,7 +69,7 @@ class Steer(BaseModel):
     op: Op = "zero"
     value: Number = 0.0
     """for clamp, cap, add: in multiples of each feature's largest known activation; for scale the factor"""
-    tokens: Annotated[str, Field(pattern="^(all|cls|patches)$")] = "all"
+    tokens: Literal["all", "cls", "patches"] = "all"
     strengths: Annotated[list[Annotated[float, Field(ge=0, le=2)]], Field(min_length=1, max_length=MAX_STRENGTHS)] = (
         Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     )
@@ -87,7 +86,14 @@ class Dictionary:
     site: str
     chosen: frozenset[int]
     """features that its patch edits"""
-    cards: Cards | None
+    kept: Cards | None
+
+    @property
+    def cards(self) -> Cards:
+        """Raises NotFound if the artifact carries none."""
+        if self.kept is None:
+            raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
+        return self.kept
 
 
 class Service:
@@ -95,7 +101,7 @@ class Service:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
-        self.classifiers = Classifiers(desk.runtime)
+        self.classifiers = desk.shared(Classifiers)
         self.kept: OrderedDict[str, Dictionary] = OrderedDict()
         self.reading = asyncio.Lock()
 
@@ -121,7 +127,7 @@ class Service:
             fires = f[:, j] > 0
             entry = {"feature": j, "activation": a, "token": int(where[j]), "tokens": int(fires.sum())}
             entry |= {"mean": float(f[:, j].mean()), "edited": j in one.chosen}
-            if one.cards is not None:
+            if one.kept is not None:
                 entry["words"] = [w["word"] for w in one.cards.card(j)["words"][:3]]
             seen.append(entry | ({"map": f[:, j].tolist()} if ask.maps else {}))
         out = {"object": "features", "site": one.site, "features": seen, "dictionary": len(highest)}
@@ -132,7 +138,7 @@ class Service:
         table, choice = self.desk.choice(request, ask.model or "champion")
         one = await self._dictionary(choice.digest)
         try:
-            patch = edit(one.sae, one.site, ask.features, ask.op, self._value(ask, one), _tokens(ask.tokens))
+            patch = edit(one.sae, one.site, ask.features, ask.op, self._value(ask, one), ask.tokens)
         except PatchError as e:
             raise BadRequest(f"features: {e}") from None
         weights = await self.classifiers.of(ask.labels, ask.templates)
@@ -148,14 +154,7 @@ class Service:
                 return clip.embed_images(base, x.expand(n, *x.shape), batch=n).cpu()
 
         p = ((await asyncio.to_thread(self.runtime.call, look)) @ weights).softmax(1)
-        sweep = []
-        for strength, row in zip(ask.strengths, p, strict=True):
-            top = row.topk(min(ask.top, len(ask.labels)))
-            best = [
-                {"label": ask.labels[i], "probability": v}
-                for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ]
-            sweep.append({"strength": strength, "label": best[0]["label"], "scores": best})
+        sweep = [{"strength": s, **best(row, ask.labels, ask.top)} for s, row in zip(ask.strengths, p, strict=True)]
         out = {"object": "steering", "site": one.site, "features": ask.features, "op": ask.op, "sweep": sweep}
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
@@ -163,8 +162,6 @@ class Service:
         """Cards without pictures of the features a patch edits, or, with ?order=density|largest, of the first ones."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
         one = await self._dictionary(choice.digest)
-        if one.cards is None:
-            raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
         order = request.query_params.get("order", "edited")
         if order == "edited":
             shown = sorted(one.chosen)[:MAX_SHOWN]
@@ -183,8 +180,6 @@ class Service:
         name = request.path_params["feature"]
         if not (name.isascii() and name.isdigit() and len(name) < 9):
             raise NotFound(f"There is no feature {name[:40]!r}; features are numbers from 0.")
-        if one.cards is None:
-            raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
         card = one.cards.card(int(name))
         for seen in card["pictures"]:
             seen["png"] = _png(one.cards.thumbs[seen["picture"]])
@@ -238,7 +233,7 @@ class Service:
     def _value(ask: Steer, one: Dictionary) -> Tensor | float:
         if ask.op in ("zero", "scale"):
             return ask.value
-        if one.cards is None:
+        if one.kept is None:
             raise NotFound(
                 f"op={ask.op!r} is given in multiples of a feature's largest activation, which this artifact does not "
                 "know. Use zero or scale, or fit it again with a recipe that makes feature cards."
@@ -248,10 +243,6 @@ class Service:
         if len(known) < len(ask.features):
             raise BadRequest(f"features: there is no feature {max(ask.features)}; this dictionary has 0 to {F - 1}.")
         return ask.value * one.cards.largest[known]
-
-
-def _tokens(name: str) -> Tokens:
-    return name  # type: ignore[return-value]  # the pattern of the field says so
 
 
 def _png(thumb: Tensor) -> str:

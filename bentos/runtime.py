@@ -210,7 +210,10 @@ class Runtime:
     def _worker(self) -> Decoder | Embedder:
         """What turns this family's rows into answers."""
         s = self.settings
-        if system(s.system).families[0] == "llm":
+        family = system(s.system).families[0]
+        if s.provider and family not in ENGINED:
+            raise NotReady(f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {family} bases run in torch alone; leave it out.")
+        if family == "llm":
             return Decoder(self.base, self.model.applied, s.slots, s.context)
         return Embedder(self.base, self.model.applied, s.slots, self._towers if s.provider else None)
 
@@ -275,7 +278,7 @@ class Runtime:
                 touched = [*self.worker.running, *self.worker.waiting]
                 for row in touched:
                     row.finished = row.finished or "failed"
-                self.worker = self._worker()
+                self.worker.reset()
             self.counts.steps += 1
             self.counts.rows += len(touched)
             self.counts.seconds += time.perf_counter() - start

@@ -153,19 +153,24 @@ class Decoder:
         self.base, self.applied, self.slots = base, applied, slots
         self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
         """prompt and answer together, in tokens"""
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        model = base.model
-        self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, base.device)  # type: ignore[arg-type]
         layers = getattr(config, "layer_types", None) or ()
         self.window = config.sliding_window if "sliding_attention" in layers else None
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []
-        """running[i] lies in slot i"""
+        self.reset()
+        model = base.model
         eos = model.generation_config.eos_token_id  # type: ignore[union-attr]
         self.stops = {base.processor.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])}
         self.decoder = model.get_decoder()  # type: ignore[operator]
         self.head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def reset(self) -> None:
+        """Forget what is queued, running and cached."""
+        model, config = self.base.model, self.base.model.config
+        heads = config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device)  # type: ignore[arg-type]
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        """running[i] lies in slot i"""
 
     @property
     def idle(self) -> bool:

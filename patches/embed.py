@@ -104,6 +104,11 @@ class Embedder:
             y: Tensor = self.base.model(image=x)["image_features"]
         return y.float().cpu()
 
+    def reset(self) -> None:
+        """Forget what is queued; engines stay."""
+        self.waiting.clear()
+        self.running = []
+
     def run(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
         """Embed all of them."""
         self.add(pictures)

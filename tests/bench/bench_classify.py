@@ -29,12 +29,10 @@ from patches.features import SAE, FeatureEdit, edit
 from patches.onnx import PARITY, prepared
 from patches.patch import Patch, apply
 from registry import ledger as ledgers
-from registry import store
 from registry.home import home
 from registry.ledger import Ledger
-from registry.systems import system
 
-from .conftest import Subject
+from .conftest import DEVICE, Subject, pushed
 from .interleave import interleave, ratio
 from .load import Load, load
 from .server import Server, running
@@ -69,21 +67,16 @@ class Eyes:
 @pytest.fixture(scope="module")
 def eyes() -> Eyes:
     torch.set_num_threads(THREADS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if digest := os.environ.get("PATCHBAY_BENCH"):
-        about, patch = artifact.load(store.pull(digest))
-        row = system(about.system)
-        if "classify" not in row.services:
-            pytest.skip(f"{row.name} is not served by `classify`; these benchmarks look at pictures.")
-        return Eyes(load_base(about.base.rpartition("@")[0], "clip", device), {"patched": patch}, row.name)
-    base = load_base("lab:clip", "clip", device)
+    if found := pushed("classify"):
+        return Eyes(found[0], {"patched": found[1].to(DEVICE)}, found[2])
+    base = load_base("lab:clip", "clip", DEVICE)
     site = clip.site("block", 4)
     made: dict[str, Patch] = {
         "patched": edit(dictionary(256, 4096, "jumprelu"), site, range(250)),
         "preset of 50": edit(dictionary(256, 4096, "jumprelu"), site, range(50)),
         "top-k": edit(dictionary(256, 4096, "topk"), site, range(250)),
     }
-    return Eyes(base, {k: p.to(device) for k, p in made.items()}, "clip_sae")
+    return Eyes(base, {k: p.to(DEVICE) for k, p in made.items()}, "clip_sae")
 
 
 @torch.inference_mode()

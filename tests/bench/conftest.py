@@ -45,18 +45,30 @@ class Subject:
         )  # fmt: skip
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pushed(shape: str) -> tuple[Base, Patch, str] | None:
+    """The artifact that PATCHBAY_BENCH names: its base, its patch, its system; None if it names none.
+
+    Skips the benchmark if that system is not served by `shape`.
+    """
+    if not (digest := os.environ.get("PATCHBAY_BENCH")):
+        return None
+    about, patch = artifact.load(store.pull(digest))
+    row = system(about.system)
+    if shape not in row.services:
+        pytest.skip(f"{row.name} is not served by `{shape}`.")
+    return load_base(about.base.rpartition("@")[0], row.families[0], DEVICE), patch, row.name
+
+
 @pytest.fixture(scope="session")
 def subject() -> Subject:
     torch.set_num_threads(2)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if digest := os.environ.get("PATCHBAY_BENCH"):
-        about, patch = artifact.load(store.pull(digest))
-        row = system(about.system)
-        if "generate" not in row.services:
-            pytest.skip(f"{row.name} is not served by `generate`; these benchmarks decode text.")
-        return Subject(load_base(about.base.rpartition("@")[0], "llm", device), patch, foldable(patch), row.name)
+    if found := pushed("generate"):
+        return Subject(found[0], found[1], foldable(found[1]), found[2])
     try:
-        base, config = load_base("pypi:smollm2", "llm", device), SMOLLM
+        base, config = load_base("pypi:smollm2", "llm", DEVICE), SMOLLM
     except NotFound:
         base, config = tiny(), TINY
     patch = SinkEdit(config, {})

@@ -67,6 +67,20 @@ class Served:
         raise AssertionError("it never happened")
 
 
+@contextlib.asynccontextmanager
+async def serving(system, digests, champion, tokens, settings):
+    """The service of `system` with these patches known; the first one champion and the second challenger if wanted."""
+    ledger = Ledger()
+    if champion:
+        ledgers.promote(ledger, system, digests[0])
+        ledgers.challenge(ledger, system, digests[1])
+    app = application(Settings(system, base="tiny", **settings), tokens or Tokens(None))
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
+            yield Served(app, http, app.state.desk.runtime, digests, ledger)
+
+
 @pytest.fixture
 def service(home, tiny_llm):
     """`async with service() as s`: two patches known, the first one champion."""
@@ -74,15 +88,8 @@ def service(home, tiny_llm):
     @contextlib.asynccontextmanager
     async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
         digests = [seal(tiny_llm, c) for c in CONFIGS]
-        ledger = Ledger()
-        if champion:
-            ledgers.promote(ledger, SYSTEM, digests[0])
-            ledgers.challenge(ledger, SYSTEM, digests[1])
-        app = application(Settings(SYSTEM, base="tiny", **settings), tokens or Tokens(None))
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
-                yield Served(app, http, app.state.desk.runtime, digests, ledger)
+        async with serving(SYSTEM, digests, champion, tokens, settings) as served:
+            yield served
 
     return run
 
@@ -135,15 +142,8 @@ def pictures(home, tiny_clip):
     async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
         home.mkdir(parents=True, exist_ok=True)
         digests = [seal_features(tiny_clip, range(0, 40, 2)), seal_features(tiny_clip, range(5), 1, cards=False)]
-        ledger = Ledger()
-        if champion:
-            ledgers.promote(ledger, PICTURES, digests[0])
-            ledgers.challenge(ledger, PICTURES, digests[1])
-        app = application(Settings(PICTURES, base="tiny", **settings), tokens or Tokens(None))
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as http:
-                yield Served(app, http, app.state.desk.runtime, digests, ledger)
+        async with serving(PICTURES, digests, champion, tokens, settings) as served:
+            yield served
 
     return run
 

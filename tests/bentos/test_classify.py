@@ -220,6 +220,26 @@ def test_a_shadow_labels_the_picture_too_and_nobody_waits(pictures):
     asyncio.run(work())
 
 
+def test_a_step_that_fails_loses_its_own_pictures_only(pictures, monkeypatch):
+    async def work():
+        async with pictures() as s:
+            worker, forward = s.runtime.worker, s.runtime.base.model.forward
+
+            def broken(**inputs):
+                monkeypatch.setattr(s.runtime.base.model, "forward", forward)
+                raise RuntimeError("no memory")
+
+            await ask(s, 1)  # the classifier is kept from here on
+            monkeypatch.setattr(s.runtime.base.model, "forward", broken)
+            failed = await ask(s, 1)
+            assert failed.status_code == 503
+            assert (await ask(s, 1)).status_code == 200
+            assert s.runtime.worker is worker
+            assert s.runtime.queued == 0
+
+    asyncio.run(work())
+
+
 def test_many_callers_get_their_own_rows(pictures, tiny_clip):
     """Concurrent requests share batches; each row's answer is that of its picture and its arm."""
 

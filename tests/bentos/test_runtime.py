@@ -2,12 +2,14 @@
 
 import asyncio
 
+import pytest
 import torch
 
 from bentos.runtime import Runtime, Settings
 from registry import experiment as experiments
 from registry import ledger as ledgers
 from registry import store
+from registry.errors import NotReady
 
 SYSTEM = "attention_sink"
 
@@ -52,6 +54,13 @@ def test_a_dead_mlflow_delays_no_decision(service, monkeypatch):
             assert (await s.chat()).status_code == 200
 
     asyncio.run(work())
+
+
+def test_a_provider_for_a_family_that_has_none_is_an_honest_refusal(home):
+    runtime = Runtime(Settings(SYSTEM, base="tiny", provider="cpu"))
+    with pytest.raises(NotReady, match="PATCHBAY_PROVIDER"):
+        runtime.start()
+    runtime.stop()
 
 
 def test_starting_changes_nothing_for_the_thread_that_starts_it(home):
