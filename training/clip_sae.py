@@ -5,12 +5,12 @@ chosen set of features at a middle layer, the rest of the activation kept, takes
 word, the ground behind a bird, gender behind hair) and hardly anything else; random features do nothing.
 
     patchbay fit clip_sae/tiny          # a random tower: seconds on a CPU
-    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 11 minutes on 2 cores
+    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 6 minutes on 2 quiet cores
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     python -m training.clip_sae FOLDER REPORT.json    # a sealed patch on test, beside controls and other defences
 
-A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked on pictures of the
+A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked, or gated (training/gates.py), on pictures of the
 train split with and without what should not matter, and (layer, ranking, number of features) is chosen on val among
 those that cost no more than `bound` of clean accuracy. Nothing is chosen on test.
 """
