@@ -10,9 +10,9 @@ word, the ground behind a bird, gender behind hair) and hardly anything else; ra
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     python -m training.clip_sae FOLDER REPORT.json    # a sealed patch on test, beside controls and other defences
 
-A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked, or gated (training/gates.py), on pictures of the
-train split with and without what should not matter, and (layer, ranking, number of features) is chosen on val among
-those that cost no more than `bound` of clean accuracy. Nothing is chosen on test.
+A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked, or gated
+(training/gates.py), on pictures of the train split with and without what should not matter, and (layer, ranking, number
+of features) is chosen on val among those that cost no more than `bound` of clean accuracy. Nothing is chosen on test.
 """
 
 from __future__ import annotations
