@@ -61,7 +61,8 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     method: Literal["auto", "paper", "damp"] = "auto"
-    """paper: silence the last stage's neurons away from the first token. damp: repeated-key damping alone.
+    """paper: silence the last stage's neurons away from the first token, or at repeats these and their echoes.
+    damp: repeated-key damping alone.
     auto: whatever repeats best on the fitting words, among all combinations that keep perplexity"""
     limits: tuple[float, ...] = (4.0, 8.0)
     """copies that may weigh in full; tried in this order"""
@@ -124,6 +125,9 @@ class Circuit:
     """of a BOS token in the middle of a text, mean; empty without a BOS token"""
     plain_norms: tuple[float, ...]
     """of an ordinary first token, without BOS"""
+    echoes: tuple[tuple[int, int], ...] = ()
+    """neurons of the stages' layers that are no part of the sink and answer on repeats once it is silent; ordinary text
+    needs them, so only repeats may lose them"""
 
     @property
     def neurons(self) -> tuple[tuple[int, int], ...]:
@@ -161,20 +165,26 @@ def find(base: Base, words: Iterable[int], copies: int = 500, documents: int = 1
         return known
     before = torch.cat([_embedding_norm(base, docs)[None], first[:-1]])
     rising = [i for i in range(layers - 1) if first[i] > RISE * before[i] and first[i] > ABOVE * others[i]]
-    stages = [_neurons(base, group, docs, repeats, others) for group in _neighbours(rising)]
-    return replace(known, stages=tuple(s for s in stages if s))
+    found = [_neurons(base, group, docs, repeats, others) for group in _neighbours(rising)]
+    return replace(
+        known, stages=tuple(s for s, _ in found if s), echoes=tuple(e for s, echoes in found if s for e in echoes)
+    )
+
+
+FIRST, LAST = slice(0, 1), slice(-1, None)
+"""positions"""
 
 
 def _neurons(
     base: Base, group: list[int], docs: list[Tensor], repeats: list[Tensor], others: Tensor
-) -> tuple[tuple[int, int], ...]:
-    """The neurons of one stage: candidates by contribution, then the causal filter."""
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """The neurons of one stage and their echoes: candidates by contribution, then the causal filter."""
     end, ordinary = group[-1], float(others[group[-1]])
     scored: list[tuple[float, int, int]] = []
     for layer in group:
         down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0)
-        at_first = _activations(base, layer, docs, 0).abs() * down
-        at_last = _activations(base, layer, repeats, -1).abs() * down
+        at_first = _activations(base, layer, docs, FIRST).abs() * down
+        at_last = _activations(base, layer, repeats, LAST).abs() * down
         # both must agree: a neuron of the sink fires on the first token and on repeats; ordinary tokens are as loud as
         # the residual they live in
         both = torch.minimum(at_first.mean(0), at_last.amax(0))
@@ -191,7 +201,7 @@ def _neurons(
 
     start = height([])
     if start < ABOVE * ordinary:
-        return ()  # repeats do not reach this stage
+        return (), ()  # repeats do not reach this stage
     chosen: list[tuple[int, int]] = []
     low = start
     for neuron in candidates:  # strongest first, until repeats are ordinary again
@@ -203,7 +213,28 @@ def _neurons(
         rest = [n for n in chosen if n != neuron]
         if rest and height(rest) < max(1.25 * low, 2.0 * ordinary):
             chosen = rest
-    return tuple(chosen) if low < 0.5 * start else ()
+    if low >= 0.5 * start:
+        return (), ()
+    echoes: list[tuple[int, int]] = []
+    for neuron in _echoes(base, group, chosen, repeats, others):
+        if low < 2.0 * ordinary:
+            break
+        if (now := height([*chosen, *echoes, neuron])) < 0.9 * low:
+            echoes, low = [*echoes, neuron], now
+    return tuple(chosen), tuple(echoes)
+
+
+def _echoes(
+    base: Base, group: list[int], silent: list[tuple[int, int]], repeats: list[Tensor], others: Tensor
+) -> list[tuple[int, int]]:
+    """With `silent` silenced, the neurons that are loudest on repeats, loudest first."""
+    scored: list[tuple[float, int, int]] = []
+    with SinkEdit(SinkConfig(neurons=tuple(silent)), {}).apply(base.model, root=base.root):
+        for layer in group:
+            down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0)
+            loud = _activations(base, layer, repeats, LAST).abs().amax(0) * down
+            scored += [(float(loud[j]), layer, int(j)) for j in (loud > 0.2 * float(others[layer])).nonzero()[:, 0]]
+    return [(layer, j) for _, layer, j in sorted(scored, reverse=True)][:8]
 
 
 def _neighbours(layers: list[int]) -> list[list[int]]:
@@ -242,13 +273,13 @@ def _embedding_norm(base: Base, docs: list[Tensor]) -> Tensor:
     return torch.stack([table[int(d[0])].float().norm().cpu() for d in docs]).mean()
 
 
-def _activations(base: Base, layer: int, texts: list[Tensor], at: int) -> Tensor:
-    """(texts, m) true neuron activations of a layer at one position."""
+def _activations(base: Base, layer: int, texts: list[Tensor], at: slice) -> Tensor:
+    """(n, m) true neuron activations of a layer at these positions of every text, one after the other."""
     site = llm.site("neurons", layer)
     with record(base.model, [site], "input", keep=lambda x: x[0, at].float().cpu()) as acts:
         for ids in texts:
             _run(base, ids, layer)
-    return torch.stack(acts[site])
+    return torch.cat(acts[site])
 
 
 def _floats(x: Tensor) -> tuple[float, ...]:
@@ -469,6 +500,9 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
     out: dict[str, SinkConfig] = {}
     if circuit.stages:
         out["paper"] = SinkConfig(neurons=circuit.stages[-1])
+        last = {layer for layer, _ in circuit.stages[-1]}
+        if mine := tuple(n for n in circuit.echoes if n[0] in last):
+            out["paper with echoes, at repeats"] = SinkConfig(neurons=circuit.stages[-1] + mine, only_repeats=True)
     later = tuple(range(1, len(circuit.first_norms)))
     for limit in config.limits:
         damped = SinkConfig(damp_layers=(0,), damp_limit=limit)
@@ -480,7 +514,7 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
                 both = replace(mended, run_layers=later, run_limit=run)
                 out[f"damp {limit:g} + runs {run:g} + stages at repeats"] = both
     if config.method == "paper":
-        return {"paper": out["paper"]} if "paper" in out else {}
+        return {k: v for k, v in out.items() if k.startswith("paper")}
     return {k: v for k, v in out.items() if config.method == "auto" or (k.startswith("damp") and "+" not in k)}
 
 
@@ -610,13 +644,14 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
     about, patch = artifact.load(folder, base=base.digest)
     found = json.loads((folder / "report.json").read_text())["circuit"]
     stages = [tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"]]
-    neurons = tuple(n for stage in stages for n in stage)
+    circuit = Circuit(**{**found, "stages": tuple(stages), "echoes": tuple(tuple(e) for e in found["echoes"])})
+    neurons = circuit.neurons
     words, top = _test_words(base, config), max(config.copies)
     rng = torch.Generator().manual_seed(config.seed)
     m = base.model.config.intermediate_size
     random = tuple((layer, int(torch.randint(m, (1,), generator=rng))) for layer, _ in neurons)
     parts = {
-        "paper": SinkConfig(neurons=stages[-1]),
+        **{k: c for k, c in candidates(config, circuit).items() if k.startswith("paper")},
         "damping alone": replace(patch.config, neurons=(), only_repeats=False, run_layers=()),
         "stages at repeats alone": SinkConfig(neurons=neurons, only_repeats=True),
         "control: random neurons": SinkConfig(neurons=random),
@@ -626,7 +661,6 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
     docs = {s: _documents(base, config, s) for s in text.SOURCES}
     plain = {s: losses(model, d, None) for s, d in docs.items()}
     results: dict[str, Any] = {"digest": about.digest, "patch": asdict(patch.config), "variants": {}}
-    circuit = Circuit(**{**found, "stages": tuple(stages)})
     results["cluster"] = {str(k): v for k, v in cluster_attack(base, circuit).items()}
     for name in ("base", "sealed", *parts):
         arm = None if name == "base" else name

@@ -129,8 +129,14 @@ RECIPES: dict[str, Config] = {
         layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
         steer_features=48, fit_images=128, val_images=192,
     ),
-    "waterbirds": Config(task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000)),
-    "celeba": Config(task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000)),
+    "waterbirds": Config(
+        task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
+        gates=GateConfig(steps=100, keep=0.3, among=300),
+    ),
+    "celeba": Config(
+        task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
+        gates=GateConfig(steps=100, keep=0.1),
+    ),
     "steer": Config(task="steer", layers=(7,), word="owl", op="clamp", value=4.0, counts=(1, 2, 4)),
     "paper": Config(
         base="hf-hub:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K", device="cuda", layers=tuple(range(12)),
@@ -162,7 +168,12 @@ def pictures(config: Config, split: str, n: int) -> dict[str, Dataset]:
     if config.task == "typographic":
         words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
         return {name: _world(config, "typographic", split, n, word=w) for name, w in words.items()}
-    return {"clean": _world(config, "imagenet" if config.task == "steer" else config.task, split, n)}
+    if config.task == "steer":
+        return {"clean": _world(config, "imagenet", split, n)}
+    # groups are drawn alike to fit on: at the twins' own correlation a rare group is ten pictures of 384, which gates
+    # learn by heart. A real data set is drawn as it is, and its groups are weighted
+    even: dict[str, Any] = {"correlation": 0.5} if split == "train" and not config.data else {}
+    return {"clean": _world(config, config.task, split, n, **even)}
 
 
 def _world(config: Config, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
@@ -277,6 +288,10 @@ class Stream:
     def __len__(self) -> int:
         return len(self.label)
 
+    def rows(self, at: Tensor) -> Stream:
+        x = self.x[at]
+        return Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
+
     def parts(self, size: int = 32) -> Iterator[Stream]:
         for i in range(0, len(self), size):
             at = slice(i, i + size)
@@ -378,7 +393,8 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
 def lessons(
     base: Base, config: Config, layer: int, seen: Mapping[str, Stream], weights: Tensor
 ) -> tuple[list[Lesson], list[Lesson]]:
-    """What gates are learned on: pictures with what should not matter (groups weigh alike), and clean ones."""
+    """What gates are learned on: pictures with what should not matter (groups weigh by the base's errors), and clean
+    ones that the base gets right, for what it gets wrong need not stay."""
     paired = config.task == "typographic"
 
     def some(stream: Stream, weight: Tensor) -> list[Lesson]:
@@ -386,14 +402,19 @@ def lessons(
         parts = zip(stream.parts(size), torch.split(weight, size), strict=True)
         return [Lesson(p.x, partial(finish, base, layer, p, weights=weights), p.label, w) for p, w in parts]
 
-    hard = seen["attacked" if paired else "clean"]
-    even = torch.ones(len(hard), device=hard.x.device)
-    weight = even
-    if not paired:
+    hard, clean = seen["attacked" if paired else "clean"], seen["clean"]
+    weight = torch.ones(len(hard), device=hard.x.device)
+    said = answers(base, layer, clean, weights, lambda x: x).logits.argmax(1)
+    right = said.to(clean.label) == clean.label
+    if not bool(right.any()):
+        raise ConfigError("The base gets none of the clean train pictures right; there is nothing for gates to keep.")
+    if not paired:  # a group weighs what the base gets wrong of it, whatever its size
         group = 2 * hard.label + hard.other
-        weight = 1 / group.bincount(minlength=4).clamp_min(1)[group].float()
-        weight = weight / weight.mean()
-    return some(hard, weight), some(seen["clean"], even[: len(seen["clean"])])
+        size, wrong = (group.bincount(w, minlength=4) for w in (torch.ones_like(weight), (~right).float()))
+        weight = (wrong / size.clamp_min(1) ** 2)[group]
+        weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
+    kept = clean.rows(right.nonzero()[:, 0])
+    return some(hard, weight), some(kept, torch.ones(len(kept), device=kept.x.device))
 
 
 def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
@@ -530,7 +551,11 @@ def candidates(
     if "gates" in config.ranks and config.task != "steer":
         edited = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[config.tokens]
         hard, kept = lessons(base, config, layer, seen, weights)
-        gates = learn(config.gates, sae, hard, kept, edited, f"gates of layer {layer}")
+        free = torch.ones_like(sae.bias, dtype=torch.bool)
+        if config.gates.among:
+            differ = by_difference(config, sae, seen).argsort(descending=True)
+            free[differ[config.gates.among :]] = False
+        gates = learn(config.gates, sae, hard, kept, edited, free, f"gates of layer {layer}")
     for how, order in orders(base, config, layer, sae, seen, weights, gates).items():
         counts = [n for n in config.counts if n <= len(order)] or [len(order)]
         for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):

@@ -1,6 +1,6 @@
 """Learned gates: how far each feature of a dictionary is to be taken away, found through the rest of the model.
 
-One gate g_j in [0, 1] per feature scales its activation: x' = x - sum_j (1 - g_j) f_j W_j. On train pictures,
+One gate g_j in [low, 1] per feature scales its activation: x' = x - sum_j (1 - g_j) f_j W_j. On train pictures,
 
     CE(hard) + keep * KL(kept before || kept after) + price * sum_j (1 - g_j)
 
@@ -37,6 +37,11 @@ class GateConfig:
     """Adam's, on the logits of the gates; falls to nought over the last quarter"""
     keep: float = 10.0
     price: float = 2e-4
+    low: float = -1.0
+    """the least a gate may be. Below 0 a feature may be turned round, which takes away what others carry of the same
+    thing: a written word is then named half as often as with 0, at the same clean accuracy (val)"""
+    among: int = 0
+    """only so many features are gated, those that differ most with what should not matter; 0: all"""
     seed: int = 0
 
 
@@ -56,13 +61,15 @@ class Lesson:
 
 def learn(
     config: GateConfig, sae: SAE, hard: Sequence[Lesson], kept: Sequence[Lesson], tokens: slice = slice(None),
-    label: str = "gates",
+    free: Tensor | None = None, label: str = "gates",
 ) -> Tensor:  # fmt: skip
-    """(F,) gates: 1 leaves a feature as it is. tokens: the ones that are edited."""
+    """(F,) gates: 1 leaves a feature as it is. tokens: the ones that are edited; free: (F,) bool, what may be gated."""
     draw = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         before = [lesson.logits(lesson.x).log_softmax(1) for lesson in kept]
     logit = torch.full_like(sae.bias, 3.0).requires_grad_()
+    # (F,) from open to as far as a gate may go
+    span = (1 - config.low) * (torch.ones_like(sae.bias) if free is None else free.to(sae.bias))
     optimizer = torch.optim.Adam([logit], lr=config.lr)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 4 * (1 - n / config.steps)))
 
@@ -71,7 +78,7 @@ def learn(
             f = sae.encode(lesson.x[:, tokens])
         _, scale, _ = normalised(lesson.x[:, tokens], sae.normalise)
         x = lesson.x.clone()
-        x[:, tokens] = x[:, tokens] - scale * ((f * (1 - logit.sigmoid())) @ sae.decoder)  # all the rest is kept
+        x[:, tokens] = x[:, tokens] - scale * ((span * f * (1 - logit.sigmoid())) @ sae.decoder)  # all the rest is kept
         return lesson.logits(x)
 
     bar = tqdm(range(config.steps), label, disable=None, leave=False)
@@ -81,10 +88,10 @@ def learn(
         with torch.enable_grad():
             wrong = nnf.cross_entropy(after(hard[i]), hard[i].label, reduction="none") @ hard[i].weight / len(hard[i].x)
             drift = nnf.kl_div(after(kept[j]).log_softmax(1), before[j], log_target=True, reduction="batchmean")
-            closed = (1 - logit.sigmoid()).sum()
+            closed = (span * (1 - logit.sigmoid())).sum()
             (wrong + config.keep * drift + config.price * closed).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         falling.step()
         told = {"hard": wrong, "drift": drift, "closed": closed}
         bar.set_postfix({k: f"{float(v.detach()):.3g}" for k, v in told.items()})
-    return logit.detach().sigmoid()
+    return 1 - span * (1 - logit.detach().sigmoid())

@@ -74,7 +74,8 @@ def eyes() -> Eyes:
     made: dict[str, Patch] = {
         "patched": edit(dictionary(256, 4096, "jumprelu"), site, range(250)),
         "preset of 50": edit(dictionary(256, 4096, "jumprelu"), site, range(50)),
-        "top-k": edit(dictionary(256, 4096, "topk"), site, range(250)),
+        "top-k of 4,096": edit(dictionary(256, 4096, "topk"), site, range(250)),
+        "top-k of 2,048": edit(dictionary(256, 2048, "topk"), site, range(250)),  # what ships is of this size
     }
     return Eyes(base, {k: p.to(DEVICE) for k, p in made.items()}, "clip_sae")
 

@@ -48,6 +48,14 @@ class Subject:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a version, only what measures that version: the benchmarks that take `subject` or `eyes`."""
+    if os.environ.get("PATCHBAY_BENCH"):
+        mine = [i for i in items if {"subject", "eyes"} & set(getattr(i, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=[i for i in items if i not in mine])
+        items[:] = mine
+
+
 def pushed(shape: str) -> tuple[Base, Patch, str] | None:
     """The artifact that PATCHBAY_BENCH names: its base, its patch, its system; None if it names none.
 

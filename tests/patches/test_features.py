@@ -13,6 +13,7 @@ from patches.features import (
     convert_sae,
     edit,
     hook_layer,
+    kth_largest,
     load_sae,
     normalised,
     save_sae,
@@ -106,6 +107,13 @@ def test_topk_fires_at_most_k():
     fired = (sae.encode(activations(50, 20)) > 0).sum(-1)
     assert fired.max() <= 12
     assert fired.float().mean() > 10
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(5, 4096, 32), (3, 2048, 1), (4, 100, 7), (2, 64, 8), (1, 16, 16)])
+def test_the_kth_largest_is_exact_ties_and_all(rows, columns, k):
+    x = activations(rows, columns)
+    for rough in (x, x.mul(4).round() / 4, torch.zeros_like(x)):
+        assert torch.equal(kth_largest(rough, k), rough.topk(k).values[:, -1:])
 
 
 def test_an_edit_carries_only_the_rows_it_needs():

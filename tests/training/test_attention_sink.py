@@ -35,12 +35,32 @@ def fitted(tmp_path_factory):
 def test_the_planted_neuron_is_found_without_hints_and_no_other(circuit):
     assert circuit.bound_to == "position"
     assert circuit.stages == (((1, 7),),)
+    assert circuit.echoes == ()
 
 
 @pytest.mark.parametrize(("layer", "neuron"), [(0, 3), (1, 40)])
 def test_wherever_it_is_planted(layer, neuron):
     base = llm.planted(layer, neuron)
     assert job.find(base, job._fit_words(base, TINY)[:4], 100).stages == (((layer, neuron),),)
+
+
+def test_a_neuron_that_answers_on_repeats_alone_is_an_echo_and_no_part_of_the_sink():
+    base = llm.planted()
+    lm, bos = base.model, base.processor.bos_token_id
+    mlp = lm.model.layers[1].mlp
+    with torch.no_grad():
+        lm.model.embed_tokens.weight[bos, 4] = 1.0
+        mlp.gate_proj.weight[20], mlp.up_proj.weight[20] = 0.0, 0.0
+        mlp.gate_proj.weight[20, 0], mlp.gate_proj.weight[20, 3], mlp.gate_proj.weight[20, 4] = 20.0, -10.0, -20.0
+        mlp.up_proj.weight[20, 3] = 1.0
+        mlp.down_proj.weight[:, 20] = 0.0
+        mlp.down_proj.weight[1, 20] = 8.0
+    circuit = job.find(base, job._fit_words(base, TINY)[:4], 100)
+    assert circuit.stages == (((1, 7),),)
+    assert circuit.echoes == ((1, 20),)
+    tried = job.candidates(TINY, circuit)
+    assert tried["paper"].neurons == ((1, 7),)
+    assert tried["paper with echoes, at repeats"] == SinkConfig(neurons=((1, 7), (1, 20)), only_repeats=True)
 
 
 def test_a_sink_that_belongs_to_bos_is_told_apart_and_not_patched(tmp_path, monkeypatch):
