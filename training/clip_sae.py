@@ -35,13 +35,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patches import artifact
-from patches.bases import Base, clip, load_base
+from patches.bases import Base, clip, load_base, slug
 from patches.cards import save_cards
 from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
 from patches.patch import Act, Inputs
 from patches.patched import PatchedModel
 from patches.read import record
 from registry import config as configs
+from registry import manifest
 from registry.config import STRICT
 from registry.errors import ConfigError
 from registry.home import home
@@ -450,8 +451,14 @@ def dictionary(base: Base, config: Config, layer: int) -> tuple[SAE, list[dict[s
     site = clip.site(config.hook, layer)
     if config.dictionary:
         place = config.dictionary.replace("{layer}", str(layer))
-        folder = clip.SHIPPED / place.removeprefix("lab:") if place.startswith("lab:") else Path(place)
-        return replace(load_sae(folder, config.device), site=site), []
+        if not place.startswith("lab:"):
+            return replace(load_sae(Path(place), config.device), site=site), []
+        folder = clip.SHIPPED / slug(place.removeprefix("lab:"))
+        manifest.read(folder, base=base.digest)
+        shipped = load_sae(folder, config.device)
+        if shipped.site != site:
+            raise ConfigError(f"{place} was trained at {shipped.site}, not at {site}. Leave `layers` and `hook` alone.")
+        return shipped, []
     mark = digest_of([asdict(config.sae), base.digest, site, config.which, config.task, config.data, config.chunk])
     checkpoint = home() / "checkpoints" / f"sae-{mark[:16]}.safetensors"
     chunks = activations(base.model, site, _stream(base, config), config.which)

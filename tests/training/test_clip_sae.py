@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,8 @@ from patches.bases import clip
 from patches.features import SAE, edit, load_sae, save_sae
 from patches.patch import ONLY
 from patches.patched import PatchedModel
-from registry.errors import ConfigError
+from registry import manifest
+from registry.errors import ConfigError, Tampered, WrongBase
 from training import clip_sae, run
 from training.clip_sae import (
     RECIPES,
@@ -326,3 +328,40 @@ def test_a_neuron_is_set_and_not_added_to(tiny_clip):
         for z in (stream.x, x)
     )
     torch.testing.assert_close(got.score[0], (after - before).square().sum(), atol=1e-5, rtol=1e-3)
+
+
+def test_the_shipped_dictionary_is_checked_when_it_is_read(tmp_path, monkeypatch, tiny_clip):
+    base, config = replace(tiny_clip, digest=manifest.read(clip.SHIPPED / "clip-sae").base_digest), RECIPES["demo"]
+    sae, curve = clip_sae.dictionary(base, config, 4)
+    assert (sae.site, curve) == (clip.site("block", 4), [])
+    with pytest.raises(ConfigError, match=r"was trained at .*resblocks\.4, not at .*resblocks\.5"):
+        clip_sae.dictionary(base, config, 5)
+    with pytest.raises(WrongBase):
+        clip_sae.dictionary(tiny_clip, config, 4)
+    shutil.copytree(clip.SHIPPED / "clip-sae", tmp_path / "clip-sae")
+    monkeypatch.setattr(clip, "SHIPPED", tmp_path)
+    file = tmp_path / "clip-sae" / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(Tampered):
+        clip_sae.dictionary(base, config, 4)
+
+
+def test_groups_weigh_by_the_bases_errors_and_only_what_it_gets_right_is_kept(tiny_clip):
+    """Labels are made so that the base is right on all of groups 0 to 2 and wrong on all of group 3."""
+    config = replace(TINY, task="waterbirds")
+    x = torch.randn(40, 5, tiny_clip.model.visual.transformer.width, generator=torch.Generator().manual_seed(0))
+    weights = classifier(tiny_clip, replace(config, task="typographic"), pictures(TINY, "val", 2)["clean"])[:, :2]
+    said = answers(tiny_clip, 1, Stream(x, x, torch.zeros(40).long(), torch.zeros(40).long()), weights, lambda v: v)
+    best = said.logits.argmax(1)
+    other = torch.arange(40) % 2
+    wrong = (best == 0) & (other == 1)
+    label = torch.where(wrong, 1, best)
+    seen = {"clean": Stream(x, x, label, other)}
+    hard, kept = clip_sae.lessons(tiny_clip, config, 1, seen, weights)
+    weight = torch.cat([lesson.weight for lesson in hard])
+    group = 2 * label + other
+    errors = [float((wrong & (group == g)).sum() / (group == g).sum().clamp_min(1)) for g in range(4)]
+    total = torch.tensor([float(weight[group == g].sum()) for g in range(4)])
+    assert torch.allclose(total / total.sum(), torch.tensor(errors) / sum(errors), atol=1e-5)
+    assert float(weight.mean()) == pytest.approx(1.0)
+    assert sum(len(lesson.x) for lesson in kept) == int((~wrong).sum())
