@@ -30,6 +30,7 @@ from torch import Tensor
 
 from registry.config import STRICT
 from registry.errors import BadRequest, ConfigError, NotFound, NotReady
+from training.tasks import wilson
 from training.textspan import RANK, Moments, Span, basis
 
 NONE = "none"
@@ -328,13 +329,9 @@ def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Na
 # ---- how good the names are --------------------------------------------------------------------------------------
 
 
-def wilson(k: float, n: int) -> list[float]:
+def _share(k: int, n: int) -> list[float]:
     """Share, 95 % interval, n."""
-    if not n:
-        return [0.0, 0.0, 1.0, 0]
-    z = 1.96
-    middle, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return [round(v, 4) for v in (k / n, middle - spread, middle + spread)] + [n]
+    return wilson(torch.arange(n) < k) if n else [0.0, 0.0, 1.0, 0]
 
 
 def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
@@ -354,8 +351,8 @@ def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int 
         c = Counter(pool[i] for i in row)
         drawn.append(sum(v for v in c.values() if v == 1) / n)
     return {
-        "unique": wilson(unique, n),
-        "shared": wilson(n - unique, n),
+        "unique": _share(unique, n),
+        "shared": _share(n - unique, n),
         "largest": [count.most_common(1)[0][0], round(count.most_common(1)[0][1] / n, 4)],
         "unique_null": _range(drawn),
     }
@@ -393,10 +390,10 @@ def consistency(
     p = [(1 + sum(x[i] >= v for x in null)) / (1 + DRAWS) for i, v in enumerate((most, texts))]
     return {
         "heads": len(rows),
-        "association": wilson(round(most * len(rows)), len(rows)),
+        "association": _share(round(most * len(rows)), len(rows)),
         "association_null": _range([x[0] for x in null]),
         "association_p": p[0],
-        "texts": wilson(round(texts * float(sizes.sum())), int(sizes.sum())),
+        "texts": _share(round(texts * float(sizes.sum())), int(sizes.sum())),
         "texts_null": _range([x[1] for x in null]),
         "texts_p": p[1],
         "ccs": {f"{n.layer}.{n.head}": k for (n, _), k in zip(rows, score, strict=True)},
