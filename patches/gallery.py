@@ -92,10 +92,15 @@ class Gallery:
         return best.indices, best.values
 
     def ask(self, given: Tensor, heads: Sequence[tuple[int, int]], metric: Metric = "centred") -> Tensor:
-        """(k,) the query that another picture is, of what all heads of `layers` add to its unit embedding (L, H, k)."""
-        at = self.place(heads)
-        mean = torch.stack([given[i, h].float() for i, h in at]).mean(0)
-        return mean if metric == "raw" else mean - torch.stack([self.mean[i, h] for i, h in at]).mean(0)
+        """(k,) the query that another picture is, of what all heads of `layers` add to its unit embedding (L, H, k).
+
+        As it would be stored, so that a picture of the gallery is its own nearest.
+        """
+        total = torch.zeros(self.mean.shape[-1])
+        for i, h in self.place(heads):
+            B, mean = self.basis[i, h].float(), self.mean[i, h]
+            total += (given[i, h].float() - mean) @ B.T @ B + (mean if metric == "raw" else 0.0)
+        return total / len(heads)
 
     def hubness(self, heads: Sequence[tuple[int, int]], metric: Metric, top: int = 8, most: int = 2000) -> float:
         """Skew of how often a picture is among the first `top` of the others (of the first `most`): 0 is even."""
@@ -171,3 +176,16 @@ def load_gallery(folder: Path) -> Gallery:
     return Gallery(
         tuple(about["layers"]), **load_file(folder / TENSORS), names=tuple(about["names"]), kept=about["kept"]
     )
+
+
+def joined(one: Gallery, two: Gallery) -> Gallery:
+    """Both galleries as one, about their common mean. Raises BadRequest if their directions differ."""
+    if one.layers != two.layers or not torch.equal(one.basis, two.basis):
+        raise BadRequest("The galleries have other heads or directions, so they cannot be joined.")
+    n, m = len(one), len(two)
+    mean = (one.mean * n + two.mean * m) / (n + m)
+    code = torch.cat(
+        [g.code.float() + torch.einsum("lhk,lhrk->lhr", g.mean - mean, g.basis.float()) for g in (one, two)]
+    ).half()
+    kept = (one.kept * n + two.kept * m) / (n + m)
+    return Gallery(one.layers, one.basis, mean, code, torch.cat([one.thumbs, two.thumbs]), one.names + two.names, kept)
