@@ -417,11 +417,10 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
     return results
 
 
-def specificity(
-    base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4, images: int = 300
-) -> dict[str, Any]:
+def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4) -> dict[str, Any]:
     """property -> question -> share right with the property's first `count` heads at their means at the class token,
     n = images of test; beside it the base, and random heads of the same layers (mean, lowest, highest of `draws`)."""
+    images = min(300, config.test_images)
     found = json.loads((folder / "heads.json").read_text())
     every = [(h["layer"], h["head"]) for h in found["heads"]]
     sets = {name: probe(base, "test", images, config.seed) for name, probe in PROBES.items()}
