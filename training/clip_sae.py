@@ -8,7 +8,7 @@ word, the ground behind a bird, gender behind hair) and hardly anything else; ra
     patchbay fit clip_sae/lab           # typographic defence of lab:clip: 6 minutes on 2 quiet cores
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
-    python -m training.clip_sae FOLDER REPORT.json    # a sealed patch on test, beside controls and other defences
+    python -m training.clip_sae FOLDER REPORT.json [SEED]    # a sealed patch on test beside controls, other defences
 
 A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked, or gated
 (training/gates.py), on pictures of the train split with and without what should not matter, and (layer, ranking, number
@@ -57,6 +57,7 @@ from training.sae import BINS, Quality, SAEConfig, activations, principal_varian
 from training.steerability import Steerability, after_block, after_last_block, rest
 from training.tasks import (
     GOAL,
+    KEPT,
     Answers,
     Task,
     ask,
@@ -387,18 +388,19 @@ def fit(config: Config, folder: Path) -> Manifest:
     weights = {split: classifier(base, config, sets["clean"]) for split, sets in data.items()}
     seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
     report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
-    best: tuple[float, FeatureEdit, SAE, dict[str, Any]] | None = None
+    best: tuple[tuple[float, float], FeatureEdit, SAE, dict[str, Any]] | None = None
     for layer in config.layers:
         sae, curve = dictionary(base, config, layer)
         tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
         judge = partial(measure, base, config, layer, va, weights["val"])
         plain = judge(None)
-        mine: tuple[float, FeatureEdit, dict[str, Any]] | None = None
+        mine: tuple[tuple[float, float], FeatureEdit, dict[str, Any]] | None = None
         for row, patch in candidates(base, config, layer, sae, tr, weights["train"]):
             row |= (got := judge(patch)) | {"worth": worth(config, got, plain)}
             report["candidates"].append(row)
-            if mine is None or row["worth"] > mine[0]:
-                mine = row["worth"], patch, row
+            score = row["worth"], got.get(KEPT[config.task], 0.0)  # of equals, what keeps most of what must stay
+            if mine is None or score > mine[0]:
+                mine = score, patch, row
         assert mine is not None
         about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], weights["val"])}
         if config.op != "add":
@@ -691,9 +693,10 @@ DEFENCE_PAIRS = 1024
 """pictures of train, with and without a word, that the other defences are fitted on"""
 
 
-def report(folder: Path, out: Path) -> dict[str, Any]:
+def report(folder: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     """A sealed patch, its controls, and for the typographic task other defences, on test and in the held style: every
-    metric with its interval and n. docs/LOG.md's tables. Writes JSON as it goes."""
+    metric with its interval and n. docs/LOG.md's tables. Writes JSON as it goes. seed: of the test pictures, so that
+    a patch made after a look at some can be measured on others."""
     sealed = json.loads((folder / "recipe.json").read_text())
     config = configs.parse(Config, sealed["config"])
     base = load_base(config.base, "clip", config.device)
@@ -706,9 +709,10 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
         c, value = patch.config, patch.tensors.get("value", 0.0)
         other = edit(load_sae(folder / "sae"), c.site, fitted["random"]["features"], c.op, value, c.tokens)
         arms["random features"] = Defence(other)
-    results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "arms": {}}
-    tests = {"test": config, **({"held": config} if not config.data else {})}
-    sets = {split: pictures(config, split, config.test_images) for split in tests}
+    results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "seed": seed, "arms": {}}
+    shown = replace(config, seed=seed)
+    splits = ("test",) if config.data else ("test", "held")
+    sets = {split: pictures(shown, split, config.test_images) for split in splits}
     for name, defence in tqdm(chain(arms.items(), others(base, config)), "arms", disable=None):
         row: dict[str, Any] = {"about": dict(defence.about) if defence else {}}
         for split, mine in sets.items():
@@ -758,4 +762,4 @@ def others(base: Base, config: Config) -> Iterator[tuple[str, Defence]]:
 
 
 if __name__ == "__main__":
-    report(Path(sys.argv[1]), Path(sys.argv[2]))
+    report(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
