@@ -35,7 +35,7 @@ class GateConfig:
     """pictures"""
     lr: float = 0.3
     """Adam's, on the logits of the gates; falls to nought over the last quarter"""
-    keep: float = 10.0
+    keep: float = 20.0
     price: float = 2e-4
     low: float = -1.0
     """the least a gate may be. Below 0 a feature may be turned round, which takes away what others carry of the same
