@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from patches.features import SAE, edit
+from patches.neurons import ablate
 from patches.patch import Act, Patch, Side, Weight
 from patches.sink import SinkConfig, SinkEdit
 
@@ -98,6 +99,11 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "features-scale": lambda: edit(_dictionary("topk"), "model.layers.0", range(32), "scale", 3.0),
     "features-cap": lambda: edit(_dictionary("relu", "layer_norm"), "model.layers.2.mlp", range(32), "cap", 0.05),
     "features-add": lambda: edit(_dictionary(), "model.layers.1", (5, 6), "add", 1.5),
+    "neurons-mean": lambda: ablate("model.layers.1.mlp.down_proj", range(0, M, 3), _seeded(M)[::3]),
+    "neurons-zero": lambda: ablate("model.layers.0.mlp.down_proj", range(0, M, 2), torch.zeros(M // 2)),
+    "neurons-gain": lambda: ablate(
+        "model.layers.2.mlp.down_proj", (1, 5, 7), torch.zeros(3), torch.tensor([3.0, -1, 0])
+    ),
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
