@@ -32,6 +32,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from patches.bases import Base, clip
+from patches.direct import full, readout
 from patches.read import record
 from registry.errors import BadRequest
 
@@ -79,7 +80,8 @@ class Lens:
 
 
 def check_layer(base: Base, layer: int) -> None:
-    """Raises BadRequest naming the layers that have second-order effects."""
+    """Raises BadRequest naming the layers that have second-order effects, NotFound for an unsupported architecture."""
+    readout(base)
     last = len(base.model.visual.transformer.resblocks) - 2
     if not 0 <= layer <= last:
         raise BadRequest(
@@ -91,17 +93,15 @@ def check_layer(base: Base, layer: int) -> None:
 def lens(base: Base, layer: int, ln: Norms = "own") -> Lens:
     """The lens on the neurons of `layer` (0-based). Raises BadRequest for the last layer, whose effects are zero."""
     check_layer(base, layer)
-    visual = base.model.visual
-    blocks, gain, P = visual.transformer.resblocks, visual.ln_post.weight, visual.proj
-    w = blocks[layer].mlp.c_proj.weight  # (D, N)
-    own = ln == "own"
+    own, home = ln == "own", readout(base)
+    blocks, to_y = base.model.visual.transformer.resblocks, home.map if own else home.plain  # (D, k)
+    w = full(blocks[layer].mlp.c_proj.weight)  # (D, N)
+    w = w - w.mean(0) if own else w
     parts = []
     for block in blocks[layer + 1 :]:
         value, out = _values(block.attn)
-        read = block.ln_1.weight[:, None] * (w - w.mean(0) if own else w)  # (D, N)
-        out = (out - out.mean(0) if own else out) * gain[:, None]  # (D, D)
-        M = out.unflatten(1, (block.attn.heads, -1)).permute(1, 2, 0) @ P  # (H, e, k)
-        v = (value @ read).unflatten(0, (block.attn.heads, -1))  # (H, e, N)
+        M = (out.T @ to_y).unflatten(0, (block.attn.heads, -1))  # (H, e, k)
+        v = (value @ (full(block.ln_1.weight)[:, None] * w)).unflatten(0, (block.attn.heads, -1))  # (H, e, N)
         parts.append((v.mT @ M).transpose(0, 1))  # (N, H, k)
     U = torch.cat(parts, 1)  # (N, G, k)
     Q, R = torch.linalg.qr(U.mT)
@@ -110,7 +110,7 @@ def lens(base: Base, layer: int, ln: Norms = "own") -> Lens:
 
 def _values(attn: Any) -> tuple[Tensor, Tensor]:
     """W_V (D, D) with heads as rows, W_O (D, D) with heads as columns."""
-    return attn.in_proj_weight[2 * attn.in_proj_weight.shape[1] :], attn.out_proj.weight
+    return full(attn.in_proj_weight[2 * attn.in_proj_weight.shape[1] :]), full(attn.out_proj.weight)
 
 
 # ---- what a picture brings ---------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def look(base: Base, x: Tensor, layers: Sequence[int], keep: bool = False) -> Lo
 
 def _spread(z: Tensor, eps: float = 1e-5) -> Tensor:
     """(..., 2): mean over features, and the norm's denominator from (z - mean)^2, which does not cancel."""
-    z = z if z.dtype == torch.float64 else z.float()
+    z = full(z)
     mean = z.mean(-1, keepdim=True)
     return torch.cat([mean, ((z - mean).square().mean(-1, keepdim=True) + eps).sqrt()], -1)
 
