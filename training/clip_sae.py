@@ -48,15 +48,27 @@ from registry.home import home
 from registry.manifest import Manifest, canonical, digest_of
 from training import cards
 from training.data import images as readers
-from training.data.images import Batch, Dataset
-from training.data.typographic import written
+from training.data.images import Dataset
 from training.defences import DEFENCES, Defence, judge, pairs
 from training.gates import GateConfig, Lesson, learn
-from training.lab import atlas, worlds
+from training.lab import atlas
 from training.sae import BINS, Quality, SAEConfig, activations, principal_variance, train
 from training.steerability import Steerability, after_block, after_last_block, rest
+from training.tasks import (
+    GOAL,
+    Answers,
+    Task,
+    ask,
+    classifier,
+    metrics,
+    other_of,
+    outcomes,
+    pictures,
+    share,
+    world,
+    worth,
+)
 
-Task = Literal["typographic", "waterbirds", "celeba", "steer"]
 Rank = Literal["difference", "effect", "gates"]
 
 
@@ -141,125 +153,6 @@ RECIPES: dict[str, Config] = {
 }  # fmt: skip
 
 
-# ---- what is shown, and what counts ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model says of n pictures."""
-
-    logits: Tensor
-    """(n, C)"""
-    label: Tensor
-    """(n,)"""
-    other: Tensor
-    """(n,) what should not matter: the class that is written (-1 for none), or the place; of steer, the word's class"""
-
-
-def pictures(config: Config, split: str, n: int) -> dict[str, Dataset]:
-    """The sets a task is measured on, by name: `clean`, and for the typographic one `attacked` and `blank`, the same
-    pictures with another class written on them, and with the strip alone."""
-    if config.task == "typographic":
-        words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
-        return {name: _world(config, "typographic", split, n, word=w) for name, w in words.items()}
-    return {"clean": _world(config, "imagenet" if config.task == "steer" else config.task, split, n)}
-
-
-def _world(config: Config, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
-    """A set of the lab world, or its real twin out of `data`, at most n pictures of it drawn by the seed."""
-    if not config.data:
-        return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
-    if name == "typographic":
-        whole = written(readers.imagenet(config.data, split), seed=config.seed, **more)
-    else:
-        whole = readers.READERS[name](config.data, split)
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(config.seed + seed))[:n]
-    about = {**whole.about, "drawn": [config.seed + seed, len(order)]}
-    return Dataset(whole.name, whole.split, whole.classes, len(order), about, lambda rows: whole.read(order[rows]))
-
-
-def classifier(base: Base, config: Config, data: Dataset, templates: Sequence[str] = clip.TEMPLATES) -> Tensor:
-    """(k, C) zero-shot weights. A class of the lab's birds and portraits is the mean of the names it is drawn as."""
-    if config.data or config.task in ("typographic", "steer"):
-        return clip.zero_shot(base, data.classes, templates)
-    if config.task == "waterbirds":
-        kinds: tuple[Sequence[str], ...] = (worlds.LANDBIRDS, worlds.WATERBIRDS)
-    else:
-        blond: list[str] = []
-        others: list[str] = []
-        for name in atlas.load().names:
-            who = atlas.person(name)
-            if who and who.gender and not who.does and who.age in ("", "old"):
-                (blond if who.hair == "blond" else others).append(name)
-        kinds = (others, blond)
-    return torch.stack([nnf.normalize(clip.embed_texts(base, k).mean(0), dim=0) for k in kinds], 1)
-
-
-def outcomes(config: Config, said: Mapping[str, Answers]) -> dict[str, Tensor]:
-    """metric -> (n,) 0 or 1 per picture that it is the mean of; of steer also probabilities."""
-    clean = said["clean"]
-    right = clean.logits.argmax(1) == clean.label
-    if config.task == "typographic":
-        hit = said["attacked"]
-        best = hit.logits.argmax(1)
-        true, word = (hit.logits.gather(1, t[:, None])[:, 0] for t in (hit.label, hit.other))
-        return {
-            "clean": right,
-            "attacked": best == hit.label,
-            "says_word": best == hit.other,
-            "two_way": true > word,
-            "blank": said["blank"].logits.argmax(1) == said["blank"].label,
-        }
-    if config.task == "steer":
-        p = clean.logits.softmax(1).gather(1, clean.other[:, None])[:, 0]
-        return {"probability": p, "says": clean.logits.argmax(1) == clean.other}
-    group = 2 * clean.label + clean.other
-    return {"average": right, **{f"group_{g}": right[group == g] for g in range(4) if bool((group == g).any())}}
-
-
-def metrics(config: Config, said: Mapping[str, Answers]) -> dict[str, float]:
-    """The task's numbers: what counts is `attacked`, `worst_group` or `probability`; what must stay, clean, average."""
-    got = {k: _share(v) for k, v in outcomes(config, said).items()}
-    return got | ({"worst_group": min(v for k, v in got.items() if k != "average")} if "average" in got else {})
-
-
-GOAL = {"typographic": "attacked", "waterbirds": "worst_group", "celeba": "worst_group", "steer": "probability"}
-KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "steer": ""}
-
-
-def worth(config: Config, got: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """What a candidate is chosen by: its goal if it keeps what must stay, else how near it comes to keeping it."""
-    kept = KEPT[config.task]
-    short = base[kept] - config.bound - got[kept] if kept else 0.0
-    return got[GOAL[config.task]] if short <= 1e-9 else -short
-
-
-def _share(yes: Tensor) -> float:
-    return round(float(yes.float().mean()), 6) if len(yes) else 0.0
-
-
-@torch.no_grad()
-def ask(base: Base, config: Config, data: Dataset, weights: Tensor) -> Answers:
-    """What the base, with the patches that are applied to it, answers to every picture."""
-    logits, label, other = [], [], []
-    for batch in data.batches(50):
-        logits.append(clip.logit_scale(base) * clip.embed_images(base, batch.image) @ weights)
-        label.append(batch.label)
-        other.append(_other(config, data, batch))
-    return Answers(*(torch.cat(part).cpu() for part in (logits, label, other)))
-
-
-def _other(config: Config, data: Dataset, batch: Batch) -> Tensor:
-    if config.task == "steer":
-        if config.word not in data.classes:
-            raise ConfigError(
-                f"{config.word!r:.40} is no class of {data.name}. Classes: {', '.join(data.classes[:12])}."
-            )
-        return torch.full_like(batch.label, data.classes.index(config.word))
-    other: Tensor = batch.extras["word_label" if config.task == "typographic" else "place"]
-    return other
-
-
 # ---- streams: pictures as one layer sees them --------------------------------------------------------------------
 
 
@@ -296,7 +189,7 @@ def streams(base: Base, config: Config, data: Dataset) -> dict[int, Stream]:
         for name, x in acts.items():
             kept.setdefault(name, []).append(x[0].float())
         label.append(batch.label)
-        other.append(_other(config, data, batch))
+        other.append(other_of(config, data, batch))
     whole = {name: torch.cat(x) for name, x in kept.items()}
     about = torch.cat(label), torch.cat(other)
     return {layer: Stream(whole[site], whole[block], *about) for layer, (site, block) in sites.items()}
@@ -366,11 +259,11 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
         if config.task in ("waterbirds", "celeba"):
             group = 2 * stream.label + stream.other
             weight = 1 / group.bincount(minlength=4).clamp_min(1)[group].float()
-        for part, share in zip(stream.parts(), torch.split(weight, 32), strict=True):
+        for part, counts in zip(stream.parts(), torch.split(weight, 32), strict=True):
             x = part.x.detach().requires_grad_()
             with torch.enable_grad():
                 right = finish(base, layer, part, x, weights).log_softmax(1).gather(1, part.label[:, None])[:, 0]
-                (slope,) = torch.autograd.grad((right * share.to(right)).sum(), x)
+                (slope,) = torch.autograd.grad((right * counts.to(right)).sum(), x)
             total -= (sae.encode(part.x) * (slope @ sae.decoder.T)).sum((0, 1)).cpu()
     return total
 
@@ -447,10 +340,10 @@ def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
     def chunk(number: int) -> Tensor:
         seed = 1000 + number
         if config.data:
-            parts = [_world(config, main, "train", config.chunk, seed, **_words(main, number))]
+            parts = [world(config, main, "train", config.chunk, seed, **_words(main, number))]
         else:
             shares = ((main, config.chunk // 2), ("imagenet", config.chunk // 4), ("coco", config.chunk // 4))
-            parts = [_world(config, w, "train", n, seed, **_words(w, number)) for w, n in shares]
+            parts = [world(config, w, "train", n, seed, **_words(w, number)) for w, n in shares]
         pictures = torch.cat([part.read(range(len(part))).image for part in parts])
         ready: Tensor = base.processor.image(pictures)
         return ready.to(base.device)
@@ -633,7 +526,7 @@ def quality(base: Base, layer: int, sae: SAE, stream: Stream, weights: Tensor) -
     (clean, before), (back, after) = loss(lambda x: x), loss(lambda x: sae.decode(sae.encode(x), x).to(x))
     zero, _ = loss(torch.zeros_like)
     out["ce"] = {"clean": clean, "sae": back, "zero": zero, "recovered": (zero - back) / (zero - clean)}
-    out["top1_kept"] = _share(before == after)
+    out["top1_kept"] = share(before == after)
     return out
 
 

@@ -53,8 +53,10 @@ def atoms(texts: Tensor, norm: AtomNorm = "unit") -> Tensor:
         raise BadRequest("A dictionary of texts needs at least two: what all of them share is taken away.")
     centred = texts - texts.mean(0)
     if norm == "legacy":
-        return 100 * centred / centred.norm(dim=0).clamp_min(1e-12)
-    return nnf.normalize(centred, dim=1)
+        whitened: Tensor = 100 * centred / centred.norm(dim=0).clamp_min(1e-12)
+        return whitened
+    out: Tensor = nnf.normalize(centred, dim=1)
+    return out
 
 
 @torch.no_grad()

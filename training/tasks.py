@@ -1,0 +1,165 @@
+"""What CLIP is asked, and what should not matter: the tasks that patches of its image tower are fitted and judged on.
+
+| task | what should not matter | what counts | what must stay |
+|---|---|---|---|
+| `typographic` | another class's name on the picture | attacked pictures right | clean pictures right |
+| `waterbirds` | the ground behind a bird | the worst of four groups | the average |
+| `celeba` | gender behind hair | the worst of four groups | the average |
+| `steer` | nothing: a class is to be said | its probability | |
+
+In the lab's twins, or real data sets in their own folders. Candidates are judged on val by `worth`, test is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from patches.bases import Base, clip
+from registry.errors import ConfigError
+from training.data import images as readers
+from training.data.images import Batch, Dataset
+from training.data.typographic import written
+from training.lab import atlas, worlds
+
+Task = Literal["typographic", "waterbirds", "celeba", "steer"]
+
+
+class Asked(Protocol):
+    """What a job's config says of its task."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def word(self) -> str: ...
+    @property
+    def bound(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of n pictures."""
+
+    logits: Tensor
+    """(n, C)"""
+    label: Tensor
+    """(n,)"""
+    other: Tensor
+    """(n,) what should not matter: the class that is written (-1 for none), or the place; of steer, the word's class"""
+
+
+def pictures(config: Asked, split: str, n: int) -> dict[str, Dataset]:
+    """The sets a task is measured on, by name: `clean`, and for the typographic one `attacked` and `blank`, the same
+    pictures with another class written on them, and with the strip alone."""
+    if config.task == "typographic":
+        words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
+        return {name: world(config, "typographic", split, n, word=w) for name, w in words.items()}
+    return {"clean": world(config, "imagenet" if config.task == "steer" else config.task, split, n)}
+
+
+def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
+    """A set of the lab world, or its real twin out of `data`, at most n pictures of it drawn by the seed."""
+    if not config.data:
+        return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
+    if name == "typographic":
+        whole = written(readers.imagenet(config.data, split), seed=config.seed, **more)
+    else:
+        whole = readers.READERS[name](config.data, split)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(config.seed + seed))[:n]
+    about = {**whole.about, "drawn": [config.seed + seed, len(order)]}
+    return Dataset(whole.name, whole.split, whole.classes, len(order), about, lambda rows: whole.read(order[rows]))
+
+
+def classifier(base: Base, config: Asked, data: Dataset, templates: Sequence[str] = clip.TEMPLATES) -> Tensor:
+    """(k, C) zero-shot weights. A class of the lab's birds and portraits is the mean of the names it is drawn as."""
+    if config.data or config.task in ("typographic", "steer"):
+        return clip.zero_shot(base, data.classes, templates)
+    if config.task == "waterbirds":
+        kinds: tuple[Sequence[str], ...] = (worlds.LANDBIRDS, worlds.WATERBIRDS)
+    else:
+        blond: list[str] = []
+        others: list[str] = []
+        for name in atlas.load().names:
+            who = atlas.person(name)
+            if who and who.gender and not who.does and who.age in ("", "old"):
+                (blond if who.hair == "blond" else others).append(name)
+        kinds = (others, blond)
+    return torch.stack([nnf.normalize(clip.embed_texts(base, k).mean(0), dim=0) for k in kinds], 1)
+
+
+def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
+    """metric -> (n,) 0 or 1 per picture that it is the mean of; of steer also probabilities."""
+    clean = said["clean"]
+    right = clean.logits.argmax(1) == clean.label
+    if config.task == "typographic":
+        hit = said["attacked"]
+        best = hit.logits.argmax(1)
+        true, word = (hit.logits.gather(1, t[:, None])[:, 0] for t in (hit.label, hit.other))
+        return {
+            "clean": right,
+            "attacked": best == hit.label,
+            "says_word": best == hit.other,
+            "two_way": true > word,
+            "blank": said["blank"].logits.argmax(1) == said["blank"].label,
+        }
+    if config.task == "steer":
+        p = clean.logits.softmax(1).gather(1, clean.other[:, None])[:, 0]
+        return {"probability": p, "says": clean.logits.argmax(1) == clean.other}
+    group = 2 * clean.label + clean.other
+    return {"average": right, **{f"group_{g}": right[group == g] for g in range(4) if bool((group == g).any())}}
+
+
+def metrics(config: Asked, said: Mapping[str, Answers]) -> dict[str, float]:
+    """The task's numbers: what counts is `attacked`, `worst_group` or `probability`; what must stay, clean, average."""
+    got = {k: share(v) for k, v in outcomes(config, said).items()}
+    return got | ({"worst_group": min(v for k, v in got.items() if k != "average")} if "average" in got else {})
+
+
+GOAL = {"typographic": "attacked", "waterbirds": "worst_group", "celeba": "worst_group", "steer": "probability"}
+KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "steer": ""}
+
+
+def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) -> float:
+    """What a candidate is chosen by: its goal if it keeps what must stay, else how near it comes to keeping it."""
+    kept = KEPT[config.task]
+    short = base[kept] - config.bound - got[kept] if kept else 0.0
+    return got[GOAL[config.task]] if short <= 1e-9 else -short
+
+
+def share(yes: Tensor) -> float:
+    """Of what is true; 0 of nothing."""
+    return round(float(yes.float().mean()), 6) if len(yes) else 0.0
+
+
+@torch.no_grad()
+def ask(base: Base, config: Asked, data: Dataset, weights: Tensor) -> Answers:
+    """What the base, with the patches that are applied to it, answers to every picture."""
+    logits, label, other = [], [], []
+    for batch in data.batches(50):
+        logits.append(clip.logit_scale(base) * clip.embed_images(base, batch.image) @ weights)
+        label.append(batch.label)
+        other.append(other_of(config, data, batch))
+    return Answers(*(torch.cat(part).cpu() for part in (logits, label, other)))
+
+
+def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
+    """(B,) what should not matter, as `Answers.other`. Raises ConfigError for a word that is no class."""
+    if config.task == "steer":
+        if config.word not in data.classes:
+            raise ConfigError(
+                f"{config.word!r:.40} is no class of {data.name}. Classes: {', '.join(data.classes[:12])}."
+            )
+        return torch.full_like(batch.label, data.classes.index(config.word))
+    other: Tensor = batch.extras["word_label" if config.task == "typographic" else "place"]
+    return other
