@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,16 @@ class NeuronCards:
     thumbs: Tensor
     """(n, 3, s, s) uint8: the pictures that were seen"""
     ln: Norms = "own"
+
+    def to(self, device: torch.device | str) -> NeuronCards:
+        """The same cards with their tensors, but for the pictures, on `device`."""
+
+        def moved(part: Any) -> Any:
+            tensors = {f.name: getattr(part, f.name) for f in fields(part)}
+            return replace(part, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+        layers = {number: replace(moved(one), known=moved(one.known)) for number, one in self.layers.items()}
+        return replace(self, layers=layers, pool=self.pool.to(device))
 
     def layer(self, number: int) -> Layer:
         """Raises NotFound naming the layers there are."""
@@ -151,7 +161,10 @@ class Reader:
 
     @classmethod
     def of(cls, base: Base, cards: NeuronCards) -> Reader:
-        return cls(base, cards, {number: lens(base, number, cards.ln) for number in cards.layers})
+        """On the base's device. Only norms and projections are read, so the bases, which are large, are let go."""
+        lenses = {number: lens(base, number, cards.ln) for number in cards.layers}
+        small = {number: replace(at, basis=at.basis.new_empty(0)) for number, at in lenses.items()}
+        return cls(base, cards.to(base.device), small)
 
     def heads(self) -> int:
         """Of one block."""

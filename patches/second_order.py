@@ -56,7 +56,7 @@ class Lens:
 
     @property
     def neurons(self) -> int:
-        return len(self.basis)
+        return len(self.size)
 
     def write(self, neurons: Sequence[int] | slice = slice(None)) -> Tensor:
         """U (n, G, k) of some neurons; all of them are as large as the basis."""

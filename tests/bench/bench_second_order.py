@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 
 def bench_pursuit(benchmark):
-    """128 signals (a layer of ViT-B/32 has 3,072), 10,000 atoms of 512 dimensions, 64 atoms each: ours over scikit-learn's, same supports."""
+    """128 signals (ViT-B/32 has 3,072 a layer), 10,000 texts of 512 dimensions, 64 each: ours over scikit-learn's."""
     from sklearn.decomposition import SparseCoder
 
     torch.set_num_threads(1)
