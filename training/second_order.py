@@ -555,7 +555,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     for i, name in enumerate(names):
         for kind, line in (("heavy", "-"), ("random", ":")):
             steps = asked["layers"][name]["paths"][kind]["steps"]
-            a.semilogy(list(steps), [v["error"] for v in steps.values()], line, marker="o", color=f"C{i}",
+            a.semilogy(MOVES, [steps[m]["error"] for m in MOVES], line, marker="o", color=f"C{i}",
                        label=f"layer {name}, {kind} neurons")  # fmt: skip
     a.axhline(1.0, color="grey", linewidth=0.8)
     a.set(
