@@ -25,7 +25,7 @@ from bentos.classify import Classifiers, Label, Templates, best
 from bentos.desk import Desk, Strict, facts, headers
 from bentos.http import ANY, Call, answer, parse
 from bentos.pictures import Image
-from patches import artifact
+from patches import artifact, heatmap
 from patches.bases import clip
 from patches.cards import Cards, load_cards
 from patches.features import SAE, FeatureEdit, Op, edit, load_sae
@@ -179,7 +179,7 @@ class Service:
             raise NotFound(f"There is no feature {name[:40]!r}; features are numbers from 0.")
         card = one.cards.card(int(name))
         for seen in card["pictures"]:
-            seen["png"] = pictures.png(one.cards.thumbs[seen["picture"]])
+            seen["png"] = heatmap.png(one.cards.thumbs[seen["picture"]])
         out = {**card, "edited": int(name) in one.chosen, "site": one.site}
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
@@ -199,7 +199,7 @@ class Service:
         said = json.loads((folder / "report.json").read_text())["examples"]
         images = load_file(folder / "examples.safetensors")["image"]
         return [
-            {"png": pictures.png(image), **{k: v[i] for k, v in said.items()}}
+            {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}
             for i, image in enumerate(images[:MAX_EXAMPLES])
         ]
 

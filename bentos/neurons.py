@@ -19,14 +19,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from bentos import masks, pictures
+from bentos import pictures
 from bentos.arms import Choice
 from bentos.classify import Classifiers, Label, Templates
 from bentos.desk import Desk, Strict, facts, headers
 from bentos.http import ANY, KINDS, Call, answer, parse
 from bentos.pictures import Image
-from patches import artifact
+from patches import artifact, heatmap
 from patches.bases import clip
+from patches.heatmap import Threshold
 from patches.neuron_cards import (
     MINE_NEURONS,
     SEGMENT_NEURONS,
@@ -45,7 +46,8 @@ from registry.ledger import BASE
 
 KEPT = 2
 """readers in memory"""
-MAX_IMAGES, MAX_TEXTS, MAX_SHOWN, MAX_TOP, MAX_NEURONS, MAX_BLOCKED = 16, 32, 64, 100, 2000, 64
+MAX_IMAGES, MAX_SIDE, MAX_SHOWN, MAX_TOP, MAX_NEURONS, MAX_BLOCKED = 16, 512, 64, 100, 2000, 64
+Format = Literal["floats", "rle", "png"]
 
 Name = Annotated[str, Field(max_length=200)]
 Images = Annotated[
@@ -69,22 +71,26 @@ class Attributes(BaseModel):
 
 
 class Segment(BaseModel):
-    """POST /v1/explain/segment"""
+    """POST /v1/explain/segment, as the shape `heads` has it, by the neurons that say the text."""
 
     model_config = Strict
-    images: Images
-    texts: Annotated[list[Label], Field(min_length=1, max_length=MAX_TEXTS)]
-    templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
+    image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
+    text: Label
+    against: Label | None = None
+    """contrastive: where the picture is rather the text than this"""
     way: Literal["neurons"] = "neurons"
     neurons: Annotated[int, Field(ge=1, le=MAX_NEURONS)] = SEGMENT_NEURONS
     """how many vote; fewer if there are fewer"""
     vote: Vote = "centred"
     """raw: mean activation, as published; signed, weighted: by what a neuron says of the text; centred: weighted, less
     each neuron's mean"""
-    threshold: masks.Threshold = "0.5"
-    format: masks.Format = "png"
+    threshold: Threshold = "half"
+    format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
+    side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
+    """pixels of mask and overlay"""
     model: Name | None = None
     patched: bool = False
+    """read the picture with the patch on as well"""
 
 
 class Mine(BaseModel):
@@ -140,7 +146,7 @@ class Service:
         layer, neuron = (_number(request.path_params[k], k) for k in ("layer", "neuron"))
         card = self._card(reader, layer, neuron, patch)
         for seen in card["pictures"]:
-            seen["png"] = pictures.png(reader.cards.thumbs[seen["picture"]])
+            seen["png"] = heatmap.png(reader.cards.thumbs[seen["picture"]])
         return answer({**card, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def attributes(self, request: Request, ask: Attributes) -> Response:
@@ -170,25 +176,37 @@ class Service:
     async def segment(self, request: Request, ask: Segment) -> Response:
         table, choice = self.desk.choice(request, ask.model or "champion")
         reader, _ = await self._reader(choice.digest)
-        weights = await self.classifiers.of(ask.texts, ask.templates)
-        texts = torch.nn.functional.normalize(weights.T, dim=1).to(self.runtime.base.device)
-        refused, good, x = await asyncio.to_thread(self._read_all, ask.images)
+        x = await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, ask.image).data))
         count = min(ask.neurons, sum(len(one.told) for one in reader.cards.layers.values()))
 
         def look() -> Tensor:
-            return segment(reader, x, texts, count, ask.vote).cpu()
+            texts = clip.embed_texts(reader.base, [ask.text, *([ask.against] if ask.against else [])], clip.TEMPLATES)
+            return segment(reader, x[None], texts, count, ask.vote)[0].cpu()
 
-        def draw(maps: Tensor, row: int) -> list[dict[str, Any]]:
-            each = (masks.told(self.runtime, x[row], heat, ask.format, ask.threshold) for heat in maps[row])
-            return [{"text": t, **e} for t, e in zip(ask.texts, each, strict=True)]
-
-        results: list[dict[str, Any]] = [{"index": i, **r} for i, r in enumerate(refused)]
+        out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
+        out |= {"way": ask.way, "neurons": count, "vote": ask.vote}
         for side, on in self._sides(choice, ask.patched):
-            maps = await asyncio.to_thread(self.runtime.call, partial(self._under, on, look))
-            for row, i in enumerate(good):
-                results[i][side] = await asyncio.to_thread(draw, maps, row)
-        out = {"object": "segmentation", "way": ask.way, "neurons": count, "vote": ask.vote, "results": results}
+            grids = await asyncio.to_thread(
+                self.runtime.call, partial(self._under, on, look)
+            )  # (1 or 2, rows, columns)
+            out[side] = await asyncio.to_thread(
+                self._drawn, ask, x, grids[0] - grids[1] if len(grids) == 2 else grids[0]
+            )
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    def _drawn(self, ask: Segment, x: Tensor, grid: Tensor) -> dict[str, Any]:
+        """A map (rows, columns) over pixels x (3, h, w), in the formats asked for."""
+        mask = heatmap.mask(grid, ask.threshold, ask.side)
+        out: dict[str, Any] = {"grid": list(grid.shape), "covered": float(mask.float().mean())}
+        if "floats" in ask.format:
+            out["floats"] = grid.tolist()
+        if "rle" in ask.format:
+            out["rle"] = heatmap.runs(mask)
+        if "png" in ask.format:
+            how = self.runtime.base.processor
+            mean, std = (torch.tensor(v)[:, None, None] for v in (how.mean, how.std))
+            out["png"] = heatmap.png(heatmap.overlay(x * std + mean, grid, ask.side))
+        return out
 
     async def mine(self, request: Request, ask: Mine) -> Response:
         table, choice = self.desk.choice(request, ask.model or "champion")
@@ -283,6 +301,6 @@ ROUTES: Sequence[Call] = (
     Call(
         "POST", "/v1/explain/attributes", "attributes", "explain", Attributes, pictures.MAX_BODY_BYTES, files="images"
     ),
-    Call("POST", "/v1/explain/segment", "segment", "explain", Segment, pictures.MAX_BODY_BYTES, files="images"),
+    Call("POST", "/v1/explain/segment", "segment", "explain", Segment, pictures.MAX_BODY_BYTES),
     Call("POST", "/v1/explain/mine", "mine", "explain", Mine),
 )

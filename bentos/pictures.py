@@ -107,13 +107,6 @@ def pixels(runtime: Runtime, data: str) -> Tensor:
     return made
 
 
-def png(image: Tensor) -> str:
-    """(3, H, W) or (H, W) uint8 as a data: URI."""
-    file = io.BytesIO()
-    Pillow.fromarray((image.permute(1, 2, 0) if image.ndim == 3 else image).cpu().numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
     """Queue pictures and wait for all. Raises NotReady if that fails or takes too long."""
     if not pictures:

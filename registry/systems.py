@@ -65,7 +65,7 @@ _ROWS = (
            "lab:clip under a wrong written word (500 unseen pictures and words): right on 5 %, patched 38 % (a blank "
            "strip alone: 53 %); says the word 51 %, patched 5 %; clean - 0.8 points"),
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
-           "2409.06579", ("clip",), "patches.heads:HeadEdit", ("explain", "classify")),
+           "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify")),
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
            "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("neurons", "classify")),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",

@@ -46,7 +46,7 @@ from registry.config import STRICT
 from registry.errors import ConfigError
 from registry.home import home
 from registry.manifest import Manifest, canonical, digest_of
-from training import cards
+from training import cards, tasks
 from training.data import images as readers
 from training.data.images import Dataset
 from training.defences import DEFENCES, Defence, judge, pairs
@@ -65,6 +65,7 @@ from training.tasks import (
     outcomes,
     pictures,
     share,
+    wilson,
     world,
     worth,
 )
@@ -259,11 +260,11 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
         if config.task in ("waterbirds", "celeba"):
             group = 2 * stream.label + stream.other
             weight = 1 / group.bincount(minlength=4).clamp_min(1)[group].float()
-        for part, counts in zip(stream.parts(), torch.split(weight, 32), strict=True):
+        for part, mine in zip(stream.parts(), torch.split(weight, 32), strict=True):
             x = part.x.detach().requires_grad_()
             with torch.enable_grad():
                 right = finish(base, layer, part, x, weights).log_softmax(1).gather(1, part.label[:, None])[:, 0]
-                (slope,) = torch.autograd.grad((right * counts.to(right)).sum(), x)
+                (slope,) = torch.autograd.grad((right * mine.to(right)).sum(), x)
             total -= (sae.encode(part.x) * (slope @ sae.decoder.T)).sum((0, 1)).cpu()
     return total
 
@@ -548,21 +549,10 @@ def _examples(
 
 # ---- measuring a model -------------------------------------------------------------------------------------------
 
-GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
-"""metrics that should stay; the others are what the patch is for"""
-
 
 def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
     """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
-    out: dict[str, float] = {}
-    for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
-        sets = pictures(config, split, config.test_images)
-        weights = classifier(model.base, config, sets["clean"])
-        with model.applied.rows([arm]):  # one name stands for all rows of every batch
-            said = {k: ask(model.base, config, d, weights) for k, d in sets.items()}
-        for key, value in metrics(config, said).items():
-            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = round(value, 6)
-    return out
+    return tasks.evaluate(model, config, arm)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
@@ -674,13 +664,6 @@ def _layers(report: Mapping[str, Any], goal: str) -> Any:
 
 DEFENCE_PAIRS = 1024
 """pictures of train, with and without a word, that the other defences are fitted on"""
-
-
-def wilson(yes: Tensor) -> list[float]:
-    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
-    n, k, z = len(yes), float(yes.float().sum()), 1.96
-    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
 
 
 def report(folder: Path, out: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from patches.bases import Base, clip
+from patches.heads import HeadConfig, HeadEdit
 from patches.patch import Act, Edit, Inputs, Patch, Weight
 from patches.read import record
 from training.data.images import Dataset
@@ -109,36 +110,9 @@ def judge(base: Base, p: Pairs, d: Defence | None) -> Score:
 # ---- Dyslexify: heads that look at letters -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeadsConfig:
-    """Which heads."""
-
-    heads: tuple[tuple[int, int], ...]
-    """(layer, head)"""
-    count: int
-    """heads of a layer"""
-
-
-@dataclass(frozen=True)
-class Silence(Patch):
-    """What the heads give is zero at the class token, and stays at all others."""
-
-    Config = HeadsConfig
-    config: HeadsConfig
-
-    def edits(self) -> list[Edit]:
-        mine: dict[int, list[int]] = {}
-        for layer, head in self.config.heads:
-            mine.setdefault(layer, []).append(head)
-        return [Act(clip.site("heads", layer), self._zero(heads), "input") for layer, heads in mine.items()]
-
-    def _zero(self, heads: list[int]) -> Callable[[Tensor, Inputs], Tensor]:
-        def fn(x: Tensor, _: Inputs) -> Tensor:  # (B, T, D), the heads side by side
-            out = x.clone()
-            out[:, 0].view(len(x), self.config.count, -1)[:, heads] = 0
-            return out
-
-        return fn
+def silence(heads: Sequence[tuple[int, int]], count: int) -> HeadEdit:
+    """What these of `count` heads a layer give is zero at the class token, and stays at all others."""
+    return HeadEdit(HeadConfig(clip.SITES["heads"], tuple(heads), count, "zero", "cls"), {})
 
 
 @torch.no_grad()
@@ -174,7 +148,7 @@ def dyslexify(
     kept: list[tuple[int, int]] = []
     skipped = 0
     for head in tqdm(order, "dyslexify", disable=None, leave=False):
-        got = judge(base, train, Defence(Silence(HeadsConfig((*kept, head), count), {})))
+        got = judge(base, train, Defence(silence((*kept, head), count)))
         if first.clean - got.clean > drop:
             break
         if got.attacked - now.attacked < gain:
@@ -185,11 +159,11 @@ def dyslexify(
         kept, now, skipped = [*kept, head], got, 0
     about = {"heads": kept, "looks": [round(float(looks[h]), 4) for h in kept], "order": order[:16], "train": vars(now)}
     while kept:
-        d = Defence(Silence(HeadsConfig(tuple(kept), count), {}), about={**about, "heads": list(kept)})
+        d = Defence(silence(kept, count), about={**about, "heads": list(kept)})
         if judge(base, val, d).worth(floor) >= 0:
             return d
         kept.pop()
-    nothing = Silence(HeadsConfig((order[0],), count), {})  # at strength 0: no head keeps the floor
+    nothing = silence([order[0]], count)  # at strength 0: no head keeps the floor
     return Defence(nothing, 0.0, about={**about, "heads": []})
 
 

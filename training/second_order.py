@@ -37,7 +37,6 @@ from patches import artifact
 from patches.bases import Base, clip, load_base
 from patches.neuron_cards import Layer, NeuronCards, Reader, load_neurons, save_neurons
 from patches.neurons import NeuronEdit, ablate, replace_effects
-from patches.patched import PatchedModel
 from patches.read import record
 from patches.second_order import (
     MOVES,
@@ -60,10 +59,26 @@ from training.data.images import Dataset
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
 from training.omp import AtomNorm, atoms, pursue
-from training.pools import read_pool
 from training.segmentation import compare
 from training.semantic import attack
-from training.tasks import GOAL, Answers, Task, ask, classifier, metrics, other_of, outcomes, pictures, world, worth
+from training.tasks import (
+    GOAL,
+    Answers,
+    Task,
+    ask,
+    classifier,
+    evaluate,
+    metrics,
+    other_of,
+    outcomes,
+    pictures,
+    wilson,
+    world,
+    worth,
+)
+from training.textspan import read_pool
+
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]  # evaluate is the tasks' own
 
 Edit = Literal["effects", "activations"]
 REPLACEMENTS: tuple[Replacement, ...] = ("mean", "significant", "insignificant", "rank1")
@@ -493,25 +508,6 @@ def _examples(
     save_file({"image": batch.image.cpu().contiguous()}, folder / "examples.safetensors")
 
 
-# ---- measuring a model -------------------------------------------------------------------------------------------
-
-GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
-"""metrics that should stay; the others are what the patch is for"""
-
-
-def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
-    """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
-    out: dict[str, float] = {}
-    for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
-        sets = pictures(config, split, config.test_images)
-        weights = classifier(model.base, config, sets["clean"])
-        with model.applied.rows([arm]):  # one name stands for all rows of every batch
-            said = {k: ask(model.base, config, d, weights) for k, d in sets.items()}
-        for key, value in metrics(config, said).items():
-            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = round(value, 6)
-    return out
-
-
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
@@ -636,13 +632,6 @@ def _cards(folder: Path, report: Mapping[str, Any], rows: int = 6, columns: int 
 
 
 # ---- on test -----------------------------------------------------------------------------------------------------
-
-
-def wilson(yes: Tensor) -> list[float]:
-    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
-    n, k, z = len(yes), float(yes.float().sum()), 1.96
-    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
 
 
 def report(folder: Path, out: Path) -> dict[str, Any]:

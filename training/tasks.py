@@ -1,13 +1,7 @@
-"""What CLIP is asked, and what should not matter: the tasks that patches of its image tower are fitted and judged on.
+"""What a patch of CLIP is measured by: a typographic attack, two biased sets, steering; real data or its twin.
 
-| task | what should not matter | what counts | what must stay |
-|---|---|---|---|
-| `typographic` | another class's name on the picture | attacked pictures right | clean pictures right |
-| `waterbirds` | the ground behind a bird | the worst of four groups | the average |
-| `celeba` | gender behind hair | the worst of four groups | the average |
-| `steer` | nothing: a class is to be said | its probability | |
-
-In the lab's twins, or real data sets in their own folders. Candidates are judged on val by `worth`, test is reported.
+Shared by the jobs that edit CLIP. Every task has a metric that counts (`GOAL`) and one that must stay (`KEPT`); what is
+chosen is chosen on val by `worth`, and test is only ever reported.
 """
 
 from __future__ import annotations
@@ -21,6 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from patches.bases import Base, clip
+from patches.patched import PatchedModel
 from registry.errors import ConfigError
 from training.data import images as readers
 from training.data.images import Batch, Dataset
@@ -40,11 +35,13 @@ class Asked(Protocol):
     @property
     def word(self) -> str: ...
     @property
-    def bound(self) -> float: ...
+    def device(self) -> str: ...
     @property
     def seed(self) -> int: ...
     @property
-    def device(self) -> str: ...
+    def bound(self) -> float: ...
+    @property
+    def test_images(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,6 @@ def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) ->
 
 
 def share(yes: Tensor) -> float:
-    """Of what is true; 0 of nothing."""
     return round(float(yes.float().mean()), 6) if len(yes) else 0.0
 
 
@@ -154,7 +150,6 @@ def ask(base: Base, config: Asked, data: Dataset, weights: Tensor) -> Answers:
 
 
 def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
-    """(B,) what should not matter, as `Answers.other`. Raises ConfigError for a word that is no class."""
     if config.task == "steer":
         if config.word not in data.classes:
             raise ConfigError(
@@ -163,3 +158,27 @@ def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
         return torch.full_like(batch.label, data.classes.index(config.word))
     other: Tensor = batch.extras["word_label" if config.task == "typographic" else "place"]
     return other
+
+
+GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
+"""metrics that should stay; the others are what the patch is for"""
+
+
+def evaluate(model: PatchedModel, config: Asked, arm: str | None) -> dict[str, float]:
+    """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
+    out: dict[str, float] = {}
+    for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
+        sets = pictures(config, split, config.test_images)
+        weights = classifier(model.base, config, sets["clean"])
+        with model.applied.rows([arm]):  # one name stands for all rows of every batch
+            said = {k: ask(model.base, config, d, weights) for k, d in sets.items()}
+        for key, value in metrics(config, said).items():
+            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = round(value, 6)
+    return out
+
+
+def wilson(yes: Tensor) -> list[float]:
+    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
+    n, k, z = len(yes), float(yes.float().sum()), 1.96
+    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
+    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]

@@ -4,12 +4,10 @@ import asyncio
 import base64
 import io
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
 
-from bentos import masks
 from patches.bases import clip
 from patches.neuron_cards import Reader, attributes, load_neurons, mine, segment
 from registry.home import home
@@ -72,23 +70,25 @@ def test_attributes_are_the_readers_and_change_with_the_patch(neurons, tiny_clip
 
 
 @pytest.mark.parametrize("vote", ["raw", "centred"])
-def test_maps_are_the_readers_in_every_format(neurons, tiny_clip, vote):
+@pytest.mark.parametrize("against", [None, "dog"])
+def test_maps_are_the_readers_in_every_format(neurons, tiny_clip, vote, against):
     async def work():
         async with neurons() as s:
-            body = asked(texts=["cat", "dog"], neurons=20, vote=vote)
+            body = {
+                "image": {"data": coded(picture(0))}, "text": "cat", "against": against, "neurons": 20, "vote": vote,
+                "side": 32, "format": ["floats", "rle", "png"], "patched": True,
+            }  # fmt: skip
             texts = clip.embed_texts(tiny_clip, ["cat", "dog"], clip.TEMPLATES)
-            want = segment(reader(s, tiny_clip), pixels(tiny_clip), texts, 20, vote)
-            answers = {}
-            for kind in ("float", "rle", "png"):
-                answers[kind] = (await s.http.post("/v1/explain/segment", json={**body, "format": kind})).json()
-            for i, row in enumerate(answers["float"]["results"]):
-                for j, one in enumerate(row["base"]):
-                    torch.testing.assert_close(torch.tensor(one["grid"]), want[i, j], atol=1e-4, rtol=1e-3)
-                    other = answers["rle"]["results"][i]["base"][j]
-                    assert sum(other["rle"]) == 32 * 32
-                    assert sum(other["rle"][1::2]) == round(one["mask_share"] * 32 * 32)
-            raw = answers["png"]["results"][0]["base"][0]["png"].partition(",")[2]
+            maps = segment(reader(s, tiny_clip), pixels(tiny_clip, 1), texts, 20, vote)[0]
+            got = (await s.http.post("/v1/explain/segment", json=body)).json()
+            one = got["base"]
+            want = maps[0] - maps[1] if against else maps[0]
+            torch.testing.assert_close(torch.tensor(one["floats"]), want, atol=1e-4, rtol=1e-3)
+            assert sum(one["rle"]["counts"]) == 32 * 32
+            assert sum(one["rle"]["counts"][1::2]) == round(one["covered"] * 32 * 32)
+            raw = one["png"].partition(",")[2]
             assert Pillow.open(io.BytesIO(base64.b64decode(raw))).size == (32, 32)
+            assert got["patched"]["floats"] == one["floats"]  # an edit of effects leaves what neurons fire
 
     asyncio.run(work())
 
@@ -110,14 +110,13 @@ def test_mined_words_are_the_cards(neurons, tiny_clip):
 def test_a_bad_picture_is_refused_for_its_own_row_only(neurons):
     async def work():
         async with neurons() as s:
-            for path, more in (("attributes", {}), ("segment", {"texts": ["cat"]})):
-                body = asked(**more)
-                body["images"].insert(1, {"data": "!"})
-                got = (await s.http.post(f"/v1/explain/{path}", json=body)).json()["results"]
-                assert ["error" in r for r in got] == [False, True, False]
-                assert "base64" in got[1]["error"]["message"]
-                alone = await s.http.post(f"/v1/explain/{path}", json={**body, "images": [{"data": "!"}]})
-                assert alone.status_code == 400
+            body = asked()
+            body["images"].insert(1, {"data": "!"})
+            got = (await s.http.post("/v1/explain/attributes", json=body)).json()["results"]
+            assert ["error" in r for r in got] == [False, True, False]
+            assert "base64" in got[1]["error"]["message"]
+            alone = await s.http.post("/v1/explain/attributes", json={"images": [{"data": "!"}]})
+            assert alone.status_code == 400
 
     asyncio.run(work())
 
@@ -157,10 +156,10 @@ def test_what_is_not_there_is_told(neurons, path, says):
 @pytest.mark.parametrize(
     ("path", "change", "says"),
     [
-        ("segment", {"texts": []}, "texts"), ("segment", {"texts": ["a", "a"]}, "twice"),
+        ("segment", {"text": " "}, "text"), ("segment", {"side": 100000}, "side"),
         ("segment", {"vote": "loud"}, "vote"), ("segment", {"neurons": 0}, "neurons"), ("segment", {"way": "x"}, "way"),
-        ("segment", {"threshold": "2"}, "threshold"), ("segment", {"format": "svg"}, "format"),
-        ("segment", {"images": [{"url": "http://x"}]}, "data"), ("segment", {"images": []}, "images"),
+        ("segment", {"threshold": "2"}, "threshold"), ("segment", {"format": ["svg"]}, "format"),
+        ("segment", {"image": {"url": "http://x"}}, "data"), ("attributes", {"images": []}, "images"),
         ("attributes", {"top": 1000}, "top"), ("attributes", {"images": [{"data": "x", "model": "base"}]}, "model"),
         ("mine", {"wrong": "cat"}, "twice"), ("mine", {"true": " "}, "true"), ("mine", {"synonym": -1.0}, "synonym"),
         ("mine", {"blocked": ["a"] * 65}, "blocked"), ("mine", {"path": "/etc/passwd"}, "path"),
@@ -169,22 +168,12 @@ def test_what_is_not_there_is_told(neurons, path, says):
 def test_bad_requests_are_told_why(neurons, path, change, says):
     async def work():
         async with neurons() as s:
-            body = {"mine": {"true": "cat", "wrong": "dog"}, "segment": asked(1, texts=["cat"])}.get(path, asked(1))
+            body = {
+                "mine": {"true": "cat", "wrong": "dog"},
+                "segment": {"image": {"data": coded(picture(0))}, "text": "cat"},
+            }.get(path, asked(1))
             got = await s.http.post(f"/v1/explain/{path}", json={**body, **change})
             assert 400 <= got.status_code < 500, got.text
             assert says in got.json()["error"]["message"], got.text
 
     asyncio.run(work())
-
-
-def test_run_lengths_and_cuts():
-    mask = torch.tensor([[True, True, False], [False, False, True]])
-    assert masks.runs(mask) == [0, 2, 3, 1]
-    assert masks.runs(~mask) == [2, 3, 1]
-    assert masks.runs(torch.zeros(2, 2, dtype=torch.bool)) == [4]
-    heat = torch.cat([torch.full((50,), 0.1), torch.full((20,), 0.8)]).view(7, 10)
-    assert 0.1 < masks.cut(heat, "otsu") < 0.8
-    assert masks.cut(heat, "mean") == pytest.approx(0.3)
-    shown = masks.overlay(torch.full((3, 7, 10), 100, dtype=torch.uint8), heat, heat > 0.5)
-    assert shown.dtype == torch.uint8
-    assert np.isfinite(shown.float().numpy()).all()

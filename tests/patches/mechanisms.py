@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from patches.features import SAE, edit
+from patches.heads import HeadConfig, HeadEdit
 from patches.neurons import ablate
 from patches.patch import Act, Patch, Side, Weight
 from patches.sink import SinkConfig, SinkEdit
@@ -78,6 +79,12 @@ def _dictionary(activation: str = "relu", normalise: str = "none") -> SAE:
     )
 
 
+def _heads(mode: str = "zero", **tensors: torch.Tensor) -> HeadEdit:
+    """Three of the tiny model's heads, four a layer."""
+    site = "model.layers.{i}.self_attn.o_proj"
+    return HeadEdit(HeadConfig(site, ((0, 1), (2, 0), (2, 3)), 4, mode), tensors)
+
+
 MECHANISMS: dict[str, Callable[[], Patch]] = {
     "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
     "sink-clip": lambda: SinkEdit(
@@ -104,6 +111,9 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "neurons-gain": lambda: ablate(
         "model.layers.2.mlp.down_proj", (1, 5, 7), torch.zeros(3), torch.tensor([3.0, -1, 0])
     ),
+    "heads-zero": lambda: _heads(),
+    "heads-mean": lambda: _heads("mean", value=_seeded(3, D // 4)),
+    "heads-scale": lambda: _heads("scale", factor=torch.tensor([0.5, 2.0, -1.0])),
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),

@@ -11,7 +11,7 @@ from patches.features import SAE, edit, load_sae, save_sae
 from patches.patch import ONLY
 from patches.patched import PatchedModel
 from registry.errors import ConfigError
-from training import clip_sae, run
+from training import clip_sae, run, tasks
 from training.clip_sae import (
     RECIPES,
     Answers,
@@ -296,8 +296,8 @@ def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
 
 def test_wilson_is_the_textbook_interval():
     yes = torch.cat([torch.ones(45), torch.zeros(5)])
-    assert clip_sae.wilson(yes) == [0.9, 0.7864, 0.9565, 50]
-    assert clip_sae.wilson(torch.zeros(10))[1] == 0.0
+    assert tasks.wilson(yes) == [0.9, 0.7864, 0.9565, 50]
+    assert tasks.wilson(torch.zeros(10))[1] == 0.0
 
 
 @pytest.mark.parametrize("layer", [0, 2])

@@ -8,14 +8,12 @@ from patches.bases import clip
 from training.defences import (
     STAR,
     Defence,
-    HeadsConfig,
     Pairs,
     Prefix,
     PrefixConfig,
     Projection,
     ProjectionConfig,
     Score,
-    Silence,
     dyslexify,
     interpolation,
     judge,
@@ -24,6 +22,7 @@ from training.defences import (
     prefix,
     projection,
     score,
+    silence,
 )
 from training.lab import worlds
 
@@ -96,7 +95,7 @@ def reading():
     block.attn.in_proj_weight[v.start] = 10 * way / way.square().sum()
     block.attn.in_proj_bias[v.start] = -10 * (x[~on].mean(0) @ way) / way.square().sum()
 
-    with Silence(HeadsConfig((READER,), 4), {}).apply(base.model):
+    with silence([READER], 4).apply(base.model):
         said = (clip.embed_images(base, clean) @ clip.zero_shot(base, NAMES)).argmax(1)
     y = clip.embed_images(base, clean), clip.embed_images(base, attacked)
     return base, Pairs(clean, attacked, y, on, said, (said + 1) % len(NAMES), NAMES)
@@ -121,7 +120,7 @@ def test_the_head_that_reads_is_silenced_and_the_pictures_are_right_again(readin
 
 
 def test_silence_is_at_the_class_token_alone(tiny_clip):
-    d = Silence(HeadsConfig(((1, 0), (1, 3)), 4), {})
+    d = silence([(1, 0), (1, 3)], 4)
     x = torch.ones(2, 17, 32)
     out = d.edits()[0].fn(x, None)
     want = x.clone()

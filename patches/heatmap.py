@@ -1,0 +1,112 @@
+"""Where in a picture heads see a text: grids of direct effects, masks, overlays.
+
+CLIP-InterpreT, arXiv 2409.06579: per-head topic maps and contrastive ones (two texts, one difference). Protocol of the
+masks: Gandelsman, Efros, Steinhardt, arXiv 2310.05916: bilinear to the picture's size, cut at the map's own mean.
+Shapes: B pictures, n texts, g x g patches.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from patches.direct import Lens
+from registry.errors import BadRequest
+
+Threshold = Literal["mean", "half", "otsu"]
+"""of the map between 0 and 1: its mean, 0.5, or what parts it best in two"""
+
+
+@torch.no_grad()
+def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """(B, n, g, g) what the heads (default all) add to the cosine with each text (n, k) by the patch they read."""
+    layers = sorted({layer for layer, _ in heads}) if heads else range(lens.layers)
+    maps = lens.maps(images, texts, list(layers))
+    said = maps.said / maps.y.norm(dim=1)[:, None, None, None, None]
+    if heads is None:
+        total = said.sum((1, 2))
+    else:
+        if len(set(heads)) < len(heads):
+            raise BadRequest("heads: one is named twice.")
+        total = torch.stack([said[:, maps.layers.index(layer), h] for layer, h in heads]).sum(0)
+    return _square(lens, total[..., 1:])
+
+
+@torch.no_grad()
+def attention(lens: Lens, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+    """(B, g, g) the class token's raw attention, mean over heads of `layers` (default the last): what maps are held
+    against."""
+    k = lens.readout.map.shape[1]
+    maps = lens.maps(images, torch.zeros(1, k), [lens.layers - 1] if layers is None else layers)
+    return _square(lens, maps.pattern[..., 1:].mean((1, 2)))
+
+
+def _square(lens: Lens, x: Tensor) -> Tensor:
+    """(..., patches) -> (..., rows, columns)."""
+    rows, columns = lens.base.model.visual.grid_size
+    return x.reshape(*x.shape[:-1], rows, columns)
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Maps (..., h, w) from 0 to 1; a flat one is 0."""
+    low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-12)
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """Maps (..., g, g), bilinear to side x side."""
+    flat = x.reshape(-1, 1, *x.shape[-2:]).float()
+    made = torch.nn.functional.interpolate(flat, (side, side), mode="bilinear", align_corners=False)
+    return made.reshape(*x.shape[:-2], side, side)
+
+
+def mask(x: Tensor, threshold: Threshold, side: int, clip_at_zero: bool = False) -> Tensor:
+    """(..., side, side) bool of maps (..., g, g). clip_at_zero: what speaks against the text counts as nothing."""
+    full = resized(x, side)
+    full = scaled(full.clamp_min(0) if clip_at_zero else full)
+    if threshold == "half":
+        return full > 0.5
+    if threshold == "mean":
+        return full > full.mean((-2, -1), keepdim=True)
+    flat = full.reshape(-1, side * side)
+    cut = torch.tensor([_otsu(row) for row in flat]).reshape(*full.shape[:-2], 1, 1)
+    return full > cut.to(full)
+
+
+def _otsu(x: Tensor) -> float:
+    count = torch.histc(x, 64, 0, 1)
+    middle = (torch.arange(64, dtype=torch.float32) + 0.5) / 64
+    w = count.cumsum(0)
+    m = (count * middle.to(count)).cumsum(0)
+    below, above = m / w.clamp_min(1), (m[-1] - m) / (w[-1] - w).clamp_min(1)
+    return float((int((w * (w[-1] - w) * (below - above).square()).argmax()) + 1) / 64)
+
+
+def runs(m: Tensor) -> dict[str, object]:
+    """A mask (h, w) as lengths of runs, row by row, the first of them outside (it may be 0)."""
+    flat = m.flatten().int()
+    edges = (flat.diff() != 0).nonzero()[:, 0] + 1
+    at = torch.cat([torch.zeros(1, dtype=torch.long), edges.cpu(), torch.tensor([len(flat)])])
+    counts = at.diff().tolist()
+    return {"size": list(m.shape), "counts": [0, *counts] if bool(flat[0]) else counts}
+
+
+def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
+    """(3, side, side) uint8: the picture (3, h, w) in 0..1, greyed, under its map (g, g), from blue (little) to red."""
+    grey = resized(picture.float(), side).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
+    v = resized(scaled(x), side)
+    heat = torch.stack([(1.5 - (v * 4 - c).abs()).clamp(0, 1) for c in (3.0, 2.0, 1.0)])
+    return ((0.55 * grey + 0.45 * heat) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def png(picture: Tensor) -> str:
+    """A data: URI of (3, h, w) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,114 @@
+"""One question per planted property, asked of `lab:clip`: what taking heads away is measured by.
+
+| question | pictures | answers |
+|---|---|---|
+| `background` | single things | the nine grounds |
+| `text` | a word written on another thing | the words of the split: which is written |
+| `colour` | hearts, circles, squares, books in their colours | the colours of that kind of thing |
+| `person` | portraits | a man or a woman, and their hair |
+| `food` | single foods | the names of foods |
+
+The text and colour questions use words and things that the base has seen; heads are chosen on texts alone, so nothing
+is fitted on these pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patches.bases import Base, clip
+from training.data.images import Batch, Dataset
+from training.lab import atlas, worlds
+from training.lab.pool import COLOURED, coloured
+from training.lab.renderer import GROUNDS, Layout, generator, grounds, render, things
+
+BATCH = 50
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Pictures, and which of the answers is right."""
+
+    image: Tensor
+    """(n, 3, R, R) uint8"""
+    answers: Tensor
+    """(k, C) unit text embeddings"""
+    right: Tensor
+    """(n,)"""
+    open: Tensor | None = None
+    """(n, C) bool: answers that a picture allows; None: all"""
+
+    @torch.no_grad()
+    def share(self, base: Base) -> float:
+        """Share right, of the base with whatever is applied to it."""
+        logits = clip.embed_images(base, self.image, BATCH) @ self.answers
+        if self.open is not None:
+            logits = logits.masked_fill(~self.open, -torch.inf)
+        return round(float((logits.argmax(1) == self.right).float().mean()), 4)
+
+
+def background(base: Base, split: str, n: int, seed: int) -> Probe:
+    batch = _all(worlds.imagenet(_split(split), n, seed))
+    return Probe(batch.image, clip.embed_texts(base, GROUNDS, ("a picture of {}", "on {}")).T, batch.extras["ground"])
+
+
+def text(base: Base, split: str, n: int, seed: int) -> Probe:
+    data = worlds.typographic(_split(split), n, seed)
+    batch = _all(data)
+    words = clip.embed_texts(base, data.classes, ("the word {}", "a sign that says {}"))
+    return Probe(batch.image, words.T, batch.extras["word_label"])
+
+
+def colour(base: Base, split: str, n: int, seed: int) -> Probe:
+    lab, g = atlas.load(), generator("probe", "colour", split, n, seed)
+    names = [x for x in lab.names if coloured(x) and x.split()[-1] in COLOURED]
+    kinds = [x.split()[-1] for x in names]
+    ids = [lab.find(x) for x in names]
+    right = torch.randint(len(names), (n,), generator=g)
+    styles = worlds.STYLES[split] if split != "held" else (atlas.HELD,)
+    pools = [lab.pick([c], styles) for c in ids]
+    if any(not len(p) for p in pools):
+        styles = worlds.SEEN
+        pools = [lab.pick([c], styles) for c in ids]
+    sprite = torch.stack([p[torch.randint(len(p), (), generator=g)] for p in (pools[i] for i in right.tolist())])
+    scene = render(Layout(grounds(n, g), things(sprite, g, tint=0.0)))
+    answers = clip.embed_texts(base, names, ("a picture of a {}",)).T
+    same = torch.tensor([[a == b for b in kinds] for a in kinds])
+    return Probe(scene.image, answers, right, same[right])
+
+
+def person(base: Base, split: str, n: int, seed: int) -> Probe:
+    batch = _all(worlds.celeba(_split(split), n, seed))
+    lab = atlas.load()
+    shown = batch.extras["concept"]
+    every = sorted(set(shown.tolist()))
+    answers = clip.embed_texts(base, [lab.names[c] for c in every], ("a picture of a {}",)).T
+    return Probe(batch.image, answers, torch.tensor([every.index(c) for c in shown.tolist()]))
+
+
+def food(base: Base, split: str, n: int, seed: int) -> Probe:
+    lab, g = atlas.load(), generator("probe", "food", split, n, seed)
+    styles = worlds.STYLES[split]
+    ids = [c for c, group in enumerate(lab.groups) if group == "food-drink" and len(lab.pick([c], styles))]
+    right = torch.randint(len(ids), (n,), generator=g)
+    pools = [lab.pick([c], styles) for c in ids]
+    sprite = torch.stack([p[torch.randint(len(p), (), generator=g)] for p in (pools[i] for i in right.tolist())])
+    scene = render(Layout(grounds(n, g), things(sprite, g)))
+    return Probe(scene.image, clip.embed_texts(base, [lab.names[c] for c in ids], ("a picture of a {}",)).T, right)
+
+
+PROBES: dict[str, Callable[[Base, str, int, int], Probe]] = {
+    "background": background, "text": text, "colour": colour, "person": person, "food": food,
+}  # fmt: skip
+
+
+def _split(split: str) -> worlds.Split:
+    return next(s for s in worlds.SPLITS if s == split)
+
+
+def _all(data: Dataset) -> Batch:
+    return data.read(range(len(data)))
