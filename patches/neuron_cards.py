@@ -254,8 +254,7 @@ def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURO
     """(B, n, rows, columns): where pixels x (B, 3, h, w) show each of `texts` (n, k), as the neurons that say it fire.
 
     vote: raw, as published: the mean activation, whatever a neuron's sense; signed: times the sign of <r_n, t>;
-    weighted: times <r_n, t>; centred: weighted, each neuron less its mean over tokens and pictures. Not normalised:
-    `unit_range` does that.
+    weighted: times <r_n, t>; centred: weighted, each neuron less its mean over tokens and pictures. Any scale.
     """
     visual = reader.base.model.visual
     seen = look(reader.base, x, list(reader.cards.layers))
@@ -271,13 +270,6 @@ def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURO
             total += p @ weight
         out.append(total / count)
     return torch.stack(out, 1).unflatten(2, (rows, columns))
-
-
-def unit_range(maps: Tensor) -> Tensor:
-    """Each map (..., h, w) between 0 and 1; a constant one is 0."""
-    flat = maps.flatten(-2)
-    low, high = flat.amin(-1)[..., None, None], flat.amax(-1)[..., None, None]
-    return (maps - low) / (high - low).clamp_min(1e-12)
 
 
 # ---- what a class is mistaken for --------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
-from patches import direct
+from patches import direct, heatmap
 from patches.bases import clip
-from patches.neuron_cards import Reader, Vote, segment, unit_range
+from patches.neuron_cards import Reader, Vote, segment
 from training.data.images import Dataset
 from training.lab import worlds
 
@@ -76,7 +76,7 @@ def average_precision(score: Tensor, truth: Tensor) -> Tensor:
 def laid_over(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(B, h, w) over the picture, between 0 and 1, of maps (B, rows, columns)."""
     big = nnf.interpolate(maps[:, None].float(), tuple(size), mode="bilinear")[:, 0]
-    return unit_range(big)
+    return heatmap.scaled(big)
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from patches.neuron_cards import (
     mine,
     save_neurons,
     segment,
-    unit_range,
     voters,
 )
 from patches.neurons import NeuronEdit
@@ -329,7 +328,3 @@ def test_average_precision_is_scikit_learns():
     want = [metrics.average_precision_score(t.flatten(), s.flatten()) for s, t in zip(score, truth, strict=True)]
     assert average_precision(score, truth).tolist() == pytest.approx(want, abs=1e-6)
     assert average_precision(score, torch.zeros_like(truth)).tolist() == [0.0] * 5
-
-
-def test_constant_maps_are_nothing():
-    assert not unit_range(torch.full((2, 3, 3), 4.0)).any()
