@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patches.bases import Base
-from patches.second_order import Directions, Lens, Norms, lens, look, scalars
+from patches.second_order import Directions, Lens, Norms, by_token, lens, look, reading, scalars
 from registry.errors import BadArtifact, BadRequest, NotFound
 
 TENSORS, ABOUT = "neurons.safetensors", "neurons.json"
 SEGMENT_NEURONS, MINE_NEURONS, SYNONYM = 200, 100, 0.6
 """as published: neurons that vote on a mask, neurons that a pair of classes is mined from, cosine of texts above which
 a word only says a class's name again"""
-Vote = Literal["raw", "signed", "weighted", "centred"]
+Vote = Literal["raw", "signed", "weighted", "effect"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,18 +254,23 @@ def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURO
     """(B, n, rows, columns): where pixels x (B, 3, h, w) show each of `texts` (n, k), as the neurons that say it fire.
 
     vote: raw, as published: the mean activation, whatever a neuron's sense; signed: times the sign of <r_n, t>;
-    weighted: times <r_n, t>; centred: weighted, each neuron less its mean over tokens and pictures. Any scale.
+    weighted: times <r_n, t>; effect: not activations but what all neurons add to <y, t> through later heads, by the
+    token they fire at (`count` is not used). Any scale, any constant: taking each neuron's mean away would change
+    nothing but that.
     """
     visual = reader.base.model.visual
     seen = look(reader.base, x, list(reader.cards.layers))
     rows, columns = visual.grid_size
     out = []
+    if vote == "effect":
+        said = [
+            by_token(seen, number, reading(reader.base, number, texts, reader.cards.ln)) for number in reader.lenses
+        ]
+        return torch.stack(said).sum(0)[..., 1:].unflatten(2, (rows, columns))
     for t in texts:
         total = torch.zeros(len(x), rows * columns, device=seen.y.device)
         for number, n, say in voters(reader.cards, t.to(reader.cards.pool), count):
             p = seen.p[number][:, 1:, n]  # (B, patches, n)
-            if vote == "centred":
-                p = p - reader.cards.layers[number].rest[n]
             weight = torch.ones_like(say) if vote == "raw" else say.sign() if vote == "signed" else say
             total += p @ weight
         out.append(total / count)

@@ -108,6 +108,31 @@ def lens(base: Base, layer: int, ln: Norms = "own") -> Lens:
     return Lens(layer, Q.mT.contiguous(), R, blocks[layer].attn.heads, ln)
 
 
+@torch.no_grad()
+def reading(base: Base, layer: int, texts: Tensor, ln: Norms = "own") -> Tensor:
+    """U t (N, G, M) for texts (M, k) straight from the weights, where the lens' bases are not at hand."""
+    check_layer(base, layer)
+    own, home = ln == "own", readout(base)
+    blocks, to_y = base.model.visual.transformer.resblocks, home.map if own else home.plain
+    w = full(blocks[layer].mlp.c_proj.weight)
+    w = w - w.mean(0) if own else w
+    said, parts = to_y @ full(texts).to(to_y).T, []  # (D, M)
+    for block in blocks[layer + 1 :]:
+        value, out = _values(block.attn)
+        by_head = (out.T @ said).unflatten(0, (block.attn.heads, -1))  # (H, e, M)
+        read = value.unflatten(0, (block.attn.heads, -1)).mT @ by_head  # (H, D, M)
+        parts.append((w.T @ (full(block.ln_1.weight)[:, None] * read)).transpose(0, 1))  # (N, H, M)
+    return torch.cat(parts, 1)
+
+
+def by_token(seen: Look, layer: int, say: Tensor) -> Tensor:
+    """(B, M, T): what all neurons of a layer add to <y, t> through later heads by the token they fire at; say: U t
+    (N, G, M). Its sum over tokens is <sum_n phi_n, t>."""
+    pull = seen.pull[:, layer - seen.first :].flatten(1, 2)  # (B, G, T)
+    told = seen.p[layer] @ say.flatten(1)  # (B, T, G M)
+    return torch.einsum("bgt,btgm->bmt", pull, told.unflatten(2, say.shape[1:]))
+
+
 def _values(attn: Any) -> tuple[Tensor, Tensor]:
     """W_V (D, D) with heads as rows, W_O (D, D) with heads as columns."""
     return full(attn.in_proj_weight[2 * attn.in_proj_weight.shape[1] :]), full(attn.out_proj.weight)

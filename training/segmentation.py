@@ -5,6 +5,8 @@ min-max per picture, cut at 0.5 or at its own mean; pixel accuracy and mIoU over
 all pictures, mAP the mean over pictures of the average precision of both. Ways:
 
 - `neurons, <vote>`: activations of the neurons whose direction says the class most (arXiv 2406.04341, 200 neurons);
+- `neurons, effect` (ours): what all neurons add to the class through later heads, less the mean over classes, by the
+  patch they fire at;
 - `direct`: what all heads add to the class, less the mean over classes, by patch read (arXiv 2310.05916);
 - `attention`: the class token's attention in the last layer, mean over heads.
 
@@ -28,7 +30,7 @@ from patches.neuron_cards import Reader, Vote, segment
 from training.data.images import Dataset
 from training.lab import worlds
 
-VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "centred")
+VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
 CUTS = ("0.5", "mean")
 
 
@@ -88,9 +90,13 @@ def ways(reader: Reader, x: Tensor, weights: Tensor, heads: direct.Lens, count: 
     said, place = torch.unique((y @ weights).argmax(1), return_inverse=True)
     texts = weights.T[said]
     out = {
-        f"neurons, {vote}": segment(reader, x, nnf.normalize(texts, dim=1), count, vote)[rows, place] for vote in VOTES
+        f"neurons, {vote}": segment(reader, x, nnf.normalize(texts, dim=1), count, vote)[rows, place]
+        for vote in VOTES
+        if vote != "effect"
     }
-    maps = heads.maps(x, texts - weights.mean(1))
+    apart = texts - weights.mean(1)  # as the direct way: what all classes share says nothing of where this one is
+    out["neurons, effect"] = segment(reader, x, apart, count, "effect")[rows, place].clamp_min(0)
+    maps = heads.maps(x, apart)
     patches = maps.said[..., 1:].sum((1, 2))[rows, place]
     out["direct"] = patches.clamp_min(0).view(-1, *grid)
     out["attention"] = maps.pattern[:, -1, :, 1:].mean(1).view(-1, *grid)

@@ -69,7 +69,7 @@ def test_attributes_are_the_readers_and_change_with_the_patch(neurons, tiny_clip
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("vote", ["raw", "centred"])
+@pytest.mark.parametrize("vote", ["raw", "signed"])
 @pytest.mark.parametrize("against", [None, "dog"])
 def test_maps_are_the_readers_in_every_format(neurons, tiny_clip, vote, against):
     async def work():

@@ -11,12 +11,14 @@ from patches.read import record
 from patches.second_order import (
     MOVES,
     Moments,
+    by_token,
     directions,
     effects,
     follow,
     lens,
     look,
     official,
+    reading,
     replaced,
     scalars,
 )
@@ -103,6 +105,16 @@ def test_coordinates_keep_lengths_and_angles(base, x):
     texts = torch.randn(7, phi.shape[-1]).double()
     torch.testing.assert_close(torch.einsum("bgn,ngm->bnm", s, at.against(texts)), phi @ texts.T)
     torch.testing.assert_close(at.write([3, 9]), at.write()[[3, 9]])
+
+
+def test_effects_on_texts_fall_apart_by_token(base, x):
+    at, seen = lens(base, 1), look(base, x, [0, 1])
+    texts = torch.randn(3, seen.y.shape[1]).double()
+    say = reading(base, 1, texts)
+    torch.testing.assert_close(say, at.against(texts))
+    torch.testing.assert_close(reading(base, 1, texts, "official"), lens(base, 1, "official").against(texts))
+    whole = at.total(at.coordinates(scalars(seen, 1))) @ texts.T
+    torch.testing.assert_close(by_token(seen, 1, say).sum(2), whole)
 
 
 def test_many_layers_are_read_in_one_forward(base, x):

@@ -116,7 +116,7 @@ def test_the_planted_neuron_is_named(reader, planted):
     assert card["explained"][0] > 0.99
 
 
-@pytest.mark.parametrize("vote", ["raw", "signed", "weighted", "centred"])
+@pytest.mark.parametrize("vote", ["raw", "signed", "weighted"])
 def test_the_planted_neuron_segments_what_it_means(reader, planted, vote):
     images, mask = colours(30, 2)
     red = atoms(reader.cards.pool)[:1]
