@@ -54,6 +54,8 @@ from training.tasks import GOAL, KEPT, ask, classifier, metrics, outcomes, pictu
 from training.textspan import Moments, Span, moments, read_pool, spans
 
 Task = Literal["typographic", "waterbirds", "celeba"]
+LEAST = 0.05
+"""p up to which a head is about a property, beside what it is called"""
 Head = tuple[int, int]
 """layer, head"""
 Judge = Literal["spectrum", "keyword", "embedding", "model"]
@@ -146,18 +148,24 @@ class Findings:
     named: list[Named]
     score: Tensor
     """(L, H, P) by which heads of a property are ordered"""
+    p: Tensor
+    """(L, H, P) of the scores, times P"""
     trail: list[dict[str, Any]]
     """labels that a person changed"""
     judges: dict[str, list[str]]
     """labels by every judge that was asked"""
 
     def heads(self, name: str) -> list[Head]:
-        """All heads, those that are most about this property first; those that bear its name before all others."""
+        """All heads: those that bear this name, by score; then those that are about it among other things (p up to
+        LEAST), and all others, by how near it comes to being what they are most about."""
         if name not in self.properties:
             raise ConfigError(f"There is no property {name[:40]!r}. Properties: {', '.join(self.properties)}.")
-        column = self.score[..., self.properties.index(name)].flatten()
-        mine = torch.tensor([n.label == name for n in self.named])
-        order = (column + mine * (column.max() - column.min() + 1)).argsort(descending=True).tolist()
+        column = self.properties.index(name)
+        mine, p = self.score[..., column].flatten(), self.p[..., column].flatten()
+        short = mine - self.score.amax(-1).flatten()
+        named = [n.label == name for n in self.named]
+        tier = [0 if is_named else 1 if float(v) <= LEAST else 2 for is_named, v in zip(named, p, strict=True)]
+        order = sorted(range(len(tier)), key=lambda i: (tier[i], -float(mine[i] if tier[i] == 0 else short[i])))
         H = self.score.shape[1]
         return [(self.seen.layers[i // H], i % H) for i in order]
 
@@ -204,7 +212,7 @@ def find(base: Base, config: Config) -> Findings:
 
     seen = moments(lens, batches(), at, share=config.share)
     found = spans(seen, features, config.texts, config.rank, config.normalise_pool)
-    by, score = labels.by_spectrum(seen, features, fits, properties, config.shuffles, seed=config.seed)
+    by, score, p = labels.by_spectrum(seen, features, fits, properties, config.shuffles, seed=config.seed)
     known = dict(zip(pool, features, strict=True))
 
     def embed(t: Sequence[str]) -> Tensor:
@@ -220,7 +228,7 @@ def find(base: Base, config: Config) -> Findings:
         named["model"] = _asked(config, found, pool, properties)
     mine, trail = labels.override(named[config.judge], labels.read_changes(config.changes) if config.changes else [])
     judges = {k: [n.label for n in v] for k, v in named.items()}
-    return Findings(pool, properties, fits, features, seen, found, mine, score, trail, judges)
+    return Findings(pool, properties, fits, features, seen, found, mine, score, p, trail, judges)
 
 
 def _asked(config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str]) -> list[Named]:
@@ -253,6 +261,11 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
                 "apart": [f.pool[rows[named.label][i]] for i in within],
                 "explained": round(sum(s.share), 4), "explained_random": round(s.random, 4), "rank": s.rank,
                 "variance": round(s.variance, 8),
+                "also": [
+                    f.properties[i]
+                    for i in f.score.flatten(0, 1)[n].argsort(descending=True).tolist()
+                    if float(f.p.flatten(0, 1)[n, i]) <= LEAST and f.properties[i] != named.label
+                ],
                 "scores": [round(v, 4) for v in f.score.flatten(0, 1)[n].tolist()],
                 "judges": {k: v[n] for k, v in f.judges.items()},
             }
@@ -267,7 +280,8 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
         "pictures": f.seen.count,
         "pool": len(f.pool),
     }
-    return {"properties": list(f.properties), "heads": heads, "trail": f.trail, "metrics": measured}
+    order = {p: f.heads(p) for p in f.properties}
+    return {"properties": list(f.properties), "heads": heads, "order": order, "trail": f.trail, "metrics": measured}
 
 
 def _apart(f: Findings, column: int) -> Tensor:
@@ -470,14 +484,13 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
 
     out: dict[str, Any] = {"base": right([]), "n": images, "count": count}
     for name in tqdm(PROBES, "properties", disable=None):
-        column = found["properties"].index(name)
-        order = sorted(found["heads"], key=lambda h: (h["label"] != name, -h["scores"][column]))
-        heads = [(h["layer"], h["head"]) for h in order[:count]]
+        heads = [(a, b) for a, b in found["order"][name][:count]]
+        label = {(h["layer"], h["head"]): h["label"] for h in found["heads"]}
         chance = [right(random_heads(heads, every, draw)) for draw in range(config.draws)]
         spread = {k: [r[k] for r in chance] for k in chance[0]} if chance else {}
         out[name] = {
             "heads": heads,
-            "named": [h["label"] == name for h in order[:count]],
+            "named": [label[h] == name for h in heads],
             "without": right(heads),
             "random": {k: [round(sum(v) / len(v), 4), min(v), max(v)] for k, v in spread.items()},
         }
