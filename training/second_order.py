@@ -58,8 +58,8 @@ from registry.manifest import Manifest, canonical
 from training.data.images import Dataset
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
+from training.neuron_masks import compare
 from training.omp import AtomNorm, atoms, pursue
-from training.segmentation import compare
 from training.semantic import attack
 from training.tasks import (
     GOAL,

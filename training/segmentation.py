@@ -1,127 +1,118 @@
-"""Masks without training: how well maps over patches find the thing in a picture, beside each other on one table.
+"""How well maps of heads find the thing: direct effects, raw attention and what one head says, on one table.
 
-As in the literature on ImageNet-Seg: the map of the class that the model itself says, laid over the picture bilinearly,
-min-max per picture, cut at 0.5 or at its own mean; pixel accuracy and mIoU over {ground, thing} from counts summed over
-all pictures, mAP the mean over pictures of the average precision of both. Ways:
+Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one, its map less
+the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean.
+Pixel accuracy, mean intersection over union of thing and ground, mean average precision.
 
-- `neurons, <vote>`: activations of the neurons whose direction says the class most (arXiv 2406.04341, 200 neurons);
-- `neurons, effect` (ours): what all neurons add to the class through later heads, less the mean over classes, by the
-  patch they fire at;
-- `direct`: what all heads add to the class, less the mean over classes, by patch read (arXiv 2310.05916);
-- `attention`: the class token's attention in the last layer, mean over heads.
-
-The lab's masks are exact. Which vote and which cut is chosen on one split and reported on another.
+    python -m training.segmentation lab:clip REPORT.json                    # the lab's masks
+    python -m training.segmentation open-clip:ViT-L-14/laion2b_s32b_b82k REPORT.json /folder/of/imagenet-seg NAMES.txt
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
-from patches import direct, heatmap
-from patches.bases import clip
-from patches.neuron_cards import Reader, Vote, segment
-from training.data.images import Dataset
+from patches import heatmap
+from patches.bases import Base, clip, load_base
+from patches.direct import Lens
+from patches.heatmap import Threshold
+from training.data.images import READERS, Dataset
 from training.lab import worlds
-
-VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
-CUTS = ("0.5", "mean")
+from training.textspan import read_pool
 
 
-@dataclass
-class Counts:
-    """Sums over pictures, from which the three numbers follow."""
+def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean", clip_at_zero: bool = True) -> dict[str, Tensor]:
+    """Per picture (B,): pixel accuracy, intersection over union of thing and of ground, their mean, average precision.
 
-    union: Tensor = field(default_factory=lambda: torch.zeros(2))
-    overlap: Tensor = field(default_factory=lambda: torch.zeros(2))
-    right: float = 0.0
-    pixels: int = 0
-    precision: float = 0.0
-    pictures: int = 0
-
-    def add(self, maps: Tensor, mask: Tensor, cut: str) -> None:
-        """maps (B, h, w) between 0 and 1; mask (B, h, w) bool."""
-        at = maps.mean((1, 2), keepdim=True) if cut == "mean" else float(cut)
-        said = maps > at
-        for i, (a, b) in enumerate(((~said, ~mask), (said, mask))):
-            self.overlap[i] += float((a & b).sum())
-            self.union[i] += float((a | b).sum())
-        self.right += float((said == mask).sum())
-        self.pixels += mask.numel()
-        self.precision += float(average_precision(maps, mask).sum() + average_precision(1 - maps, ~mask).sum()) / 2
-        self.pictures += len(mask)
-
-    def result(self) -> dict[str, float]:
-        """pixel_accuracy, miou, iou of the thing alone, map."""
-        iou = self.overlap / self.union.clamp_min(1)
-        out = {
-            "pixel_accuracy": self.right / max(self.pixels, 1), "miou": float(iou.mean()), "iou": float(iou[1]),
-            "map": self.precision / max(self.pictures, 1),
-        }  # fmt: skip
-        return {k: round(v, 4) for k, v in out.items()}
-
-
-def average_precision(score: Tensor, truth: Tensor) -> Tensor:
-    """(B,): the mean over true pixels of the precision down to each, pixels by falling score; 0 where none is true."""
-    order = score.flatten(1).argsort(stable=True, dim=1, descending=True)
-    hit = truth.flatten(1).gather(1, order).float()
-    at = torch.arange(1, hit.shape[1] + 1, device=hit.device)
-    return (hit.cumsum(1) / at * hit).sum(1) / hit.sum(1).clamp_min(1)
-
-
-def laid_over(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, h, w) over the picture, between 0 and 1, of maps (B, rows, columns)."""
-    big = nnf.interpolate(maps[:, None].float(), tuple(size), mode="bilinear")[:, 0]
-    return heatmap.scaled(big)
-
-
-@torch.inference_mode()
-def ways(reader: Reader, x: Tensor, weights: Tensor, heads: direct.Lens, count: int) -> dict[str, Tensor]:
-    """way -> (B, rows, columns) for the class that each picture is said to show. weights (k, C) zero-shot."""
-    base, rows = reader.base, torch.arange(len(x))
-    grid = base.model.visual.grid_size
-    y = clip.embed_images(base, x, batch=len(x))
-    said, place = torch.unique((y @ weights).argmax(1), return_inverse=True)
-    texts = weights.T[said]
-    out = {
-        f"neurons, {vote}": segment(reader, x, nnf.normalize(texts, dim=1), count, vote)[rows, place]
-        for vote in VOTES
-        if vote != "effect"
-    }
-    apart = texts - weights.mean(1)  # as the direct way: what all classes share says nothing of where this one is
-    out["neurons, effect"] = segment(reader, x, apart, count, "effect")[rows, place].clamp_min(0)
-    maps = heads.maps(x, apart)
-    patches = maps.said[..., 1:].sum((1, 2))[rows, place]
-    out["direct"] = patches.clamp_min(0).view(-1, *grid)
-    out["attention"] = maps.pattern[:, -1, :, 1:].mean(1).view(-1, *grid)
+    got (B, g, g) maps, mask (B, S, S) bool.
+    """
+    side = mask.shape[-1]
+    cut = heatmap.mask(got, threshold, side, clip_at_zero)
+    out = {"accuracy": (cut == mask).float().mean((1, 2))}
+    for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
+        out[name] = (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
+    out["iou"] = (out["thing"] + out["ground"]) / 2
+    full = heatmap.resized(got, side)
+    pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
+    out["precision"] = torch.stack([average_precision(x, m) for x, m in pairs])
     return out
 
 
-def table(reader: Reader, data: Dataset, count: int = 200, size: int = 16) -> dict[str, dict[str, float]]:
-    """`way, cut` -> its numbers on the thing's mask in each picture."""
-    base = reader.base
-    weights, heads = clip.zero_shot(base, data.classes), direct.Lens(base)
-    count = min(count, sum(len(one.told) for one in reader.cards.layers.values()))
-    counts: dict[str, Counts] = {}
-    for batch in tqdm(data.batches(size), "masks", total=-(-len(data) // size), disable=None, leave=False):
-        x, mask = base.processor.image(batch.image), batch.extras["mask"]
-        for way, maps in ways(reader, x, weights, heads, count).items():
-            big = laid_over(maps, mask.shape[-2:])
-            for cut in CUTS:
-                counts.setdefault(f"{way}, {cut}", Counts()).add(big, mask, cut)
-    return {way: c.result() for way, c in counts.items()}
+def average_precision(score: Tensor, right: Tensor) -> Tensor:
+    """Mean over right pixels of the share of right ones among those that score at least as high."""
+    order = score.argsort(descending=True)
+    hit = right[order].float()
+    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+    return (precision * hit).sum() / hit.sum().clamp_min(1)
 
 
-def compare(reader: Reader, choose: str, test: str, n: int, seed: int = 0) -> dict[str, Any]:
-    """The table on `test` of the lab's single things, and which neuron way `choose` prefers by mIoU."""
-    before = table(reader, worlds.WORLDS["imagenet"](choose, n, seed))
-    own = {k: v for k, v in before.items() if k.startswith("neurons")}
-    best = max(own, key=lambda k: own[k]["miou"])
-    after: Mapping[str, Any] = table(reader, worlds.WORLDS["imagenet"](test, n, seed))
-    return {"chosen": best, "n": n, choose: before, test: after}
+def ways(lens: Lens, weights: Tensor) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """name -> pictures as the processor makes them (B, 3, h, w) -> maps (B, g, g). weights (k, C): a classifier."""
+
+    def direct(x: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        with torch.no_grad():
+            predicted = (lens.base.model(image=x)["image_features"].float() @ weights).argmax(1)
+        T = (weights[:, predicted] - weights.mean(1, keepdim=True)).T  # (B, k)
+        heads = None if layers is None else [(i, h) for i in layers for h in range(lens.heads)]
+        return torch.stack([heatmap.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))])
+
+    last = range(max(0, lens.layers - 4), lens.layers)
+    return {
+        "direct effects": direct,
+        "direct effects, last four layers": lambda x: direct(x, last),
+        "raw attention, last layer": lambda x: heatmap.attention(lens, x),
+        "raw attention, all layers": lambda x: heatmap.attention(lens, x, range(lens.layers)),
+    }
+
+
+def table(base: Base, data: Dataset, classes: Sequence[str], batch: int = 16) -> dict[str, dict[str, Any]]:
+    """way -> score -> [mean, half of a 95 % interval, n]; and "all", a map that says the thing is everywhere."""
+    lens = Lens(base)
+    found: dict[str, dict[str, list[Tensor]]] = {}
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in tqdm(data.batches(batch), "segmentation", disable=None, leave=False):
+            there = part.extras["mask"].flatten(1).any(1)
+            yield part.image[there], part.extras["mask"][there]
+
+    how = ways(lens, clip.zero_shot(base, classes))
+    for image, mask in batches():
+        x = base.processor.image(image).to(base.device)
+        for name, make in how.items():
+            for key, value in scores(make(x).cpu(), mask.cpu()).items():
+                found.setdefault(name, {}).setdefault(key, []).append(value)
+        middle = torch.ones_like(mask, dtype=torch.float32).cpu()
+        for key, value in scores(middle, mask.cpu(), "half").items():
+            found.setdefault("nothing is found", {}).setdefault(key, []).append(value)
+    out: dict[str, dict[str, Any]] = {}
+    for name, row in found.items():
+        for key, parts in row.items():
+            v = torch.cat(parts)
+            half = 1.96 * float(v.std()) / len(v) ** 0.5
+            out.setdefault(name, {})[key] = [round(float(v.mean()), 4), round(half, 4), len(v)]
+    return out
+
+
+def main(words: Sequence[str]) -> None:
+    base = load_base(words[0], "clip")
+    base.model.requires_grad_(False)
+    if len(words) > 3:
+        data, classes = READERS["imagenet_seg"](words[2]), read_pool(words[3])
+    else:
+        data, classes = worlds.imagenet("test", 300), worlds.imagenet_classes()
+    got = table(base, data, classes)
+    Path(words[1]).write_text(json.dumps(got, indent=1))
+    for name, row in got.items():
+        sys.stdout.write(f"{name}: {row}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -133,11 +133,12 @@ def _span(
     drawn: Sequence[Tensor],
 ) -> Span:  # fmt: skip
     B = basis(seen.square[n, head], rank)
-    Z = B @ seen.covariance(n, head) @ B.T
+    covariance = seen.covariance(n, head)
+    Z = B @ covariance @ B.T
     R = R @ B.T  # (M, r)
     if normalise:
         R = torch.nn.functional.normalize(R, dim=1)
-    total = float(Z.trace())
+    total = float(covariance.trace())
     if total <= CONSTANT * float(seen.square[n, head].trace() / seen.count) or not len(B):
         return Span(layer, head, (), (), len(B), max(total, 0.0), 0.0)
     chance = 0.0

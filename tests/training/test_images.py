@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -274,3 +275,51 @@ def test_a_missing_folder_or_list_says_what_to_put_where(tmp_path):
     celeba(tmp_path)
     with pytest.raises(BadRequest, match="train, val, test"):
         images.celeba(tmp_path, "trian")
+
+
+def _drawn(folder, n=3):
+    """Pictures with a white square on black, and its mask."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    squares = []
+    for i in range(n):
+        pixels = np.zeros((60, 90, 3), np.uint8)
+        pixels[10 : 30 + i, 40:60] = 255
+        squares.append(pixels)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        Image.fromarray(pixels[..., 0]).save(folder / "masks" / f"{i}.png")
+    return squares
+
+
+def test_imagenet_seg_masks_are_cut_as_their_pictures(tmp_path):
+    _drawn(tmp_path)
+    data = images.READERS["imagenet_seg"](tmp_path, "test", 32)
+    batch = data.read(range(3))
+    assert batch.extras["mask"].shape == (3, 32, 32)
+    assert ((batch.image[:, 0] > 127) == batch.extras["mask"]).all()
+    assert batch.extras["mask"].any((1, 2)).all()
+    (tmp_path / "masks" / "1.png").unlink()
+    with pytest.raises(NotFound, match="mask of a picture"):
+        images.READERS["imagenet_seg"](tmp_path)
+    with pytest.raises(BadRequest, match="only the split test"):
+        images.READERS["imagenet_seg"](tmp_path, "val")
+    with pytest.raises(NotFound, match="neither"):
+        images.READERS["imagenet_seg"](tmp_path / "masks")
+
+
+def test_the_published_imagenet_seg_file_is_read(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="optional: pip install h5py reads gtsegs_ijcv.mat")
+    squares = _drawn(tmp_path / "drawn")
+    with h5py.File(tmp_path / "gtsegs_ijcv.mat", "w") as f:
+        for name in ("img", "gt"):
+            f.create_dataset(f"value/{name}", (3, 1), h5py.ref_dtype)
+        for i, pixels in enumerate(squares):
+            f[f"i{i}"] = pixels.transpose(2, 1, 0)
+            f[f"m{i}"] = (pixels[..., 0] > 0).astype(np.uint8).transpose(1, 0)
+            cell = f.create_dataset(f"c{i}", (1, 1), h5py.ref_dtype)
+            cell[0, 0] = f[f"m{i}"].ref
+            f["value/img"][i, 0], f["value/gt"][i, 0] = f[f"i{i}"].ref, cell.ref
+    one = images.READERS["imagenet_seg"](tmp_path, size=32).read([2, 0])
+    two = images.READERS["imagenet_seg"](tmp_path / "drawn", size=32).read([2, 0])
+    assert (one.image == two.image).all()
+    assert (one.extras["mask"] == two.extras["mask"]).all()

@@ -26,9 +26,9 @@ from patches.second_order import directions, lens, look, scalars
 from registry.errors import BadArtifact, BadRequest, NotFound
 from training import second_order
 from training.lab import worlds
+from training.neuron_masks import Counts, laid_over
 from training.omp import atoms, pursue
 from training.second_order import RECIPES, alike, fit, margins, patch_of, rank, read
-from training.segmentation import Counts, average_precision, laid_over
 from training.tasks import classifier, pictures
 
 TINY = RECIPES["tiny"]
@@ -319,12 +319,3 @@ def test_a_perfect_map_scores_one_and_its_opposite_nothing():
     assert good.result() == {"pixel_accuracy": 1.0, "miou": 1.0, "iou": 1.0, "map": 1.0}
     assert bad.result()["miou"] == 0.0
     assert bad.result()["pixel_accuracy"] == 0.0
-
-
-def test_average_precision_is_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")
-    g = torch.Generator().manual_seed(0)
-    score, truth = torch.rand(5, 6, 6, generator=g), torch.rand(5, 6, 6, generator=g) > 0.7
-    want = [metrics.average_precision_score(t.flatten(), s.flatten()) for s, t in zip(score, truth, strict=True)]
-    assert average_precision(score, truth).tolist() == pytest.approx(want, abs=1e-6)
-    assert average_precision(score, torch.zeros_like(truth)).tolist() == [0.0] * 5

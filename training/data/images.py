@@ -13,6 +13,7 @@ A `Dataset` is a value: name, split, classes, size, what chose its pictures (and
 | `rta` | `label=X_text=Y.png`: RTA-100, PAINT |
 | `disentangling` | `annotations.json` and the pictures it names |
 | `scam` | Parquet files of SCAM, as the hub keeps them |
+| `imagenet_seg` | `gtsegs_ijcv.mat`, or `images/` and `masks/` |
 
 Pictures are turned as EXIF says, laid on white where they are transparent, converted to RGB, resized (shorter edge,
 bicubic) and cropped in the middle, as CLIP's own preprocessing does. What is broken, moving, huge or tiny is refused
@@ -41,7 +42,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from registry import manifest
-from registry.errors import BadRequest, NotFound, TooLarge
+from registry.errors import BadRequest, NotFound, NotReady, TooLarge
 
 BATCH = 64
 SIZE = 224
@@ -239,6 +240,69 @@ def scam(folder: str | Path, split: str = "test", size: int = SIZE, variant: str
     return Dataset("scam", split, classes, _some(len(rows), root), about, read)
 
 
+def imagenet_seg(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
+    """ImageNet-Segmentation: `gtsegs_ijcv.mat` as it is published, or `images/` and `masks/` with the same names.
+
+    Extras: `mask` (B, size, size) bool, the thing. No classes are told, so the label is 0. The published file is HDF5,
+    which the optional package h5py reads. Raises NotFound for a picture without its mask.
+    """
+    _test_only("imagenet_seg", split)
+    root = _folder(folder)
+    published = root / "gtsegs_ijcv.mat"
+    if published.is_file():
+        return _gtsegs(published, split, size)
+    files = _pictures(root / "images") if (root / "images").is_dir() else []
+    if not files:
+        raise NotFound(f"{root} has neither gtsegs_ijcv.mat nor a folder images. Put one of them there.")
+    masks = [root / "masks" / f"{f.relative_to(root / 'images').with_suffix('')}.png" for f in files]
+    if missing := next((m for m in masks if not m.is_file()), None):
+        raise NotFound(f"There is no {missing}, the mask of a picture.")
+    plain = _files("imagenet_seg", split, ("thing",), root, files, torch.zeros(len(files), dtype=torch.int64), {}, size)
+
+    def read(rows: Tensor) -> Batch:
+        batch = plain.reader(rows)
+        seen = [_cut_mask(picture(masks[i]).convert("L"), size) for i in rows.tolist()]
+        return Batch(batch.image, batch.label, {**batch.extras, "mask": torch.stack(seen)})
+
+    about = {**plain.about, "masks": hashlib.sha256(b"".join(m.read_bytes() for m in masks)).hexdigest()}
+    return Dataset("imagenet_seg", split, ("thing",), len(files), about, read)
+
+
+def _gtsegs(file: Path, split: str, size: int) -> Dataset:
+    """A MATLAB 7.3 file: value/img and value/gt are rows of references, each to (3, w, h) and to a cell with (w, h)."""
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise NotReady(
+            f"{file.name} is HDF5: install h5py, or unpack it into images/ and masks/ beside each other."
+        ) from None
+
+    def open_file() -> Any:
+        try:
+            return h5py.File(file, "r")
+        except OSError as e:
+            raise BadRequest(f"{file.name} is no HDF5 file ({e}); get it again.") from None
+
+    with open_file() as f:
+        if "value/img" not in f or "value/gt" not in f:
+            raise BadRequest(f"{file.name} has no value/img and value/gt, so it is not ImageNet-Segmentation.")
+        count = int(f["value/img"].shape[0])
+
+    def read(rows: Tensor) -> Batch:
+        images, seen = [], []
+        with open_file() as f:
+            for i in rows.tolist():
+                pixels = np.asarray(f[f["value/img"][i, 0]]).transpose(2, 1, 0)
+                cell = f[f["value/gt"][i, 0]]
+                mask = np.asarray(f[cell[0, 0]] if cell.dtype == h5py.ref_dtype else cell).transpose(1, 0)
+                images.append(_uint8(Image.fromarray(pixels.astype(np.uint8)).convert("RGB"), size))
+                seen.append(_cut_mask(Image.fromarray((mask > 0).astype(np.uint8) * 255), size))
+        return Batch(torch.stack(images), torch.zeros(len(images), dtype=torch.int64), {"mask": torch.stack(seen)})
+
+    about = {"size": size, "bytes": file.stat().st_size}
+    return Dataset("imagenet_seg", split, ("thing",), _some(count, file.parent), about, read)
+
+
 READERS: dict[str, Callable[..., Dataset]] = {
     "imagenet": imagenet,
     "celeba": celeba,
@@ -246,6 +310,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "rta": rta,
     "disentangling": disentangling,
     "scam": scam,
+    "imagenet_seg": imagenet_seg,
 }
 
 
@@ -291,6 +356,11 @@ def _uint8(image: Image.Image, size: int) -> Tensor:
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     crop = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def _cut_mask(mask: Image.Image, size: int) -> Tensor:
+    """(size, size) bool, cut as `_uint8` cuts the picture; white is inside."""
+    return _uint8(mask.convert("RGB"), size)[0] > 127
 
 
 # ---- their parts -------------------------------------------------------------------------------------------------
