@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from PIL import Image as Pillow
 from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 from starlette.requests import Request
@@ -28,7 +25,7 @@ from bentos.classify import Classifiers, Label, Templates, best
 from bentos.desk import Desk, Strict, facts, headers
 from bentos.http import ANY, Call, answer, parse
 from bentos.pictures import Image
-from patches import artifact
+from patches import artifact, heatmap
 from patches.bases import clip
 from patches.cards import Cards, load_cards
 from patches.features import SAE, FeatureEdit, Op, edit, load_sae
@@ -182,7 +179,7 @@ class Service:
             raise NotFound(f"There is no feature {name[:40]!r}; features are numbers from 0.")
         card = one.cards.card(int(name))
         for seen in card["pictures"]:
-            seen["png"] = _png(one.cards.thumbs[seen["picture"]])
+            seen["png"] = heatmap.png(one.cards.thumbs[seen["picture"]])
         out = {**card, "edited": int(name) in one.chosen, "site": one.site}
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
@@ -202,7 +199,8 @@ class Service:
         said = json.loads((folder / "report.json").read_text())["examples"]
         images = load_file(folder / "examples.safetensors")["image"]
         return [
-            {"png": _png(image), **{k: v[i] for k, v in said.items()}} for i, image in enumerate(images[:MAX_EXAMPLES])
+            {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}
+            for i, image in enumerate(images[:MAX_EXAMPLES])
         ]
 
     async def _dictionary(self, digest: str) -> Dictionary:
@@ -243,12 +241,6 @@ class Service:
         if len(known) < len(ask.features):
             raise BadRequest(f"features: there is no feature {max(ask.features)}; this dictionary has 0 to {F - 1}.")
         return ask.value * one.cards.largest[known]
-
-
-def _png(thumb: Tensor) -> str:
-    file = io.BytesIO()
-    Pillow.fromarray(thumb.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 ROUTES: Sequence[Call] = (

@@ -67,7 +67,7 @@ _ROWS = (
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
            "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify")),
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
-           "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("explain", "classify")),
+           "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("neurons", "classify")),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",
            "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",),
            "SmolLM2-135M predicts a word once more after 1,024 copies: base 28 %, patched 90 % (50 words, chat); "

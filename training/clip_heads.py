@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from patches import artifact
+from patches import artifact, heatmap
 from patches.bases import Base, clip, load_base
 from patches.direct import Lens, Share
 from patches.gallery import directions, make, save_gallery
@@ -54,6 +54,8 @@ from training.tasks import GOAL, KEPT, ask, classifier, metrics, outcomes, pictu
 from training.textspan import Moments, Span, moments, read_pool, spans
 
 Task = Literal["typographic", "waterbirds", "celeba"]
+LEAST = 0.05
+"""p up to which a head is about a property, beside what it is called"""
 Head = tuple[int, int]
 """layer, head"""
 Judge = Literal["spectrum", "keyword", "embedding", "model"]
@@ -88,6 +90,8 @@ class Config:
     normalise_pool: bool = False
     judge: Judge = "spectrum"
     """whose labels count; the others' stand beside them with their agreement"""
+    shuffles: int = 100
+    """of texts over properties behind the spectrum's null"""
     endpoint: Endpoint = field(default_factory=Endpoint)
     """of judge=model"""
     examples: tuple[tuple[tuple[str, ...], str], ...] = ()
@@ -114,7 +118,7 @@ class Config:
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", span_images=24, texts=4, counts=(1, 2), draws=2, gallery_images=12, val_images=24, test_images=24,
-        modes=("mean",), bound=1.0,
+        modes=("mean",), bound=1.0, shuffles=20,
     ),
     "lab": Config(ablate=("text",), counts=(2, 4, 8, 12), modes=("mean",), tokens="all"),
     "waterbirds": Config(task="waterbirds", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls"),
@@ -144,18 +148,24 @@ class Findings:
     named: list[Named]
     score: Tensor
     """(L, H, P) by which heads of a property are ordered"""
+    p: Tensor
+    """(L, H, P) of the scores, times P"""
     trail: list[dict[str, Any]]
     """labels that a person changed"""
     judges: dict[str, list[str]]
     """labels by every judge that was asked"""
 
     def heads(self, name: str) -> list[Head]:
-        """All heads, those that are most about this property first; those that bear its name before all others."""
+        """All heads: those that bear this name, by score; then those that are about it among other things (p up to
+        LEAST), and all others, by how near it comes to being what they are most about."""
         if name not in self.properties:
             raise ConfigError(f"There is no property {name[:40]!r}. Properties: {', '.join(self.properties)}.")
-        column = self.score[..., self.properties.index(name)].flatten()
-        mine = torch.tensor([n.label == name for n in self.named])
-        order = (column + mine * (column.max() - column.min() + 1)).argsort(descending=True).tolist()
+        column = self.properties.index(name)
+        mine, p = self.score[..., column].flatten(), self.p[..., column].flatten()
+        short = mine - self.score.amax(-1).flatten()
+        named = [n.label == name for n in self.named]
+        tier = [0 if is_named else 1 if float(v) <= LEAST else 2 for is_named, v in zip(named, p, strict=True)]
+        order = sorted(range(len(tier)), key=lambda i: (tier[i], -float(mine[i] if tier[i] == 0 else short[i])))
         H = self.score.shape[1]
         return [(self.seen.layers[i // H], i % H) for i in order]
 
@@ -202,8 +212,13 @@ def find(base: Base, config: Config) -> Findings:
 
     seen = moments(lens, batches(), at, share=config.share)
     found = spans(seen, features, config.texts, config.rank, config.normalise_pool)
-    by, score = labels.by_spectrum(seen, features, fits, properties, draws=100, seed=config.seed)
-    near = labels.by_embedding(pool, taxonomy, lambda t: clip.embed_texts(base, t))
+    by, score, p = labels.by_spectrum(seen, features, fits, properties, config.shuffles, seed=config.seed)
+    known = dict(zip(pool, features, strict=True))
+
+    def embed(t: Sequence[str]) -> Tensor:
+        return torch.stack([known[x] for x in t]) if all(x in known for x in t) else clip.embed_texts(base, t)
+
+    near = labels.by_embedding(pool, taxonomy, embed)
     named: dict[str, list[Named]] = {
         "spectrum": by,
         "keyword": labels.label(found, fits, properties, "keyword"),
@@ -213,7 +228,7 @@ def find(base: Base, config: Config) -> Findings:
         named["model"] = _asked(config, found, pool, properties)
     mine, trail = labels.override(named[config.judge], labels.read_changes(config.changes) if config.changes else [])
     judges = {k: [n.label for n in v] for k, v in named.items()}
-    return Findings(pool, properties, fits, features, seen, found, mine, score, trail, judges)
+    return Findings(pool, properties, fits, features, seen, found, mine, score, p, trail, judges)
 
 
 def _asked(config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str]) -> list[Named]:
@@ -246,6 +261,11 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
                 "apart": [f.pool[rows[named.label][i]] for i in within],
                 "explained": round(sum(s.share), 4), "explained_random": round(s.random, 4), "rank": s.rank,
                 "variance": round(s.variance, 8),
+                "also": [
+                    f.properties[i]
+                    for i in f.score.flatten(0, 1)[n].argsort(descending=True).tolist()
+                    if float(f.p.flatten(0, 1)[n, i]) <= LEAST and f.properties[i] != named.label
+                ],
                 "scores": [round(v, 4) for v in f.score.flatten(0, 1)[n].tolist()],
                 "judges": {k: v[n] for k, v in f.judges.items()},
             }
@@ -260,7 +280,8 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
         "pictures": f.seen.count,
         "pool": len(f.pool),
     }
-    return {"properties": list(f.properties), "heads": heads, "trail": f.trail, "metrics": measured}
+    order = {p: f.heads(p) for p in f.properties}
+    return {"properties": list(f.properties), "heads": heads, "order": order, "trail": f.trail, "metrics": measured}
 
 
 def _apart(f: Findings, column: int) -> Tensor:
@@ -347,8 +368,9 @@ def fit(config: Config, folder: Path) -> Manifest:
         controls.append({"heads": other, **got})
     report = {"task": config.task, "base": plain, "candidates": rows, "chosen": best, "random": controls}
     (folder / "heads.json").write_bytes(canonical(json.loads(json.dumps(about(f, base, config)))))
-    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     save_file({"mean": mean.contiguous()}, folder / "means.safetensors")
+    _examples(lens, config, f, report, folder)
+    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     if config.gallery_images:
         covariance = torch.stack(
             [torch.stack([f.seen.covariance(n, h) for h in range(lens.heads)]) for n in range(len(f.seen.layers))]
@@ -356,6 +378,36 @@ def fit(config: Config, folder: Path) -> Manifest:
         basis = directions(covariance)
         save_gallery(make(lens, _shown(base, config), f.seen.layers, basis, config.share), folder / "gallery")
     return artifact.save(patch, "clip_heads", folder, base=base.label)
+
+
+def _examples(lens: Lens, config: Config, f: Findings, report: dict[str, Any], folder: Path, count: int = 6) -> None:
+    """For the figure: a few pictures of val and where the best head of each property speaks of its first text; last,
+    all heads of the class that is predicted against the mean of classes."""
+    base = lens.base
+    data = next(iter(scenes(config, 4 * count, "val")))
+    batch = data.read(range(min(count, len(data))))
+    x = base.processor.image(batch.image)
+    rows: list[str] = []
+    maps: list[Tensor] = []
+    for name in f.properties:
+        head = f.heads(name)[0]
+        found = next(s for s in f.spans if (s.layer, s.head) == head)
+        own = [i for i in found.texts if f.fits[i, f.properties.index(name)]] or list(found.texts)
+        if own:
+            rows.append(f"{name}, head {head[0]}.{head[1]}: {f.pool[own[0]]}")
+            maps.append(heatmap.grid(lens, x, f.features[own[:1]], [head])[:, 0])
+    weights = clip.zero_shot(base, data.classes) if len(set(data.classes)) == len(data.classes) else None
+    if weights is not None:
+        predicted = (clip.embed_images(base, x) @ weights).argmax(1)
+        every = heatmap.grid(lens, x, (weights - weights.mean(1, keepdim=True)).T)
+        rows.append("all heads, the predicted class")
+        maps.append(every[torch.arange(len(x)), predicted])
+        report["predicted"] = [data.classes[i] for i in predicted.tolist()]
+    report["rows"] = rows
+    save_file(
+        {"image": batch.image.cpu().contiguous(), "maps": torch.stack(maps).cpu().contiguous()},
+        folder / "examples.safetensors",
+    )
 
 
 def _shown(base: Base, config: Config) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
@@ -432,14 +484,13 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
 
     out: dict[str, Any] = {"base": right([]), "n": images, "count": count}
     for name in tqdm(PROBES, "properties", disable=None):
-        column = found["properties"].index(name)
-        order = sorted(found["heads"], key=lambda h: (h["label"] != name, -h["scores"][column]))
-        heads = [(h["layer"], h["head"]) for h in order[:count]]
+        heads = [(a, b) for a, b in found["order"][name][:count]]
+        label = {(h["layer"], h["head"]): h["label"] for h in found["heads"]}
         chance = [right(random_heads(heads, every, draw)) for draw in range(config.draws)]
         spread = {k: [r[k] for r in chance] for k in chance[0]} if chance else {}
         out[name] = {
             "heads": heads,
-            "named": [h["label"] == name for h in order[:count]],
+            "named": [label[h] == name for h in heads],
             "without": right(heads),
             "random": {k: [round(sum(v) / len(v), 4), min(v), max(v)] for k, v in spread.items()},
         }
@@ -483,6 +534,20 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     a.grid(alpha=0.25)
     a.legend(fontsize=7)
     out["candidates"] = f
+
+    seen = load_file(folder / "examples.safetensors")
+    image, maps = seen["image"].float() / 255, seen["maps"]
+    f = Figure(figsize=(1.5 + 1.3 * len(image), 1.4 * (len(maps) + 1)), layout="constrained")
+    panels = f.subplots(len(maps) + 1, len(image), squeeze=False)
+    for i, picture in enumerate(image):
+        panels[0][i].imshow(picture.permute(1, 2, 0).numpy())
+        for row, grid in enumerate(maps, 1):
+            panels[row][i].imshow(heatmap.overlay(picture, grid[i], 96).permute(1, 2, 0).numpy())
+    for row, name in enumerate(["", *fitted["rows"]]):
+        panels[row][0].set_title(name, fontsize=7, loc="left")
+    for a in panels.flat:
+        a.axis("off")
+    out["segments"] = f
 
     keys = [k for k in results["base"] if not k.endswith("_held")]
     f = Figure(figsize=(7, 3.6), layout="constrained")

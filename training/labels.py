@@ -248,8 +248,8 @@ def spectrum(seen: Moments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Ten
 def by_spectrum(
     seen: Moments, pool: Tensor, fits: Tensor, properties: Sequence[str], draws: int = 200, least: float = 0.05,
     seed: int = 0,
-) -> tuple[list[Named], Tensor]:  # fmt: skip
-    """Labels by `spectrum`, and what they come from (L, H, P).
+) -> tuple[list[Named], Tensor, Tensor]:  # fmt: skip
+    """Labels by `spectrum`, and what they come from: scores (L, H, P) and their p.
 
     A head is called by the property that it, more than other heads, tells apart: the largest logarithm, less the head's
     own mean over properties and the property's median over heads. Null: texts are given to properties at random, as
@@ -273,7 +273,7 @@ def by_spectrum(
             at = place, h, best
             name = properties[best] if float(p[at]) <= least else NONE
             out.append(Named(layer, h, name, "spectrum", float(value[at]), float(p[at])))
-    return out, value
+    return out, value, p
 
 
 def _against(v: Tensor) -> Tensor:

@@ -148,6 +148,68 @@ def pictures(home, tiny_clip):
     return run
 
 
+NEURONS = "second_order"
+"""the system of `neurons`"""
+
+
+def neuron_cards(base, layers=(0, 1)):
+    """Cards of the tiny CLIP's neurons, from 12 pictures and five words."""
+    import torch
+
+    from patches.bases import clip
+    from patches.neuron_cards import Layer, NeuronCards
+    from patches.second_order import directions, lens, look, scalars
+    from training.lab import worlds
+    from training.omp import atoms, pursue
+
+    words = ("cat", "dog", "sun", "ink", "sea", "red fox")
+    images = worlds.WORLDS["imagenet"]("train", 12, 0).read(range(12)).image
+    pool = clip.embed_texts(base, words, clip.TEMPLATES)
+    seen, made = look(base, base.processor.image(images), list(layers)), {}
+    for number in layers:
+        known = directions(lens(base, number), [scalars(seen, number)], keep=3)
+        said = pursue(known.direction, atoms(pool), 3)
+        rest = seen.p[number].mean((0, 1))
+        made[number] = Layer(known, said.index, said.coefficient, said.explained[:, -1], rest)
+    thumbs = torch.nn.functional.interpolate(images.float(), (48, 48)).to(torch.uint8)
+    return NeuronCards(made, words, pool, thumbs)
+
+
+def seal_neurons(base, neurons, layer: int = 1, cards: bool = True) -> str:
+    """A sealed neuron edit with its cards in home()/artifacts; its digest."""
+    import tempfile
+    from pathlib import Path
+
+    from patches.neuron_cards import save_neurons
+    from patches.neurons import replace_effects
+    from patches.second_order import lens
+
+    part, made = Path(tempfile.mkdtemp(dir=home())), neuron_cards(base)
+    if cards:
+        save_neurons(made, part)
+    patch = replace_effects(base, lens(base, layer), made.layers[layer].known, neurons, "gain", 40.0)
+    about = artifact.save(patch, NEURONS, part, base=base.label)
+    (home() / "artifacts").mkdir(exist_ok=True)
+    if not (home() / "artifacts" / about.digest).exists():
+        part.rename(home() / "artifacts" / about.digest)
+    return about.digest
+
+
+@pytest.fixture
+def neurons(home, tiny_clip):
+    """`async with neurons() as s`: a CLIP with two neuron edits, the first one champion, the second, without cards,
+    challenger."""
+
+    @contextlib.asynccontextmanager
+    async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
+        home.mkdir(parents=True, exist_ok=True)
+        digests = [seal_neurons(tiny_clip, range(0, 128, 2)), seal_neurons(tiny_clip, range(5), cards=False)]
+        async with serving(NEURONS, digests, champion, tokens, settings) as served:
+            yield served
+
+    return run
+
+
 @pytest.fixture
 def run_async():
     return lambda work: asyncio.run(work)

@@ -22,7 +22,7 @@ from registry.home import home
 from registry.ledger import Ledger
 from registry.systems import system
 
-from .conftest import CONFIGS, PICTURES, SYSTEM, seal, seal_features
+from .conftest import CONFIGS, NEURONS, PICTURES, SYSTEM, seal, seal_features, seal_neurons
 from .test_classify import coded, picture
 
 PNG = coded(picture())
@@ -30,10 +30,11 @@ PNG = coded(picture())
 EXAMPLES = 25
 OPERATIONS = [
     (name, m, path)
-    for name in (SYSTEM, PICTURES)
+    for name in (SYSTEM, PICTURES, NEURONS)
     for path, methods in openapi(calls(system(name)), name)["paths"].items()
     for m in methods
     if name == SYSTEM or path not in openapi(ROUTES, "")["paths"]  # the desk's own once
+    if name != NEURONS or path != "/v1/classify"  # the same shape as of PICTURES
 ]
 
 
@@ -46,6 +47,7 @@ def schemas(tmp_path_factory, tiny_llm, tiny_clip):
         pairs = {
             SYSTEM: [seal(tiny_llm, c) for c in CONFIGS[:2]],
             PICTURES: [seal_features(tiny_clip, range(9), seed) for seed in (0, 1)],
+            NEURONS: [seal_neurons(tiny_clip, range(9), layer) for layer in (0, 1)],
         }
         made = {}
         for name, digests in pairs.items():
@@ -58,7 +60,8 @@ def schemas(tmp_path_factory, tiny_llm, tiny_clip):
         shutdown_lifespans()
 
 
-FITTING = {"image": {"data": PNG}, "images": [{"data": PNG}], "features": [1], "labels": ["cat", "dog"]}
+FITTING = {"image": {"data": PNG}, "images": [{"data": PNG}], "features": [1], "labels": ["cat", "dog"],
+           "true": "cat", "wrong": "dog"}  # fmt: skip
 """what no generator hits upon: a picture, a feature there is, labels that differ"""
 
 
@@ -107,5 +110,9 @@ def test_no_body_brings_a_5xx(schemas, monkeypatch, name, method, path, mode):
         assert set(seen) <= {400, 404, 413, 415}  # 404: an unknown model was seen first
     elif path == "/v1/explain/examples":  # these artifacts carry none
         assert set(seen) == {404}
-    elif path not in ("/v1/outcomes", "/v1/explain/features/{feature}"):  # no generated unit was answered, or fits
+    elif path not in (
+        "/v1/outcomes",
+        "/v1/explain/features/{feature}",
+        "/v1/explain/neurons/{layer}/{neuron}",
+    ):  # no generated unit was answered, or fits
         assert seen[200] > 0

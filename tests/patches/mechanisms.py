@@ -12,6 +12,7 @@ import torch
 
 from patches.features import SAE, edit
 from patches.heads import HeadConfig, HeadEdit
+from patches.neurons import ablate
 from patches.patch import Act, Patch, Side, Weight
 from patches.sink import SinkConfig, SinkEdit
 
@@ -105,6 +106,11 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "features-scale": lambda: edit(_dictionary("topk"), "model.layers.0", range(32), "scale", 3.0),
     "features-cap": lambda: edit(_dictionary("relu", "layer_norm"), "model.layers.2.mlp", range(32), "cap", 0.05),
     "features-add": lambda: edit(_dictionary(), "model.layers.1", (5, 6), "add", 1.5),
+    "neurons-mean": lambda: ablate("model.layers.1.mlp.down_proj", range(0, M, 3), _seeded(M)[::3]),
+    "neurons-zero": lambda: ablate("model.layers.0.mlp.down_proj", range(0, M, 2), torch.zeros(M // 2)),
+    "neurons-gain": lambda: ablate(
+        "model.layers.2.mlp.down_proj", (1, 5, 7), torch.zeros(3), torch.tensor([3.0, -1, 0])
+    ),
     "heads-zero": lambda: _heads(),
     "heads-mean": lambda: _heads("mean", value=_seeded(3, D // 4)),
     "heads-scale": lambda: _heads("scale", factor=torch.tensor([0.5, 2.0, -1.0])),

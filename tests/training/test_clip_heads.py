@@ -127,21 +127,13 @@ def test_silencing_the_planted_head_takes_its_text_away(planted):
 def test_heads_of_a_property_come_named_first_then_by_score():
     score = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [2.0, 5.0]]])
     named = [labels.Named(7, h, x, "", 0.0, 0.0) for h, x in enumerate(("a", "none", "b"))]
-    zero = torch.zeros(1, 3, 2)
-    f = Findings(
-        (),
-        ("a", "b"),
-        torch.zeros(0, 2).bool(),
-        torch.zeros(0, 2),
-        Moments(2, zero, zero, (7,)),
-        [],
-        named,
-        score,
-        [],
-        {},
-    )
+    zero, none = torch.zeros(1, 3, 2), torch.zeros(0, 2)
+    seen = Moments(2, zero, zero, (7,))
+    f = Findings((), ("a", "b"), none.bool(), none, seen, [], named, score, torch.ones(1, 3, 2), [], {})
     assert f.heads("a") == [(7, 0), (7, 1), (7, 2)]
-    assert f.heads("b")[0] == (7, 2)
+    assert f.heads("b") == [(7, 2), (7, 0), (7, 1)]
+    also = replace(f, p=torch.tensor([[[1.0, 1.0], [1.0, 0.01], [1.0, 0.0]]]))
+    assert also.heads("b") == [(7, 2), (7, 1), (7, 0)]
     with pytest.raises(ConfigError, match="no property 'c'"):
         f.heads("c")
 

@@ -82,9 +82,10 @@ def test_the_spectrum_finds_the_head_that_tells_a_property_s_texts_apart():
         for i in range(10 * h, 10 * h + 10):
             covariance[h, i, i] = 1.0
     seen = Moments(1, torch.zeros(1, 8, k).double(), covariance[None], (5,))
-    named, score = by_spectrum(seen, R, fits, ("a", "b", "c"), draws=40)
+    named, score, p = by_spectrum(seen, R, fits, ("a", "b", "c"), draws=40)
     assert [n.label for n in named] == ["a", "b", "c", *[NONE] * 5]
     assert [int(score[0, h].argmax()) for h in range(3)] == [0, 1, 2]
+    assert p[0, :3].diagonal().max() < 0.01
     with pytest.raises(BadRequest, match="two texts"):
         by_spectrum(seen, R, fits & (torch.arange(60) > 58)[:, None], ("a", "b", "c"))
 

@@ -1,0 +1,45 @@
+"""Scores of maps against masks at their extremes, and the table on a tiny base."""
+
+import pytest
+import torch
+
+from patches import heatmap
+from training.lab import worlds
+from training.segmentation import average_precision, scores, table
+
+
+def test_a_perfect_map_scores_one_and_its_opposite_nothing():
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[:, 8:24, 8:24] = True
+    got = scores(mask.float()[:, ::4, ::4], mask, "half")
+    assert got["iou"].min() > 0.9
+    assert got["precision"].min() > 0.95
+    wrong = scores(-mask.float()[:, ::4, ::4], mask, "half", clip_at_zero=False)
+    assert wrong["iou"].max() < 0.05
+
+
+def test_average_precision_is_the_share_for_a_flat_order():
+    right = torch.tensor([True, False, True, False])
+    assert average_precision(torch.tensor([4.0, 3.0, 2.0, 1.0]), right) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(torch.tensor([4.0, 1.0, 3.0, 0.0]), right) == 1.0
+
+
+def test_runs_and_thresholds_say_the_same_mask():
+    x = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
+    for threshold in ("mean", "half", "otsu"):
+        mask = heatmap.mask(x, threshold, 24)
+        flat, value = [], False
+        for n in heatmap.runs(mask)["counts"]:
+            flat += [value] * n
+            value = not value
+        assert torch.tensor(flat).view(24, 24).equal(mask)
+    two = torch.zeros(4, 4)
+    two[:2] = 1.0
+    assert heatmap.mask(two, "otsu", 4).equal(two.bool())
+    assert not heatmap.mask(torch.zeros(4, 4), "half", 8).any()
+
+
+def test_the_table_has_every_way_with_its_n(tiny_clip):
+    got = table(tiny_clip, worlds.imagenet("test", 6), worlds.imagenet_classes()[:5])
+    assert {"direct effects", "raw attention, last layer", "nothing is found"} <= got.keys()
+    assert all(row["iou"][2] == 6 and 0 <= row["iou"][0] <= 1 for row in got.values())
