@@ -144,16 +144,16 @@ RECIPES: dict[str, Config] = {
         fit_images=256, val_images=96, test_images=150,
     ),
     "layers": Config(
-        layers=tuple(range(8)), sae=replace(_LAB, steps=150), ranks=("difference",), counts=(200, 400, 800),
-        steer_features=48, fit_images=128, val_images=192,
+        layers=tuple(range(8)), sae=replace(_LAB, steps=120), ranks=("difference",), counts=(200, 400, 800),
+        steer_features=32, fit_images=128, val_images=192,
     ),
     "waterbirds": Config(
-        task="waterbirds", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
-        strengths=(0.5, 0.75, 1.0), gates=GateConfig(steps=100, keep=0.3, among=300),
+        task="waterbirds", sae=_LAB, ranks=("gates",), counts=(50, 200), strengths=(0.5, 0.75, 1.0), fit_images=512,
+        val_images=960, gates=GateConfig(steps=100, keep=0.3, among=300),
     ),
     "celeba": Config(
         task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
-        strengths=(0.5, 0.75, 1.0), gates=GateConfig(steps=100, keep=0.1),
+        gates=GateConfig(steps=100, keep=0.1),
     ),
     "steer": Config(task="steer", layers=(7,), word="owl", op="clamp", value=4.0, counts=(1, 2, 4)),
     "paper": Config(
