@@ -118,8 +118,7 @@ class Config:
     steer_features: int = 0
     """so many features and neurons of every layer are compared by how they steer; 0: none"""
     bound: float = 0.01
-    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val; lab asks for half of what
-    it promises, for val is a few hundred pictures"""
+    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
     fit_images: int = 384
     val_images: int = 384
     test_images: int = 500
@@ -136,8 +135,8 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(400, 1000), strengths=(0.5, 0.75, 1.0),
-        gates=GateConfig(steps=200), fit_images=512, bound=0.005,
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(1000,), strengths=(0.85, 1.0),
+        gates=GateConfig(steps=200, keep=30.0), fit_images=1024,
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
