@@ -135,8 +135,8 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(1000,), strengths=(0.85, 1.0),
-        gates=GateConfig(steps=200, keep=30.0), fit_images=1024,
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 400, 1000, 1500), gates=GateConfig(steps=200),
+        fit_images=512,
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
