@@ -264,7 +264,7 @@ def look(url: str, count: int = 16) -> Path:
             axis.text(0.5, -0.1 - 0.14 * y, f"{side}: {word}", transform=axis.transAxes, ha="center", fontsize=8,
                       color="#0a6b4c" if ok else "#ad2018")  # fmt: skip
     figure.suptitle(f"A wrong word on each: right {right['base']} of {count} (base), {right['patched']} (patched)")
-    figure.savefig(HOME / "attack.png", dpi=110)
+    figure.savefig(HOME / "attack.png", dpi=110, bbox_inches="tight")
     out.print(f"  {count} attacked pictures over HTTP: base right on {right['base']}, patched on {right['patched']}")
     return HOME / "attack.png"
 
