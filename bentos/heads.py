@@ -168,8 +168,7 @@ class Service:
     async def segment(self, request: Request, ask: Segment) -> Response:
         table, choice = self.desk.choice(request, ask.model or "champion")
         heads = [_head(h) for h in ask.heads] if ask.heads else None
-        picture = await asyncio.to_thread(lambda: pictures.read(parse(Image, ask.image).data))
-        x = await asyncio.to_thread(lambda: self.runtime.base.processor.image(picture)[0])
+        x = await self._pixels(ask.image)
 
         def look() -> Tensor:
             lens = self.desk.shared(_lens)
@@ -181,18 +180,9 @@ class Service:
 
         grids = await self._call(look)  # (1 or 2, g, g)
         shown = grids[0] - grids[1] if len(grids) == 2 else grids[0]
-        mask = heatmap.mask(shown, ask.threshold, ask.side)
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
-        out |= {"grid": list(shown.shape), "covered": float(mask.float().mean())}
-        if "floats" in ask.format:
-            out["floats"] = shown.tolist()
-        if "rle" in ask.format:
-            out["rle"] = heatmap.runs(mask)
-        if "png" in ask.format:
-            how = self.runtime.base.processor
-            mean, std = (torch.tensor(v)[:, None, None] for v in (how.mean, how.std))
-            seen = heatmap.overlay(x * std + mean, shown, ask.side)
-            out["png"] = heatmap.png(seen)
+        picture = self.runtime.base.processor.shown(x)
+        out |= await asyncio.to_thread(heatmap.drawn, picture, shown, ask.threshold, ask.side, ask.format)
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     # ---- names of heads ------------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ class Service:
         table, choice = self.desk.choice(request, ask.model or "champion")
         reader, _ = await self._reader(choice.digest)
         x = await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, ask.image).data))
+        picture = self.runtime.base.processor.shown(x)
         count = min(ask.neurons, sum(len(one.told) for one in reader.cards.layers.values()))
 
         def look() -> Tensor:
@@ -189,24 +190,9 @@ class Service:
             grids = await asyncio.to_thread(
                 self.runtime.call, partial(self._under, on, look)
             )  # (1 or 2, rows, columns)
-            out[side] = await asyncio.to_thread(
-                self._drawn, ask, x, grids[0] - grids[1] if len(grids) == 2 else grids[0]
-            )
+            grid = grids[0] - grids[1] if len(grids) == 2 else grids[0]
+            out[side] = await asyncio.to_thread(heatmap.drawn, picture, grid, ask.threshold, ask.side, ask.format)
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
-
-    def _drawn(self, ask: Segment, x: Tensor, grid: Tensor) -> dict[str, Any]:
-        """A map (rows, columns) over pixels x (3, h, w), in the formats asked for."""
-        mask = heatmap.mask(grid, ask.threshold, ask.side)
-        out: dict[str, Any] = {"grid": list(grid.shape), "covered": float(mask.float().mean())}
-        if "floats" in ask.format:
-            out["floats"] = grid.tolist()
-        if "rle" in ask.format:
-            out["rle"] = heatmap.runs(mask)
-        if "png" in ask.format:
-            how = self.runtime.base.processor
-            mean, std = (torch.tensor(v)[:, None, None] for v in (how.mean, how.std))
-            out["png"] = heatmap.png(heatmap.overlay(x * std + mean, grid, ask.side))
-        return out
 
     async def mine(self, request: Request, ask: Mine) -> Response:
         table, choice = self.desk.choice(request, ask.model or "champion")

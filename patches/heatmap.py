@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -103,6 +103,21 @@ def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
     v = resized(scaled(x), side)
     heat = torch.stack([(1.5 - (v * 4 - c).abs()).clamp(0, 1) for c in (3.0, 2.0, 1.0)])
     return ((0.55 * grey + 0.45 * heat) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def drawn(
+    picture: Tensor, x: Tensor, threshold: Threshold, side: int, formats: Sequence[Literal["floats", "rle", "png"]]
+) -> dict[str, Any]:
+    """A map (g, g) of a picture (3, h, w) in 0..1 as an answer tells it: what its mask covers, the rest as asked."""
+    cut = mask(x, threshold, side)
+    out: dict[str, Any] = {"grid": list(x.shape), "covered": float(cut.float().mean())}
+    if "floats" in formats:
+        out["floats"] = x.tolist()
+    if "rle" in formats:
+        out["rle"] = runs(cut)
+    if "png" in formats:
+        out["png"] = png(overlay(picture, x, side))
+    return out
 
 
 def png(picture: Tensor) -> str:

@@ -549,15 +549,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
         a.axis("off")
     out["segments"] = f
 
-    keys = [k for k in results["base"] if not k.endswith("_held")]
-    f = Figure(figsize=(7, 3.6), layout="constrained")
-    a = f.subplots()
-    for i, (arm, values) in enumerate(results.items()):
-        a.bar([n + 0.4 * i - 0.2 for n in range(len(keys))], [values[k] for k in keys], width=0.4, label=arm)
-    a.set_xticks(range(len(keys)), [k.split("/")[1].replace("_", " ") for k in keys], rotation=30, fontsize=8)
-    a.set(title="Test", ylim=(0, 1.02))
-    a.legend()
-    out["test"] = f
+    out["test"] = tasks.bars(results)
     return out
 
 

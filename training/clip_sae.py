@@ -310,15 +310,7 @@ def lessons(
 
 def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
     """A control: for each chosen feature another one, the nearest in mean activation, ties drawn; none twice."""
-    mass = fires(sae, stream).mean(0).cpu()
-    noise = torch.rand(len(mass), generator=torch.Generator().manual_seed(seed))
-    free = mass * (1 + 0.1 * noise)
-    free[list(chosen)] = float("inf")
-    out: dict[int, int] = {}
-    for j in sorted(chosen, key=lambda j: -float(mass[j])):
-        out[j] = int((free - mass[j]).abs().argmin())
-        free[out[j]] = float("inf")
-    return [out[j] for j in chosen]
+    return tasks.alike(fires(sae, stream).mean(0).cpu(), chosen, seed)
 
 
 def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> FeatureEdit:
@@ -639,15 +631,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
         a.axis("off")
     out["examples"] = f
 
-    keys = [k for k in results["base"] if not k.endswith("_held")]
-    f = Figure(figsize=(7, 3.6), layout="constrained")
-    a = f.subplots()
-    for i, (arm, values) in enumerate(results.items()):
-        a.bar([n + 0.4 * i - 0.2 for n in range(len(keys))], [values[k] for k in keys], width=0.4, label=arm)
-    a.set_xticks(range(len(keys)), [k.split("/")[1].replace("_", " ") for k in keys], rotation=30, fontsize=8)
-    a.set(title="Test", ylim=(0, 1.02))
-    a.legend()
-    out["test"] = f
+    out["test"] = tasks.bars(results)
     return out
 
 

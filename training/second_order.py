@@ -55,6 +55,7 @@ from patches.second_order import (
 from registry import config as configs
 from registry.config import STRICT
 from registry.manifest import Manifest, canonical
+from training import tasks
 from training.data.images import Dataset
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
@@ -294,15 +295,7 @@ def rank(base: Base, config: Config, lenses: Mapping[int, Lens], data: Mapping[s
 
 def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
     """A control: for each chosen neuron another one, the nearest in spread of its effects, ties drawn; none twice."""
-    spread = known.spread.cpu()
-    noise = torch.rand(len(spread), generator=torch.Generator().manual_seed(seed))
-    free = spread * (1 + 0.1 * noise)
-    free[list(chosen)] = float("inf")
-    out = []
-    for j in sorted(chosen, key=lambda j: -float(spread[j])):
-        out.append(int((free - spread[j]).abs().argmin()))
-        free[out[-1]] = float("inf")
-    return out
+    return tasks.alike(known.spread.cpu(), chosen, seed)
 
 
 def patch_of(
@@ -576,15 +569,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     out["candidates"] = _candidates(report)
     out["neurons"] = _cards(folder, report)
 
-    keys = [k for k in results["base"] if not k.endswith("_held")]
-    f = Figure(figsize=(7, 3.6), layout="constrained")
-    a = f.subplots()
-    for i, (arm, values) in enumerate(results.items()):
-        a.bar([n + 0.4 * i - 0.2 for n in range(len(keys))], [values[k] for k in keys], width=0.4, label=arm)
-    a.set_xticks(range(len(keys)), [k.split("/")[1].replace("_", " ") for k in keys], rotation=30, fontsize=8)
-    a.set(title="Test", ylim=(0, 1.02))
-    a.legend()
-    out["test"] = f
+    out["test"] = tasks.bars(results)
     return out
 
 

@@ -187,3 +187,30 @@ def wilson(yes: Tensor) -> list[float]:
     n, k, z = len(yes), float(yes.float().sum()), 1.96
     center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
     return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
+
+
+def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
+    """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice."""
+    noise = torch.rand(len(mass), generator=torch.Generator().manual_seed(seed))
+    free = mass * (1 + 0.1 * noise)
+    free[list(chosen)] = float("inf")
+    out: dict[int, int] = {}
+    for j in sorted(chosen, key=lambda j: -float(mass[j])):
+        out[j] = int((free - mass[j]).abs().argmin())
+        free[out[j]] = float("inf")
+    return [out[j] for j in chosen]
+
+
+def bars(results: Mapping[str, Mapping[str, float]]) -> Any:
+    """The figure every job ends with: metrics on test, arm beside arm."""
+    from matplotlib.figure import Figure
+
+    keys = [k for k in results["base"] if not k.endswith("_held")]
+    f = Figure(figsize=(7, 3.6), layout="constrained")
+    a = f.subplots()
+    for i, (arm, values) in enumerate(results.items()):
+        a.bar([n + 0.4 * i - 0.2 for n in range(len(keys))], [values[k] for k in keys], width=0.4, label=arm)
+    a.set_xticks(range(len(keys)), [k.split("/")[1].replace("_", " ") for k in keys], rotation=30, fontsize=8)
+    a.set(title="Test", ylim=(0, 1.02))
+    a.legend()
+    return f

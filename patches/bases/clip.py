@@ -106,6 +106,11 @@ class Processor:
 
         return self.image([to_pil_image(picture.cpu()) for picture in images]).to(images.device)
 
+    def shown(self, x: Tensor) -> Tensor:
+        """Inputs (..., 3, h, w) as pictures in 0..1 again."""
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return x * std + mean
+
     def text(self, texts: Sequence[str]) -> Tensor:
         """(B, context) token ids; what is longer than the context is cut, as open_clip does."""
         if isinstance(texts, str):
