@@ -216,7 +216,8 @@ def _neurons(
     if low >= 0.5 * start:
         return (), ()
     echoes: list[tuple[int, int]] = []
-    for neuron in _echoes(base, group, chosen, repeats, others):
+    loud = _echoes(base, group, chosen, repeats, others) if low >= 2.0 * ordinary else []
+    for neuron in loud:
         if low < 2.0 * ordinary:
             break
         if (now := height([*chosen, *echoes, neuron])) < 0.9 * low:
@@ -644,7 +645,7 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
     about, patch = artifact.load(folder, base=base.digest)
     found = json.loads((folder / "report.json").read_text())["circuit"]
     stages = [tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"]]
-    circuit = Circuit(**{**found, "stages": tuple(stages), "echoes": tuple(tuple(e) for e in found["echoes"])})
+    circuit = Circuit(**{**found, "stages": tuple(stages), "echoes": tuple(tuple(e) for e in found.get("echoes", ()))})
     neurons = circuit.neurons
     words, top = _test_words(base, config), max(config.copies)
     rng = torch.Generator().manual_seed(config.seed)
