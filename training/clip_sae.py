@@ -135,8 +135,8 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 400, 1000, 1500), gates=GateConfig(steps=200),
-        fit_images=512,
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 600, 1500), gates=GateConfig(steps=200, keep=30),
+        fit_images=1024,
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
