@@ -1,4 +1,5 @@
-"""The shape `classify`: pictures against labels in words, zero-shot; every picture of a batch may name its own arm.
+"""The shape `classify`: pictures against labels in words, zero-shot, or against the label set that was sealed with a
+patch; every picture of a batch may name its own arm.
 
 `/v1/classify`, JSON or a multipart form. Base and patched side by side with `patchbay.compare`.
 """
@@ -20,19 +21,21 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos import pictures
-from bentos.arms import UNIT, Choice
+from bentos.arms import UNIT, Choice, Table
 from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import KINDS, Call, answer, parse
 from bentos.pictures import Image, Images
 from bentos.runtime import Runtime
+from patches import label_set
 from patches.bases import clip
 from patches.embed import Picture
-from registry.errors import BadRequest, PatchbayError, TooLarge
+from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
+from registry.ledger import BASE
 
 MAX_LABELS, MAX_TEMPLATES, MAX_TEXTS = 1000, 80, 8000
 """texts: labels x templates"""
-KEPT_NUMBERS = 4 << 20
-"""of classifiers kept, together: 16 MB"""
+KEPT_NUMBERS, KEPT_SETS = 4 << 20, 64
+"""of classifiers kept, together: 16 MB; of label sets"""
 
 Label = Annotated[str, Field(max_length=200, pattern=r"\S")]
 Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
@@ -44,7 +47,8 @@ class Classify(BaseModel):
 
     model_config = Strict
     images: Images
-    labels: Labels
+    labels: Labels | None = None
+    """by default the label set sealed with the patch that is asked for, else with the champion or the challenger"""
     templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
     """{} is where the label goes; embeddings are averaged over templates"""
     top: Annotated[int, Field(ge=1, le=MAX_LABELS)] = 5
@@ -66,12 +70,47 @@ class Entry:
     refused: PatchbayError | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """What pictures are told apart by."""
+
+    labels: Sequence[str]
+    weights: Tensor
+    """(k, C), times the logit scale, on the CPU"""
+    sealed: str = ""
+    """digest of the artifact that carries it; empty: zero-shot"""
+
+
 class Classifiers:
     """Zero-shot classifiers (k, C), times the logit scale, on the CPU; the latest are kept. Of the worker's thread."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.kept: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
+        self.sealed: OrderedDict[str, Classifier | None] = OrderedDict()
+        """by digest; None for an artifact without"""
+
+    async def carried(self, table: Table, choice: Choice) -> Classifier:
+        """The label set of the patch that was chosen, else of the champion, else of the challenger. Raises BadRequest
+        if none of them carries one."""
+        for digest in (choice.digest, table.champion, table.challenger):
+            if digest and digest != BASE and (found := await asyncio.to_thread(self._read, digest)) is not None:
+                return found
+        raise BadRequest("labels: none are given, and no patch that is served here carries a label set. Name some.")
+
+    def _read(self, digest: str) -> Classifier | None:
+        if digest not in self.sealed:
+            folder = self.runtime.folder(digest)
+            found: Classifier | None = None
+            if (folder / label_set.FILE).is_file():
+                one = label_set.load_label_set(folder)
+                if len(one.weights) != self.runtime.base.model.visual.proj.shape[1]:
+                    raise BadArtifact(f"The label set of sha256:{digest[:16]} is none of {self.runtime.base.name}.")
+                found = Classifier(one.labels, clip.logit_scale(self.runtime.base) * one.weights, digest)
+            self.sealed[digest] = found
+            while len(self.sealed) > KEPT_SETS:
+                self.sealed.popitem(last=False)
+        return self.sealed[digest]
 
     async def of(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Raises BadRequest for doubled labels, TooLarge for more than MAX_TEXTS texts."""
@@ -108,7 +147,7 @@ class Service:
         table, choice = self.desk.choice(request, ask.model, ask.user)
         self.desk.check_compare(request, ask.patchbay.compare)
         try:
-            weights = await self.classifiers.of(ask.labels, ask.templates)
+            by = await self._classifier(table, choice, ask)
             entries = await asyncio.to_thread(
                 lambda: [self._entry(request, ask, choice, values) for values in ask.images]
             )
@@ -121,11 +160,18 @@ class Service:
             await self.desk.expose(request, choice, e.status, start)
             raise
         await self.desk.expose(request, choice, 200, start)
-        results = [self._result(i, e, ask, weights) for i, e in enumerate(entries)]
+        results = [self._result(i, e, by, ask.top) for i, e in enumerate(entries)]
         if twin is not None:
-            self.desk.later(self._shadow(request, twin, entries, results, ask, weights))
+            self.desk.later(self._shadow(request, twin, entries, results, by))
         out = {"object": "classification", "model": self.desk.model(choice), "results": results}
+        if by.sealed:
+            out["label_set"] = f"sha256:{by.sealed[:16]}"
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def _classifier(self, table: Table, choice: Choice, ask: Classify) -> Classifier:
+        if ask.labels is None:
+            return await self.classifiers.carried(table, choice)
+        return Classifier(ask.labels, await self.classifiers.of(ask.labels, ask.templates))
 
     def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any) -> Entry:
         try:
@@ -140,7 +186,7 @@ class Service:
         job = Picture(x, choice.arm, ask.patchbay.strength)
         return Entry(choice, job, Picture(x) if ask.patchbay.compare else None)
 
-    def _result(self, index: int, entry: Entry, ask: Classify, weights: Tensor) -> dict[str, Any]:
+    def _result(self, index: int, entry: Entry, by: Classifier, top: int) -> dict[str, Any]:
         if entry.refused is not None:
             e = entry.refused
             return {
@@ -149,28 +195,26 @@ class Service:
             }
         assert entry.job is not None
         out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
-        out |= scores(entry.job, ask, weights)
-        return out | {"base": scores(entry.beside, ask, weights)} if entry.beside is not None else out
+        out |= scores(entry.job, by, top)
+        return out | {"base": scores(entry.beside, by, top)} if entry.beside is not None else out
 
     async def _shadow(
-        self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], ask: Classify,
-        weights: Tensor,
-    ) -> None:  # fmt: skip
+        self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], by: Classifier
+    ) -> None:
         """The treatment's answers beside the control's, after the caller has theirs."""
         start = time.perf_counter()
         jobs = {i: Picture(e.job.pixels, twin.arm, e.job.strength) for i, e in enumerate(entries) if e.job is not None}
         await pictures.embed(self.runtime, list(jobs.values()))
         control = [results[i]["label"] for i in jobs]
-        self.desk.keep(
-            request.state.number, twin.unit, control, [scores(p, ask, weights)["label"] for p in jobs.values()]
-        )
+        told = [scores(p, by, 1)["label"] for p in jobs.values()]
+        self.desk.keep(request.state.number, twin.unit, control, told)
         await self.desk.expose(request, twin, 200, start)
 
 
-def scores(picture: Picture, ask: Any, weights: Tensor) -> dict[str, Any]:
+def scores(picture: Picture, by: Classifier, top: int) -> dict[str, Any]:
     """The best label, and the `top` best with their probabilities."""
     assert picture.out is not None
-    return best((picture.out @ weights).softmax(0), ask.labels, ask.top)
+    return best((picture.out @ by.weights).softmax(0), by.labels, top)
 
 
 def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:

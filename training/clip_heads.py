@@ -50,7 +50,19 @@ from training.lab import pool as lab_pool
 from training.lab import worlds
 from training.lab.probes import PROBES
 from training.labels import NONE, Endpoint, Model, Named
-from training.tasks import GOAL, KEPT, ask, classifier, metrics, outcomes, pictures, wilson, worth
+from training.tasks import (
+    GOAL,
+    KEPT,
+    Classifier,
+    ask,
+    classifier,
+    metrics,
+    outcomes,
+    pictures,
+    seal_labels,
+    wilson,
+    worth,
+)
 from training.textspan import Moments, Span, moments, read_pool, spans
 
 Task = Literal["typographic", "waterbirds", "celeba"]
@@ -72,6 +84,8 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
+    classifier: Classifier = "zero-shot"
+    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
     data: str = ""
     """folder of the real data set; empty: its twin in the lab world"""
     layers: tuple[int, ...] = ()
@@ -369,6 +383,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     report = {"task": config.task, "base": plain, "candidates": rows, "chosen": best, "random": controls}
     (folder / "heads.json").write_bytes(canonical(json.loads(json.dumps(about(f, base, config)))))
     save_file({"mean": mean.contiguous()}, folder / "means.safetensors")
+    seal_labels(config, val["clean"], weights, folder)
     _examples(lens, config, f, report, folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     if config.gallery_images:

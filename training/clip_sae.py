@@ -8,7 +8,8 @@ word, the ground behind a bird, gender behind hair) and hardly anything else; ra
     patchbay fit clip_sae/lab           # typographic defence of lab:clip: 6 minutes on 2 quiet cores
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
-    python -m training.clip_sae FOLDER REPORT.json [SEED]    # a sealed patch on test beside controls, other defences
+    python -m training.clip_sae FOLDER REPORT.json [SEED [IMAGES]]    # a sealed patch on test beside controls and
+                                                                     # other defences
 
 A dictionary is trained per candidate layer (or read from `dictionary`), its features are ranked, or gated
 (training/gates.py), on pictures of the train split with and without what should not matter, and (layer, ranking, number
@@ -59,6 +60,7 @@ from training.tasks import (
     GOAL,
     KEPT,
     Answers,
+    Classifier,
     Task,
     ask,
     classifier,
@@ -66,6 +68,7 @@ from training.tasks import (
     other_of,
     outcomes,
     pictures,
+    seal_labels,
     share,
     wilson,
     world,
@@ -86,6 +89,8 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
+    classifier: Classifier = "zero-shot"
+    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
     data: str = ""
     """folder of the real data set; empty: its twin in the lab world"""
     layers: tuple[int, ...] = (4,)
@@ -117,6 +122,8 @@ class Config:
     """of steer: the class to steer to"""
     steer_features: int = 0
     """so many features and neurons of every layer are compared by how they steer; 0: none"""
+    steer_strengths: tuple[float, ...] = (1.0, 2.0)
+    """what they are set to, in mean norms of a layer's tokens: below 1 next to nothing steers, at 4 nearly all"""
     bound: float = 0.01
     """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
     fit_images: int = 384
@@ -413,6 +420,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     va = {k: s[report["chosen"]["layer"]] for k, s in seen["val"].items()}
     _examples(base, config, data["val"], va, patch, weights["val"], report, folder)
     save_sae(sae, folder / "sae")
+    seal_labels(config, data["val"]["clean"], weights["val"], folder)
     shown = data["train"].get("attacked", data["train"]["clean"])
     save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
@@ -502,35 +510,43 @@ def steering(
     return after_block(base, layer, stream.z, rows, lambda at: f[..., at], value, words, quiet=False)
 
 
-STRENGTH, STEER_IMAGES = 4.0, 16
-"""of the comparison with neurons: multiples of a direction's largest activation, and pictures"""
+STEER_IMAGES = 16
+"""pictures of the comparison with neurons"""
 
 
 @torch.no_grad()
-def steerable(base: Base, config: Config, layer: int, sae: SAE, stream: Stream) -> dict[str, dict[str, float]]:
-    """How many features of a layer steer, and how many of the stream's own dimensions ("neurons"), by the same measure.
-
-    A neuron is set to its mean and so many times its largest deviation. Both are drawn, as many as the config says.
+def steerable(
+    base: Base, config: Config, layer: int, sae: SAE, stream: Stream
+) -> dict[str, dict[str, dict[str, float]]]:
+    """kind -> strength -> how many steer: features of a layer, the stream's own dimensions ("neurons"), and directions
+    drawn at random, all set to the same values, multiples of the tokens' mean norm. As many of each as the config says
+    are drawn.
     """
     names = readers.imagenet(config.data, "val").classes if config.data else atlas.load().names
     words = clip.embed_texts(base, names)
     few = next(stream.parts(STEER_IMAGES))
     g = torch.Generator().manual_seed(config.seed)
-    top = _largest(sae, stream)
-    alive = (top > 0).nonzero()[:, 0]
+    alive = (_largest(sae, stream) > 0).nonzero()[:, 0]
     F = alive[torch.randperm(len(alive), generator=g)[: config.steer_features]]
-    D = torch.randperm(stream.x.shape[-1], generator=g)[: config.steer_features]
-    mean = stream.x.mean((0, 1))
-    far = mean + STRENGTH * (stream.x - mean).abs().amax((0, 1))
-    one = torch.eye(len(mean))[D].to(mean)
-    got = {
-        "features": steering(
-            base, layer, few, sae.decoder[F], lambda x: sae.encode(x)[..., F], STRENGTH * top[F], words
-        ),
-        "neurons": steering(base, layer, few, one, lambda x: x[..., D], far[D], words),
+    n, width = config.steer_features, stream.x.shape[-1]
+    neurons = torch.eye(width)[torch.randperm(width, generator=g)[:n]].to(stream.x)
+    drawn = nnf.normalize(torch.randn(n, width, generator=g), dim=1).to(stream.x)
+    norm = float(stream.x.norm(dim=-1).mean())
+    kinds: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
+        "features": (sae.decoder[F], lambda x: sae.encode(x)[..., F]),
+        "neurons": (neurons, lambda x: x @ neurons.T),
+        "random": (drawn, lambda x: x @ drawn.T),
     }
-    about = {"pictures": len(few), "words": len(names), "alive": len(alive)}
-    return {k: {**v.summary(), **about} for k, v in got.items()}
+    about = {"pictures": len(few), "words": len(names), "norm": norm}
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, (rows, code) in kinds.items():
+        size = {"of": len(alive) if kind == "features" else width}
+        out[kind] = {}
+        for strength in config.steer_strengths:
+            value = torch.full((len(rows),), strength * norm).to(rows)
+            got = steering(base, layer, few, rows, code, value, words)
+            out[kind][f"{strength:g}"] = {**got.summary(), **about, **size}
+    return out
 
 
 @torch.no_grad()
@@ -668,9 +684,13 @@ def _layers(report: Mapping[str, Any], goal: str) -> Any:
     a.legend(fontsize=7)
     if "steerability" in layers[0]:
         a = panels[2]
-        for kind in ("features", "neurons"):
-            a.plot(names, [x["steerability"][kind]["steerable_share"] for x in layers], marker="o", label=kind)
-        a.set(title="share that steers", xlabel="layer", ylim=(0, None))
+        strengths = list(layers[0]["steerability"]["features"])
+        for i, kind in enumerate(("features", "neurons", "random")):
+            for strength in strengths:
+                shares = [x["steerability"][kind][strength]["steerable_share"] for x in layers]
+                last = strength == strengths[-1]
+                a.plot(names, shares, "o-" if last else ":", color=f"C{i}", label=kind if last else None)
+        a.set(title=f"share that steers at {' (dotted), '.join(strengths)} norms", xlabel="layer", ylim=(0, 1))
         a.legend(fontsize=7)
     for a in panels:
         a.grid(alpha=0.25)
@@ -683,10 +703,10 @@ DEFENCE_PAIRS = 1024
 """pictures of train, with and without a word, that the other defences are fitted on"""
 
 
-def report(folder: Path, out: Path, seed: int = 0) -> dict[str, Any]:
+def report(folder: Path, out: Path, seed: int = 0, images: int = 0) -> dict[str, Any]:
     """A sealed patch, its controls, and for the typographic task other defences, on test and in the held style: every
     metric with its interval and n. docs/LOG.md's tables. Writes JSON as it goes. seed: of the test pictures, so that
-    a patch made after a look at some can be measured on others."""
+    a patch made after a look at some can be measured on others; images: of them, 0 for the recipe's own number."""
     sealed = json.loads((folder / "recipe.json").read_text())
     config = configs.parse(Config, sealed["config"])
     base = load_base(config.base, "clip", config.device)
@@ -700,9 +720,9 @@ def report(folder: Path, out: Path, seed: int = 0) -> dict[str, Any]:
         other = edit(load_sae(folder / "sae"), c.site, fitted["random"]["features"], c.op, value, c.tokens)
         arms["random features"] = Defence(other)
     results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "seed": seed, "arms": {}}
-    shown = replace(config, seed=seed)
+    shown = replace(config, seed=seed, test_images=images or config.test_images)
     splits = ("test",) if config.data else ("test", "held")
-    sets = {split: pictures(shown, split, config.test_images) for split in splits}
+    sets = {split: pictures(shown, split, shown.test_images) for split in splits}
     for name, defence in tqdm(chain(arms.items(), others(base, config)), "arms", disable=None):
         row: dict[str, Any] = {"about": dict(defence.about) if defence else {}}
         for split, mine in sets.items():

@@ -65,6 +65,7 @@ from training.semantic import attack
 from training.tasks import (
     GOAL,
     Answers,
+    Classifier,
     Task,
     ask,
     classifier,
@@ -73,6 +74,7 @@ from training.tasks import (
     other_of,
     outcomes,
     pictures,
+    seal_labels,
     wilson,
     world,
     worth,
@@ -96,6 +98,8 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
+    classifier: Classifier = "zero-shot"
+    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
     data: str = ""
     """folder of the real data set; empty: its twin in the lab world"""
     word: str = ""
@@ -458,6 +462,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     report["questions"] = questions(base, config, cards, lenses)
     _examples(base, config, val, weights, patch, report, folder)
     save_neurons(cards, folder)
+    seal_labels(config, val["clean"], weights, folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(patch, "second_order", folder, base=base.label)
 

@@ -109,14 +109,15 @@ def dictionary(seed: int = 0, features: int = 40, width: int = 32):
     return SAE(W, 0.1 * torch.randn(features, generator=g), W, torch.zeros(width))
 
 
-def seal_features(base, features, seed: int = 0, cards: bool = True, width: int = 32) -> str:
-    """A sealed feature edit with its dictionary and cards in home()/artifacts; its digest."""
+def seal_features(base, features, seed: int = 0, cards: bool = True, width: int = 32, labels=None) -> str:
+    """A sealed feature edit with its dictionary, cards and label set in home()/artifacts; its digest."""
     import tempfile
     from pathlib import Path
 
     from patches.bases import clip
     from patches.cards import save_cards
     from patches.features import edit, save_sae
+    from patches.label_set import save_label_set
     from training import cards as making
     from training.lab import worlds
 
@@ -127,6 +128,8 @@ def seal_features(base, features, seed: int = 0, cards: bool = True, width: int 
     if cards:
         data = worlds.WORLDS["imagenet"]("train", 12, 0)
         save_cards(making.make(base, sae, site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
+    if labels is not None:
+        save_label_set(labels, part)
     about = artifact.save(edit(sae, site, features), PICTURES, part, base=base.label)
     (home() / "artifacts").mkdir(exist_ok=True)
     if not (home() / "artifacts" / about.digest).exists():
@@ -136,12 +139,14 @@ def seal_features(base, features, seed: int = 0, cards: bool = True, width: int 
 
 @pytest.fixture
 def pictures(home, tiny_clip):
-    """`async with pictures() as s`: a CLIP with two feature edits, the first one champion, the second challenger."""
+    """`async with pictures() as s`: a CLIP with two feature edits, the first one champion, the second challenger, which
+    carries `labels` if there are some."""
 
     @contextlib.asynccontextmanager
-    async def run(tokens: Tokens | None = None, champion: bool = True, **settings: Any):
+    async def run(tokens: Tokens | None = None, champion: bool = True, labels=None, **settings: Any):
         home.mkdir(parents=True, exist_ok=True)
-        digests = [seal_features(tiny_clip, range(0, 40, 2)), seal_features(tiny_clip, range(5), 1, cards=False)]
+        second = seal_features(tiny_clip, range(5), 1, cards=False, labels=labels)
+        digests = [seal_features(tiny_clip, range(0, 40, 2)), second]
         async with serving(PICTURES, digests, champion, tokens, settings) as served:
             yield served
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image as Pillow
 from bentos.pictures import MAX_IMAGES
 from patches.bases import clip
 from patches.features import edit
+from patches.label_set import LabelSet
 from registry import experiment as experiments
 from registry import ledger as ledgers
 from registry.errors import NotReady
@@ -68,6 +70,44 @@ def test_answers_are_the_models_own(pictures, tiny_clip, arm):
             assert got.headers["x-patchbay-arm"] == arm
             best = [r["label"] for r in got.json()["results"]]
             assert best == [LABELS[i] for i in want.argmax(1).tolist()]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("arm", ["base", "champion", "challenger"])
+def test_without_labels_the_sealed_label_set_is_asked(pictures, tiny_clip, arm):
+    """The challenger carries one; base and champion, which carry none, are asked by it too."""
+    weights = torch.nn.functional.normalize(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)), dim=0)
+    one = LabelSet(("land", "water", "air"), weights)
+
+    async def work():
+        async with pictures(labels=one) as s:
+            got = await ask(s, labels=None, model=arm, patchbay={"compare": True})
+            assert got.status_code == 200, got.text
+            assert got.json()["label_set"] == f"sha256:{s.digests[1][:16]}"
+            patch = {"base": None, "champion": champion(), "challenger": edit(dictionary(1), site, range(5))}[arm]
+            x = tiny_clip.processor.image([picture(i) for i in range(3)])
+            with patch.apply(tiny_clip.model, root=tiny_clip.root) if patch else nullcontext():
+                want = (clip.logit_scale(tiny_clip) * clip.embed_images(tiny_clip, x) @ weights).softmax(1)
+            rows = [{v["label"]: v["probability"] for v in r["scores"]} for r in got.json()["results"]]
+            torch.testing.assert_close(
+                torch.tensor([[r[k] for k in one.labels] for r in rows]), want, atol=2e-5, rtol=1e-4
+            )
+            assert all(len(r["base"]["scores"]) == 3 for r in got.json()["results"])
+            named = await ask(s, model=arm)  # labels that are given count
+            assert "label_set" not in named.json()
+            assert {v["label"] for v in named.json()["results"][0]["scores"]} == set(LABELS)
+
+    site = clip.site("block", 1)
+    asyncio.run(work())
+
+
+def test_without_labels_and_without_a_label_set_the_way_out_is_told(pictures):
+    async def work():
+        async with pictures() as s:
+            got = await ask(s, labels=None)
+            assert got.status_code == 400
+            assert "Name some" in got.json()["error"]["message"]
 
     asyncio.run(work())
 

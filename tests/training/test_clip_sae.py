@@ -9,6 +9,7 @@ import torch
 from patches import artifact
 from patches.bases import clip
 from patches.features import SAE, edit, load_sae, save_sae
+from patches.label_set import load_label_set
 from patches.patch import ONLY
 from patches.patched import PatchedModel
 from registry import manifest
@@ -32,6 +33,7 @@ from training.clip_sae import (
     metrics,
     pictures,
     streams,
+    world,
     worth,
 )
 from training.defences import DEFENCES
@@ -296,6 +298,31 @@ def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
     )
 
 
+def test_a_probe_takes_what_train_couples_for_the_class(tiny_clip):
+    """Planted: pictures of train that tell the label and the place apart alike, coupled by .95; the probe follows both,
+    and where they disagree it is wrong more often than where they agree."""
+    config = replace(TINY, task="waterbirds", classifier="probe", ranks=("gates",))
+    weights = tasks.probe(tiny_clip, config)
+    assert weights is tasks.probe(tiny_clip, config)
+    assert weights.shape == (24, 2)
+    train = world(config, "waterbirds", "train", 400)
+    said = ask(tiny_clip, config, train, weights)
+    right = said.logits.argmax(1) == said.label
+    agree = said.label == said.other
+    assert float(right.float().mean()) > 0.9
+    assert float(right[agree].float().mean()) > float(right[~agree].float().mean()) + 0.3
+    with pytest.raises(ConfigError, match="typographic is zero-shot"):
+        tasks.probe(tiny_clip, replace(config, task="typographic"))
+
+
+def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, tiny_clip):
+    config = replace(TINY, task="waterbirds", classifier="probe", ranks=("gates",))
+    clip_sae.fit(config, tmp_path)
+    one = load_label_set(tmp_path)
+    assert one.labels == ("landbird", "waterbird")
+    torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config))
+
+
 def test_wilson_is_the_textbook_interval():
     yes = torch.cat([torch.ones(45), torch.zeros(5)])
     assert tasks.wilson(yes) == [0.9, 0.7864, 0.9565, 50]
@@ -303,15 +330,18 @@ def test_wilson_is_the_textbook_interval():
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_as_many_neurons_as_features_are_held_against_each_other(tiny_clip, layer):
-    config = replace(TINY, layers=(layer,), steer_features=20)
+def test_as_many_neurons_and_random_directions_as_features_are_held_against_each_other(tiny_clip, layer):
+    config = replace(TINY, layers=(layer,), steer_features=20, steer_strengths=(0.0, 2.0))
     stream = streams(tiny_clip, config, pictures(config, "val", 24)["clean"])[layer]
     got = clip_sae.steerable(tiny_clip, config, layer, some_sae(), stream)
-    for side in got.values():
-        assert side["features"] == 20
-        assert side["coverage"] <= side["steerable"] <= 20
-        assert side["words"] == len(atlas.load().names)
-        assert side["pictures"] == 16
+    assert list(got) == ["features", "neurons", "random"]
+    for kind in got.values():
+        assert kind["2"]["power"] > kind["0"]["power"] >= 0
+        for side in kind.values():
+            assert side["features"] == 20
+            assert side["coverage"] <= side["steerable"] <= 20
+            assert side["words"] == len(atlas.load().names)
+            assert side["pictures"] == 16
 
 
 def test_a_neuron_is_set_and_not_added_to(tiny_clip):
