@@ -135,7 +135,9 @@ RECIPES: dict[str, Config] = {
         modes=("mean",), bound=1.0, shuffles=20,
     ),
     "lab": Config(ablate=("text",), counts=(2, 4, 8, 12), modes=("mean",), tokens="all"),
-    "waterbirds": Config(task="waterbirds", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls"),
+    "waterbirds": Config(
+        task="waterbirds", classifier="probe", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls",
+    ),
     "paper": Config(
         base="hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K", device="cuda", task="waterbirds", span_images=5000,
         texts=20, ablate=("location", "setting"), counts=(2, 4, 6, 8, 12), modes=("mean",), val_images=1199,

@@ -154,8 +154,8 @@ RECIPES: dict[str, Config] = {
         steer_features=32, fit_images=128, val_images=192,
     ),
     "waterbirds": Config(
-        task="waterbirds", sae=_LAB, ranks=("gates",), counts=(50, 200), strengths=(0.5, 0.75, 1.0), fit_images=512,
-        val_images=960, gates=GateConfig(steps=100, keep=0.3, among=300),
+        task="waterbirds", classifier="probe", dictionary="lab:clip-sae", ranks=("difference",),
+        counts=(10, 20, 50, 100, 200), fit_images=512, val_images=960,
     ),
     "celeba": Config(
         task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
