@@ -23,7 +23,7 @@ from torch import Tensor
 from bentos import pictures
 from bentos.arms import UNIT, Choice, Table
 from bentos.desk import Desk, Extra, Strict, facts, headers
-from bentos.http import KINDS, Call, answer, parse
+from bentos.http import Call, answer, parse, told
 from bentos.pictures import Image, Images
 from bentos.runtime import Runtime
 from patches import label_set
@@ -188,11 +188,7 @@ class Service:
 
     def _result(self, index: int, entry: Entry, by: Classifier, top: int) -> dict[str, Any]:
         if entry.refused is not None:
-            e = entry.refused
-            return {
-                "index": index,
-                "error": {"message": str(e), "type": KINDS.get(e.status, "error"), "code": e.status},
-            }
+            return {"index": index, **told(entry.refused)}
         assert entry.job is not None
         out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
         out |= scores(entry.job, by, top)
@@ -206,8 +202,8 @@ class Service:
         jobs = {i: Picture(e.job.pixels, twin.arm, e.job.strength) for i, e in enumerate(entries) if e.job is not None}
         await pictures.embed(self.runtime, list(jobs.values()))
         control = [results[i]["label"] for i in jobs]
-        told = [scores(p, by, 1)["label"] for p in jobs.values()]
-        self.desk.keep(request.state.number, twin.unit, control, told)
+        treatment = [scores(p, by, 1)["label"] for p in jobs.values()]
+        self.desk.keep(request.state.number, twin.unit, control, treatment)
         await self.desk.expose(request, twin, 200, start)
 
 
@@ -220,8 +216,8 @@ def scores(picture: Picture, by: Classifier, top: int) -> dict[str, Any]:
 def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:
     """The best label of probabilities p (C,), and the `top` best with theirs."""
     values, at = p.topk(min(top, len(labels)))
-    told = [{"label": labels[i], "probability": x} for i, x in zip(at.tolist(), values.tolist(), strict=True)]
-    return {"label": told[0]["label"], "scores": told}
+    shown = [{"label": labels[i], "probability": x} for i, x in zip(at.tolist(), values.tolist(), strict=True)]
+    return {"label": shown[0]["label"], "scores": shown}
 
 
 ROUTES: tuple[Call, ...] = (

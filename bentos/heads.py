@@ -28,7 +28,7 @@ from torch import Tensor
 from bentos import pictures
 from bentos.arms import Choice
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse
+from bentos.http import ANY, Call, answer, parse, told
 from bentos.pictures import Image, Images
 from bentos.runtime import Runtime
 from patches import artifact, heatmap
@@ -276,7 +276,7 @@ class Service:
         like = before or await self._gallery(choice.digest, None)
         rows, refused = await asyncio.to_thread(self._readable, ask.images)
         if not rows:
-            raise BadRequest(f"No picture could be read. The first: {refused[0]['error']}")
+            raise BadRequest(f"No picture could be read. The first: {refused[0]['error']['message']}")
         names = [ask.names[i] if ask.names else str(have + i) for i, _, _ in rows]
 
         def look() -> Gallery:
@@ -372,7 +372,7 @@ class Service:
             try:
                 picture = pictures.read(parse(Image, image).data)
             except PatchbayError as e:
-                refused.append({"image": i, "code": e.status, "error": str(e)})
+                refused.append({"index": i, **told(e)})
                 continue
             x = self.runtime.base.processor.image(picture)[0]
             picture.thumbnail((256, 256))

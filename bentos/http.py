@@ -287,6 +287,11 @@ def refuse(e: PatchbayError) -> Response:
     return error(e.status, str(e), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
 
 
+def told(e: PatchbayError) -> dict[str, Any]:
+    """What is wrong with one item of a request whose others are answered."""
+    return {"error": {"message": str(e), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
+
+
 def error(
     status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:

@@ -23,7 +23,7 @@ from bentos import pictures
 from bentos.arms import Choice
 from bentos.classify import Classifiers, Label, Templates
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, KINDS, Call, answer, parse
+from bentos.http import ANY, Call, answer, parse, told
 from bentos.pictures import Image
 from patches import artifact, heatmap
 from patches.bases import clip
@@ -241,8 +241,7 @@ class Service:
                 refused.append({})
             except PatchbayError as e:
                 first = first or e
-                kind = KINDS.get(e.status, "error")
-                refused.append({"error": {"message": str(e), "type": kind, "code": e.status}})
+                refused.append(told(e))
         if not good:
             assert first is not None
             raise first

@@ -151,7 +151,10 @@ def test_an_uploaded_gallery_is_sealed_grown_searched_and_deleted(heads):
         images = [{"data": coded(picture(i))} for i in range(4)]
         got = await s.http.post("/v1/explain/gallery", json={"images": [*images, {"data": "!"}]})
         first = got.json()
-        assert (first["added"], first["pictures"], len(first["refused"])) == (4, 4, 1)
+        assert (first["added"], first["pictures"]) == (4, 4)
+        (refused,) = first["refused"]  # as every other shape tells it
+        assert refused["error"].keys() == {"message", "type", "code"}
+        assert refused["error"]["code"] == 400
         more = {"images": [{"data": coded(picture(4))}], "names": ["mine"], "gallery": first["gallery"]}
         second = (await s.http.post("/v1/explain/gallery", json=more)).json()
         assert second["pictures"] == 5
