@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -51,19 +51,19 @@ class _Enough(Exception):
     """What was wanted of a forward has been seen."""
 
 
-def upto(model: nn.Module, site: str, **inputs: Any) -> Tensor:
-    """What leaves `site` (B, ...) in a forward on `inputs`, detached. The forward ends there, so later layers cost
-    nothing."""
+def upto(model: nn.Module, sites: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
+    """site -> what leaves it (B, ...) in a forward on `inputs`, detached. The forward ends at the last of `sites`, so
+    later layers cost nothing; name them in the order in which they come."""
 
     def stop(*_: Any) -> None:
         raise _Enough
 
-    with record(model, [site]) as acts:
-        handle = _module(model, site).register_forward_hook(stop)  # after the one that records
+    with record(model, sites) as acts:
+        handle = _module(model, sites[-1]).register_forward_hook(stop)  # after the one that records
         try:
             model(**inputs)
         except _Enough:
             pass
         finally:
             handle.remove()
-    return acts[site][0]
+    return {site: x[0] for site, x in acts.items()}

@@ -254,7 +254,7 @@ def _run(base: Base, ids: Tensor, layer: int | None = None) -> None:
     if layer is None:
         base.model.get_submodule(base.root)(**inputs)
     else:
-        upto(base.model, llm.site("block", layer), **inputs)
+        upto(base.model, [llm.site("block", layer)], **inputs)
 
 
 def _norms(base: Base, texts: list[Tensor], last: int | None = None) -> list[Tensor]:

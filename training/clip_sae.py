@@ -41,7 +41,7 @@ from patches.cards import save_cards
 from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
 from patches.patch import Act, Inputs
 from patches.patched import PatchedModel
-from patches.read import record
+from patches.read import upto
 from registry import config as configs
 from registry import manifest
 from registry.config import STRICT
@@ -201,15 +201,15 @@ class Stream:
 
 @torch.no_grad()
 def streams(base: Base, config: Config, data: Dataset) -> dict[int, Stream]:
-    """The set at each candidate layer; all layers in one forward."""
+    """The set at each candidate layer; all layers in one forward, which ends at the last of them."""
     sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
     kept: dict[str, list[Tensor]] = {}
     label, other = [], []
+    wanted = list(dict.fromkeys(s for layer in sorted(sites) for s in sites[layer]))
     for batch in data.batches(32):
-        with record(base.model, {s for pair in sites.values() for s in pair}) as acts:
-            clip.embed_images(base, batch.image, batch=len(batch))
-        for name, x in acts.items():
-            kept.setdefault(name, []).append(x[0].float())
+        pixels = base.processor.image(batch.image).to(base.device, base.model.visual.proj.dtype)
+        for name, x in upto(base.model, wanted, image=pixels).items():
+            kept.setdefault(name, []).append(x.float())
         label.append(batch.label)
         other.append(other_of(config, data, batch))
     whole = {name: torch.cat(x) for name, x in kept.items()}

@@ -97,7 +97,7 @@ def activations(
     @torch.no_grad()
     def chunk(number: int) -> Tensor:
         parts = torch.split(images(number), batch)
-        return torch.cat([tokens_of(upto(model, site, image=part).float(), which) for part in parts])
+        return torch.cat([tokens_of(upto(model, [site], image=part)[site].float(), which) for part in parts])
 
     return chunk
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from patches.features import SAE, load_sae
-from patches.read import upto
+from patches.read import record, upto
 from registry.errors import ConfigError
 from training import sae as trainer
 from training.sae import Dictionary, Quality, SAEConfig, activations, mean_max_cosine, train
@@ -218,13 +218,19 @@ def test_activations_end_at_the_site_and_keep_the_asked_tokens(tiny_clip):
     reached = []
     hook = tiny_clip.model.visual.transformer.resblocks[2].register_forward_hook(lambda *_: reached.append(1))
     try:
-        x = upto(tiny_clip.model, site, image=images)
+        x = upto(tiny_clip.model, [site], image=images)[site]
+        mlp = "visual.transformer.resblocks.0.mlp"
+        both = upto(tiny_clip.model, [mlp, site], image=images)
+        with record(tiny_clip.model, [mlp]) as whole:
+            upto(tiny_clip.model, [site], image=images)
         got = {
             w: activations(tiny_clip.model, site, lambda _: images, w, batch=4)(0) for w in ("all", "cls", "patches")
         }
     finally:
         hook.remove()
     assert not reached
+    assert torch.equal(both[site], x)
+    assert torch.equal(both[mlp], whole[mlp][0])
     torch.testing.assert_close(got["all"].view(x.shape), x)
     torch.testing.assert_close(got["cls"], x[:, 0])
     torch.testing.assert_close(got["patches"], x[:, 1:].reshape(-1, x.shape[-1]))
