@@ -10,10 +10,16 @@ import pytest
 
 from bentos.desk import calls, openapi
 from bentos.playground import INDEX, page, policy
+from registry import ledger as ledgers
+from registry.ledger import Ledger
 from registry.systems import SYSTEMS, system
 
+from .conftest import HEADS, NEURONS, PICTURES, SYSTEM, seal_heads, serving
+from .test_classify import coded, picture
+
 HTML = INDEX.read_text(encoding="utf-8")
-CALLS = [*calls(system("attention_sink")), *calls(system("clip_sae"))]
+SERVED = (SYSTEM, PICTURES, HEADS, NEURONS)
+CALLS = [call for name in SERVED for call in calls(system(name))]
 """of every shape there is"""
 
 
@@ -64,14 +70,20 @@ def test_text_of_models_never_becomes_markup():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|setHTML|srcdoc", HTML)
 
 
+OPERATION = r'"((?:GET|POST|PUT|DELETE|PATCH) /[^"]*)"'
+
+
+def offered(*names):
+    """Operations that the services of these systems list."""
+    paths = openapi([call for name in names for call in calls(system(name))], "some")["paths"]
+    return {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+
+
 def test_every_operation_it_calls_is_offered():
     (script,) = inside("script")
-    called = set(re.findall(r'"((?:GET|POST|PUT|DELETE|PATCH) /[^"]*)"', script))
-    offered = {
-        f"{method.upper()} {path}" for path, methods in openapi(CALLS, "all")["paths"].items() for method in methods
-    }
+    called = set(re.findall(OPERATION, script))
     assert called >= {"POST /v1/chat/completions", "GET /v1/experiments/live", "POST /v1/outcomes", "GET /v1/models"}
-    assert called <= offered
+    assert called <= offered(*SERVED)
     assert script.count("fetch(") == 1, "all calls go through one function, which names its operation"
 
 
@@ -81,6 +93,112 @@ def test_every_field_it_sends_is_known():
     sent = set(re.findall(r"^        (\w+)", body, re.MULTILINE)) | {"model", "stream", "stream_options"}
     assert {"messages", "continue_final_message", "seed", "patchbay"} <= sent
     assert sent <= set(openapi(CALLS, "all")["components"]["schemas"]["Chat"]["properties"])
+
+
+def panels():
+    """Name of each panel -> its script."""
+    (script,) = inside("script")
+    (listed,) = re.findall(r"const PANELS = \[(.*?)\];", script)
+    parts = {n: re.search(rf"const {n} = \{{\n(.*?)\n\}};", script, re.DOTALL) for n in listed.split(", ")}
+    return {name: part[1] for name, part in parts.items()}
+
+
+def test_a_panel_is_shown_where_its_shape_is_served_and_calls_only_what_is():
+    shown = {name: set() for name in SERVED}
+    for panel, script in panels().items():
+        needs = set(re.findall(OPERATION, re.search(r"needs: \[(.*?)\]", script)[1]))
+        assert needs
+        for name in SERVED:
+            if needs <= offered(name):
+                shown[name].add(panel)
+        if panel in ("HEADS", "NEURONS"):  # others ask first whether more is offered
+            assert set(re.findall(OPERATION, script)) == needs
+    assert shown == {
+        SYSTEM: {"GENERATE", "EXPERIMENT"}, PICTURES: {"CLASSIFY", "EXPERIMENT"},
+        HEADS: {"CLASSIFY", "HEADS", "EXPERIMENT"}, NEURONS: {"CLASSIFY", "NEURONS", "EXPERIMENT"},
+    }  # fmt: skip
+
+
+def sent(panel):
+    """(path, fields) of every body that a panel writes where it is sent."""
+    found = []
+    for path, flat in re.findall(r'"POST (/[^"]*)", \{ body: \{(.*)', panels()[panel]):
+        nested = 1
+        while nested:  # what is in brackets goes, from the inside out
+            flat, nested = re.subn(r"[\[({][^\[\](){}]*[\])}]", "", flat)
+        found.append((path, set(re.findall(r"(?:^|,)\s*(\w+)", flat.partition("}")[0]))))
+    return found
+
+
+IMAGE = {"data": coded(picture(0))}
+SAYS = {
+    "image": IMAGE, "images": [IMAGE], "text": "cat", "against": "dog", "texts": ["cat", "dog"], "heads": ["2.1"],
+    "true": "cat", "wrong": "ink", "compare": True, "patched": True, "format": ["png"], "top": 5, "model": "champion",
+}  # fmt: skip
+"""a value for every field that a panel sends about a picture"""
+
+
+def asking(panel, more=None):
+    """(path, body) as a panel asks; more: path -> fields that are named elsewhere."""
+    found = [(path, fields | {*(more or {}).get(path, ())}) for path, fields in sent(panel)]
+    return [(path, {k: SAYS[k] for k in fields}) for path, fields in found]
+
+
+def test_the_panel_of_heads_reads_what_is_answered(home):
+    async def work():
+        digest = seal_heads()
+        ledgers.promote(Ledger(), HEADS, digest)
+        async with serving(HEADS, [digest], False, None, {}) as s:
+            answers = {}
+            for path, body in asking("HEADS", {"/v1/explain/neighbours": ["image"]}):
+                got = await s.http.post(path, json=body)
+                assert got.status_code == 200, (path, got.text)
+                answers[path] = got.json()
+            parts = answers["/v1/explain/decompose"]
+            for one in (parts, parts["base"]):
+                assert {len(v) for row in one["heads"] for v in row} == {len(one["cosine"])} == {2}
+                assert len(one["bias"]) == len(one["mlps"][0]) == 2
+            assert parts["texts"] == ["cat", "dog"]
+            assert {"arm", "patch"} <= parts["patchbay"].keys()
+            assert {"png", "covered"} <= answers["/v1/explain/segment"].keys()
+            assert all({"png", "name", "score"} <= one.keys() for one in answers["/v1/explain/neighbours"]["data"])
+            listed = (await s.http.get("/v1/explain/heads?model=champion")).json()["data"]
+            assert all({"layer", "head", "label"} <= one.keys() for one in listed)
+            card = (await s.http.get("/v1/explain/heads/2.1?model=champion")).json()
+            assert {"label", "also", "source", "score", "p", "explained", "explained_random", "trail"} <= card.keys()
+            assert all({"text", "share", "fits"} <= one.keys() for one in card["texts"])
+            (await s.http.get("/v1/explain/gallery?model=champion")).json()["sealed"]["layers"]  # where examples are
+
+    asyncio.run(work())
+
+
+def test_the_panel_of_neurons_reads_what_is_answered(neurons):
+    async def work():
+        async with neurons() as s:
+            answers = {}
+            for path, body in asking("NEURONS"):
+                got = await s.http.post(path, json=body)
+                assert got.status_code == 200, (path, got.text)
+                answers[path] = got.json()
+            (row,) = answers["/v1/explain/attributes"]["results"]
+            for side in ("base", "patched"):
+                assert {"attributes", "neurons_that_count"} <= row[side].keys()
+                assert {"png", "covered"} <= answers["/v1/explain/segment"][side].keys()
+            mined = answers["/v1/explain/mine"]
+            assert "left_out" in mined
+            for word in (*mined["data"], *row["base"]["attributes"]):
+                assert {"text", "weight"} <= word.keys()
+                assert all({"layer", "neuron", "adds"} <= n.keys() for n in word["neurons"])
+            first = (await s.http.get("/v1/explain/neurons?model=champion")).json()["data"][0]
+            assert {"layer", "neuron", "texts"} <= first.keys()
+            at = f"{first['layer']}/{first['neuron']}"
+            card = (await s.http.get(f"/v1/explain/neurons/{at}?model=champion")).json()
+            assert {"edited", "explained", "texts_explain"} <= card.keys()
+            assert all({"text", "coefficient"} <= one.keys() for one in card["texts"])
+            assert all({"layer", "head", "share"} <= one.keys() for one in card["carriers"])
+            assert all({"png", "picture", "projection"} <= one.keys() for one in card["pictures"])
+
+    asyncio.run(work())
 
 
 def test_it_names_no_system():
@@ -110,7 +228,6 @@ def test_an_answer_that_has_begun_is_continued(service):
 def test_the_page_reads_an_arm_and_its_experiment_from_headers(service):
     """What the page shows beside an answer, and sends back as the unit it judges."""
     from registry import experiment as experiments
-    from registry import ledger as ledgers
 
     async def work():
         async with service() as s:
