@@ -29,6 +29,7 @@ from bentos.runtime import Runtime
 from patches import label_set
 from patches.bases import clip
 from patches.embed import Picture
+from patches.label_set import LabelSet
 from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
 from registry.ledger import BASE
 
@@ -70,43 +71,32 @@ class Entry:
     refused: PatchbayError | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Classifier:
-    """What pictures are told apart by."""
-
-    labels: Sequence[str]
-    weights: Tensor
-    """(k, C), times the logit scale, on the CPU"""
-    sealed: str = ""
-    """digest of the artifact that carries it; empty: zero-shot"""
-
-
 class Classifiers:
     """Zero-shot classifiers (k, C), times the logit scale, on the CPU; the latest are kept. Of the worker's thread."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.kept: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
-        self.sealed: OrderedDict[str, Classifier | None] = OrderedDict()
+        self.sealed: OrderedDict[str, LabelSet | None] = OrderedDict()
         """by digest; None for an artifact without"""
 
-    async def carried(self, table: Table, choice: Choice) -> Classifier:
-        """The label set of the patch that was chosen, else of the champion, else of the challenger. Raises BadRequest
-        if none of them carries one."""
+    async def carried(self, table: Table, choice: Choice) -> tuple[LabelSet, str]:
+        """The label set of the patch that was chosen, else of the champion, else of the challenger, and the digest of
+        that patch. Raises BadRequest if none of them carries one."""
         for digest in (choice.digest, table.champion, table.challenger):
             if digest and digest != BASE and (found := await asyncio.to_thread(self._read, digest)) is not None:
-                return found
+                return found, digest
         raise BadRequest("labels: none are given, and no patch that is served here carries a label set. Name some.")
 
-    def _read(self, digest: str) -> Classifier | None:
+    def _read(self, digest: str) -> LabelSet | None:
         if digest not in self.sealed:
-            folder = self.runtime.folder(digest)
-            found: Classifier | None = None
+            folder, base = self.runtime.folder(digest), self.runtime.base
+            found: LabelSet | None = None
             if (folder / label_set.FILE).is_file():
-                one = label_set.load_label_set(folder)
-                if len(one.weights) != self.runtime.base.model.visual.proj.shape[1]:
-                    raise BadArtifact(f"The label set of sha256:{digest[:16]} is none of {self.runtime.base.name}.")
-                found = Classifier(one.labels, clip.logit_scale(self.runtime.base) * one.weights, digest)
+                found = label_set.load_label_set(folder)
+                if len(found.weights) != base.model.visual.proj.shape[1]:
+                    raise BadArtifact(f"The label set of sha256:{digest[:16]} is none of {base.name}.")
+                found = LabelSet(found.labels, clip.logit_scale(base) * found.weights)
             self.sealed[digest] = found
             while len(self.sealed) > KEPT_SETS:
                 self.sealed.popitem(last=False)
@@ -147,7 +137,7 @@ class Service:
         table, choice = self.desk.choice(request, ask.model, ask.user)
         self.desk.check_compare(request, ask.patchbay.compare)
         try:
-            by = await self._classifier(table, choice, ask)
+            by, sealed = await self._label_set(table, choice, ask)
             entries = await asyncio.to_thread(
                 lambda: [self._entry(request, ask, choice, values) for values in ask.images]
             )
@@ -164,14 +154,15 @@ class Service:
         if twin is not None:
             self.desk.later(self._shadow(request, twin, entries, results, by))
         out = {"object": "classification", "model": self.desk.model(choice), "results": results}
-        if by.sealed:
-            out["label_set"] = f"sha256:{by.sealed[:16]}"
+        if sealed:
+            out["label_set"] = f"sha256:{sealed[:16]}"
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
-    async def _classifier(self, table: Table, choice: Choice, ask: Classify) -> Classifier:
+    async def _label_set(self, table: Table, choice: Choice, ask: Classify) -> tuple[LabelSet, str]:
+        """What pictures are told apart by, times the logit scale, and the digest of the patch that carries it."""
         if ask.labels is None:
             return await self.classifiers.carried(table, choice)
-        return Classifier(ask.labels, await self.classifiers.of(ask.labels, ask.templates))
+        return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
 
     def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any) -> Entry:
         try:
@@ -186,7 +177,7 @@ class Service:
         job = Picture(x, choice.arm, ask.patchbay.strength)
         return Entry(choice, job, Picture(x) if ask.patchbay.compare else None)
 
-    def _result(self, index: int, entry: Entry, by: Classifier, top: int) -> dict[str, Any]:
+    def _result(self, index: int, entry: Entry, by: LabelSet, top: int) -> dict[str, Any]:
         if entry.refused is not None:
             return {"index": index, **told(entry.refused)}
         assert entry.job is not None
@@ -195,7 +186,7 @@ class Service:
         return out | {"base": scores(entry.beside, by, top)} if entry.beside is not None else out
 
     async def _shadow(
-        self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], by: Classifier
+        self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], by: LabelSet
     ) -> None:
         """The treatment's answers beside the control's, after the caller has theirs."""
         start = time.perf_counter()
@@ -207,10 +198,10 @@ class Service:
         await self.desk.expose(request, twin, 200, start)
 
 
-def scores(picture: Picture, by: Classifier, top: int) -> dict[str, Any]:
+def scores(picture: Picture, by: LabelSet, top: int) -> dict[str, Any]:
     """The best label, and the `top` best with their probabilities."""
     assert picture.out is not None
-    return best((picture.out @ by.weights).softmax(0), by.labels, top)
+    return best(by.logits(picture.out[None])[0].softmax(0), by.classes, top)
 
 
 def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""A label set: classes by name and a linear classifier of them, sealed with a patch that was fitted for it.
+"""A label set: what tells pictures apart by their embeddings, words or a probe. A probe travels with its patch.
 
-Zero-shot labels need no file, their weights are texts. A probe is fitted on pictures, so it travels with the artifact.
-File of a sealed folder: label_set.safetensors, the names in its header.
+Zero-shot labels need no file, their weights are texts. A probe is fitted on pictures, so it is sealed with the patch
+that was fitted for it. A class may have several columns, one for each kind of thing it is: their probabilities add up.
+File of a sealed folder: label_set.safetensors, the labels in its header.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,11 +24,33 @@ FILE = "label_set.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class LabelSet:
-    """C classes of unit embeddings."""
+    """C classes by K columns; columns of the same label are one class."""
 
     labels: tuple[str, ...]
+    """of each column"""
     weights: Tensor
-    """(k, C); logits are logit_scale(base) * features @ weights"""
+    """(k, K) on unit embeddings"""
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The different labels, in order."""
+        return tuple(dict.fromkeys(self.labels))
+
+    def logits(self, y: Tensor, scale: float = 1.0) -> Tensor:
+        """(n, C) of embeddings (n, k). Their softmax is what the softmax over columns adds up to."""
+        z = scale * y @ self.weights
+        if len(self.classes) == len(self.labels):
+            return z
+        return torch.stack([z[:, at].logsumexp(1) for at in self._columns], 1)
+
+    @property
+    def directions(self) -> Tensor:
+        """(k, C): a class as one direction, the mean of its columns."""
+        return torch.stack([self.weights[:, at].mean(1) for at in self._columns], 1)
+
+    @cached_property
+    def _columns(self) -> list[list[int]]:
+        return [[i for i, x in enumerate(self.labels) if x == name] for name in self.classes]
 
 
 def save_label_set(one: LabelSet, folder: Path) -> None:
@@ -33,11 +58,11 @@ def save_label_set(one: LabelSet, folder: Path) -> None:
 
 
 def load_label_set(folder: Path) -> LabelSet:
-    """Raises NotFound if the artifact carries none, BadArtifact if names and weights do not belong together."""
+    """Raises NotFound if the artifact carries none, BadArtifact if labels and weights do not belong together."""
     if not (folder / FILE).is_file():
         raise NotFound("This artifact carries no label set: name the labels.")
     with safe_open(folder / FILE, "pt") as f:
         labels, weights = json.loads((f.metadata() or {}).get("labels", "[]")), f.get_tensor("weights")
-    if weights.ndim != 2 or weights.shape[1] != len(labels) or len(set(labels)) != len(labels):
-        raise BadArtifact(f"{folder / FILE} has {len(labels)} names for weights of shape {tuple(weights.shape)}.")
+    if weights.ndim != 2 or weights.shape[1] != len(labels) or len(set(labels)) < 2:
+        raise BadArtifact(f"{folder / FILE} has {len(labels)} labels for weights of shape {tuple(weights.shape)}.")
     return LabelSet(tuple(labels), weights)

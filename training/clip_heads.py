@@ -37,6 +37,7 @@ from patches.bases import Base, clip, load_base
 from patches.direct import Lens, Share
 from patches.gallery import directions, make, save_gallery
 from patches.heads import HeadConfig, HeadEdit, Mode
+from patches.label_set import LabelSet
 from patches.patch import Patch
 from patches.patched import PatchedModel
 from patches.read import record
@@ -347,10 +348,10 @@ def random_heads(heads: Sequence[Head], every: Sequence[Head], seed: int) -> lis
 
 
 def measure(
-    base: Base, config: Config, sets: Mapping[str, Dataset], weights: Tensor, patch: Patch | None
+    base: Base, config: Config, sets: Mapping[str, Dataset], by: LabelSet, patch: Patch | None
 ) -> dict[str, float]:
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
-        return metrics(config, {k: ask(base, config, d, weights) for k, d in sets.items()})
+        return metrics(config, {k: ask(base, config, d, by) for k, d in sets.items()})
 
 
 def fit(config: Config, folder: Path) -> Manifest:
@@ -362,14 +363,14 @@ def fit(config: Config, folder: Path) -> Manifest:
     f = find(base, config)
     mean = means(base, config)
     val = pictures(config, "val", config.val_images)
-    weights = classifier(base, config, val["clean"])
-    plain = measure(base, config, val, weights, None)
+    by = classifier(base, config, val["clean"])
+    plain = measure(base, config, val, by, None)
     every = [(layer, h) for layer in f.seen.layers for h in range(lens.heads)]
     rows: list[dict[str, Any]] = []
     tried = [(p, n, m) for p in config.ablate for n in config.counts if n <= len(every) // 2 for m in config.modes]
     for name, count, mode in tqdm(tried, "edits", disable=None, leave=False):
         heads = f.heads(name)[:count]
-        got = measure(base, config, val, weights, silence(lens, heads, mode, config.tokens, mean))
+        got = measure(base, config, val, by, silence(lens, heads, mode, config.tokens, mean))
         named = sum(x.label == name for x in f.named if (x.layer, x.head) in heads)
         about_it = {"property": name, "count": count, "mode": mode, "heads": heads, "named": named}
         rows.append({**about_it, **got, "worth": worth(config, got, plain)})
@@ -380,12 +381,12 @@ def fit(config: Config, folder: Path) -> Manifest:
     controls = []
     for draw in range(config.draws):
         other = random_heads(best["heads"], every, config.seed + draw)
-        got = measure(base, config, val, weights, silence(lens, other, best["mode"], config.tokens, mean))
+        got = measure(base, config, val, by, silence(lens, other, best["mode"], config.tokens, mean))
         controls.append({"heads": other, **got})
     report = {"task": config.task, "base": plain, "candidates": rows, "chosen": best, "random": controls}
     (folder / "heads.json").write_bytes(canonical(json.loads(json.dumps(about(f, base, config)))))
     save_file({"mean": mean.contiguous()}, folder / "means.safetensors")
-    seal_labels(config, val["clean"], weights, folder)
+    seal_labels(config, by, folder)
     _examples(lens, config, f, report, folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     if config.gallery_images:
@@ -468,12 +469,12 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
     }
     splits = ["test", *([] if config.data else ["held"])]
     sets = {split: pictures(config, split, config.test_images) for split in splits}
-    weights = {split: classifier(base, config, s["clean"]) for split, s in sets.items()}
+    by = {split: classifier(base, config, s["clean"]) for split, s in sets.items()}
     for name, arm in tqdm(arms.items(), "arms", disable=None):
         row: dict[str, Any] = {}
         for split in splits:
             with arm.apply(base.model, root=base.root) if arm else nullcontext():
-                said = {k: ask(base, config, d, weights[split]) for k, d in sets[split].items()}
+                said = {k: ask(base, config, d, by[split]) for k, d in sets[split].items()}
             row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
             if "average" in row[split]:
                 row[split]["worst_group"] = min(v for k, v in row[split].items() if k != "average")

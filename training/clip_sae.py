@@ -39,6 +39,7 @@ from patches import artifact
 from patches.bases import Base, clip, load_base, slug
 from patches.cards import save_cards
 from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
+from patches.label_set import LabelSet
 from patches.patch import Act, Inputs
 from patches.patched import PatchedModel
 from patches.read import upto
@@ -217,17 +218,16 @@ def streams(base: Base, config: Config, data: Dataset) -> dict[int, Stream]:
     return {layer: Stream(whole[site], whole[block], *about) for layer, (site, block) in sites.items()}
 
 
-def finish(base: Base, layer: int, part: Stream, x: Tensor, weights: Tensor) -> Tensor:
+def finish(base: Base, layer: int, part: Stream, x: Tensor, by: LabelSet) -> Tensor:
     """(n, C) logits if x stood at the site."""
     y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
-    logits: Tensor = clip.logit_scale(base) * nnf.normalize(y, dim=1) @ weights
-    return logits
+    return by.logits(nnf.normalize(y, dim=1), clip.logit_scale(base))
 
 
 @torch.no_grad()
-def answers(base: Base, layer: int, stream: Stream, weights: Tensor, change: Callable[[Tensor], Tensor]) -> Answers:
+def answers(base: Base, layer: int, stream: Stream, by: LabelSet, change: Callable[[Tensor], Tensor]) -> Answers:
     """As `ask`, from a stream, with what stands at the site changed: (n, T, D) -> (n, T, D)."""
-    logits = torch.cat([finish(base, layer, part, change(part.x), weights) for part in stream.parts()])
+    logits = torch.cat([finish(base, layer, part, change(part.x), by) for part in stream.parts()])
     return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
 
 
@@ -269,7 +269,7 @@ def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tenso
     return apart(clean.other) - apart(clean.label)
 
 
-def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor) -> Tensor:
+def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet) -> Tensor:
     """(F,) what taking a feature away does to the log-probability of the true class, to first order.
 
     -f_j <W_j, gradient> summed over tokens, mean over pictures with what should not matter (attacked, or groups
@@ -284,14 +284,14 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
         for part, mine in zip(stream.parts(), torch.split(weight, 32), strict=True):
             x = part.x.detach().requires_grad_()
             with torch.enable_grad():
-                right = finish(base, layer, part, x, weights).log_softmax(1).gather(1, part.label[:, None])[:, 0]
+                right = finish(base, layer, part, x, by).log_softmax(1).gather(1, part.label[:, None])[:, 0]
                 (slope,) = torch.autograd.grad((right * mine.to(right)).sum(), x)
             total -= (sae.encode(part.x) * (slope @ sae.decoder.T)).sum((0, 1)).cpu()
     return total
 
 
 def lessons(
-    base: Base, config: Config, layer: int, seen: Mapping[str, Stream], weights: Tensor
+    base: Base, config: Config, layer: int, seen: Mapping[str, Stream], by: LabelSet
 ) -> tuple[list[Lesson], list[Lesson]]:
     """What gates are learned on: pictures with what should not matter (groups weigh by the base's errors), and clean
     ones that the base gets right, for what it gets wrong need not stay."""
@@ -300,11 +300,11 @@ def lessons(
     def some(stream: Stream, weight: Tensor) -> list[Lesson]:
         size = config.gates.batch
         parts = zip(stream.parts(size), torch.split(weight, size), strict=True)
-        return [Lesson(p.x, partial(finish, base, layer, p, weights=weights), p.label, w) for p, w in parts]
+        return [Lesson(p.x, partial(finish, base, layer, p, by=by), p.label, w) for p, w in parts]
 
     hard, clean = seen["attacked" if paired else "clean"], seen["clean"]
     weight = torch.ones(len(hard), device=hard.x.device)
-    said = answers(base, layer, clean, weights, lambda x: x).logits.argmax(1)
+    said = answers(base, layer, clean, by, lambda x: x).logits.argmax(1)
     right = said.to(clean.label) == clean.label
     if not paired:  # a group weighs what the base gets wrong of it, whatever its size
         group = 2 * hard.label + hard.other
@@ -386,24 +386,24 @@ def fit(config: Config, folder: Path) -> Manifest:
     base.model.requires_grad_(False)
     sizes = {"train": config.fit_images, "val": config.val_images}
     data = {split: pictures(config, split, n) for split, n in sizes.items()}
-    weights = {split: classifier(base, config, sets["clean"]) for split, sets in data.items()}
+    by = {split: classifier(base, config, sets["clean"]) for split, sets in data.items()}
     seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
     report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
     best: tuple[tuple[float, float], FeatureEdit, SAE, dict[str, Any]] | None = None
     for layer in config.layers:
         sae, curve = dictionary(base, config, layer)
         tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
-        judge = partial(measure, base, config, layer, va, weights["val"])
+        judge = partial(measure, base, config, layer, va, by["val"])
         plain = judge(None)
         mine: tuple[tuple[float, float], FeatureEdit, dict[str, Any]] | None = None
-        for row, patch in candidates(base, config, layer, sae, tr, weights["train"]):
+        for row, patch in candidates(base, config, layer, sae, tr, by["train"]):
             row |= (got := judge(patch)) | {"worth": worth(config, got, plain)}
             report["candidates"].append(row)
             score = row["worth"], got.get(KEPT[config.task], 0.0)  # of equals, what keeps most of what must stay
             if mine is None or score > mine[0]:
                 mine = score, patch, row
         assert mine is not None
-        about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], weights["val"])}
+        about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], by["val"])}
         if config.op != "add":
             control = random_control(sae, mine[1], tr["clean"], config.seed)
             about["random"] = {"features": control.config.features, **judge(control)}
@@ -418,9 +418,9 @@ def fit(config: Config, folder: Path) -> Manifest:
     _, patch, sae, report["chosen"] = best
     report["random"] = report["layers"][str(report["chosen"]["layer"])].get("random")
     va = {k: s[report["chosen"]["layer"]] for k, s in seen["val"].items()}
-    _examples(base, config, data["val"], va, patch, weights["val"], report, folder)
+    _examples(base, config, data["val"], va, patch, by["val"], report, folder)
     save_sae(sae, folder / "sae")
-    seal_labels(config, data["val"]["clean"], weights["val"], folder)
+    seal_labels(config, by["val"], folder)
     shown = data["train"].get("attacked", data["train"]["clean"])
     save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
@@ -432,29 +432,29 @@ def measure(
     config: Config,
     layer: int,
     seen: Mapping[str, Stream],
-    weights: Tensor,
+    by: LabelSet,
     patch: FeatureEdit | None,
 ) -> dict[str, float]:
     """The task's metrics from streams, with the patch at the site they were recorded at."""
     change = applied(patch) if patch else lambda x: x
-    return metrics(config, {k: answers(base, layer, s, weights, change) for k, s in seen.items()})
+    return metrics(config, {k: answers(base, layer, s, by, change) for k, s in seen.items()})
 
 
 def candidates(
-    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor
+    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet
 ) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
     """The edits a layer offers, by ranking and number of features, from the train split alone."""
     top = _largest(sae, seen["clean"])
     gates = torch.ones_like(sae.bias)
     if "gates" in config.ranks and config.task != "steer":
         edited = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[config.tokens]
-        hard, kept = lessons(base, config, layer, seen, weights)
+        hard, kept = lessons(base, config, layer, seen, by)
         free = torch.ones_like(sae.bias, dtype=torch.bool)
         if config.gates.among:
             differ = by_difference(config, sae, seen).argsort(descending=True)
             free[differ[config.gates.among :]] = False
         gates = learn(config.gates, sae, hard, kept, edited, free, f"gates of layer {layer}")
-    for how, order in orders(base, config, layer, sae, seen, weights, gates).items():
+    for how, order in orders(base, config, layer, sae, seen, by, gates).items():
         counts = [n for n in config.counts if n <= len(order)] or [len(order)]
         for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):
             chosen, site = order[:count].tolist(), clip.site(config.hook, layer)
@@ -481,20 +481,20 @@ def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> F
 
 
 def orders(
-    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], weights: Tensor, gates: Tensor
+    base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet, gates: Tensor
 ) -> dict[str, Tensor]:
     """ranking -> features, best first. To steer: those whose concept is the word, strongest first."""
     if config.task == "steer":
         clean = seen["clean"]
         top = config.value * _largest(sae, clean)
-        got = steering(base, layer, clean, sae.decoder, sae.encode, top, weights.T)
+        got = steering(base, layer, clean, sae.decoder, sae.encode, top, by.weights.T)
         mine = (got.concept == int(clean.other[0])).nonzero()[:, 0]
         if not len(mine):
             raise ConfigError(f"No feature of layer {layer} steers to {config.word!r}. Take another word or layer.")
         return {"concept": mine[got.power[mine].argsort(descending=True)]}
     scores = {
         "difference": lambda: by_difference(config, sae, seen),
-        "effect": lambda: by_effect(base, config, layer, sae, seen, weights),
+        "effect": lambda: by_effect(base, config, layer, sae, seen, by),
         "gates": lambda: 1 - gates,
     }
     return {how: scores[how]().argsort(descending=True) for how in config.ranks}
@@ -550,7 +550,7 @@ def steerable(
 
 
 @torch.no_grad()
-def quality(base: Base, layer: int, sae: SAE, stream: Stream, weights: Tensor) -> dict[str, Any]:
+def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> dict[str, Any]:
     """How good a dictionary is on this stream: `Quality`, what as many principal components explain, and cross-entropy
     recovered between zero (the site is nothing) and clean, with the model's own logit scale."""
     seen = Quality(sae)
@@ -561,7 +561,7 @@ def quality(base: Base, layer: int, sae: SAE, stream: Stream, weights: Tensor) -
     out["principal_variance"] = principal_variance(flat, max(1, round(out["all"]["l0_mean"])))
 
     def loss(change: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
-        said = answers(base, layer, stream, weights, change).logits
+        said = answers(base, layer, stream, by, change).logits
         return float(nnf.cross_entropy(said, stream.label.cpu())), said.argmax(1)
 
     (clean, before), (back, after) = loss(lambda x: x), loss(lambda x: sae.decode(sae.encode(x), x).to(x))
@@ -573,14 +573,14 @@ def quality(base: Base, layer: int, sae: SAE, stream: Stream, weights: Tensor) -
 
 def _examples(
     base: Base, config: Config, data: Mapping[str, Dataset], seen: Mapping[str, Stream],
-    patch: FeatureEdit, weights: Tensor, report: dict[str, Any], folder: Path, count: int = 8,
+    patch: FeatureEdit, by: LabelSet, report: dict[str, Any], folder: Path, count: int = 8,
 ) -> None:  # fmt: skip
     """A few pictures of val with what the base and the patched model call them, for the figure."""
     name = "attacked" if config.task == "typographic" else "clean"
     s = seen[name]
     few, layer, classes = next(s.parts(count)), report["chosen"]["layer"], data[name].classes
     said = {
-        side: [classes[i] for i in answers(base, layer, few, weights, change).logits.argmax(1).tolist()]
+        side: [classes[i] for i in answers(base, layer, few, by, change).logits.argmax(1).tolist()]
         for side, change in (("base", lambda x: x), ("patched", applied(patch)))
     }
     report["examples"] = {**said, "is": [classes[i] for i in few.label.tolist()]}
@@ -727,8 +727,8 @@ def report(folder: Path, out: Path, seed: int = 0, images: int = 0) -> dict[str,
         row: dict[str, Any] = {"about": dict(defence.about) if defence else {}}
         for split, mine in sets.items():
             with defence.patch.apply(base.model, defence.strength) if defence else nullcontext():
-                weights = classifier(base, config, mine["clean"], defence.templates if defence else clip.TEMPLATES)
-                said = {k: ask(base, config, d, weights) for k, d in mine.items()}
+                by = classifier(base, config, mine["clean"], defence.templates if defence else clip.TEMPLATES)
+                said = {k: ask(base, config, d, by) for k, d in mine.items()}
             row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
             if "average" in row[split]:
                 row[split]["worst_group"] = min(v for k, v in row[split].items() if k != "average")
@@ -747,14 +747,14 @@ def others(base: Base, config: Config) -> Iterator[tuple[str, Defence]]:
     config = replace(config, layers=layers, hook="block")
     sizes = {"train": config.fit_images, "val": config.val_images}
     sets = {split: pictures(config, split, n) for split, n in sizes.items()}
-    weights = classifier(base, config, sets["val"]["clean"])
+    by = classifier(base, config, sets["val"]["clean"])
     seen = {split: {k: streams(base, config, d) for k, d in part.items()} for split, part in sets.items()}
     best: tuple[float, FeatureEdit, dict[str, Any]] | None = None
     for layer in tqdm(layers, "mean direction", disable=None, leave=False):
         tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
         patch = mean_direction(config, clip.site("block", layer), tr)
-        got = measure(base, config, layer, va, weights, patch)
-        score = worth(config, got, measure(base, config, layer, va, weights, None))
+        got = measure(base, config, layer, va, by, patch)
+        score = worth(config, got, measure(base, config, layer, va, by, None))
         if best is None or score > best[0]:
             best = score, patch, {"layer": layer, **got}
     assert best is not None

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from patches import artifact
 from patches.bases import Base, clip, load_base
+from patches.label_set import LabelSet
 from patches.neuron_cards import Layer, NeuronCards, Reader, load_neurons, save_neurons
 from patches.neurons import NeuronEdit, ablate, replace_effects
 from patches.read import record
@@ -245,7 +246,8 @@ class Margins:
 def margins(
     base: Base, config: Config, lenses: Mapping[int, Lens], data: Dataset, weights: Tensor, other: Tensor | None = None
 ) -> Margins:
-    """weights (k, C). other: (n,) the wrong class of each picture, where the pictures themselves do not show it."""
+    """weights (k, C), one direction a class. other: (n,) the wrong class of each picture, where the pictures themselves
+    do not show it."""
     says = {layer: at.against(weights.T) for layer, at in lenses.items()}  # (N, G, C)
     m: dict[int, list[Tensor]] = {layer: [] for layer in lenses}
     effect: dict[int, Tensor] = {}
@@ -279,7 +281,7 @@ def rank(base: Base, config: Config, lenses: Mapping[int, Lens], data: Mapping[s
     Pairs (clean, attacked): the mean margin of attacked pictures less that of the same ones clean, both against the
     word that is written. Groups: how far mean margins lie apart by place, less how far by label.
     """
-    weights = classifier(base, config, data["clean"])
+    weights = classifier(base, config, data["clean"]).directions
     if config.task == "typographic":
         hit = margins(base, config, lenses, data["attacked"], weights)
         clean = margins(base, config, lenses, data["clean"], weights, hit.other)
@@ -432,15 +434,15 @@ def fit(config: Config, folder: Path) -> Manifest:
     base.model.requires_grad_(False)
     train = _of_task(config, "train", config.rank_images)
     val = pictures(config, "val", config.val_images)
-    weights = classifier(base, config, val["clean"])
+    by = classifier(base, config, val["clean"])
     cards, lenses = read(base, config, texts_of(config, train["clean"]))
     found = rank(base, config, lenses, train)
-    report: dict[str, Any] = {"task": config.task, "candidates": [], "base": _judge(base, config, val, weights, None)}
+    report: dict[str, Any] = {"task": config.task, "candidates": [], "base": _judge(base, config, val, by, None)}
     best: tuple[float, NeuronEdit, dict[str, Any]] | None = None
     for layer, edit, count in candidates(config, lenses):
         js = found[layer].order[:count].tolist()
         patch = patch_of(base, layer, lenses[layer], cards.layers[layer].known, found[layer], js, edit)
-        got = _judge(base, config, val, weights, patch)
+        got = _judge(base, config, val, by, patch)
         row: dict[str, Any] = {
             "layer": layer,
             "edit": edit,
@@ -457,12 +459,12 @@ def fit(config: Config, folder: Path) -> Manifest:
     report["chosen"] = chosen
     other = alike(known, patch.config.neurons, config.seed)
     control = patch_of(base, layer, lenses[layer], known, found[layer], other, chosen["edit"])
-    report["random"] = {"neurons": other, **_judge(base, config, val, weights, control)}
+    report["random"] = {"neurons": other, **_judge(base, config, val, by, control)}
     save_file({k: v.contiguous() for k, v in control.tensors.items()}, folder / CONTROL)
     report["questions"] = questions(base, config, cards, lenses)
-    _examples(base, config, val, weights, patch, report, folder)
+    _examples(base, config, val, by, patch, report, folder)
     save_neurons(cards, folder)
-    seal_labels(config, val["clean"], weights, folder)
+    seal_labels(config, by, folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(patch, "second_order", folder, base=base.label)
 
@@ -483,16 +485,16 @@ def candidates(config: Config, lenses: Mapping[int, Lens]) -> Iterator[tuple[int
 
 
 def _judge(
-    base: Base, config: Config, data: Mapping[str, Dataset], weights: Tensor, patch: NeuronEdit | None
+    base: Base, config: Config, data: Mapping[str, Dataset], by: LabelSet, patch: NeuronEdit | None
 ) -> dict[str, float]:
     """The task's metrics with the patch on: what is judged is what is served."""
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
-        said: dict[str, Answers] = {k: ask(base, config, d, weights) for k, d in data.items()}
+        said: dict[str, Answers] = {k: ask(base, config, d, by) for k, d in data.items()}
     return metrics(config, said)
 
 
 def _examples(
-    base: Base, config: Config, data: Mapping[str, Dataset], weights: Tensor, patch: NeuronEdit,
+    base: Base, config: Config, data: Mapping[str, Dataset], by: LabelSet, patch: NeuronEdit,
     report: dict[str, Any], folder: Path, count: int = 8,
 ) -> None:  # fmt: skip
     """A few pictures of val with what the base and the patched model call them."""
@@ -501,7 +503,8 @@ def _examples(
     said = {}
     for side, on in (("base", None), ("patched", patch)):
         with on.apply(base.model, root=base.root) if on else nullcontext():
-            said[side] = [shown.classes[i] for i in (clip.embed_images(base, batch.image) @ weights).argmax(1).tolist()]
+            best = by.logits(clip.embed_images(base, batch.image)).argmax(1)
+            said[side] = [shown.classes[i] for i in best.tolist()]
     report["examples"] = {**said, "is": [shown.classes[i] for i in batch.label.tolist()]}
     save_file({"image": batch.image.cpu().contiguous()}, folder / "examples.safetensors")
 
@@ -642,8 +645,8 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
         for split in ("test", *(["held"] if not config.data else [])):
             sets = pictures(config, split, config.test_images)
             with arm.apply(base.model, root=base.root) if arm else nullcontext():
-                weights = classifier(base, config, sets["clean"])
-                said = {k: ask(base, config, d, weights) for k, d in sets.items()}
+                by = classifier(base, config, sets["clean"])
+                said = {k: ask(base, config, d, by) for k, d in sets.items()}
             row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
         out.write_text(json.dumps(results, indent=1))
     reader = Reader.of(base, load_neurons(folder))

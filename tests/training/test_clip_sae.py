@@ -9,7 +9,7 @@ import torch
 from patches import artifact
 from patches.bases import clip
 from patches.features import SAE, edit, load_sae, save_sae
-from patches.label_set import load_label_set
+from patches.label_set import LabelSet, load_label_set
 from patches.patch import ONLY
 from patches.patched import PatchedModel
 from registry import manifest
@@ -138,12 +138,13 @@ def test_the_effect_is_the_slope_of_the_true_class(tiny_clip):
     config = TINY
     sae, seen = planted_pairs()
     weights = torch.nn.functional.normalize(torch.randn(24, 5, generator=torch.Generator().manual_seed(0)), dim=0)
-    got = by_effect(tiny_clip, config, 1, sae, seen, weights)
+    by = LabelSet(tuple("abcde"), weights)
+    got = by_effect(tiny_clip, config, 1, sae, seen, by)
 
     def right(change):
         total = 0.0
         for stream in seen.values():
-            said = answers(tiny_clip, 1, stream, weights, change)
+            said = answers(tiny_clip, 1, stream, by, change)
             total += said.logits.log_softmax(1).gather(1, said.label[:, None]).mean()
         return total
 
@@ -249,7 +250,7 @@ def test_steering_raises_the_word(tmp_path):
     data = pictures(config, "train", 24)["clean"]
     seen = streams(base, config, data)[2]
     strong = torch.full((F,), 40.0)
-    got = clip_sae.steering(base, 2, seen, sae.decoder, sae.encode, strong, classifier(base, config, data).T)
+    got = clip_sae.steering(base, 2, seen, sae.decoder, sae.encode, strong, classifier(base, config, data).weights.T)
     word = words[int(got.concept[got.power.argmax()])]
     save_sae(sae, tmp_path / "sae")
     config = replace(config, word=word, counts=(1,), dictionary=str(tmp_path / "sae"))
@@ -265,9 +266,10 @@ def test_classes_of_birds_and_portraits_are_the_names_they_are_drawn_as():
     for task in ("waterbirds", "celeba"):
         config = replace(TINY, task=task)
         data = pictures(config, "val", 8)["clean"]
-        weights = classifier(base, config, data)
-        assert weights.shape == (24, 2)
-        torch.testing.assert_close(weights.norm(dim=0), torch.ones(2))
+        by = classifier(base, config, data)
+        assert by.classes == data.classes
+        assert len(by.weights) == 24
+        torch.testing.assert_close(by.weights.norm(dim=0), torch.ones(len(by.labels)))
 
 
 # ---- the whole table ---------------------------------------------------------------------------------------------
@@ -302,11 +304,11 @@ def test_a_probe_takes_what_train_couples_for_the_class(tiny_clip):
     """Planted: pictures of train that tell the label and the place apart alike, coupled by .95; the probe follows both,
     and where they disagree it is wrong more often than where they agree."""
     config = replace(TINY, task="waterbirds", classifier="probe", ranks=("gates",))
-    weights = tasks.probe(tiny_clip, config)
-    assert weights is tasks.probe(tiny_clip, config)
-    assert weights.shape == (24, 2)
+    by = tasks.probe(tiny_clip, config)
+    assert by is tasks.probe(tiny_clip, config)
+    assert by.weights.shape == (24, len(worlds.LANDBIRDS) + len(worlds.WATERBIRDS))
     train = world(config, "waterbirds", "train", 400)
-    said = ask(tiny_clip, config, train, weights)
+    said = ask(tiny_clip, config, train, by)
     right = said.logits.argmax(1) == said.label
     agree = said.label == said.other
     assert float(right.float().mean()) > 0.9
@@ -319,8 +321,8 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
     config = replace(TINY, task="waterbirds", classifier="probe", ranks=("gates",))
     clip_sae.fit(config, tmp_path)
     one = load_label_set(tmp_path)
-    assert one.labels == ("landbird", "waterbird")
-    torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config))
+    assert one.classes == ("landbird", "waterbird")
+    torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config).weights)
 
 
 def test_wilson_is_the_textbook_interval():
@@ -350,11 +352,12 @@ def test_a_neuron_is_set_and_not_added_to(tiny_clip):
     stream = streams(tiny_clip, config, pictures(config, "val", 6)["clean"])[1]
     words = clip.embed_texts(tiny_clip, ["ant", "bee", "cow"])
     one, value = torch.eye(D)[[4]], torch.tensor([7.0])
+    by = LabelSet(("ant", "bee", "cow"), words.T)
     got = clip_sae.steering(tiny_clip, 1, stream, one, lambda x: x[..., [4]], value, words)
     x = stream.x.clone()
     x[..., 4] = 7.0
     before, after = (
-        answers(tiny_clip, 1, Stream(z, z, stream.label, stream.other), words.T, lambda x: x).logits.softmax(1).mean(0)
+        answers(tiny_clip, 1, Stream(z, z, stream.label, stream.other), by, lambda x: x).logits.softmax(1).mean(0)
         for z in (stream.x, x)
     )
     torch.testing.assert_close(got.score[0], (after - before).square().sum(), atol=1e-5, rtol=1e-3)
@@ -380,7 +383,8 @@ def test_groups_weigh_by_the_bases_errors_and_only_what_it_gets_right_is_kept(ti
     """Labels are made so that the base is right on all of groups 0 to 2 and wrong on all of group 3."""
     config = replace(TINY, task="waterbirds")
     x = torch.randn(40, 5, tiny_clip.model.visual.transformer.width, generator=torch.Generator().manual_seed(0))
-    weights = classifier(tiny_clip, replace(config, task="typographic"), pictures(TINY, "val", 2)["clean"])[:, :2]
+    all_ = classifier(tiny_clip, replace(config, task="typographic"), pictures(TINY, "val", 2)["clean"])
+    weights = LabelSet(all_.labels[:2], all_.weights[:, :2])
     said = answers(tiny_clip, 1, Stream(x, x, torch.zeros(40).long(), torch.zeros(40).long()), weights, lambda v: v)
     best = said.logits.argmax(1)
     other = torch.arange(40) % 2

@@ -105,6 +105,7 @@ def test_names_tell_the_attributes_of_people(name, want):
 def test_things_are_nobody():
     assert atlas.person("hamburger") is None
     assert atlas.person("mango") is None
+    assert atlas.person("old key") is None
 
 
 def packages(folder, styles=atlas.STYLES):

@@ -250,7 +250,7 @@ def test_neurons_are_ranked_by_what_they_add_to_the_written_word(tiny_clip):
     from patches.second_order import effects
 
     data = {k: d for k, d in pictures(TINY, "train", 12).items() if k != "blank"}
-    weights, at = classifier(tiny_clip, TINY, data["clean"]), lens(tiny_clip, 1)
+    weights, at = classifier(tiny_clip, TINY, data["clean"]).weights, lens(tiny_clip, 1)
     found = rank(tiny_clip, TINY, {1: at}, data)[1]
     mean = []
     hit = data["attacked"].read(range(12))
@@ -267,7 +267,7 @@ def test_of_groups_the_place_counts_and_the_label_does_not(tiny_clip):
     config = replace(TINY, task="waterbirds")
     data = pictures(config, "train", 40)
     at = lens(tiny_clip, 1)
-    weights = classifier(tiny_clip, config, data["clean"])
+    weights = classifier(tiny_clip, config, data["clean"]).directions
     got = margins(tiny_clip, config, {1: at}, data["clean"], weights)
     m = got.m[1]
     by = [(m[x == 1].mean(0) - m[x == 0].mean(0)).abs() for x in (got.other, got.label)]

@@ -102,6 +102,8 @@ def person(name: str) -> Person | None:
         gender, age = young[name]
         return Person(gender, "", False, age, "")
     if word[0] in ("old", "older"):
+        if word[1] not in ("man", "woman", "person"):  # there is an old key
+            return None
         return Person(word[1] if word[1] != "person" else "", "", False, "old", "")
     if word[0] not in ("man", "woman", "person"):
         return None
