@@ -110,7 +110,7 @@ class Config:
     endpoint: Endpoint = field(default_factory=Endpoint)
     """of judge=model"""
     examples: tuple[tuple[tuple[str, ...], str], ...] = ()
-    """of judge=model: texts of a head and its name, by a person"""
+    """of judge=model: texts of a head and its name, by a person; without any it is shown texts of each property"""
     changes: str = ""
     """JSON list of labels that a person changed: layer, head, label, who, why, at"""
     ablate: tuple[str, ...] = ("text",)
@@ -242,15 +242,24 @@ def find(base: Base, config: Config) -> Findings:
         "embedding": labels.label(found, near, properties, "embedding"),
     }
     if config.judge == "model":
-        named["model"] = _asked(config, found, pool, properties)
+        named["model"] = _asked(config, found, pool, properties, fits)
     mine, trail = labels.override(named[config.judge], labels.read_changes(config.changes) if config.changes else [])
     judges = {k: [n.label for n in v] for k, v in named.items()}
     return Findings(pool, properties, fits, features, seen, found, mine, score, p, trail, judges)
 
 
-def _asked(config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str]) -> list[Named]:
-    """A language model's label of each head; one of our properties if it means one of them."""
-    model = Model(config.endpoint, config.examples)
+def _asked(
+    config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str], fits: Tensor, shown: int = 5
+) -> list[Named]:
+    """A language model's label of each head; one of our properties if it means one of them. Without examples by a
+    person it is shown, for each property, texts of the pool that fit."""
+    g = torch.Generator().manual_seed(config.seed)
+    examples = list(config.examples)
+    for column, name in enumerate(() if examples else properties):
+        rows = fits[:, column].nonzero()[:, 0]
+        some = rows[torch.randperm(len(rows), generator=g)[:shown]].tolist()
+        examples.append((tuple(pool[i] for i in some), name))
+    model = Model(config.endpoint, examples)
     known = {labels.normalised(p): p for p in properties}
     out = []
     for s in tqdm(found, "labels", disable=None, leave=False):

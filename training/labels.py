@@ -101,6 +101,10 @@ class Endpoint:
     timeout_s: float = 60.0
 
 
+WORDS = 4
+"""of a name at most; a sentence is none"""
+
+
 @dataclass(frozen=True)
 class Model:
     """The judge behind an endpoint. Small models are understood too: a name is one line, a judgement is numbers."""
@@ -112,7 +116,8 @@ class Model:
     """of httpx, for an application in this process"""
 
     def name(self, texts: Sequence[str]) -> str:
-        """One word or two for what the texts have in common. Raises NotReady if nothing usable comes back."""
+        """One word or two for what the texts have in common; NONE if the model talks instead of naming. Raises NotReady
+        if nothing usable comes back."""
         turns = [
             {"role": "system", "content": "Name the one property that the texts have in common. One or two words."}
         ]
@@ -122,7 +127,7 @@ class Model:
         lines = [x for line in answer.splitlines() if (x := normalised(line))]
         if not lines:
             raise NotReady(f"{self.endpoint.url} named no property; it said {answer[:60]!r}.")
-        return lines[0][:40].strip()
+        return lines[0][:40].strip() if len(lines[0].split()) <= WORDS else NONE
 
     def fits(self, texts: Sequence[str], properties: Sequence[str]) -> Tensor:
         """(M, P) bool, one question per property; a number that is not in the list is not counted."""

@@ -160,6 +160,29 @@ def test_pool_and_taxonomy_belong_together(tiny_clip, tmp_path):
     assert set(f.judges) == {"spectrum", "keyword", "embedding"}
 
 
+def test_a_language_model_without_a_persons_examples_is_shown_texts_of_every_property(monkeypatch):
+    seen = []
+
+    class Judge:
+        def __init__(self, endpoint, examples):
+            seen.append(examples)
+
+        def name(self, texts):
+            return "animal" if "cat" in texts else "whatever"
+
+    monkeypatch.setattr(clip_heads, "Model", Judge)
+    pool = ["cat", "dog", "owl", "red", "blue", "green"]
+    fits = torch.tensor([[1, 0]] * 3 + [[0, 1]] * 3).bool()
+    spans_ = [clip_heads.Span(0, h, (i, 3), (0.5, 0.2), 0.1, 2, 1.0) for h, i in enumerate((0, 4))]
+    named = clip_heads._asked(TINY, spans_, pool, ["Animals", "colour"], fits)
+    assert [n.label for n in named] == ["Animals", "whatever"]
+    assert [(set(texts), name) for texts, name in seen[0]] == [
+        ({"cat", "dog", "owl"}, "Animals"), ({"red", "blue", "green"}, "colour")]  # fmt: skip
+    own = ((("cat", "dog"), "pets"),)
+    clip_heads._asked(replace(TINY, examples=own), spans_, pool, ["Animals", "colour"], fits)
+    assert seen[1] == list(own)
+
+
 def test_what_was_found_and_who_changed_it_is_sealed(tmp_path):
     changes = tmp_path / "changes.json"
     changes.write_text(

@@ -125,6 +125,11 @@ def test_an_endpoint_that_fails_is_named(reply, says):
         Model(Endpoint("http://here", key="NOT_SET")).name(["a"])
 
 
+def test_a_sentence_is_no_name():
+    transport, _ = served(["The texts have a few common properties that"])
+    assert Model(Endpoint("http://here/v1"), transport=transport).name(["a"]) == NONE
+
+
 def test_a_model_that_says_nothing_is_told():
     transport, _ = served(["  ...\n"])
     with pytest.raises(NotReady, match="named no property"):
