@@ -117,6 +117,9 @@ class Config:
     op: Op = "zero"
     value: float = 0.0
     """of the ops that take one; for steer in multiples of the feature's largest activation"""
+    levels: tuple[float, ...] = (0.0,)
+    """of op=zero: what is left of a feature, whatever it was, in multiples of its mean over groups; candidates. Nothing
+    at all may say as much of a class as what was there: without any ground a bird is a bird of the land"""
     tokens: Tokens = "all"
     """that are edited"""
     word: str = ""
@@ -156,7 +159,7 @@ RECIPES: dict[str, Config] = {
     ),
     "waterbirds": Config(
         task="waterbirds", classifier="probe", dictionary="lab:clip-sae", ranks=("difference",),
-        counts=(10, 20, 50, 100, 200), fit_images=512, val_images=960,
+        counts=(10, 20, 50), levels=(0.0, 0.25, 0.5, 0.75, 1.0), fit_images=512, val_images=960,
     ),
     "celeba": Config(
         task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
@@ -445,6 +448,7 @@ def candidates(
 ) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
     """The edits a layer offers, by ranking and number of features, from the train split alone."""
     top = _largest(sae, seen["clean"])
+    mean = _mean(sae, seen["clean"]) if any(config.levels) else top
     gates = torch.ones_like(sae.bias)
     if "gates" in config.ranks and config.task != "steer":
         edited = {"all": slice(None), "cls": slice(0, 1), "patches": slice(1, None)}[config.tokens]
@@ -463,6 +467,10 @@ def candidates(
                 for strength in config.strengths:
                     left = 1 - strength * (1 - gates[chosen])
                     yield {**row, "strength": strength}, edit(sae, site, chosen, "scale", left, config.tokens)
+            elif config.op == "zero":
+                for level in config.levels:
+                    op: Op = "clamp" if level else "zero"
+                    yield {**row, "level": level}, edit(sae, site, chosen, op, level * mean[chosen], config.tokens)
             else:
                 value = config.value if config.op == "scale" else config.value * top[chosen]
                 yield row, edit(sae, site, chosen, config.op, value, config.tokens)
@@ -471,6 +479,13 @@ def candidates(
 def _largest(sae: SAE, stream: Stream) -> Tensor:
     """(F,) largest activation of each feature."""
     return torch.stack([sae.encode(part.x).amax((0, 1)) for part in stream.parts()]).amax(0)
+
+
+def _mean(sae: SAE, stream: Stream) -> Tensor:
+    """(F,) activation of each feature over tokens and pictures, every group (label, other) weighing alike."""
+    group = 2 * stream.label + stream.other
+    at = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
+    return torch.stack([fires(sae, stream.rows(i)).mean(0) for i in at]).mean(0) / stream.x.shape[1]
 
 
 def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> FeatureEdit:
@@ -608,9 +623,13 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     rows = report["candidates"]
     f = Figure(figsize=(7, 4.2), layout="constrained")
     a = f.subplots()
-    for layer, how, much in sorted({(r["layer"], r["rank"], r.get("strength", 1.0)) for r in rows}):
-        mine = [r for r in rows if (r["layer"], r["rank"], r.get("strength", 1.0)) == (layer, how, much)]
-        label = f"layer {layer}, {how}" + (f" x {much:g}" if much != 1 else "")
+
+    def line(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["layer"], r["rank"], r.get("strength", 1.0), r.get("level", 0.0)
+
+    for layer, how, much, left in sorted({line(r) for r in rows}):
+        mine = [r for r in rows if line(r) == (layer, how, much, left)]
+        label = f"layer {layer}, {how}" + (f" x {much:g}" if much != 1 else "") + (f", {left:g} left" if left else "")
         a.semilogx([r["count"] for r in mine], [r[goal] for r in mine], marker="o", label=label)
     base = next(iter(report["layers"].values()))["base"]
     a.axhline(base[goal], color="grey", linestyle=":", label="base")

@@ -133,6 +133,22 @@ def test_a_feature_of_the_place_comes_before_one_of_the_class():
     assert score[[3, 4]].min() > 0 > score[9]
 
 
+def test_what_is_left_of_a_feature_is_a_multiple_of_its_mean_over_groups(tiny_clip):
+    config = replace(TINY, task="waterbirds", ranks=("difference",), counts=(3,), levels=(0.0, 0.5), layers=(1,))
+    seen = {k: streams(tiny_clip, config, d)[1] for k, d in pictures(config, "train", 24).items()}
+    rare = torch.tensor([0, 1, 2, *range(3, 24)])[seen["clean"].other.argsort()][:15]  # groups of unlike sizes
+    seen = {"clean": seen["clean"].rows(rare)}
+    sae, by = some_sae(), classifier(tiny_clip, config, pictures(config, "val", 2)["clean"])
+    rows = list(clip_sae.candidates(tiny_clip, config, 1, sae, seen, by))
+    assert [(r["level"], p.config.op) for r, p in rows] == [(0.0, "zero"), (0.5, "clamp")]
+    js = list(rows[1][1].config.features)
+    s = seen["clean"]
+    group = 2 * s.label + s.other
+    each = [sae.encode(s.x[group == g]).mean((0, 1))[js] for g in range(4) if bool((group == g).any())]
+    assert len({int((group == g).sum()) for g in range(4)}) > 1
+    torch.testing.assert_close(rows[1][1].tensors["value"], 0.5 * torch.stack(each).mean(0))
+
+
 def test_the_effect_is_the_slope_of_the_true_class(tiny_clip):
     """Against finite differences of the mechanism itself: scale feature j by 1 - h and see log p of the label move."""
     config = TINY
