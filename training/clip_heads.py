@@ -49,7 +49,7 @@ from training import labels, tasks
 from training.data.images import Dataset
 from training.lab import pool as lab_pool
 from training.lab import worlds
-from training.lab.probes import PROBES
+from training.lab.probes import PROBES, Probe
 from training.labels import NONE, Endpoint, Model, Named
 from training.tasks import (
     GOAL,
@@ -498,7 +498,8 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
 
 def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4) -> dict[str, Any]:
     """property -> question -> share right with the property's first `count` heads at their means at the class token,
-    n = images of test; beside it the base, and random heads of the same layers (mean, lowest, highest of `draws`)."""
+    n = images of test; beside it the base, random heads of the same layers (mean, lowest, highest of `draws`), and who
+    carries the answers to the property's own question directly."""
     images = min(300, config.test_images)
     found = json.loads((folder / "heads.json").read_text())
     every = [(h["layer"], h["head"]) for h in found["heads"]]
@@ -520,9 +521,33 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
             "named": [label[h] == name for h in heads],
             "without": right(heads),
             "random": {k: [round(sum(v) / len(v), 4), min(v), max(v)] for k, v in spread.items()},
+            "carried": carriers(lens, sets[name]),
         }
         tqdm.write(f"{name}: {json.dumps(out[name])}")
     return out
+
+
+@torch.no_grad()
+def carriers(lens: Lens, probe: Probe, top: int = 4) -> dict[str, Any]:
+    """Who carries the answers to a question directly: shares of the mean margin <part, t_right - mean of answers> of
+    all heads, of all MLPs, of constants; and the heads with the largest shares. What no head carries, none can lose."""
+    total = torch.zeros(lens.layers, lens.heads)
+    mlps = constant = 0.0
+    for i in range(0, len(probe.image), 50):
+        at = slice(i, i + 50)
+        part = lens.read(lens.base.processor.image(probe.image[at]))
+        words, right = probe.answers.T, probe.right[at]
+        may = torch.ones(len(right), len(words)) if probe.open is None else probe.open[at].float()
+        apart = words[right] - may @ words / may.sum(1, keepdim=True)  # (B, k)
+        apart = apart.to(part.y) / part.norm[:, None]
+        total += torch.einsum("blhk,bk->lh", part.heads, apart).cpu()
+        mlps += float(torch.einsum("blk,bk->", part.mlps, apart))
+        constant += float(torch.einsum("bk,bk->", part.bias + part.rest, apart))
+    whole = float(total.sum()) + mlps + constant
+    order = total.flatten().argsort(descending=True)[:top].tolist()
+    best = [[i // lens.heads, i % lens.heads, round(float(total.flatten()[i]) / whole, 4)] for i in order]
+    shares = {"heads": float(total.sum()), "mlps": mlps, "constants": constant}
+    return {**{k: round(v / whole, 4) for k, v in shares.items()}, "best": best}
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from registry import manifest
 from registry.errors import ConfigError
 from training import clip_heads, labels, run
 from training.clip_heads import RECIPES, Findings, random_heads
-from training.lab.probes import PROBES
+from training.lab.probes import PROBES, Probe
 from training.textspan import Moments, moments, spans
 
 TINY = RECIPES["tiny"]
@@ -204,6 +204,17 @@ def test_what_was_found_and_who_changed_it_is_sealed(tmp_path):
     assert set(got["arms"]) == {"base", "clip_heads", "random 0"}
     assert got["arms"]["base"]["test"]["clean"][3] == TINY.test_images
     assert set(PROBES) <= got["properties"].keys()
+
+
+def test_the_planted_head_carries_the_answer_and_nothing_else_does(planted):
+    """Reds of any shade against blues: what tells them apart in the embedding is head 2.1."""
+    words = clip.embed_texts(planted, ["red", "blue"])
+    image = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    image[:, 0] = torch.arange(150, 246, 12)[:, None, None]
+    got = clip_heads.carriers(Lens(planted), Probe(image, words.T, torch.zeros(8, dtype=torch.long)))
+    assert got["heads"] + got["mlps"] + got["constants"] == pytest.approx(1, abs=1e-3)
+    assert tuple(got["best"][0][:2]) == PLANTED
+    assert got["best"][0][2] == pytest.approx(got["heads"], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", PROBES)
