@@ -112,6 +112,7 @@ class Config:
     how much of each is left, whatever `op` is"""
     gates: GateConfig = field(default_factory=GateConfig)
     counts: tuple[int, ...] = (50, 100, 250, 500, 1000)
+    """candidates; those above half of the dictionary are left out, since a control takes as many others"""
     strengths: tuple[float, ...] = (1.0,)
     """how much of what gates say is taken away, as far as candidates go"""
     op: Op = "zero"
@@ -146,7 +147,7 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 600, 1500), gates=GateConfig(steps=200, keep=30),
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 600, 1000), gates=GateConfig(steps=200, keep=30),
         fit_images=1024,
     ),
     "demo": Config(
@@ -459,7 +460,8 @@ def candidates(
             free[differ[config.gates.among :]] = False
         gates = learn(config.gates, sae, hard, kept, edited, free, f"gates of layer {layer}")
     for how, order in orders(base, config, layer, sae, seen, by, gates).items():
-        counts = [n for n in config.counts if n <= len(order)] or [len(order)]
+        room = min(len(order), len(sae.bias) // 2)  # as many others must be left for the control
+        counts = [n for n in config.counts if n <= room] or [room]
         for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):
             chosen, site = order[:count].tolist(), clip.site(config.hook, layer)
             row = {"layer": layer, "rank": how, "count": count}

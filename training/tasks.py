@@ -252,7 +252,12 @@ def wilson(yes: Tensor) -> list[float]:
 
 
 def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
-    """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice."""
+    """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice. ConfigError if fewer
+    others are left than are chosen."""
+    if 2 * len(chosen) > len(mass):
+        raise ConfigError(
+            f"{len(chosen)} of {len(mass)} are chosen: no control of as many others is left. Choose fewer."
+        )
     noise = torch.rand(len(mass), generator=torch.Generator().manual_seed(seed))
     free = mass * (1 + 0.1 * noise)
     free[list(chosen)] = float("inf")

@@ -25,6 +25,7 @@ from training.clip_sae import (
     ask,
     by_difference,
     by_effect,
+    candidates,
     classifier,
     evaluate,
     fires,
@@ -179,6 +180,16 @@ def test_the_control_has_as_many_other_features_of_the_same_mass():
     assert not set(other) & set(chosen)
     assert float(mass[other].sum()) == pytest.approx(float(mass[chosen].sum()), rel=0.25)
     assert alike(sae, seen["clean"], chosen, seed=0) == other
+
+
+def test_of_more_than_half_there_is_no_control_so_no_such_candidate():
+    """Found on two threads: 1,500 of 2,048 won on val, and the control of 548 others took some twice."""
+    sae, seen = planted_pairs()
+    F = len(sae.bias)
+    with pytest.raises(ConfigError, match=f"{F // 2 + 1} of {F} are chosen"):
+        alike(sae, seen["clean"], range(F // 2 + 1), seed=0)
+    c = replace(TINY, ranks=("difference",), counts=(2, F // 2 + 1))
+    assert [row["count"] for row, _ in candidates(None, c, 1, sae, seen, None)] == [2]
 
 
 def test_the_mean_direction_takes_the_difference_of_means_away():
