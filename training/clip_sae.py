@@ -5,7 +5,7 @@ chosen set of features at a middle layer, the rest of the activation kept, takes
 word, the ground behind a bird, gender behind hair) and hardly anything else; random features do nothing.
 
     patchbay fit clip_sae/tiny          # a random tower: seconds on a CPU
-    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 6 minutes on 2 quiet cores
+    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 7 minutes on 2 quiet cores
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     python -m training.clip_sae FOLDER REPORT.json [SEED [IMAGES]]    # a sealed patch on test beside controls and
@@ -147,7 +147,7 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 600, 1000), gates=GateConfig(steps=200, keep=30),
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 300, 600), gates=GateConfig(steps=200, keep=30),
         fit_images=1024,
     ),
     "demo": Config(
