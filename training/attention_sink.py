@@ -42,6 +42,7 @@ from registry.config import STRICT
 from registry.errors import PatchError
 from registry.manifest import Manifest, canonical
 from training.data import text
+from training.intervals import ratio_interval, wilson
 
 Context = Literal["chat", "prefix", "bos"]
 RISE = 2.0
@@ -681,23 +682,6 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
         tqdm.write(f"{name}: {json.dumps(row)}")
     model.close()
     return results
-
-
-def wilson(right: list[bool]) -> list[float]:
-    """Share, 95 % Wilson interval, n."""
-    n, k, z = len(right), sum(right), 1.96
-    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
-
-
-def ratio_interval(a: list[tuple[float, int]], b: list[tuple[float, int]]) -> list[float]:
-    """Perplexity of a over b, 95 % bootstrap interval over documents, tokens."""
-    rng = torch.Generator().manual_seed(0)
-    d = torch.tensor([(x[0] - y[0], x[1]) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
-    picks = torch.randint(len(a), (2000, len(a)), generator=rng)
-    means = (d[picks, 0].sum(1) / d[picks, 1].sum(1)).exp().sort().values
-    whole = float((d[:, 0].sum() / d[:, 1].sum()).exp())
-    return [round(v, 5) for v in (whole, float(means[50]), float(means[-51]))] + [int(d[:, 1].sum())]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from registry.errors import ConfigError
 from registry.manifest import Manifest, canonical
 from training import labels, tasks
 from training.data.images import Dataset
+from training.intervals import wilson
 from training.lab import pool as lab_pool
 from training.lab import worlds
 from training.lab.probes import PROBES, Probe
@@ -61,7 +62,6 @@ from training.tasks import (
     outcomes,
     pictures,
     seal_labels,
-    wilson,
     worth,
 )
 from training.textspan import Moments, Span, moments, read_pool, spans

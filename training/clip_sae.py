@@ -54,6 +54,7 @@ from training.data import images as readers
 from training.data.images import Dataset
 from training.defences import DEFENCES, Defence, judge, pairs
 from training.gates import GateConfig, Lesson, learn
+from training.intervals import wilson
 from training.lab import atlas
 from training.sae import BINS, Quality, SAEConfig, activations, principal_variance, train
 from training.steerability import Steerability, after_block, after_last_block, rest
@@ -71,7 +72,6 @@ from training.tasks import (
     pictures,
     seal_labels,
     share,
-    wilson,
     world,
     worth,
 )

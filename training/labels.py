@@ -30,7 +30,7 @@ from torch import Tensor
 
 from registry.config import STRICT
 from registry.errors import BadRequest, ConfigError, NotFound, NotReady
-from training.tasks import wilson
+from training.intervals import wilson
 from training.textspan import RANK, Moments, Span, basis
 
 NONE = "none"

@@ -58,6 +58,7 @@ from registry.config import STRICT
 from registry.manifest import Manifest, canonical
 from training import tasks
 from training.data.images import Dataset
+from training.intervals import wilson
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
 from training.neuron_masks import compare
@@ -76,7 +77,6 @@ from training.tasks import (
     outcomes,
     pictures,
     seal_labels,
-    wilson,
     world,
     worth,
 )

@@ -244,13 +244,6 @@ def evaluate(model: PatchedModel, config: Asked, arm: str | None) -> dict[str, f
     return out
 
 
-def wilson(yes: Tensor) -> list[float]:
-    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
-    n, k, z = len(yes), float(yes.float().sum()), 1.96
-    center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
-
-
 def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
     """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice. ConfigError if fewer
     others are left than are chosen."""

@@ -139,14 +139,5 @@ def test_attention_shares_are_shares_and_the_model_attends_as_before(base):
     assert base.model.config._attn_implementation == before
 
 
-def test_intervals_contain_what_they_are_of():
-    share, low, high, n = job.wilson([True] * 48 + [False] * 2)
-    assert low < share == 0.96 < high <= 1.0
-    assert n == 50
-    ratio, low, high, tokens = job.ratio_interval([(10.0, 5), (12.0, 5)], [(10.0, 5), (11.0, 5)])
-    assert low <= ratio <= high
-    assert (ratio, tokens) == (pytest.approx(1.10517, abs=1e-4), 10)
-
-
 def test_words_for_fitting_and_testing_are_disjoint(base):
     assert not set(job._fit_words(base, TINY)) & set(job._test_words(base, TINY))

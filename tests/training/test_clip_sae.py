@@ -352,12 +352,6 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
     torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config).weights)
 
 
-def test_wilson_is_the_textbook_interval():
-    yes = torch.cat([torch.ones(45), torch.zeros(5)])
-    assert tasks.wilson(yes) == [0.9, 0.7864, 0.9565, 50]
-    assert tasks.wilson(torch.zeros(10))[1] == 0.0
-
-
 @pytest.mark.parametrize("layer", [0, 2])
 def test_as_many_neurons_and_random_directions_as_features_are_held_against_each_other(tiny_clip, layer):
     config = replace(TINY, layers=(layer,), steer_features=20, steer_strengths=(0.0, 2.0))
