@@ -66,10 +66,9 @@ def resized(x: Tensor, side: int) -> Tensor:
     return made.reshape(*x.shape[:-2], side, side)
 
 
-def mask(x: Tensor, threshold: Threshold, side: int, clip_at_zero: bool = False) -> Tensor:
-    """(..., side, side) bool of maps (..., g, g). clip_at_zero: what speaks against the text counts as nothing."""
-    full = resized(x, side)
-    full = scaled(full.clamp_min(0) if clip_at_zero else full)
+def mask(x: Tensor, threshold: Threshold, side: int) -> Tensor:
+    """(..., side, side) bool of maps (..., g, g)."""
+    full = scaled(resized(x, side))
     if threshold == "half":
         return full > 0.5
     if threshold == "mean":

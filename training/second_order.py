@@ -56,12 +56,11 @@ from patches.second_order import (
 from registry import config as configs
 from registry.config import STRICT
 from registry.manifest import Manifest, canonical
-from training import tasks
+from training import segmentation, tasks
 from training.data.images import Dataset
 from training.intervals import wilson
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
-from training.neuron_masks import compare
 from training.omp import AtomNorm, atoms, pursue
 from training.semantic import attack
 from training.tasks import (
@@ -651,7 +650,7 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
         out.write_text(json.dumps(results, indent=1))
     reader = Reader.of(base, load_neurons(folder))
     if not config.data:
-        results["masks"] = compare(reader, "val", "test", config.test_images, config.seed)
+        results["masks"] = segmentation.lab(base, "test", config.test_images, config.seed, reader)
         out.write_text(json.dumps(results, indent=1))
         results["misleading"] = attack(reader, seed=config.seed)
         out.write_text(json.dumps(results, indent=1))

@@ -1,26 +1,37 @@
-"""How well maps of heads find the thing: direct effects, raw attention and what one head says, on one table.
+"""How well maps find the thing: direct effects of heads, neurons, raw attention and a map that finds nothing, on one
+table.
 
 Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one, its map less
-the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean.
-Pixel accuracy, mean intersection over union of thing and ground, mean average precision; and how often the map is
-highest in the thing.
+the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean
+(or, as arXiv 2406.04341 does, half-way between its least and its largest). Pixel accuracy, mean intersection over union
+of thing and ground, mean average precision; and how often the map is highest in the thing. Ways:
+
+- `direct effects`: what all heads add to the class, by the patch they read (2310.05916); of the last four layers;
+- `raw attention`: the class token's, mean over heads, of the last layer or of all;
+- `neurons, raw`: activations of the 200 neurons whose direction says the class most (2406.04341, as published); times
+  their sign; times how much they say it;
+- `neurons, effect` (ours): what all neurons add to the class through later heads, by the patch they fire at.
 
 Of the lab two tables: single things, and one of three things, asked for by its name. A picture of one thing is found by
 looking at all, whatever was asked; among several only a map that answers the question can find the one.
 
-    python -m training.segmentation lab:clip REPORT.json                    # the lab's masks
-    python -m training.segmentation open-clip:ViT-L-14/laion2b_s32b_b82k REPORT.json /folder/of/imagenet-seg NAMES.txt
+    python -m training.segmentation lab:clip REPORT.json                        # the lab's masks
+    python -m training.segmentation lab:clip REPORT.json --neurons FOLDER       # and the neurons of a second_order fit
+    python -m training.segmentation open-clip:ViT-L-14/laion2b_s32b_b82k REPORT.json --data FOLDER NAMES.txt
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,19 +39,27 @@ from patches import heatmap
 from patches.bases import Base, clip, load_base
 from patches.direct import Lens
 from patches.heatmap import Threshold
+from patches.neuron_cards import Reader, Vote, load_neurons, segment
 from training.data.images import READERS, Dataset
 from training.lab import worlds
 from training.textspan import read_pool
 
+CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half"}
+"""what a row's name ends with -> where its map is cut"""
+VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
 
-def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean", clip_at_zero: bool = True) -> dict[str, Tensor]:
+Way = Callable[[Tensor, Tensor], Tensor]
+"""pictures as the processor makes them (B, 3, h, w), classes (B,) -> maps (B, g, g), 0 for nothing"""
+
+
+def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
     """Per picture (B,): pixel accuracy, intersection over union of thing and of ground, their mean, average precision,
     and whether the highest point is in the thing.
 
     got (B, g, g) maps, mask (B, S, S) bool.
     """
     side = mask.shape[-1]
-    cut = heatmap.mask(got, threshold, side, clip_at_zero)
+    cut = heatmap.mask(got, threshold, side)
     out = {"accuracy": (cut == mask).float().mean((1, 2))}
     for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
         out[name] = (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
@@ -60,69 +79,103 @@ def average_precision(score: Tensor, right: Tensor) -> Tensor:
     return (precision * hit).sum() / hit.sum().clamp_min(1)
 
 
-def ways(lens: Lens, weights: Tensor) -> Mapping[str, Callable[[Tensor, Tensor | None], Tensor]]:
-    """name -> pictures as the processor makes them (B, 3, h, w) and classes (B,), None for what the model says ->
-    maps (B, g, g). weights (k, C): a classifier."""
+def ways(lens: Lens, weights: Tensor, reader: Reader | None = None, count: int = 200) -> dict[str, Way]:
+    """name -> way. weights (k, C): a classifier; count: neurons that vote."""
+    mean = weights.mean(1)
 
-    def direct(x: Tensor, which: Tensor | None, layers: Sequence[int] | None = None) -> Tensor:
-        if which is None:
-            which = (clip.embed_images(lens.base, x, batch=len(x)) @ weights).argmax(1)
-        T = (weights[:, which] - weights.mean(1, keepdim=True)).T  # (B, k)
+    def direct(x: Tensor, which: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        T = weights[:, which].T - mean  # (B, k)
         heads = None if layers is None else [(i, h) for i in layers for h in range(lens.heads)]
-        return torch.stack([heatmap.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))])
+        made = [heatmap.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))]
+        return torch.stack(made).clamp_min(0)
+
+    def neurons(x: Tensor, which: Tensor, vote: Vote) -> Tensor:
+        assert reader is not None
+        said, place = torch.unique(which, return_inverse=True)
+        texts = weights.T[said]
+        # as the direct way: what all classes share says nothing of where this one is. Voters are chosen by the class
+        texts = texts - mean if vote == "effect" else nnf.normalize(texts, dim=1)
+        maps = segment(reader, x, texts, count, vote)[torch.arange(len(x)), place]
+        return maps.clamp_min(0) if vote == "effect" else maps
 
     last = range(max(0, lens.layers - 4), lens.layers)
-    return {
+    out: dict[str, Way] = {
         "direct effects": direct,
         "direct effects, last four layers": lambda x, which: direct(x, which, last),
         "raw attention, last layer": lambda x, _: heatmap.attention(lens, x),
         "raw attention, all layers": lambda x, _: heatmap.attention(lens, x, range(lens.layers)),
     }
+    if reader is not None:
+        count = min(count, sum(len(one.told) for one in reader.cards.layers.values()))
+        out |= {f"neurons, {vote}": partial(neurons, vote=vote) for vote in VOTES}
+    side = lens.base.model.visual.grid_size
+    return {**out, "nothing is found": lambda x, _: x.new_ones(len(x), *side)}
 
 
 def table(
-    base: Base, data: Dataset, classes: Sequence[str], batch: int = 16, named: bool = False
+    base: Base,
+    data: Dataset,
+    classes: Sequence[str],
+    batch: int = 16,
+    named: bool = False,
+    reader: Reader | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """way -> score -> [mean, half of a 95 % interval, n]; and "all", a map that says the thing is everywhere.
+    """way and cut -> score -> [mean, half of a 95 % interval, n].
 
     named: the map of each picture's own label is asked for, not of the class that is predicted.
     """
-    lens = Lens(base)
     found: dict[str, dict[str, list[Tensor]]] = {}
+    weights = clip.zero_shot(base, classes)
+    how = ways(Lens(base), weights, reader)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part in tqdm(data.batches(batch), "segmentation", disable=None, leave=False):
+        for part in tqdm(data.batches(batch), data.name, total=-(-len(data) // batch), disable=None, leave=False):
             there = part.extras["mask"].flatten(1).any(1)
             yield part.image[there], part.extras["mask"][there], part.label[there]
 
-    how = ways(lens, clip.zero_shot(base, classes))
     for image, mask, label in batches():
         x = base.processor.image(image).to(base.device)
+        which = label.to(x.device) if named else (clip.embed_images(base, x, batch=len(x)) @ weights).argmax(1)
         for name, make in how.items():
-            for key, value in scores(make(x, label.to(x.device) if named else None).cpu(), mask.cpu()).items():
-                found.setdefault(name, {}).setdefault(key, []).append(value)
-        middle = torch.ones_like(mask, dtype=torch.float32).cpu()
-        for key, value in scores(middle, mask.cpu(), "half").items():
-            found.setdefault("nothing is found", {}).setdefault(key, []).append(value)
+            got = make(x, which).cpu()
+            for ending, cut in CUTS.items():
+                row = found.setdefault(name + ending, {})
+                for key, value in scores(got, mask.cpu(), cut).items():
+                    row.setdefault(key, []).append(value)
     out: dict[str, dict[str, Any]] = {}
-    for name, row in found.items():
-        for key, parts in row.items():
+    for name, columns in found.items():
+        for key, parts in columns.items():
             v = torch.cat(parts)
             half = 1.96 * float(v.std()) / len(v) ** 0.5
             out.setdefault(name, {})[key] = [round(float(v.mean()), 4), round(half, 4), len(v)]
     return out
 
 
+def lab(base: Base, split: worlds.Split, n: int, seed: int = 0, reader: Reader | None = None) -> dict[str, Any]:
+    """The lab's two tables."""
+    single, crowd = worlds.imagenet(split, n, seed), worlds.coco(split, n, seed)
+    return {
+        "single things": table(base, single, worlds.imagenet_classes(), reader=reader),
+        "one of three things": table(base, crowd, worlds.coco_classes(), named=True, reader=reader),
+    }
+
+
 def main(words: Sequence[str]) -> None:
-    base = load_base(words[0], "clip")
+    parser = argparse.ArgumentParser(prog="python -m training.segmentation")
+    parser.add_argument("base", help="reference of a CLIP")
+    parser.add_argument("report", type=Path, help="JSON file to write")
+    parser.add_argument("--neurons", type=Path, help="folder of a second_order fit")
+    parser.add_argument("--data", nargs=2, metavar=("FOLDER", "NAMES"), help="ImageNet-Seg's layout, and class names")
+    asked = parser.parse_args(words)
+    base = load_base(asked.base, "clip")
     base.model.requires_grad_(False)
-    tables: dict[str, dict[str, dict[str, Any]]] = {}
-    if len(words) > 3:
-        tables["things"] = table(base, READERS["imagenet_seg"](words[2]), read_pool(words[3]))
+    reader = Reader.of(base, load_neurons(asked.neurons)) if asked.neurons else None
+    if asked.data:
+        folder, names = asked.data
+        tables = {"things": table(base, READERS["imagenet_seg"](folder), read_pool(names), reader=reader)}
     else:
-        tables["single things"] = table(base, worlds.imagenet("test", 300), worlds.imagenet_classes())
-        tables["one of three things"] = table(base, worlds.coco("test", 300), worlds.coco_classes(), named=True)
-    Path(words[1]).write_text(json.dumps(tables, indent=1))
+        tables = lab(base, "test", 300, reader=reader)
+    asked.report.write_text(json.dumps(tables, indent=1))
     for title, got in tables.items():
         for name, row in got.items():
             sys.stdout.write(f"{title}, {name}: {row}\n")

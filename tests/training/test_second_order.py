@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patches import artifact
+from patches import artifact, heatmap
 from patches.bases import clip
 from patches.neuron_cards import (
     Layer,
@@ -24,9 +24,8 @@ from patches.neurons import NeuronEdit
 from patches.read import record
 from patches.second_order import directions, lens, look, scalars
 from registry.errors import BadArtifact, BadRequest, NotFound
-from training import second_order
+from training import second_order, segmentation
 from training.lab import worlds
-from training.neuron_masks import Counts, laid_over
 from training.omp import atoms, pursue
 from training.second_order import RECIPES, alike, fit, margins, patch_of, rank, read
 from training.tasks import classifier, pictures
@@ -123,7 +122,7 @@ def test_the_planted_neuron_segments_what_it_means(reader, planted, vote):
     assert voters(reader.cards, red[0], 1)[0][1].tolist() == [NEURON]
     sign = float((reader.cards.layers[LAYER].known.direction[NEURON] @ red[0]).sign())
     maps = segment(reader, planted.processor.image(images), red, 1, vote)[:, 0]
-    said = laid_over(maps if vote == "raw" else sign * maps, (32, 32)) > 0.5
+    said = heatmap.mask(maps if vote == "raw" else sign * maps, "half", 32)
     iou = (said & mask).sum((1, 2)) / (said | mask).sum((1, 2))
     print(f"IoU of the planted neuron, {vote}: mean {float(iou.mean()):.3f}, least {float(iou.min()):.3f}")
     assert float(iou.min()) > 0.9
@@ -310,12 +309,8 @@ def test_any_file_of_texts_is_a_pool(tmp_path):
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_perfect_map_scores_one_and_its_opposite_nothing():
-    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
-    mask[:, 2:5, 3:6] = True
-    good, bad = Counts(), Counts()
-    good.add(mask.float(), mask, "0.5")
-    bad.add(1 - mask.float(), mask, "0.5")
-    assert good.result() == {"pixel_accuracy": 1.0, "miou": 1.0, "iou": 1.0, "map": 1.0}
-    assert bad.result()["miou"] == 0.0
-    assert bad.result()["pixel_accuracy"] == 0.0
+def test_neurons_stand_on_the_table_of_masks_beside_heads_and_attention(reader, planted):
+    got = segmentation.table(planted, worlds.imagenet("test", 5), WORDS[:4], reader=reader)
+    ways = [*(f"neurons, {vote}" for vote in segmentation.VOTES), "direct effects", "raw attention, last layer"]
+    assert {way + cut for way in ways for cut in segmentation.CUTS} <= got.keys()
+    assert all(row["iou"][2] == 5 and 0 <= row["iou"][0] <= 1 for row in got.values())

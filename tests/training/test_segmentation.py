@@ -16,7 +16,7 @@ def test_a_perfect_map_scores_one_and_its_opposite_nothing():
     got = scores(mask.float()[:, ::4, ::4], mask, "half")
     assert got["iou"].min() > 0.9
     assert got["precision"].min() > 0.95
-    wrong = scores(-mask.float()[:, ::4, ::4], mask, "half", clip_at_zero=False)
+    wrong = scores(-mask.float()[:, ::4, ::4], mask, "half")
     assert wrong["iou"].max() < 0.05
 
 
