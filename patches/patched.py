@@ -21,6 +21,8 @@ class PatchedModel:
 
     def __init__(self, base: Base, patches: Mapping[str, Patch] | None = None) -> None:
         self.base = base
+        self.folder: Path | None = None
+        """the sealed folder it was loaded from, for what else is in it"""
         arms = {name: patch.to(base.device) for name, patch in (patches or {}).items()}
         self.applied: Applied = apply(base.model, arms, root=base.root)
 
@@ -33,7 +35,9 @@ class PatchedModel:
             base = load_base(base or about.base.rpartition("@")[0], system(about.system).families[0], device)
         if about.base_digest != base.digest:
             raise WrongBase(f"{folder} was made from {about.base}, not from {base.label}. Fit it again on this base.")
-        return cls(base, {ONLY: patch})
+        model = cls(base, {ONLY: patch})
+        model.folder = folder
+        return model
 
     def __call__(self, rows: Sequence[str | None] | None = None, **inputs: Any) -> Any:
         """The base's own forward by keyword, rows as `Applied.rows`. Gradients off."""

@@ -478,7 +478,7 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
     }
     splits = ["test", *([] if config.data else ["held"])]
     sets = {split: pictures(config, split, config.test_images) for split in splits}
-    by = {split: classifier(base, config, s["clean"]) for split, s in sets.items()}
+    by = {split: classifier(base, config, s["clean"], folder=folder) for split, s in sets.items()}
     for name, arm in tqdm(arms.items(), "arms", disable=None):
         row: dict[str, Any] = {}
         for split in splits:

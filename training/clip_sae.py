@@ -748,7 +748,7 @@ def report(folder: Path, out: Path, seed: int = 0, images: int = 0) -> dict[str,
         row: dict[str, Any] = {"about": dict(defence.about) if defence else {}}
         for split, mine in sets.items():
             with defence.patch.apply(base.model, defence.strength) if defence else nullcontext():
-                by = classifier(base, config, mine["clean"], defence.templates if defence else clip.TEMPLATES)
+                by = classifier(base, config, mine["clean"], defence.templates if defence else clip.TEMPLATES, folder)
                 said = {k: ask(base, config, d, by) for k, d in mine.items()}
             row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
             if "average" in row[split]:

@@ -644,7 +644,7 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
         for split in ("test", *(["held"] if not config.data else [])):
             sets = pictures(config, split, config.test_images)
             with arm.apply(base.model, root=base.root) if arm else nullcontext():
-                by = classifier(base, config, sets["clean"])
+                by = classifier(base, config, sets["clean"], folder=folder)
                 said = {k: ask(base, config, d, by) for k, d in sets.items()}
             row[split] = {k: wilson(v) for k, v in outcomes(config, said).items()}
         out.write_text(json.dumps(results, indent=1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patches.bases import Base, clip
-from patches.label_set import LabelSet, save_label_set
+from patches.label_set import FILE, LabelSet, load_label_set, save_label_set
 from patches.patched import PatchedModel
 from registry.errors import ConfigError
 from training.data import images as readers
@@ -92,11 +92,22 @@ def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: A
     return Dataset(whole.name, whole.split, whole.classes, len(order), about, lambda rows: whole.read(order[rows]))
 
 
-def classifier(base: Base, config: Asked, data: Dataset, templates: Sequence[str] = clip.TEMPLATES) -> LabelSet:
+def classifier(
+    base: Base,
+    config: Asked,
+    data: Dataset,
+    templates: Sequence[str] = clip.TEMPLATES,
+    folder: Path | None = None,
+) -> LabelSet:
     """What tells the task's classes apart: a probe, or zero-shot, where the lab's birds are asked for by the names of
-    their kinds. Blond or not is the mean of the names people are drawn as: hair is no kind of person to this model."""
+    their kinds. Blond or not is the mean of the names people are drawn as: hair is no kind of person to this model.
+
+    folder: of the sealed patch that is measured; its probe is the one that is served, so that one is taken."""
     if config.classifier == "probe":
-        return probe(base, config)
+        if folder is None or not (folder / FILE).is_file():
+            return probe(base, config)
+        one = load_label_set(folder)
+        return LabelSet(one.labels, one.weights.to(base.device))
     if config.task == "waterbirds" and not config.data:
         labels, names = _kinds()
         return LabelSet(labels, clip.embed_texts(base, names, templates).T)
@@ -236,7 +247,7 @@ def evaluate(model: PatchedModel, config: Asked, arm: str | None) -> dict[str, f
     out: dict[str, float] = {}
     for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
         sets = pictures(config, split, config.test_images)
-        by = classifier(model.base, config, sets["clean"])
+        by = classifier(model.base, config, sets["clean"], folder=model.folder)
         with model.applied.rows([arm]):  # one name stands for all rows of every batch
             said = {k: ask(model.base, config, d, by) for k, d in sets.items()}
         for key, value in metrics(config, said).items():

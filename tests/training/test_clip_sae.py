@@ -9,7 +9,7 @@ import torch
 from patches import artifact
 from patches.bases import clip
 from patches.features import SAE, edit, load_sae, save_sae
-from patches.label_set import LabelSet, load_label_set
+from patches.label_set import LabelSet, load_label_set, save_label_set
 from patches.patch import ONLY
 from patches.patched import PatchedModel
 from registry import manifest
@@ -350,6 +350,19 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
     one = load_label_set(tmp_path)
     assert one.classes == ("landbird", "waterbird")
     torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config).weights)
+    # what is measured is what is sealed, not what a fit here and now would give
+    shutil.copytree(tmp_path, other := tmp_path.parent / "other")
+    save_label_set(LabelSet(one.labels, -one.weights), other)
+    data = pictures(config, "val", 2)["clean"]
+    assert classifier(tiny_clip, config, data, folder=other).weights.equal(-one.weights)
+    assert classifier(tiny_clip, config, data, folder=tmp_path).weights.equal(one.weights)
+    model = PatchedModel.load(tmp_path, tiny_clip)
+    try:
+        mine = evaluate(model, config, None)
+        model.folder = other
+        assert evaluate(model, config, None) != mine
+    finally:
+        model.close()
 
 
 @pytest.mark.parametrize("layer", [0, 2])
