@@ -84,7 +84,8 @@ class Segment(BaseModel):
     """contrastive: where the picture is rather the text than this"""
     heads: Heads | None = None
     """by default all"""
-    threshold: Threshold = "mean"
+    threshold: Threshold = "otsu"
+    """of what speaks for the text; mean: the protocol of the literature, which takes half of every picture"""
     format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
     side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
     """pixels of mask and overlay"""

@@ -81,10 +81,10 @@ class Segment(BaseModel):
     way: Literal["neurons"] = "neurons"
     neurons: Annotated[int, Field(ge=1, le=MAX_NEURONS)] = SEGMENT_NEURONS
     """how many vote; fewer if there are fewer"""
-    vote: Vote = "signed"
+    vote: Vote = "effect"
     """raw: mean activation, as published; signed, weighted: by what a neuron says of the text; effect: what all
     neurons of these layers add to the text through later heads, by patch"""
-    threshold: Threshold = "half"
+    threshold: Threshold = "otsu"
     format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
     side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
     """pixels of mask and overlay"""

@@ -107,16 +107,27 @@ def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
 def drawn(
     picture: Tensor, x: Tensor, threshold: Threshold, side: int, formats: Sequence[Literal["floats", "rle", "png"]]
 ) -> dict[str, Any]:
-    """A map (g, g) of a picture (3, h, w) in 0..1 as an answer tells it: what its mask covers, the rest as asked."""
-    cut = mask(x, threshold, side)
+    """A map (g, g) of a picture (3, h, w) in 0..1 as an answer tells it: what its mask covers, the rest as asked.
+
+    What is below zero speaks against the text and is never of the mask; in the picture the mask has a white outline.
+    """
+    cut = mask(x.clamp_min(0), threshold, side)
     out: dict[str, Any] = {"grid": list(x.shape), "covered": float(cut.float().mean())}
     if "floats" in formats:
         out["floats"] = x.tolist()
     if "rle" in formats:
         out["rle"] = runs(cut)
     if "png" in formats:
-        out["png"] = png(overlay(picture, x, side))
+        shown = overlay(picture, x, side)
+        shown[:, outline(cut)] = 255
+        out["png"] = png(shown)
     return out
+
+
+def outline(m: Tensor) -> Tensor:
+    """The pixels of a mask (h, w) that touch what is not of it."""
+    around = torch.nn.functional.max_pool2d((~m).float()[None], 3, 1, 1)[0]
+    return m & around.bool()
 
 
 def png(picture: Tensor) -> str:

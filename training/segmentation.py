@@ -2,9 +2,10 @@
 table.
 
 Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one, its map less
-the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean
-(or, as arXiv 2406.04341 does, half-way between its least and its largest). Pixel accuracy, mean intersection over union
-of thing and ground, mean average precision; and how often the map is highest in the thing. Ways:
+the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean.
+Beside it half-way between its least and its largest, as arXiv 2406.04341 cuts, and Otsu's threshold, as services cut.
+Pixel accuracy, mean intersection over union of thing and ground, mean average precision; and how often the map is
+highest in the thing. Ways:
 
 - `direct effects`: what all heads add to the class, by the patch they read (2310.05916); of the last four layers;
 - `raw attention`: the class token's, mean over heads, of the last layer or of all;
@@ -44,7 +45,7 @@ from training.data.images import READERS, Dataset
 from training.lab import worlds
 from training.textspan import read_pool
 
-CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half"}
+CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half", ", cut by Otsu": "otsu"}
 """what a row's name ends with -> where its map is cut"""
 VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
 

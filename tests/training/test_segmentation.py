@@ -1,7 +1,12 @@
 """Scores of maps against masks at their extremes, and the table on a tiny base."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from patches import heatmap
 from patches.bases import clip
@@ -64,6 +69,26 @@ def test_runs_and_thresholds_say_the_same_mask():
     two[:2] = 1.0
     assert heatmap.mask(two, "otsu", 4).equal(two.bool())
     assert not heatmap.mask(torch.zeros(4, 4), "half", 8).any()
+
+
+def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
+    """Half of a map of two lobes speaks against: by its mean over all it would be part of the mask."""
+    x = -torch.ones(6, 6)
+    x[1:3, 1:3] = 4.0
+    x[:, 5] = -9.0
+    got = heatmap.drawn(torch.full((3, 12, 12), 0.5), x, "mean", 24, ["floats", "rle", "png"])
+    want = heatmap.mask(x.clamp_min(0), "mean", 24)
+    assert got["rle"] == heatmap.runs(want)
+    assert got["covered"] == pytest.approx(float(want.float().mean()))
+    assert got["covered"] < 0.5 * float(heatmap.mask(x, "mean", 24).float().mean())
+    assert got["floats"] == x.tolist()
+    line = heatmap.outline(want)
+    shown = torch.from_numpy(np.asarray(Image.open(io.BytesIO(base64.b64decode(got["png"].split(",")[1]))))).permute(
+        2, 0, 1
+    )
+    assert bool((shown[:, line] == 255).all())
+    assert 0 < int(line.sum()) < int(want.sum())
+    assert not bool((line & ~want).any())
 
 
 def test_the_table_has_every_way_with_its_n(tiny_clip):
