@@ -83,7 +83,7 @@ def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
     assert got["covered"] < 0.5 * float(heatmap.mask(x, "mean", 24).float().mean())
     assert got["floats"] == x.tolist()
     line = heatmap.outline(want)
-    shown = torch.from_numpy(np.asarray(Image.open(io.BytesIO(base64.b64decode(got["png"].split(",")[1]))))).permute(
+    shown = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(got["png"].split(",")[1]))))).permute(
         2, 0, 1
     )
     assert bool((shown[:, line] == 255).all())
