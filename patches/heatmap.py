@@ -21,6 +21,8 @@ from registry.errors import BadRequest
 
 Threshold = Literal["mean", "half", "otsu"]
 """of the map between 0 and 1: its mean, 0.5, or what parts it best in two"""
+FOR, AGAINST = (0.85, 0.12, 0.12), (0.1, 0.25, 0.9)
+"""red and blue, of 1"""
 
 
 @torch.no_grad()
@@ -97,11 +99,14 @@ def runs(m: Tensor) -> dict[str, object]:
 
 
 def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
-    """(3, side, side) uint8: the picture (3, h, w) in 0..1, greyed, under its map (g, g), from blue (little) to red."""
+    """(3, side, side) uint8: the picture (3, h, w) in 0..1, greyed, under its map (g, g): red above zero, blue below,
+    the more so the farther; grey where it says nothing."""
     grey = resized(picture.float(), side).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
-    v = resized(scaled(x), side)
-    heat = torch.stack([(1.5 - (v * 4 - c).abs()).clamp(0, 1) for c in (3.0, 2.0, 1.0)])
-    return ((0.55 * grey + 0.45 * heat) * 255).round().clamp(0, 255).to(torch.uint8)
+    v = resized(x.to(grey), side)
+    v = v / v.abs().max().clamp_min(1e-12)
+    tint = torch.where(v > 0, grey.new_tensor(FOR)[:, None, None], grey.new_tensor(AGAINST)[:, None, None])
+    much = 0.8 * v.abs()
+    return (((1 - much) * grey + much * tint) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def drawn(

@@ -91,6 +91,16 @@ def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
     assert not bool((line & ~want).any())
 
 
+def test_a_map_is_red_for_blue_against_and_grey_where_it_says_nothing():
+    x = torch.zeros(3, 3)
+    x[0, 0], x[2, 2] = 2.0, -1.0
+    red, green, blue = heatmap.overlay(torch.full((3, 9, 9), 0.5), x, 9).int()
+    assert red[0, 0] > 180 > 80 > blue[0, 0]
+    assert blue[8, 8] > red[8, 8]
+    assert red[4, 4] == green[4, 4] == blue[4, 4] == 128
+    assert red[0, 0] - blue[0, 0] > blue[8, 8] - red[8, 8]  # one scale for both
+
+
 def test_the_table_has_every_way_with_its_n(tiny_clip):
     got = table(tiny_clip, worlds.imagenet("test", 6), worlds.imagenet_classes()[:5])
     assert {"direct effects", "raw attention, last layer", "nothing is found"} <= got.keys()
