@@ -64,6 +64,7 @@ from training.tasks import (
     Answers,
     Classifier,
     Task,
+    affordable,
     ask,
     classifier,
     metrics,
@@ -460,8 +461,7 @@ def candidates(
             free[differ[config.gates.among :]] = False
         gates = learn(config.gates, sae, hard, kept, edited, free, f"gates of layer {layer}")
     for how, order in orders(base, config, layer, sae, seen, by, gates).items():
-        room = min(len(order), len(sae.bias) // 2)  # as many others must be left for the control
-        counts = [n for n in config.counts if n <= room] or [room]
+        counts = [n for n in affordable(config.counts, len(sae.bias)) if n <= len(order)] or [len(order)]
         for count in tqdm(counts, f"layer {layer}, {how}", disable=None, leave=False):
             chosen, site = order[:count].tolist(), clip.site(config.hook, layer)
             row = {"layer": layer, "rank": how, "count": count}

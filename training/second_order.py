@@ -68,6 +68,7 @@ from training.tasks import (
     Answers,
     Classifier,
     Task,
+    affordable,
     ask,
     classifier,
     evaluate,
@@ -473,12 +474,12 @@ CONTROL = "control.safetensors"
 
 
 def candidates(config: Config, lenses: Mapping[int, Lens]) -> Iterator[tuple[int, Edit, int]]:
-    """(layer, edit, number of neurons)."""
+    """(layer, edit, number of neurons); a control takes as many others."""
     rows = [
         (layer, edit, n)
         for layer, at in lenses.items()
         for edit in config.edits
-        for n in ([n for n in config.counts if n <= at.neurons] or [at.neurons])
+        for n in affordable(config.counts, at.neurons)
     ]
     yield from tqdm(rows, "candidates", disable=None, leave=False)
 

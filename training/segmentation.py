@@ -54,22 +54,25 @@ Way = Callable[[Tensor, Tensor], Tensor]
 
 
 def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
-    """Per picture (B,): pixel accuracy, intersection over union of thing and of ground, their mean, average precision,
-    and whether the highest point is in the thing.
+    """Per picture (B,) of a map that is cut: pixel accuracy, intersection over union of thing and ground, and mean.
 
     got (B, g, g) maps, mask (B, S, S) bool.
     """
-    side = mask.shape[-1]
-    cut = heatmap.mask(got, threshold, side)
+    cut = heatmap.mask(got, threshold, mask.shape[-1])
     out = {"accuracy": (cut == mask).float().mean((1, 2))}
     for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
         out[name] = (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
-    out["iou"] = (out["thing"] + out["ground"]) / 2
-    full = heatmap.resized(got, side)
+    return {**out, "iou": (out["thing"] + out["ground"]) / 2}
+
+
+def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Per picture (B,) of a map wherever it is cut: average precision; is its highest point in the thing."""
+    full = heatmap.resized(got, mask.shape[-1])
     pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
-    out["precision"] = torch.stack([average_precision(x, m) for x, m in pairs])
-    out["pointing"] = mask.flatten(1).gather(1, full.flatten(1).argmax(1, keepdim=True))[:, 0].float()
-    return out
+    return {
+        "precision": torch.stack([average_precision(x, m) for x, m in pairs]),
+        "pointing": mask.flatten(1).gather(1, full.flatten(1).argmax(1, keepdim=True))[:, 0].float(),
+    }
 
 
 def average_precision(score: Tensor, right: Tensor) -> Tensor:
@@ -138,10 +141,11 @@ def table(
         x = base.processor.image(image).to(base.device)
         which = label.to(x.device) if named else (clip.embed_images(base, x, batch=len(x)) @ weights).argmax(1)
         for name, make in how.items():
-            got = make(x, which).cpu()
+            got, there = make(x, which).cpu(), mask.cpu()
+            same = order(got, there)
             for ending, cut in CUTS.items():
                 row = found.setdefault(name + ending, {})
-                for key, value in scores(got, mask.cpu(), cut).items():
+                for key, value in {**scores(got, there, cut), **same}.items():
                     row.setdefault(key, []).append(value)
     out: dict[str, dict[str, Any]] = {}
     for name, columns in found.items():

@@ -255,6 +255,11 @@ def evaluate(model: PatchedModel, config: Asked, arm: str | None) -> dict[str, f
     return out
 
 
+def affordable(counts: Sequence[int], among: int) -> list[int]:
+    """Of the counts of things to edit those that leave as many others for a control, or else the most that do."""
+    return [n for n in counts if 2 * n <= among] or [among // 2]
+
+
 def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
     """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice. ConfigError if fewer
     others are left than are chosen."""

@@ -314,3 +314,11 @@ def test_neurons_stand_on_the_table_of_masks_beside_heads_and_attention(reader, 
     ways = [*(f"neurons, {vote}" for vote in segmentation.VOTES), "direct effects", "raw attention, last layer"]
     assert {way + cut for way in ways for cut in segmentation.CUTS} <= got.keys()
     assert all(row["iou"][2] == 5 and 0 <= row["iou"][0] <= 1 for row in got.values())
+
+
+def test_no_candidate_leaves_too_few_neurons_for_its_control(planted):
+    lenses = {LAYER: lens(planted, LAYER)}
+    half = lenses[LAYER].neurons // 2
+    tried = second_order.candidates(replace(TINY, counts=(4, half, half + 1)), lenses)
+    assert {n for _, _, n in tried} == {4, half}
+    assert {n for _, _, n in second_order.candidates(replace(TINY, counts=(half + 1,)), lenses)} == {half}

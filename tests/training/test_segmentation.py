@@ -12,7 +12,7 @@ from patches import heatmap
 from patches.bases import clip
 from patches.direct import Lens
 from training.lab import worlds
-from training.segmentation import average_precision, scores, table, ways
+from training.segmentation import average_precision, order, scores, table, ways
 
 
 def test_a_perfect_map_scores_one_and_its_opposite_nothing():
@@ -20,7 +20,7 @@ def test_a_perfect_map_scores_one_and_its_opposite_nothing():
     mask[:, 8:24, 8:24] = True
     got = scores(mask.float()[:, ::4, ::4], mask, "half")
     assert got["iou"].min() > 0.9
-    assert got["precision"].min() > 0.95
+    assert order(mask.float()[:, ::4, ::4], mask)["precision"].min() > 0.95
     wrong = scores(-mask.float()[:, ::4, ::4], mask, "half")
     assert wrong["iou"].max() < 0.05
 
@@ -36,7 +36,7 @@ def test_what_is_asked_for_by_name_is_the_label_and_not_the_prediction(tiny_clip
     one = heatmap.grid(Lens(tiny_clip), x[3:4], apart[:, batch.label[3:4]].T)[0, 0]
     torch.testing.assert_close(made[3], one)
     got = table(tiny_clip, data, classes, named=True)["direct effects"]
-    want = scores(made, batch.extras["mask"])
+    want = {**scores(made, batch.extras["mask"]), **order(made, batch.extras["mask"])}
     for key, (value, _, n) in got.items():
         assert n == 5
         assert value == pytest.approx(float(want[key].mean()), abs=1e-3)
@@ -47,7 +47,7 @@ def test_a_map_points_at_its_highest_place():
     mask[:, :8, :8] = True
     x = torch.zeros(2, 4, 4)
     x[0, 0, 0] = x[1, 3, 3] = 1.0
-    assert scores(x, mask)["pointing"].tolist() == [1.0, 0.0]
+    assert order(x, mask)["pointing"].tolist() == [1.0, 0.0]
 
 
 def test_average_precision_is_the_share_for_a_flat_order():
