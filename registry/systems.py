@@ -70,8 +70,8 @@ _ROWS = (
            "right 5 %, patched 48 %; clean - 3.6 points (eight random heads: says it 39 %, right 4 %, clean - 11)"),
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
            "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("neurons", "classify"),
-           "lab things found by what neurons add to their names: mIoU .63 (raw activations .39, heads' direct effects "
-           ".69; 500 pictures), in 1 / 8,300 of the paper code's time; no defence: says a wrong word 51 %, patched 50"),
+           "lab things found by what neurons add to their names: mIoU .64 (raw activations .41, heads' direct effects "
+           ".69; 300 pictures), in 1 / 8,300 of the paper code's time; no defence: says a wrong word 51 %, patched 50"),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",
            "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",),
            "SmolLM2-135M predicts a word once more after 1,024 copies: base 28 %, patched 90 % (50 words, chat); "
