@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,6 +40,8 @@ Tokens = Literal["all", "cls", "patches", "mask"]
 EPS = 1e-5
 
 WEIGHTS, ABOUT = "sae_weights.safetensors", "cfg.json"
+ROWS = 256
+"""tokens of which a CPU knows all pre-activations at once: those of more leave its cache"""
 MAX_NUMBERS = 1 << 31
 """in one dictionary; the largest published for CLIP has 2 * 49,152 * 768 = 75 million"""
 
@@ -114,22 +117,19 @@ def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tenso
     return x, 1.0, 0.0
 
 
-GROUP = 8
-
-
 def kth_largest(x: Tensor, k: int) -> Tensor:
-    """(N, 1) the k-th largest of each row of x (N, F).
+    """(N, 1) the k-th largest of each row of x (N, F). Exact, ties and all."""
+    F = x.shape[1]
+    # numpy's quickselect is vectorised, four times as fast as topk, but knows one thread only
+    if _plain(x) and x.dtype == torch.float32 and torch.get_num_threads() < 4:
+        at = np.partition(x.detach().numpy(), F - k, axis=1)[:, F - k : F - k + 1]
+        return torch.from_numpy(at)
+    return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
-    A row's k largest lie in the k groups with the largest maxima, so most of it need not be looked at twice: 2 to 3
-    times as fast as topk over all. Exact, ties and all.
-    """
-    N, F = x.shape
-    if F % GROUP or 2 * k > F // GROUP:
-        return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    groups = x.view(N, GROUP, F // GROUP)  # column j and every F/GROUP-th after it
-    best = groups.amax(1).topk(k, dim=-1, sorted=False).indices
-    near = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
-    return near.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+def _plain(x: Tensor) -> bool:
+    """On a CPU, and not being traced for another runtime."""
+    return type(x) is Tensor and x.is_cpu
 
 
 def _threshold(pre: Tensor, threshold: Tensor | None) -> Tensor:
@@ -267,10 +267,15 @@ class FeatureEdit(Patch):
             return lambda n: _threshold(linear(n, encoder, bias), threshold)
         chosen = torch.tensor(c.features, device=encoder.device)
 
-        def codes(n: Tensor) -> Tensor:
+        def some(n: Tensor) -> Tensor:
             pre = linear(n, encoder, bias)
             mine = pre.index_select(1, chosen)  # ten times as fast as pre[:, chosen]
-            return mine.relu() * (mine >= kth_largest(pre, c.k))
+            return mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
+
+        def codes(n: Tensor) -> Tensor:
+            if not _plain(n) or len(n) <= ROWS:
+                return some(n)
+            return torch.cat([some(part) for part in n.split(ROWS)])
 
         return codes
 

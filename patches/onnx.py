@@ -124,7 +124,13 @@ def _check_parity(folder: Path, base: Base) -> None:
     towers = Towers(folder)
     for name in TOWERS:
         x = _probe(base, name, 5)
-        worst = float((towers(name, x) - _Tower(base.model, name)(x)).abs().max())
+        try:
+            got = towers(name, x)
+        except Exception as e:  # ONNX Runtime's own kinds, one for each way to fail
+            raise PatchError(
+                f"ONNX Runtime cannot run the {name} tower as it was traced ({' '.join(str(e).split())[:200]}). Serve with torch."
+            ) from None
+        worst = float((got - _Tower(base.model, name)(x)).abs().max())
         if not worst <= PARITY:  # also if it is NaN
             raise PatchError(
                 f"ONNX Runtime's {name} embeddings differ from torch's by {worst:.1e}; {PARITY:.0e} is allowed, so "

@@ -144,7 +144,7 @@ _LAB = SAEConfig(features=2048, batch=2048, steps=600, passes=3)
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        base="tiny", layers=(1,), sae=_SMALL, chunk=16, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
+        base="tiny", layers=(1,), sae=_SMALL, chunk=48, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(

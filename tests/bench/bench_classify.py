@@ -25,7 +25,7 @@ from PIL import Image
 from patches import artifact
 from patches.bases import Base, clip, load_base
 from patches.embed import Embedder, Picture
-from patches.features import SAE, FeatureEdit, edit
+from patches.features import SAE, edit
 from patches.onnx import PARITY, prepared
 from patches.patch import Patch, apply
 from registry import ledger as ledgers
@@ -52,6 +52,9 @@ def dictionary(width: int, features: int, activation: str = "relu", seed: int = 
     return SAE(W, torch.zeros(features), W, torch.zeros(width), activation, 32 * (activation == "topk"), threshold)
 
 
+TOP_K = "top-k of 2,048"
+
+
 @dataclass(frozen=True)
 class Eyes:
     """A CLIP and patches on it; `patched` is the one that is served."""
@@ -75,7 +78,7 @@ def eyes() -> Eyes:
         "patched": edit(dictionary(256, 4096, "jumprelu"), site, range(250)),
         "preset of 50": edit(dictionary(256, 4096, "jumprelu"), site, range(50)),
         "top-k of 4,096": edit(dictionary(256, 4096, "topk"), site, range(250)),
-        "top-k of 2,048": edit(dictionary(256, 2048, "topk"), site, range(250)),  # what ships is of this size
+        TOP_K: edit(dictionary(256, 2048, "topk"), site, range(250)),  # what ships is of this size
     }
     return Eyes(base, {k: p.to(DEVICE) for k, p in made.items()}, "clip_sae")
 
@@ -131,18 +134,18 @@ def served(eyes: Eyes, tmp_path_factory) -> Iterator[dict[str, tuple[Server, str
     with pytest.MonkeyPatch.context() as env, contextlib.ExitStack() as stack:
         env.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("home")))
         env.setenv("PATCHBAY_DEVICE", eyes.base.device.type)
-        folder = home() / "artifacts" / "part"
-        patch = eyes.patches["patched"]
-        about = artifact.save(patch.to("cpu"), eyes.system, folder, base=eyes.base.label)
-        folder.rename(folder.parent / about.digest)
-        ledgers.promote(Ledger(), eyes.system, about.digest)
+        folder, arms = home() / "artifacts" / "part", {"base": "base", "base again": "base"}
+        roles = {"patched": ("champion", ledgers.promote), TOP_K: ("challenger", ledgers.challenge)}
+        for name in (n for n in roles if n in eyes.patches):
+            about = artifact.save(eyes.patches[name].to("cpu"), eyes.system, folder, base=eyes.base.label)
+            folder.rename(folder.parent / about.digest)
+            arms[name], take = roles[name]
+            take(Ledger(), eyes.system, about.digest)
         start = partial(running, eyes.system, PATCHBAY_BASE=eyes.base.ref)
         torch_server = stack.enter_context(start())
         onnx = stack.enter_context(start(PATCHBAY_PROVIDER="cuda" if eyes.base.device.type == "cuda" else "cpu"))
-        yield {
-            "base": (torch_server, "base"), "base again": (torch_server, "base"), "patched": (torch_server, "champion"),
-            "onnx, base": (onnx, "base"), "onnx, patched": (onnx, "champion"),
-        }  # fmt: skip
+        in_onnx = {f"onnx, {name}": (onnx, arms[name]) for name in ("base", "patched")}
+        yield {**{name: (torch_server, arm) for name, arm in arms.items()}, **in_onnx}
 
 
 @pytest.mark.parametrize("callers", CALLS)
@@ -156,7 +159,7 @@ def bench_classify(eyes: Eyes, served, benchmark, callers: int) -> None:
 
     def measure(name: str) -> None:
         server, arm = served[name]
-        want = labels[arm]
+        want = labels[name.removeprefix("onnx, ")]
         loads[name].append(
             load(
                 server.url + PATH, partial(body, arm), CALLS[callers], callers, server.pid,
@@ -196,15 +199,14 @@ def bench_classify(eyes: Eyes, served, benchmark, callers: int) -> None:
 
 @torch.inference_mode()
 def expected(eyes: Eyes) -> dict[str, list[str]]:
-    """The label of every picture by either arm, in this process."""
+    """The label of every picture by every arm, in this process."""
     weights = clip.zero_shot(eyes.base, LABELS).cpu()
     pictures = [Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB") for p in PICTURES]
     x = eyes.base.processor.image(pictures)
-    with apply(eyes.base.model, {"patched": eyes.patches["patched"]}, root=eyes.base.root) as on:
+    with apply(eyes.base.model, eyes.patches, root=eyes.base.root) as on:
         worker = Embedder(eyes.base, on)
         out = {}
-        for name, arm in (("base", None), ("champion", "patched")):
-            done = worker.run([Picture(v, arm) for v in x])
+        for name in ("base", "base again", *eyes.patches):
+            done = worker.run([Picture(v, name if name in eyes.patches else None) for v in x])
             out[name] = [LABELS[int((p.out @ weights).argmax())] for p in done]  # type: ignore[operator]
-    assert isinstance(eyes.patches["patched"], FeatureEdit)
     return out

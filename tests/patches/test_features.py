@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from patches.bases import llm
 from patches.features import (
+    ROWS,
     SAE,
     FeatureConfig,
     FeatureEdit,
@@ -109,11 +110,35 @@ def test_topk_fires_at_most_k():
     assert fired.float().mean() > 10
 
 
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(("rows", "columns", "k"), [(5, 4096, 32), (3, 2048, 1), (4, 100, 7), (2, 64, 8), (1, 16, 16)])
-def test_the_kth_largest_is_exact_ties_and_all(rows, columns, k):
+def test_the_kth_largest_is_exact_ties_and_all(rows, columns, k, threads):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    for rough in (x, x.mul(4).round() / 4, torch.zeros_like(x)):
-        assert torch.equal(kth_largest(rough, k), rough.topk(k).values[:, -1:])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rough in (x, x.mul(4).round() / 4, torch.zeros_like(x), x.bfloat16()):
+            assert torch.equal(kth_largest(rough, k), rough.topk(k).values[:, -1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_kth_largest_can_be_traced():
+    class Least(torch.nn.Module):
+        def forward(self, x):
+            return kth_largest(x, 3)
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    traced = torch.export.export(Least(), (x,)).module()
+    assert torch.equal(traced(-x), kth_largest(-x, 3))
+
+
+def test_top_k_of_many_tokens_is_that_of_each(sae):
+    wide = random_sae("topk")
+    x = activations(7, 90)
+    patch = edit(wide, SITE, [0, 3, 5])
+    assert 2 * ROWS < 7 * 90
+    torch.testing.assert_close(rewrite(patch, x), torch.cat([rewrite(patch, part) for part in x.split(1)]))
 
 
 def test_an_edit_carries_only_the_rows_it_needs():

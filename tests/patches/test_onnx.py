@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from patches.bases import clip
-from patches.onnx import PARITY, Towers, _check_parity, export_towers
+from patches.features import SAE, edit
+from patches.onnx import PARITY, Towers, _check_parity, _probe, _Tower, export_towers
 from patches.patch import Act, Patch
 from registry import manifest
 from registry.errors import NotReady, PatchError
@@ -36,10 +37,18 @@ def base():
     return clip.tiny(layers=2)
 
 
-@pytest.fixture(scope="module")
-def patch():
-    d = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    return Erase(NoConfig(), {"d": d / d.norm()})
+@pytest.fixture(scope="module", params=["erase", "topk", "jumprelu"])
+def patch(request):
+    g = torch.Generator().manual_seed(2)
+    if request.param == "erase":
+        d = torch.randn(32, generator=g)
+        return Erase(NoConfig(), {"d": d / d.norm()})
+    F = 64
+    W = torch.randn(F, 32, generator=g)
+    threshold = torch.full((F,), 2.0) if request.param == "jumprelu" else None
+    k = 8 if request.param == "topk" else 0
+    sae = SAE(W, torch.zeros(F), W / W.norm(dim=1, keepdim=True), torch.zeros(32), request.param, k, threshold)
+    return edit(sae, clip.site("block", 0), range(20))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,16 @@ def test_graphs_that_answer_differently_are_refused(base, patched):
     """The folder holds the patched tower; held against the base it must not pass."""
     with pytest.raises(PatchError, match="image embeddings differ.*Serve with torch"):
         _check_parity(patched, base)
+
+
+def test_graphs_that_do_not_run_at_another_batch_are_refused(base, tmp_path):
+    for name in ("image", "text"):
+        tower = _Tower(base.model, name).eval()
+        torch.onnx.export(
+            tower, (_probe(base, name, 2),), tmp_path / f"{name}.onnx", input_names=["x"], dynamo=True, verbose=False
+        )
+    with pytest.raises(PatchError, match="cannot run the image tower.*Serve with torch"):
+        _check_parity(tmp_path, base)
 
 
 def test_a_missing_provider_is_not_replaced_without_a_word(patched):

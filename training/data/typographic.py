@@ -7,6 +7,8 @@ same strip without letters says what covering alone costs.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +63,8 @@ def _write(picture: Tensor, text: str, g: np.random.Generator, letters: bool) ->
     width, height = canvas.size
     name, size = FONTS[int(g.integers(len(FONTS)))], max(6, height // 6)
     while True:  # down to what fits
-        font = _font(name, size)
-        left, top, right, bottom = (int(v) for v in draw.textbbox((0, 0), text, font=font))
+        face = font(name, size)
+        left, top, right, bottom = (int(v) for v in draw.textbbox((0, 0), text, font=face))
         w, h = right - left, bottom - top
         if (w < 0.95 * width and h < height) or size <= 6:
             break
@@ -74,13 +76,16 @@ def _write(picture: Tensor, text: str, g: np.random.Generator, letters: bool) ->
     box = x - margin, y - margin, x + w + margin, y + h + margin
     draw.rectangle(box, fill=paper)
     if letters:
-        draw.text((x - left, y - top), text, fill=ink, font=font)
+        draw.text((x - left, y - top), text, fill=ink, font=face)
     strip = torch.zeros(height, width, dtype=torch.bool)
     strip[max(0, box[1]) : box[3] + 1, max(0, box[0]) : box[2] + 1] = True
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1), strip
 
 
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
+@cache
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font out of matplotlib's folder; its files are all that is wanted, so it is found and not imported."""
+    found = find_spec("matplotlib")
+    assert found is not None
+    assert found.origin is not None
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf", size)

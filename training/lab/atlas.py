@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,9 +74,10 @@ class Atlas:
 
     def pick(self, concepts: Any, styles: Any, tones: bool = False) -> Tensor:
         """(M,) int64: sprites of these concepts (indices) in these styles (names), with skin tones if asked."""
-        of = torch.tensor([self.styles.index(s) for s in styles])
-        there = torch.isin(self.concept, torch.as_tensor(list(concepts), dtype=torch.int64))
-        there &= torch.isin(self.style, of)
+        asked, drawn = torch.zeros(len(self.names), dtype=torch.bool), torch.zeros(len(self.styles), dtype=torch.bool)
+        asked[torch.as_tensor(list(concepts), dtype=torch.int64)] = True
+        drawn[[self.styles.index(s) for s in styles]] = True
+        there = asked[self.concept] & drawn[self.style]
         return torch.where(there if tones else there & (self.tone == 0))[0]
 
 
@@ -123,13 +125,16 @@ def load(folder: Path = FOLDER) -> Atlas:
         raise NotFound(f"There is no sprite atlas in {folder}. Make it again: python -m training.lab.atlas --help.")
     raw = file.read_bytes()
     index = json.loads(raw)
-    sprites, style = [], []
-    for i, about in enumerate(index["styles"]):
+
+    def drawn(about: dict[str, Any]) -> np.ndarray:
         sheet = (folder / about["sheet"]).read_bytes()
         if hashlib.sha256(sheet).hexdigest() != about["sha256"]:
             raise Tampered(f"{folder / about['sheet']} is not the sheet that {INDEX} describes. Get the file again.")
-        sprites.append(_cut(np.asarray(Image.open(io.BytesIO(sheet)).convert("RGBA")), len(about["concepts"])))
-        style += [i] * len(about["concepts"])
+        return _cut(np.asarray(Image.open(io.BytesIO(sheet)).convert("RGBA")), len(about["concepts"]))
+
+    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+        sprites = list(pool.map(drawn, index["styles"]))
+    style = [i for i, part in enumerate(sprites) for _ in part]
     names, groups, subgroups = zip(*index["concepts"], strict=True)
     concept = torch.tensor([c for about in index["styles"] for c in about["concepts"]])
     tone = torch.tensor([t for about in index["styles"] for t in about["tones"]])

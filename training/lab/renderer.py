@@ -19,16 +19,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
 from registry.errors import NotFound
+from training.data.typographic import font
 from training.lab import atlas
 
 VERSION = 1
@@ -443,22 +443,15 @@ def _textures(device: torch.device) -> Tensor:
 
 
 @cache
-def _font(font: int, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{list(FONTS.values())[font]}.ttf"
-    return ImageFont.truetype(str(file), size)
-
-
-@cache
-def _letters(word: str, font: int) -> Tensor:
+def _letters(word: str, kind: int) -> Tensor:
     """(32, 96) float32 0..1: the word in the middle of a strip, as large as it fits, 26 px at most, 6 at least."""
     height, width = STRIP
+    file = list(FONTS.values())[kind]
     for size in range(LETTER, 5, -1):
-        left, top, right, bottom = _font(font, size).getbbox(word)
+        left, top, right, bottom = font(file, size).getbbox(word)
         if right - left <= width - 4 and bottom - top <= height - 4:
             break
     sheet = Image.new("L", (width, height))
     at = ((width - right + left) // 2 - left, (height - bottom + top) // 2 - top)
-    ImageDraw.Draw(sheet).text(at, word, 255, font=_font(font, size))
+    ImageDraw.Draw(sheet).text(at, word, 255, font=font(file, size))
     return torch.from_numpy(np.asarray(sheet).copy()).float() / 255

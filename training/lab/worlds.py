@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,8 +155,7 @@ def typographic(
     label = _shuffled(torch.arange(n) % len(classes), g)
     styles = (atlas.HELD,) if split == "held" else SEEN
     sprite = _sprites(label, [[lab.find(c)] for c in classes], styles, g)
-    apart = torch.tensor([[not set(a.split()) & set(b.split()) for b in classes] for a in classes])
-    wrong = torch.multinomial(apart.float()[label], 1, generator=g)[:, 0]
+    wrong = torch.multinomial(_apart(classes)[label], 1, generator=g)[:, 0]
     layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
     written = label if word == "own" else wrong
     text = writing([classes[i] for i in written.tolist()], g, fonts)
@@ -335,6 +334,16 @@ def _sprites(
     label: Tensor, kinds: Sequence[Sequence[int]], styles: Sequence[str], g: Generator, tones: bool = False
 ) -> Tensor:
     """(n,) a sprite for each label: first a concept of its kind that these styles drew, then one of its sprites."""
+    table, wide, deep = _pools(tuple(map(tuple, kinds)), tuple(styles), tones)
+    which = (torch.rand(len(label), generator=g) * wide[label]).long()
+    one = (torch.rand(len(label), generator=g) * deep[label, which]).long()
+    return table[label, which, one]
+
+
+@lru_cache(64)
+def _pools(kinds: tuple[tuple[int, ...], ...], styles: tuple[str, ...], tones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(kinds, widest, deepest) sprites by kind and concept, repeated to be full; (kinds,) concepts of each kind;
+    (kinds, widest) sprites of each concept."""
     lab = atlas.load()
     pools: list[list[Tensor]] = []
     for concepts in kinds:
@@ -348,9 +357,14 @@ def _sprites(
     table = torch.stack([torch.stack([p[i % len(p)].repeat(deepest)[:deepest] for i in range(widest)]) for p in pools])
     wide = torch.tensor([len(p) for p in pools])
     deep = torch.tensor([[len(p[i % len(p)]) for i in range(widest)] for p in pools])
-    which = (torch.rand(len(label), generator=g) * wide[label]).long()
-    one = (torch.rand(len(label), generator=g) * deep[label, which]).long()
-    return table[label, which, one]
+    return table, wide, deep
+
+
+@lru_cache(16)
+def _apart(names: tuple[str, ...]) -> Tensor:
+    """(C, C) float32: 1 where two names share no word."""
+    words = [set(n.split()) for n in names]
+    return torch.tensor([[not a & b for b in words] for a in words]).float()
 
 
 def _large(sprite: Tensor, g: Generator) -> Things:
