@@ -127,9 +127,8 @@ def _check_parity(folder: Path, base: Base) -> None:
         try:
             got = towers(name, x)
         except Exception as e:  # ONNX Runtime's own kinds, one for each way to fail
-            raise PatchError(
-                f"ONNX Runtime cannot run the {name} tower as it was traced ({' '.join(str(e).split())[:200]}). Serve with torch."
-            ) from None
+            why = " ".join(str(e).split())[:200]
+            raise PatchError(f"ONNX Runtime cannot run the traced {name} tower ({why}). Serve with torch.") from None
         worst = float((got - _Tower(base.model, name)(x)).abs().max())
         if not worst <= PARITY:  # also if it is NaN
             raise PatchError(

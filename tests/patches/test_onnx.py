@@ -95,7 +95,7 @@ def test_graphs_that_do_not_run_at_another_batch_are_refused(base, tmp_path):
         torch.onnx.export(
             tower, (_probe(base, name, 2),), tmp_path / f"{name}.onnx", input_names=["x"], dynamo=True, verbose=False
         )
-    with pytest.raises(PatchError, match="cannot run the image tower.*Serve with torch"):
+    with pytest.raises(PatchError, match="cannot run the traced image tower.*Serve with torch"):
         _check_parity(tmp_path, base)
 
 
