@@ -40,9 +40,7 @@ from patches.bases import Base, clip, load_base, slug
 from patches.cards import save_cards
 from patches.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
 from patches.label_set import LabelSet
-from patches.patch import Act, Inputs
 from patches.patched import PatchedModel
-from patches.read import upto
 from registry import config as configs
 from registry import manifest
 from registry.config import STRICT
@@ -57,18 +55,17 @@ from training.gates import GateConfig, Lesson, learn
 from training.intervals import wilson
 from training.lab import atlas
 from training.sae import BINS, Quality, SAEConfig, activations, principal_variance, train
-from training.steerability import Steerability, after_block, after_last_block, rest
+from training.steerability import Steerability, after_block, after_last_block
+from training.streams import Hook, Stream, answers, applied, finish, streams
 from training.tasks import (
     GOAL,
     KEPT,
-    Answers,
     Classifier,
     Task,
     affordable,
     ask,
     classifier,
     metrics,
-    other_of,
     outcomes,
     pictures,
     seal_labels,
@@ -97,7 +94,7 @@ class Config:
     """folder of the real data set; empty: its twin in the lab world"""
     layers: tuple[int, ...] = (4,)
     """candidates, 0-based; a dictionary is trained for each"""
-    hook: Literal["block", "mlp"] = "block"
+    hook: Hook = "block"
     """the stream after the block (resid_post), or what its MLP adds (mlp_out)"""
     which: Literal["all", "cls", "patches"] = "all"
     """tokens the dictionary is trained on"""
@@ -175,73 +172,6 @@ RECIPES: dict[str, Config] = {
         chunk=2048, fit_images=2000, val_images=2000, test_images=10_000,
     ),
 }  # fmt: skip
-
-
-# ---- streams: pictures as one layer sees them --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stream:
-    """n pictures at one layer: everything after it can be run again without what comes before."""
-
-    x: Tensor
-    """(n, T, D) at the site"""
-    z: Tensor
-    """(n, T, D) after the block; x itself if that is the site"""
-    label: Tensor
-    other: Tensor
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def rows(self, at: Tensor) -> Stream:
-        x = self.x[at]
-        return Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
-
-    def parts(self, size: int = 32) -> Iterator[Stream]:
-        for i in range(0, len(self), size):
-            at = slice(i, i + size)
-            x = self.x[at]
-            yield Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
-
-
-@torch.no_grad()
-def streams(base: Base, config: Config, data: Dataset) -> dict[int, Stream]:
-    """The set at each candidate layer; all layers in one forward, which ends at the last of them."""
-    sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
-    kept: dict[str, list[Tensor]] = {}
-    label, other = [], []
-    wanted = list(dict.fromkeys(s for layer in sorted(sites) for s in sites[layer]))
-    for batch in data.batches(32):
-        pixels = base.processor.image(batch.image).to(base.device, base.model.visual.proj.dtype)
-        for name, x in upto(base.model, wanted, image=pixels).items():
-            kept.setdefault(name, []).append(x.float())
-        label.append(batch.label)
-        other.append(other_of(config, data, batch))
-    whole = {name: torch.cat(x) for name, x in kept.items()}
-    about = torch.cat(label), torch.cat(other)
-    return {layer: Stream(whole[site], whole[block], *about) for layer, (site, block) in sites.items()}
-
-
-def finish(base: Base, layer: int, part: Stream, x: Tensor, by: LabelSet) -> Tensor:
-    """(n, C) logits if x stood at the site."""
-    y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
-    return by.logits(nnf.normalize(y, dim=1), clip.logit_scale(base))
-
-
-@torch.no_grad()
-def answers(base: Base, layer: int, stream: Stream, by: LabelSet, change: Callable[[Tensor], Tensor]) -> Answers:
-    """As `ask`, from a stream, with what stands at the site changed: (n, T, D) -> (n, T, D)."""
-    logits = torch.cat([finish(base, layer, part, change(part.x), by) for part in stream.parts()])
-    return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
-
-
-def applied(patch: FeatureEdit) -> Callable[[Tensor], Tensor]:
-    """The patch's own rewriting of its site, outside of a forward."""
-    (act,) = patch.edits()
-    assert isinstance(act, Act)
-    fn, nothing = act.fn, Inputs({})
-    return lambda x: fn(x, nothing)
 
 
 # ---- which features ----------------------------------------------------------------------------------------------

@@ -17,28 +17,20 @@ from registry.errors import ConfigError, Tampered, WrongBase
 from training import clip_sae, run, tasks
 from training.clip_sae import (
     RECIPES,
-    Answers,
-    Stream,
     alike,
-    answers,
-    applied,
-    ask,
     by_difference,
     by_effect,
     candidates,
-    classifier,
     evaluate,
     fires,
     fit,
     mean_direction,
-    metrics,
-    pictures,
-    streams,
     world,
-    worth,
 )
 from training.defences import DEFENCES
 from training.lab import atlas, worlds
+from training.streams import Stream, answers, applied, streams
+from training.tasks import KEPT, Answers, ask, classifier, metrics, pictures, worth
 
 TINY = RECIPES["tiny"]
 D, F = 32, 60
@@ -236,7 +228,7 @@ def test_what_costs_too_much_is_never_preferred():
 def test_the_sealed_patch_is_the_best_candidate_on_val(fitted):
     report = json.loads((fitted / "report.json").read_text())
     base = report["layers"]["1"]["base"]
-    best = max(report["candidates"], key=lambda row: worth(TINY, row, base))
+    best = max(report["candidates"], key=lambda row: (worth(TINY, row, base), row[KEPT[TINY.task]]))
     assert report["chosen"] == best
     _, patch = artifact.load(fitted)
     assert len(patch.config.features) == best["count"]
