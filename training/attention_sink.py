@@ -183,7 +183,7 @@ def _neurons(
     end, ordinary = group[-1], float(others[group[-1]])
     scored: list[tuple[float, int, int]] = []
     for layer in group:
-        down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0)
+        down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0).cpu()
         at_first = _activations(base, layer, docs, FIRST).abs() * down
         at_last = _activations(base, layer, repeats, LAST).abs() * down
         # both must agree: a neuron of the sink fires on the first token and on repeats; ordinary tokens are as loud as
@@ -233,7 +233,7 @@ def _echoes(
     scored: list[tuple[float, int, int]] = []
     with SinkEdit(SinkConfig(neurons=tuple(silent)), {}).apply(base.model, root=base.root):
         for layer in group:
-            down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0)
+            down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0).cpu()
             loud = _activations(base, layer, repeats, LAST).abs().amax(0) * down
             scored += [(float(loud[j]), layer, int(j)) for j in (loud > 0.2 * float(others[layer])).nonzero()[:, 0]]
     return [(layer, j) for _, layer, j in sorted(scored, reverse=True)][:8]

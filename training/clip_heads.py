@@ -394,7 +394,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         controls.append({"heads": other, **got})
     report = {"task": config.task, "base": plain, "candidates": rows, "chosen": best, "random": controls}
     (folder / "heads.json").write_bytes(canonical(json.loads(json.dumps(about(f, base, config)))))
-    save_file({"mean": mean.contiguous()}, folder / "means.safetensors")
+    save_file({"mean": mean.cpu().contiguous()}, folder / "means.safetensors")
     seal_labels(config, by, folder)
     _examples(lens, config, f, report, folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))

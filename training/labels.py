@@ -78,7 +78,7 @@ def by_embedding(
     middle = T.mean(0)
     phrases = [embed(list(words)).mean(0) for words in taxonomy.values()]
     P = torch.nn.functional.normalize(torch.stack(phrases) - middle, dim=1)
-    cosine = torch.nn.functional.normalize(T - middle, dim=1) @ P.T  # (M, P)
+    cosine = (torch.nn.functional.normalize(T - middle, dim=1) @ P.T).cpu()  # (M, P)
     if cosine.numel() < 20:
         return cosine == cosine.amax(1, keepdim=True)
     g = torch.Generator().manual_seed(0)

@@ -460,7 +460,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     other = alike(known, patch.config.neurons, config.seed)
     control = patch_of(base, layer, lenses[layer], known, found[layer], other, chosen["edit"])
     report["random"] = {"neurons": other, **_judge(base, config, val, by, control)}
-    save_file({k: v.contiguous() for k, v in control.tensors.items()}, folder / CONTROL)
+    save_file({k: v.cpu().contiguous() for k, v in control.tensors.items()}, folder / CONTROL)
     report["questions"] = questions(base, config, cards, lenses)
     _examples(base, config, val, by, patch, report, folder)
     save_neurons(cards, folder)

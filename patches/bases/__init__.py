@@ -49,12 +49,10 @@ def load_base(ref: str, family: str, device: str = "cpu") -> Base:
     module = importlib.import_module(f"patches.bases.{family}")
     if ref == "tiny" or ref.startswith("tiny:"):
         which, purposes = ref.partition(":")[2], getattr(module, "TINIES", {})
-        if which in purposes:
-            made: Base = purposes[which]()
-            return made
-        if which and not re.fullmatch("[0-9]{1,9}", which):
+        if which and which not in purposes and not re.fullmatch("[0-9]{1,9}", which):
             raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
-        tiny: Base = module.tiny(int(which or 0))
+        tiny: Base = purposes[which]() if which in purposes else module.tiny(int(which or 0))
+        tiny.model.to(device)
         return tiny
     if ref.startswith("local:"):
         raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")

@@ -1,0 +1,99 @@
+"""A device that is none: its tensors say that they lie on FAR and have their numbers on the CPU.
+
+So code for a GPU runs, gives the same numbers, and fails as on a GPU where it mixes devices. Kernels, streams and
+memory are not in it.
+
+    with Far():
+        base.model.to(FAR)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+FAR = "lazy"
+"""a device type that torch knows and does nothing for"""
+DEVICE = torch.device(FAR, 0)
+aten = torch.ops.aten
+MOVES = {aten._to_copy.default, aten.copy_.default}
+BY_INDEX = {aten.index, aten.index_put, aten.index_put_}
+
+
+class There(Tensor):
+    """A tensor on FAR; `here` has its numbers."""
+
+    here: Tensor
+
+    @staticmethod
+    def __new__(cls, here: Tensor) -> There:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
+            layout=here.layout, device=DEVICE,
+        )  # fmt: skip
+
+    def __init__(self, here: Tensor) -> None:
+        self.here = here
+
+    def tolist(self) -> Any:
+        return self.here.tolist()
+
+    def __repr__(self) -> str:
+        return f"There({self.here!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class Far(TorchDispatchMode):
+    """Within it FAR can be asked for, by this thread."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __enter__(self) -> Any:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # `.data =` would keep the old class
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device=FAR): made here, then moved
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*error)
+
+
+def _here(x: Any) -> Any:
+    return x.here if isinstance(x, There) else x
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operator on the CPU; its result lies where a GPU's would."""
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    far = [x for x in tensors if isinstance(x, There)]
+    if far and func not in MOVES:
+        for x in tensors:  # a number may come from anywhere, and so may an index
+            index = func.overloadpacket in BY_INDEX and x.dtype in (torch.int64, torch.bool, torch.uint8)
+            if not isinstance(x, There) and x.ndim and not index:
+                raise RuntimeError(f"{func} got a tensor {tuple(x.shape)} on the CPU beside tensors on {FAR}.")
+    device = kwargs.get("device")
+    goes = bool(far) if device is None else torch.device(device).type == FAR
+    if func is aten.copy_.default:
+        goes = isinstance(args[0], There)
+    on_cpu = {k: v for k, v in kwargs.items() if k != "pin_memory"}
+    if device is not None:
+        on_cpu["device"] = torch.device("cpu")
+    out = func(*tree_map(_here, args), **tree_map(_here, on_cpu))
+    same = {id(_here(x)): x for x in tensors}  # what was changed in place is what was given
+
+    def back(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return same[id(x)] if id(x) in same else There(x) if goes else x
+
+    out = tree_map(back, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if far else out

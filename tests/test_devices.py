@@ -1,0 +1,103 @@
+"""What would run on a GPU, run without one: on a device that is none (tests/far.py), with the numbers of the CPU."""
+
+import sys
+
+import pytest
+import torch
+
+from patches import artifact
+from patches.bases import clip, load_base
+from patches.decode import Decoder, Row
+from patches.embed import Embedder, Picture
+from patches.patch import Weight, apply
+from registry.systems import SYSTEMS
+from training import run
+
+from .far import FAR, Far, There
+from .patches.mechanisms import MECHANISMS
+
+IDS = torch.randint(3, 90, (4, 14), generator=torch.Generator().manual_seed(1))
+IDS[:, 6:12] = IDS[:, 6:7]
+READY = [name for name, row in SYSTEMS.items() if not row.planned]
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Wrapped tensors cannot be inference tensors, and fused Adam asks for the devices that it knows."""
+
+    def enter(mode):
+        mode.plain = torch.no_grad() if mode.mode else torch.enable_grad()
+        mode.plain.__enter__()
+
+    monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
+    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.plain.__exit__(*error))
+    monkeypatch.setattr(sys.modules[torch.optim.Adam.__module__], "_device_dtype_check_for_fused", lambda *_: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every operator is small
+    with Far():
+        yield
+    torch.set_num_threads(threads)
+
+
+def test_the_device_refuses_what_a_gpu_refuses(far):
+    x = torch.randn(3, 4, device=FAR)
+    assert isinstance(x @ x.T, There)
+    assert (x + 1 + torch.tensor(2.0)).device.type == FAR
+    assert x[torch.tensor([0, 2])].device.type == FAR
+    with pytest.raises(RuntimeError, match="on the CPU beside"):
+        x + torch.ones(4)
+    with pytest.raises((RuntimeError, TypeError)):
+        x.numpy()
+    there = x.cpu()
+    assert not isinstance(there, There)
+    torch.testing.assert_close(there.to(FAR).cpu(), there)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
+    patch = MECHANISMS[name]()
+    with torch.no_grad(), patch.apply(tiny_llm.model):
+        want = tiny_llm.model(input_ids=IDS).logits
+    base = load_base("tiny", "llm", FAR)
+    assert base.device.type == FAR
+    moved, ids = patch.to(FAR), IDS.to(FAR)
+    with torch.no_grad(), moved.apply(base.model):
+        torch.testing.assert_close(base.model(input_ids=ids).logits.cpu(), want, atol=1e-5, rtol=1e-5)
+    if any(isinstance(e, Weight) for e in patch.edits()):
+        return
+    with torch.no_grad(), apply(base.model, {"a": moved}) as on, on.rows(["a", None, "a", "a"]):
+        got = base.model(input_ids=ids).logits.cpu()
+    torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name):
+    folders = {device: run.fit(f"{name}/tiny", [f"device={device}"]) for device in ("cpu", FAR)}
+    (_, on_cpu), (_, there) = (artifact.load(f) for f in folders.values())
+    assert there.config == on_cpu.config
+    assert there.tensors.keys() == on_cpu.tensors.keys()
+    for key, want in on_cpu.tensors.items():
+        torch.testing.assert_close(there.tensors[key], want, atol=1e-3, rtol=1e-3)
+    got, want = run.evaluate(folders[FAR], device=FAR), run.evaluate(folders["cpu"])
+    for arm in ("base", "patched"):
+        assert getattr(got, arm) == pytest.approx(getattr(want, arm), abs=1e-3), arm
+
+
+def test_pictures_are_embedded_where_the_model_is(far, tiny_clip):
+    x = torch.randn(3, 3, 32, 32)
+    base = load_base("tiny", "clip", FAR)
+    with apply(base.model, {}, root=base.root) as on:
+        done = Embedder(base, on).run([Picture(v) for v in x])
+    got = torch.stack([p.out for p in done]).cpu()
+    torch.testing.assert_close(got, clip.embed_images(tiny_clip, x), atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_are_decoded_where_the_model_is(far, tiny_llm):
+    patch = MECHANISMS["features-zero"]()
+    base = load_base("tiny", "llm", FAR)
+    out = []
+    for mine, one in ((tiny_llm, patch), (base, patch.to(FAR))):
+        with apply(mine.model, {"a": one}, root=mine.root) as on:
+            rows = [Row(IDS[i].tolist(), arm, max_tokens=8, logprobs=2) for i, arm in enumerate((None, "a", "a"))]
+            out.append([r.out for r in Decoder(mine, on, slots=4).run(rows)])
+    assert out[0] == out[1]
