@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from patches.patch import Patch
@@ -27,11 +28,14 @@ def save(patch: Patch, name: str, folder: Path, *, base: str, parents: Iterable[
     return manifest.write(folder, **about, parents=list(parents))
 
 
-def load(folder: Path, *, digest: str | None = None, base: str | None = None) -> tuple[Manifest, Patch]:
-    """The patch in a sealed folder, every byte checked. `digest`, `base`: what it must be and belong to."""
+def load(
+    folder: Path, *, digest: str | None = None, base: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[Manifest, Patch]:
+    """The patch in a sealed folder, every byte checked. `digest`, `base`: what it must be and belong to; device: where
+    its tensors shall lie, which is where the base does."""
     about = manifest.read(folder, digest=digest, base=base)
     if about.kind != "patch":
         raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}, not a patch.")
     cls = system(about.system).load_patch()
     tensors = load_file(folder / TENSORS) if TENSORS in about.files else {}
-    return about, cls(config.parse(cls.Config, about.config), tensors)
+    return about, cls(config.parse(cls.Config, about.config), tensors).to(device)

@@ -643,7 +643,7 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
     sealed = json.loads((folder / "recipe.json").read_text())
     config = configs.parse(Config, sealed["config"])
     base = load_base(config.base, "llm", config.device)
-    about, patch = artifact.load(folder, base=base.digest)
+    about, patch = artifact.load(folder, base=base.digest, device=base.device)
     found = json.loads((folder / "report.json").read_text())["circuit"]
     stages = [tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"]]
     circuit = Circuit(**{**found, "stages": tuple(stages), "echoes": tuple(tuple(e) for e in found.get("echoes", ()))})

@@ -463,9 +463,10 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
     lens = Lens(base)
-    sealed_as, patch = artifact.load(folder, base=base.digest)
+    sealed_as, patch = artifact.load(folder, base=base.digest, device=base.device)
     assert isinstance(patch, HeadEdit)
-    fitted, mean = json.loads((folder / "report.json").read_text()), load_file(folder / "means.safetensors")["mean"]
+    fitted = json.loads((folder / "report.json").read_text())
+    mean = load_file(folder / "means.safetensors")["mean"].to(base.device)
     c = patch.config
     arms: dict[str, HeadEdit | None] = {"base": None, "clip_heads": patch}
     for i, other in enumerate(fitted["random"]):
@@ -535,9 +536,9 @@ def carriers(lens: Lens, probe: Probe, top: int = 4) -> dict[str, Any]:
     mlps = constant = 0.0
     for i in range(0, len(probe.image), 50):
         at = slice(i, i + 50)
-        part = lens.read(lens.base.processor.image(probe.image[at]))
+        part = lens.read(lens.base.processor.image(probe.image[at]).to(lens.base.device))
         words, right = probe.answers.T, probe.right[at]
-        may = torch.ones(len(right), len(words)) if probe.open is None else probe.open[at].float()
+        may = words.new_ones(len(right), len(words)) if probe.open is None else probe.open[at].to(words)
         apart = words[right] - may @ words / may.sum(1, keepdim=True)  # (B, k)
         apart = apart.to(part.y) / part.norm[:, None]
         total += torch.einsum("blhk,bk->lh", part.heads, apart).cpu()

@@ -662,13 +662,14 @@ def report(folder: Path, out: Path, seed: int = 0, images: int = 0) -> dict[str,
     config = configs.parse(Config, sealed["config"])
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
-    about, patch = artifact.load(folder, base=base.digest)
+    about, patch = artifact.load(folder, base=base.digest, device=base.device)
     assert isinstance(patch, FeatureEdit)
     fitted = json.loads((folder / "report.json").read_text())
     arms: dict[str, Defence | None] = {"base": None, "clip_sae": Defence(patch, about=fitted["chosen"])}
     if fitted["random"]:
         c, value = patch.config, patch.tensors.get("value", 0.0)
-        other = edit(load_sae(folder / "sae"), c.site, fitted["random"]["features"], c.op, value, c.tokens)
+        sae = load_sae(folder / "sae", config.device)
+        other = edit(sae, c.site, fitted["random"]["features"], c.op, value, c.tokens)
         arms["random features"] = Defence(other)
     results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "seed": seed, "arms": {}}
     shown = replace(config, seed=seed, test_images=images or config.test_images)

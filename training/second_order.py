@@ -634,11 +634,12 @@ def report(folder: Path, out: Path) -> dict[str, Any]:
     config = configs.parse(Config, sealed["config"])
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
-    about, patch = artifact.load(folder, base=base.digest)
+    about, patch = artifact.load(folder, base=base.digest, device=base.device)
     assert isinstance(patch, NeuronEdit)
     fitted = json.loads((folder / "report.json").read_text())
     c = replace(patch.config, neurons=tuple(fitted["random"]["neurons"]))
-    arms = {"base": None, "second_order": patch, "random neurons": NeuronEdit(c, load_file(folder / CONTROL))}
+    control = NeuronEdit(c, load_file(folder / CONTROL)).to(base.device)
+    arms = {"base": None, "second_order": patch, "random neurons": control}
     results: dict[str, Any] = {"digest": about.digest, "recipe": sealed["recipe"], "arms": {}}
     for name, arm in arms.items():
         row = results["arms"].setdefault(name, {})

@@ -45,7 +45,7 @@ class Probe:
     @torch.no_grad()
     def share(self, base: Base) -> float:
         """Share right, of the base with whatever is applied to it."""
-        logits = clip.embed_images(base, self.image, BATCH) @ self.answers
+        logits = (clip.embed_images(base, self.image, BATCH) @ self.answers).cpu()
         if self.open is not None:
             logits = logits.masked_fill(~self.open, -torch.inf)
         return round(float((logits.argmax(1) == self.right).float().mean()), 4)
