@@ -53,3 +53,12 @@ def tiny_clip():
     from patches.bases import clip
 
     return clip.tiny()
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """tests/far.py: a device that is none can be asked for."""
+    from .far import everywhere
+
+    with everywhere(monkeypatch):
+        yield

@@ -3,14 +3,19 @@
 So code for a GPU runs, gives the same numbers, and fails as on a GPU where it mixes devices. Kernels, streams and
 memory are not in it.
 
-    with Far():
+    with everywhere(monkeypatch):
         base.model.to(FAR)
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -53,18 +58,44 @@ class There(Tensor):
 class Far(TorchDispatchMode):
     """Within it FAR can be asked for, by this thread."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
     def __enter__(self) -> Any:
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # `.data =` would keep the old class
+        self.before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(values, device=FAR): made here, then moved
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-        torch._C._set_only_lift_cpu_tensors(False)
+        torch._C._set_only_lift_cpu_tensors(self.before)
         return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FAR in this thread and in all that start meanwhile; what of torch looks at devices by name lets it pass."""
+
+    def enter(mode: Any) -> None:  # a wrapped tensor cannot be an inference tensor
+        mode.plain = torch.no_grad() if mode.mode else torch.enable_grad()
+        mode.plain.__enter__()
+
+    def run(thread: threading.Thread, start: Any = threading.Thread.run) -> None:
+        with Far():
+            start(thread)
+
+    monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
+    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.plain.__exit__(*error))
+    monkeypatch.setattr(sys.modules[torch.optim.Adam.__module__], "_device_dtype_check_for_fused", lambda *_: None)
+    monkeypatch.setattr(threading.Thread, "run", run)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # `.data =` would keep the old class
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every operator is small
+    try:
+        with Far():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 def _here(x: Any) -> Any:

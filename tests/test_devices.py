@@ -1,7 +1,5 @@
 """What would run on a GPU, run without one: on a device that is none (tests/far.py), with the numbers of the CPU."""
 
-import sys
-
 import pytest
 import torch
 
@@ -12,31 +10,14 @@ from patches.embed import Embedder, Picture
 from patches.patch import Weight, apply
 from registry.systems import SYSTEMS
 from training import run
+from training.lab import clip as lab
 
-from .far import FAR, Far, There
+from .far import FAR, There
 from .patches.mechanisms import MECHANISMS
 
 IDS = torch.randint(3, 90, (4, 14), generator=torch.Generator().manual_seed(1))
 IDS[:, 6:12] = IDS[:, 6:7]
 READY = [name for name, row in SYSTEMS.items() if not row.planned]
-
-
-@pytest.fixture
-def far(monkeypatch):
-    """Wrapped tensors cannot be inference tensors, and fused Adam asks for the devices that it knows."""
-
-    def enter(mode):
-        mode.plain = torch.no_grad() if mode.mode else torch.enable_grad()
-        mode.plain.__enter__()
-
-    monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
-    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: mode.plain.__exit__(*error))
-    monkeypatch.setattr(sys.modules[torch.optim.Adam.__module__], "_device_dtype_check_for_fused", lambda *_: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # every operator is small
-    with Far():
-        yield
-    torch.set_num_threads(threads)
 
 
 def test_the_device_refuses_what_a_gpu_refuses(far):
@@ -71,7 +52,7 @@ def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
 
 
 @pytest.mark.parametrize("name", READY)
-def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name):
+def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name, tmp_path):
     folders = {device: run.fit(f"{name}/tiny", [f"device={device}"]) for device in ("cpu", FAR)}
     (_, on_cpu), (_, there) = (artifact.load(f) for f in folders.values())
     assert there.config == on_cpu.config
@@ -81,6 +62,8 @@ def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name):
     got, want = run.evaluate(folders[FAR], device=FAR), run.evaluate(folders["cpu"])
     for arm in ("base", "patched"):
         assert getattr(got, arm) == pytest.approx(getattr(want, arm), abs=1e-3), arm
+    SYSTEMS[name].load_job().report(folders[FAR], tmp_path / "report.json")
+    assert (tmp_path / "report.json").stat().st_size
 
 
 def test_pictures_are_embedded_where_the_model_is(far, tiny_clip):
@@ -101,3 +84,12 @@ def test_tokens_are_decoded_where_the_model_is(far, tiny_llm):
             rows = [Row(IDS[i].tolist(), arm, max_tokens=8, logprobs=2) for i, arm in enumerate((None, "a", "a"))]
             out.append([r.out for r in Decoder(mine, on, slots=4).run(rows)])
     assert out[0] == out[1]
+
+
+def test_the_lab_model_is_trained_on_a_device(far, tmp_path):
+    got = lab.main(["tiny", str(tmp_path / "there"), f"device={FAR}"])
+    want = lab.main(["tiny", str(tmp_path / "here"), "device=cpu"])
+    assert got.keys() == want.keys()
+    one, other = (clip.load(f"local-dir:{tmp_path / name}") for name in ("there", "here"))
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)

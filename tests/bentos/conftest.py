@@ -233,6 +233,36 @@ def seal_heads(seed: int = 0) -> str:
     return digest
 
 
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """A tiny artifact of heads with names and a gallery, in a home that outlives a test."""
+    from training import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("fitted")))
+        return run.fit(f"{HEADS}/tiny", ["span_images=16", "gallery_images=12", "val_images=8", "draws=1"])
+
+
+@pytest.fixture
+def heads(home, fitted):
+    """`async with heads() as s`: the tiny CLIP, its fitted heads as champion."""
+    import shutil
+
+    from registry import manifest
+
+    @contextlib.asynccontextmanager
+    async def serve(**settings: Any):
+        digest = manifest.read(fitted).digest
+        (home / "artifacts").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(fitted, home / "artifacts" / digest, dirs_exist_ok=True)
+        async with serving(HEADS, [digest, digest], False, None, settings) as served:
+            ledgers.promote(served.ledger, HEADS, digest)
+            await served.until(lambda: served.runtime.table and served.runtime.table.champion == digest)
+            yield served
+
+    return serve
+
+
 @pytest.fixture
 def run_async():
     return lambda work: asyncio.run(work)

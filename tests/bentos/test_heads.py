@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
 
 import numpy as np
@@ -16,42 +15,10 @@ from patches import heatmap
 from patches.bases import clip
 from patches.direct import Lens
 from patches.gallery import load_gallery
-from training import run
 
-from .conftest import serving
 from .test_classify import coded, picture
 
 SYSTEM = "clip_heads"
-
-
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """A tiny artifact with names and a gallery, in a home that outlives a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("fitted")))
-        return run.fit(f"{SYSTEM}/tiny", ["span_images=16", "gallery_images=12", "val_images=8", "draws=1"])
-
-
-@pytest.fixture
-def heads(home, fitted):
-    """`async with heads() as s`: the tiny CLIP, its fitted heads as champion and challenger."""
-    import shutil
-
-    from registry import manifest
-
-    @contextlib.asynccontextmanager
-    async def serve():
-        digest = manifest.read(fitted).digest
-        (home / "artifacts").mkdir(parents=True, exist_ok=True)
-        shutil.copytree(fitted, home / "artifacts" / digest, dirs_exist_ok=True)
-        async with serving(SYSTEM, [digest, digest], False, None, {}) as served:
-            from registry import ledger as ledgers
-
-            ledgers.promote(served.ledger, SYSTEM, digest)
-            await served.until(lambda: served.runtime.table and served.runtime.table.champion == digest)
-            yield served
-
-    return serve
 
 
 def asking(work, heads):

@@ -310,7 +310,7 @@ def train(config: Config, folder: Path) -> tuple[Base, dict[str, list[float]]]:
         for group in optimiser.param_groups:
             group["lr"] = now * (0.5 * (1 + math.cos(math.pi * step / config.steps)) + 0.01)
         image = base.processor.image(render(made.layout, config.device).image)
-        with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=cuda):
+        with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda):
             out = forward(image=image, text=tokens.to(config.device))
         logits = out["logit_scale"].float() * out["image_features"].float() @ out["text_features"].float().T
         loss = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
