@@ -1,11 +1,9 @@
-"""What the second-order lens costs; every ratio from one interleaved run."""
+"""What naming neurons by texts costs; the ratio from one interleaved run."""
 
 import pytest
 import torch
 import torch.nn.functional as nnf
 
-from patches.bases import load_base
-from patches.second_order import Moments, lens, look, scalars
 from training.omp import pursue
 
 from .interleave import interleave, ratio
@@ -41,22 +39,3 @@ def bench_pursuit(benchmark):
     benchmark.extra_info.update(ratios={"ours": {"median": 1 / got.median}}, speedup=vars(got))
     print(f"\npursuit: {got.median:.1f} [{got.low:.1f}, {got.high:.1f}] times scikit-learn's speed")
     assert got.median >= 10
-
-
-@torch.inference_mode()
-def bench_lens(benchmark):
-    """Second-order effects of all neurons of a layer of lab:clip over the forward alone, 32 pictures."""
-    torch.set_num_threads(1)
-    base, layer = load_base("lab:clip", "clip"), 5
-    x, at = torch.randn(32, 3, 96, 96), lens(base, layer)
-    moments = Moments(at)
-    variants = {
-        "forward": lambda: base.model(image=x),
-        "scalars": lambda: scalars(look(base, x, [layer]), layer),
-        "moments": lambda: moments.add(scalars(look(base, x, [layer]), layer)),
-    }
-    times = interleave(variants, 8, warmup=2)
-    out = {k: ratio(t, times["forward"]) for k, t in times.items() if k != "forward"}
-    benchmark.pedantic(variants["scalars"], rounds=1)
-    benchmark.extra_info.update(ratios={k: vars(v) for k, v in out.items()})
-    print(f"\nlens, forward = 1: { {k: f'{v.median:.2f} [{v.low:.2f}, {v.high:.2f}]' for k, v in out.items()} }")
