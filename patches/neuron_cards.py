@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patches.bases import Base
-from patches.second_order import Directions, Lens, Norms, by_token, lens, look, reading, scalars
+from patches.second_order import Directions, NeuronLens, Norms, by_token, lens, look, reading, scalars
 from registry.errors import BadArtifact, BadRequest, NotFound
 
 TENSORS, ABOUT = "neurons.safetensors", "neurons.json"
@@ -157,7 +157,7 @@ class Reader:
 
     base: Base
     cards: NeuronCards
-    lenses: Mapping[int, Lens]
+    lenses: Mapping[int, NeuronLens]
 
     @classmethod
     def of(cls, base: Base, cards: NeuronCards) -> Reader:

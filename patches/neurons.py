@@ -26,7 +26,7 @@ from torch import Tensor
 
 from patches.bases import Base, clip
 from patches.patch import Act, Edit, Inputs, Patch, Weight
-from patches.second_order import Directions, Lens, _spread
+from patches.second_order import Directions, NeuronLens, _spread
 from registry.config import STRICT
 from registry.errors import PatchError
 
@@ -198,7 +198,7 @@ def ablate(
 
 
 def replace_effects(
-    base: Base, at: Lens, known: Directions, neurons: Sequence[int], op: Op = "mean", gain: float = 0.0
+    base: Base, at: NeuronLens, known: Directions, neurons: Sequence[int], op: Op = "mean", gain: float = 0.0
 ) -> NeuronEdit:
     """Second-order effects of `neurons` replaced by their mean, scaled about it, or cut to their direction."""
     js = [int(n) for n in neurons]

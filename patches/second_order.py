@@ -43,7 +43,7 @@ MOVES: tuple[Moves, ...] = ("norms", "patterns", "hops", "mlps", "direct")
 
 
 @dataclass(frozen=True, eq=False)
-class Lens:
+class NeuronLens:
     """The fixed half of all second-order effects of one layer."""
 
     layer: int
@@ -90,7 +90,7 @@ def check_layer(base: Base, layer: int) -> None:
 
 
 @torch.no_grad()
-def lens(base: Base, layer: int, ln: Norms = "own") -> Lens:
+def lens(base: Base, layer: int, ln: Norms = "own") -> NeuronLens:
     """The lens on the neurons of `layer` (0-based). Raises BadRequest for the last layer, whose effects are zero."""
     check_layer(base, layer)
     own, home = ln == "own", readout(base)
@@ -105,7 +105,7 @@ def lens(base: Base, layer: int, ln: Norms = "own") -> Lens:
         parts.append((v.mT @ M).transpose(0, 1))  # (N, H, k)
     U = torch.cat(parts, 1)  # (N, G, k)
     Q, R = torch.linalg.qr(U.mT)
-    return Lens(layer, Q.mT.contiguous(), R, blocks[layer].attn.heads, ln)
+    return NeuronLens(layer, Q.mT.contiguous(), R, blocks[layer].attn.heads, ln)
 
 
 @torch.no_grad()
@@ -203,13 +203,13 @@ def scalars(seen: Look, layer: int) -> Tensor:
     return pull @ seen.p[layer]
 
 
-def effects(at: Lens, s: Tensor, neurons: Sequence[int] | slice = slice(None)) -> Tensor:
-    """phi (B, n, k) of some neurons. For all of them this is large: prefer `Lens.coordinates`."""
+def effects(at: NeuronLens, s: Tensor, neurons: Sequence[int] | slice = slice(None)) -> Tensor:
+    """phi (B, n, k) of some neurons. For all of them this is large: prefer `NeuronLens.coordinates`."""
     return s.permute(2, 0, 1)[neurons].matmul(at.write(neurons)).transpose(0, 1)
 
 
 @torch.no_grad()
-def official(base: Base, at: Lens, seen: Look) -> Tensor:
+def official(base: Base, at: NeuronLens, seen: Look) -> Tensor:
     """phi (B, N, k) as the authors' code defines it: times 100 / |y|, with shares of every mean and bias.
 
     c_proj's bias counts for 1/N; ln_1's mean and beta and the values' bias for 1/((1 + 2l') N); the output projection's
@@ -278,7 +278,7 @@ class Directions:
         """x (B, N) of S (B, G, N)."""
         return torch.einsum("bgn,ng->bn", s, self.reader) - (self.mean * self.reader).sum(1)
 
-    def centred(self, at: Lens, s: Tensor) -> Tensor:
+    def centred(self, at: NeuronLens, s: Tensor) -> Tensor:
         """(N, B, r): phi - mean, in coordinates."""
         return at.coordinates(s - self.mean.T)
 
@@ -294,7 +294,7 @@ class Moments:
     from the first batch's mean, and the triangle inequality says afterwards for which neurons none can be missing.
     """
 
-    def __init__(self, at: Lens, keep: int = 100, spare: int = 4) -> None:
+    def __init__(self, at: NeuronLens, keep: int = 100, spare: int = 4) -> None:
         if keep < 1:
             raise BadRequest(f"keep={keep}: a direction needs at least one picture.")
         self.at, self.keep, self.room, self.n = at, keep, keep * spare, 0
@@ -367,7 +367,7 @@ class Moments:
         )
 
 
-def directions(at: Lens, stream: Iterable[Tensor], keep: int = 100) -> Directions:
+def directions(at: NeuronLens, stream: Iterable[Tensor], keep: int = 100) -> Directions:
     """`Moments` over a stream of S (B, G, N)."""
     moments = Moments(at, keep)
     for s in stream:
@@ -380,7 +380,7 @@ def directions(at: Lens, stream: Iterable[Tensor], keep: int = 100) -> Direction
 Replacement = Literal["mean", "significant", "insignificant", "rank1"]
 
 
-def replaced(at: Lens, known: Directions, s: Tensor, how: Replacement, neurons: Tensor | None = None) -> Tensor:
+def replaced(at: NeuronLens, known: Directions, s: Tensor, how: Replacement, neurons: Tensor | None = None) -> Tensor:
     """(B, k) to be added to y when effects of a layer are replaced: by their mean over pictures (mean), by it only
     where they reach a neuron's threshold (significant) or do not (insignificant), or by mean + x_n r_n (rank1).
 

@@ -56,6 +56,7 @@ from training.tasks import (
     GOAL,
     KEPT,
     Classifier,
+    affordable,
     ask,
     classifier,
     metrics,
@@ -376,7 +377,8 @@ def fit(config: Config, folder: Path) -> Manifest:
     plain = measure(base, config, val, by, None)
     every = [(layer, h) for layer in f.seen.layers for h in range(lens.heads)]
     rows: list[dict[str, Any]] = []
-    tried = [(p, n, m) for p in config.ablate for n in config.counts if n <= len(every) // 2 for m in config.modes]
+    counts = affordable(config.counts, len(every))
+    tried = [(p, n, m) for p in config.ablate for n in counts for m in config.modes]
     for name, count, mode in tqdm(tried, "edits", disable=None, leave=False):
         heads = f.heads(name)[:count]
         got = measure(base, config, val, by, silence(lens, heads, mode, config.tokens, mean))
@@ -384,7 +386,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         about_it = {"property": name, "count": count, "mode": mode, "heads": heads, "named": named}
         rows.append({**about_it, **got, "worth": worth(config, got, plain)})
     if not rows:
-        raise ConfigError(f"counts={config.counts} leave nothing to try; the layers read have {len(every)} heads.")
+        raise ConfigError(f"ablate={config.ablate} and modes={config.modes} leave nothing to try; name some of each.")
     best = max(rows, key=lambda r: r["worth"])
     patch = silence(lens, best["heads"], best["mode"], config.tokens, mean)
     controls = []

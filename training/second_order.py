@@ -42,9 +42,9 @@ from patches.read import record
 from patches.second_order import (
     MOVES,
     Directions,
-    Lens,
     Moments,
     Moves,
+    NeuronLens,
     Norms,
     Replacement,
     follow,
@@ -184,7 +184,9 @@ def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def read(base: Base, config: Config, texts: Sequence[str], thumb: int = 48) -> tuple[NeuronCards, dict[int, Lens]]:
+def read(
+    base: Base, config: Config, texts: Sequence[str], thumb: int = 48
+) -> tuple[NeuronCards, dict[int, NeuronLens]]:
     """Cards of all neurons of the config's layers, in one pass over the pictures."""
     lenses = {layer: lens(base, layer, config.ln) for layer in config.layers}
     data = sources(config)
@@ -244,7 +246,12 @@ class Margins:
 
 @torch.no_grad()
 def margins(
-    base: Base, config: Config, lenses: Mapping[int, Lens], data: Dataset, weights: Tensor, other: Tensor | None = None
+    base: Base,
+    config: Config,
+    lenses: Mapping[int, NeuronLens],
+    data: Dataset,
+    weights: Tensor,
+    other: Tensor | None = None,
 ) -> Margins:
     """weights (k, C), one direction a class. other: (n,) the wrong class of each picture, where the pictures themselves
     do not show it."""
@@ -275,7 +282,9 @@ def margins(
     )  # fmt: skip
 
 
-def rank(base: Base, config: Config, lenses: Mapping[int, Lens], data: Mapping[str, Dataset]) -> dict[int, Ranked]:
+def rank(
+    base: Base, config: Config, lenses: Mapping[int, NeuronLens], data: Mapping[str, Dataset]
+) -> dict[int, Ranked]:
     """Neurons by how much more of the wrong answer they add where something that should not matter is in the picture.
 
     Pairs (clean, attacked): the mean margin of attacked pictures less that of the same ones clean, both against the
@@ -305,7 +314,7 @@ def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
 
 
 def patch_of(
-    base: Base, layer: int, at: Lens, known: Directions, found: Ranked, neurons: Sequence[int], edit: Edit
+    base: Base, layer: int, at: NeuronLens, known: Directions, found: Ranked, neurons: Sequence[int], edit: Edit
 ) -> NeuronEdit:
     """These neurons at their mean over clean pictures of train."""
     js = list(neurons)
@@ -318,7 +327,7 @@ def patch_of(
 
 
 @torch.no_grad()
-def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, Lens], data: Dataset, weights: Tensor) -> Any:
+def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], data: Dataset, weights: Tensor) -> Any:
     """Zero-shot accuracy when the effects of a whole layer are replaced (section 4 of the paper), layer by layer; and
     for how many pictures an effect counts."""
     right: dict[int, dict[str, int]] = {layer: dict.fromkeys(REPLACEMENTS, 0) for layer in lenses}
@@ -339,7 +348,9 @@ def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, Lens], data: 
 
 
 @torch.no_grad()
-def linearisation(base: Base, cards: NeuronCards, at: Lens, images: Tensor, neurons: Sequence[int]) -> dict[str, Any]:
+def linearisation(
+    base: Base, cards: NeuronCards, at: NeuronLens, images: Tensor, neurons: Sequence[int]
+) -> dict[str, Any]:
     """How far phi is from what mean-ablating the neuron does, as what the lens holds still is let go one by one.
 
     Per step: |phi - change|^2 over |change|^2, both about the neuron's mean activation, summed over neurons and
@@ -380,7 +391,7 @@ def linearisation(base: Base, cards: NeuronCards, at: Lens, images: Tensor, neur
     }
 
 
-def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[int, Lens]) -> dict[str, Any]:
+def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[int, NeuronLens]) -> dict[str, Any]:
     """Per layer: how much one direction explains, what the lens leaves out, who carries what. Pictures of val."""
     images = world(config, _plain(config), "val", config.val_images)
     weights = clip.zero_shot(base, images.classes)
@@ -473,7 +484,7 @@ CONTROL = "control.safetensors"
 """the control's tensors, so that it can be measured on test as it was on val"""
 
 
-def candidates(config: Config, lenses: Mapping[int, Lens]) -> Iterator[tuple[int, Edit, int]]:
+def candidates(config: Config, lenses: Mapping[int, NeuronLens]) -> Iterator[tuple[int, Edit, int]]:
     """(layer, edit, number of neurons); a control takes as many others."""
     rows = [
         (layer, edit, n)

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 PATH, LABELS = "/v1/classify", ["cat", "dog", "bird", "fish", "apple", "pizza", "car", "tree"]
-CALLS, ROUNDS = {1: 16, 8: 32, 32: 64}, {1: 8, 8: 5, 32: 4}
+CALLS, ROUNDS = {1: 16, 8: 32, 32: 64}, {1: 24, 8: 5, 32: 4}
 
 
 def dictionary(width: int, features: int, activation: str = "relu", seed: int = 0) -> SAE:
