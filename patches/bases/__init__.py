@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from registry.errors import NotFound
+from registry.errors import ConfigError, NotFound, NotReady
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class Base:
         return device
 
 
+def check_device(device: str) -> None:
+    """Raises ConfigError for what is no device, NotReady for a CUDA device that this machine does not have."""
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device={device[:40]!r} names no device. Say cpu, cuda or cuda:1.") from None
+    if asked.type == "cuda" and (asked.index or 0) >= (found := torch.cuda.device_count()):
+        raise NotReady(f"device={device!r} was declared, but this machine has {found} CUDA devices. Say device=cpu.")
+
+
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:
     """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one,
     `tiny:<name>` one of those it makes for a purpose (TINIES)."""
@@ -51,6 +61,7 @@ def load_base(ref: str, family: str, device: str = "cpu") -> Base:
         which, purposes = ref.partition(":")[2], getattr(module, "TINIES", {})
         if which and which not in purposes and not re.fullmatch("[0-9]{1,9}", which):
             raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
+        check_device(device)
         tiny: Base = purposes[which]() if which in purposes else module.tiny(int(which or 0))
         tiny.model.to(device)
         return tiny

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patches.bases import Base, hub_folder, slug
+from patches.bases import Base, check_device, hub_folder, slug
 from registry import manifest
-from registry.errors import BadArtifact, BadRequest, NotFound, NotReady
+from registry.errors import BadArtifact, BadRequest, NotFound
 
 SITES = {
     "embed": "visual.ln_pre",
@@ -164,8 +164,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> B
     Raises NotFound with what to put where or why a layout is not supported, BadArtifact for a golden embedding that
     differs, NotReady if CUDA was asked for and is missing.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise NotReady(f"Device {device!r} was declared, but this machine has no CUDA device. Declare device=cpu.")
+    check_device(device)
     folder, name, config = _folder(ref)
     if config is None and (folder / CONFIG).is_file():
         config = _json(folder / CONFIG)

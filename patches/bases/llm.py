@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patches.bases import Base, hub_folder, slug
+from patches.bases import Base, check_device, hub_folder, slug
 from patches.patch import Inputs
 from registry import manifest
-from registry.errors import NotFound, NotReady, PatchError
+from registry.errors import NotFound, PatchError
 from registry.home import cache as cache_folder
 
 SITES = {
@@ -63,8 +63,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise NotReady(f"Device {device!r} was declared, but this machine has no CUDA device. Declare device=cpu.")
+    check_device(device)
     folder, name = _folder(ref)
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

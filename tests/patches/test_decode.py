@@ -4,7 +4,7 @@ import torch
 from patches.bases import llm, load_base
 from patches.decode import Decoder, Row
 from patches.patched import PatchedModel
-from registry.errors import NotFound, NotReady, TooLarge
+from registry.errors import ConfigError, NotFound, NotReady, TooLarge
 
 
 def test_greedy_decoding_equals_generate(tiny_llm):
@@ -87,8 +87,16 @@ def test_a_base_that_is_not_there_says_what_to_do(ref, says):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA; the refusal needs one without")
 def test_cuda_declared_and_missing_is_refused():
-    with pytest.raises(NotReady, match="no CUDA device"):
+    with pytest.raises(NotReady, match="has 0 CUDA devices"):
         llm.load("pypi:smollm2", "cuda")
+    with pytest.raises(NotReady, match="has 0 CUDA devices"):
+        load_base("tiny", "clip", "cuda:1")
+
+
+def test_what_is_no_device_is_refused():
+    for ref, family in (("tiny", "llm"), ("lab:clip", "clip")):
+        with pytest.raises(ConfigError, match="'gpu0' names no device"):
+            load_base(ref, family, "gpu0")
 
 
 def test_any_llama_folder_loads_and_keeps_its_digest(tiny_llm, tmp_path):

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from patches.bases import Base, clip
+from patches.bases import Base, check_device, clip
 from registry import config as configs
 from registry import manifest
 from registry.config import STRICT
-from registry.errors import NotFound, NotReady
+from registry.errors import NotFound
 from training.data.images import Dataset
 from training.lab import atlas, renderer, worlds
 from training.lab.renderer import GROUNDS, Layout, choose, generator, grounds, render, things, uniform, writing
@@ -290,9 +290,8 @@ def batches(config: Config, base: Base) -> Iterator[tuple[Pairs, Tensor]]:
 
 
 def train(config: Config, folder: Path) -> tuple[Base, dict[str, list[float]]]:
-    """The trained base and its losses. Raises NotReady without the declared device."""
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise NotReady(f"device={config.device} was declared, but this machine has no CUDA device. Say device=cpu.")
+    """The trained base and its losses. Raises as `check_device`."""
+    check_device(config.device)
     base = start(config, folder)
     model = base.model.to(config.device).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
