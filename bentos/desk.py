@@ -33,10 +33,11 @@ from starlette.routing import Route
 from bentos import playground
 from bentos.arms import Choice, Table, choose, other
 from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
-from bentos.runtime import SHADOW_QUEUE, Runtime, Settings
+from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
 from registry import experiment as experiments
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError
 from registry.experiment import CONTROL, TREATMENT
+from registry.ledger import Ledger
 from registry.systems import System, system
 
 DEADLINE_S = 300.0
@@ -384,9 +385,14 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
 
 def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
-    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once."""
+    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once.
+
+    Raises as `check`: BentoML starts a worker that cannot start again and again.
+    """
     Tokens.from_environment().check_host(host)
     settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
+    declared = Settings.from_environment(settings)
+    check(declared, None if declared.pinned else Ledger().head(declared.system))
     command = [
         sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
         "--timeout-keep-alive", str(KEEP_ALIVE_S),

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 
 from bentos.arms import Table
 from patches import artifact
-from patches.bases import Base, load_base
+from patches.bases import Base, check_device, load_base
 from patches.decode import Decoder, Row
 from patches.embed import Embedder, Picture
 from patches.patched import PatchedModel
@@ -77,8 +77,7 @@ class Settings:
     """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
 
     @classmethod
-    def from_environment(cls) -> Settings:
-        env = os.environ
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> Settings:
         pinned = env.get("PATCHBAY_PINNED") or (CARRIED if CARRIED.is_dir() else None)
         name = manifest.read(Path(pinned)).system if pinned else env.get("PATCHBAY_SYSTEM", "")
         return cls(
@@ -90,6 +89,38 @@ class Settings:
             provider=env.get("PATCHBAY_PROVIDER", ""),
             pinned=Path(pinned) if pinned else None,
         )
+
+
+def check(s: Settings, head: ledgers.Entry | None) -> str:
+    """The base's reference, if all that can be told before it is loaded is well. Raises NotReady with the way out."""
+    family = system(s.system).families[0]
+    check_device(s.device)
+    if s.provider:
+        if family not in ENGINED:
+            raise NotReady(f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {family} bases run in torch alone; leave it out.")
+        importlib.import_module(ENGINE).check_provider(s.provider)
+    ref = s.base or _base_ref(s, head)
+    if ref.startswith("local:"):
+        raise NotReady(
+            f"The base is the folder {ref[6:]!r} of the machine where the patch was fitted. Put it here, and "
+            "set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
+        )
+    return ref
+
+
+def _base_ref(s: Settings, head: ledgers.Entry | None) -> str:
+    if s.pinned:
+        return manifest.read(s.pinned).base.rpartition("@")[0]
+    for digest in (head.champion, head.challenger) if head else ():
+        if digest and digest != BASE:
+            from registry import store
+
+            about, _ = artifact.load(store.pull(digest))
+            return about.base.rpartition("@")[0]
+    one = {"llm": "pypi:smollm2", "clip": "lab:clip"}.get(system(s.system).families[0], "hf-hub:org/name")
+    raise NotReady(
+        f"{s.system} has no patch yet, so its base is unknown. Push one, or set PATCHBAY_BASE, for instance to {one}."
+    )
 
 
 @dataclass
@@ -133,12 +164,7 @@ class Runtime:
             self.ledger = None if pinned else Ledger()
             head = self.ledger.head(self.settings.system) if self.ledger else None
             family = system(self.settings.system).families[0]
-            ref = self.settings.base or self._base_ref(head)
-            if ref.startswith("local:"):
-                raise NotReady(
-                    f"The base is the folder {ref[6:]!r} of the machine where the patch was fitted. Put it here, and "
-                    "set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
-                )
+            ref = check(self.settings, head)
             self.base: Base = load_base(ref, family, self.settings.device)
             self.model = PatchedModel(self.base)
             self.worker = self._worker()
@@ -186,20 +212,6 @@ class Runtime:
 
         return store.pull(digest)
 
-    def _base_ref(self, head: ledgers.Entry | None) -> str:
-        if self.settings.pinned:
-            return manifest.read(self.settings.pinned).base.rpartition("@")[0]
-        for digest in (head.champion, head.challenger) if head else ():
-            if digest and digest != BASE:
-                from registry import store
-
-                about, _ = artifact.load(store.pull(digest))
-                return about.base.rpartition("@")[0]
-        raise NotReady(
-            f"{self.settings.system} has no patch yet, so its base is unknown. Push one, or set PATCHBAY_BASE, "
-            "for instance to pypi:smollm2."
-        )
-
     def _spawn(self, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
         self._threads.append(thread)
@@ -211,8 +223,6 @@ class Runtime:
         """What turns this family's rows into answers."""
         s = self.settings
         family = system(s.system).families[0]
-        if s.provider and family not in ENGINED:
-            raise NotReady(f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {family} bases run in torch alone; leave it out.")
         if family == "llm":
             return Decoder(self.base, self.model.applied, s.slots, s.context)
         return Embedder(self.base, self.model.applied, s.slots, self._towers if s.provider else None)

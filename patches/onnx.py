@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patches.bases import Base
+from patches.bases import Base, check_device
 from patches.patch import Patch
 from registry import manifest
 from registry.errors import NotReady, PatchError
@@ -81,6 +81,19 @@ def prepared(
     return Towers(folder, provider, threads)
 
 
+def check_provider(provider: str) -> None:
+    """Raises NotReady for a provider that ONNX Runtime or this machine does not have."""
+    import onnxruntime as ort
+
+    known = ort.get_available_providers()
+    if PROVIDERS.get(provider) not in known:
+        raise NotReady(
+            f"ONNX Runtime has no provider {provider[:20]!r} here. It has: {', '.join(known)}. Declare cpu or cuda."
+        )
+    if provider == "cuda":
+        check_device("cuda")
+
+
 class Towers:
     """The towers of an exported folder in ONNX Runtime."""
 
@@ -88,11 +101,7 @@ class Towers:
         """provider: cpu or cuda; threads: of one call, 0 for all cores. Raises NotReady if the provider is missing."""
         import onnxruntime as ort
 
-        known = ort.get_available_providers()
-        if PROVIDERS.get(provider) not in known:
-            raise NotReady(
-                f"ONNX Runtime has no provider {provider[:20]!r} here. It has: {', '.join(known)}. Declare cpu or cuda."
-            )
+        check_provider(provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3

@@ -50,7 +50,7 @@ def check_device(device: str) -> None:
     except RuntimeError:
         raise ConfigError(f"device={device[:40]!r} names no device. Say cpu, cuda or cuda:1.") from None
     if asked.type == "cuda" and (asked.index or 0) >= (found := torch.cuda.device_count()):
-        raise NotReady(f"device={device!r} was declared, but this machine has {found} CUDA devices. Say device=cpu.")
+        raise NotReady(f"{device!r} was declared, but this machine has {found} CUDA devices. Declare cpu.")
 
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:

@@ -319,7 +319,7 @@ def test_a_pinned_service_and_one_on_onnx_answer_as_the_model_does(pictures, hom
 
 def test_a_provider_that_is_missing_is_an_honest_refusal(pictures):
     async def work():
-        with pytest.raises(NotReady, match="CUDAExecutionProvider|no provider"):
+        with pytest.raises(NotReady, match="CUDAExecutionProvider|CUDA devices"):
             async with pictures(provider="cuda"):
                 pass
 

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,24 @@ def test_split_says_what_it_wants(capsys, words):
     code, out, err = run(capsys, "split", "attention_sink", *words)
     assert (code, out) == (2, "")
     assert "SHARE" in err
+
+
+@pytest.mark.parametrize(
+    ("system", "env", "says"),
+    [
+        ("clip_sae", {}, "no patch yet.*PATCHBAY_BASE, for instance to lab:clip"),
+        ("clip_sae", {"PATCHBAY_BASE": "lab:clip", "PATCHBAY_PROVIDER": "tpu"}, "no provider 'tpu' here"),
+        ("clip_sae", {"PATCHBAY_BASE": "lab:clip", "PATCHBAY_DEVICE": "cuda:99"}, "CUDA devices. Declare cpu"),
+        ("attention_sink", {"PATCHBAY_BASE": "tiny", "PATCHBAY_PROVIDER": "cpu"}, "run in torch alone"),
+        ("attention_sink", {"PATCHBAY_BASE": "local:mine"}, "PATCHBAY_BASE=local-dir"),
+    ],
+)
+def test_a_service_that_cannot_start_is_refused_in_one_line(capsys, monkeypatch, system, env, says):
+    """BentoML would start its worker again and again, each time with a traceback."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    assert cli.main(["serve", system]) == 1
+    told = capsys.readouterr().err
+    assert re.search(says, told)
+    assert told.count("\n") == 1
