@@ -590,5 +590,5 @@ def test_a_recipe_or_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
     with pytest.raises(NotFound, match="tiny, lab, paper"):
         clip.main(["huge", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NotReady, match="device=cpu"):
+    with pytest.raises(NotReady, match="Declare cpu"):
         clip.main(["paper", str(tmp_path)])
