@@ -115,8 +115,7 @@ def _base_ref(s: Settings, head: ledgers.Entry | None) -> str:
         if digest and digest != BASE:
             from registry import store
 
-            about, _ = artifact.load(store.pull(digest))
-            return about.base.rpartition("@")[0]
+            return manifest.read(store.pull(digest)).base.rpartition("@")[0]
     one = {"llm": "pypi:smollm2", "clip": "lab:clip"}.get(system(s.system).families[0], "hf-hub:org/name")
     raise NotReady(
         f"{s.system} has no patch yet, so its base is unknown. Push one, or set PATCHBAY_BASE, for instance to {one}."

@@ -217,20 +217,25 @@ def neurons(home, tiny_clip):
 
 HEADS = "clip_heads"
 """the system of `heads`"""
+FEW = ("span_images=16", "gallery_images=12", "val_images=8", "draws=1")
+
+
+def keep(folder) -> str:
+    """A fitted artifact, put in home()/artifacts; its digest."""
+    import shutil
+
+    from registry import manifest
+
+    digest = manifest.read(folder).digest
+    shutil.copytree(folder, home() / "artifacts" / digest, dirs_exist_ok=True)
+    return digest
 
 
 def seal_heads(seed: int = 0) -> str:
     """A fitted edit of the tiny CLIP's heads, with names and a gallery, in home()/artifacts; its digest."""
-    import shutil
-
-    from registry import manifest
     from training import run
 
-    small = ["span_images=16", "gallery_images=12", "val_images=8", "draws=1"]
-    folder = run.fit(f"{HEADS}/tiny", [*small, f"seed={seed}"])
-    digest = manifest.read(folder).digest
-    shutil.copytree(folder, home() / "artifacts" / digest, dirs_exist_ok=True)
-    return digest
+    return keep(run.fit(f"{HEADS}/tiny", [*FEW, f"seed={seed}"]))
 
 
 @pytest.fixture(scope="session")
@@ -240,21 +245,17 @@ def fitted(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("fitted")))
-        return run.fit(f"{HEADS}/tiny", ["span_images=16", "gallery_images=12", "val_images=8", "draws=1"])
+        return run.fit(f"{HEADS}/tiny", FEW)
 
 
 @pytest.fixture
 def heads(home, fitted):
     """`async with heads() as s`: the tiny CLIP, its fitted heads as champion."""
-    import shutil
-
-    from registry import manifest
 
     @contextlib.asynccontextmanager
     async def serve(**settings: Any):
-        digest = manifest.read(fitted).digest
-        (home / "artifacts").mkdir(parents=True, exist_ok=True)
-        shutil.copytree(fitted, home / "artifacts" / digest, dirs_exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
+        digest = keep(fitted)
         async with serving(HEADS, [digest, digest], False, None, settings) as served:
             ledgers.promote(served.ledger, HEADS, digest)
             await served.until(lambda: served.runtime.table and served.runtime.table.champion == digest)
