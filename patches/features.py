@@ -245,51 +245,60 @@ class FeatureEdit(Patch):
                 return x + scale * direction.to(x)
 
             return add
-        codes, value = self._codes(), t.get("value")
+        fire = self._fire()
+        # every op takes away one sum over the features that fire, and a constant; x' = x - fire(n) @ rows + constant
+        rows: Tensor = decoder
+        constant: Tensor | None = None
+        if c.op == "scale":
+            rows = (1 - t["value"])[:, None] * decoder
+        elif c.op == "clamp":
+            constant = t["value"] @ decoder
+        elif c.op == "cap":  # at less than nothing it is a clamp
+            constant = t["value"].clamp_max(0) @ decoder
 
         def edit(x: Tensor) -> Tensor:
             h = x.to(decoder.dtype)
             n, scale, _ = normalised(h, c.normalise)
             flat = n.reshape(-1, n.shape[-1])
-            less = _less(codes(flat), c.op, value)
             if isinstance(scale, Tensor):
-                return (h - scale * (less @ decoder).view_as(h)).to(x.dtype)
-            return torch.addmm(flat, less, decoder, alpha=-1).view_as(h).to(x.dtype)
+                less = (fire(flat) @ rows).view_as(h)
+                return (h - scale * (less if constant is None else less - constant)).to(x.dtype)
+            out = torch.addmm(flat, fire(flat), rows, alpha=-1).view_as(h)
+            return (out if constant is None else out + constant).to(x.dtype)
 
         return edit
 
-    def _codes(self) -> Callable[[Tensor], Tensor]:
-        """n (N, D) -> activations (N, S) of the chosen features."""
+    def _fire(self) -> Callable[[Tensor], Tensor]:
+        """n (N, D) -> activations (N, S) of the chosen features; of op="cap" what is above the cap."""
         c, t = self.config, self.tensors
         encoder, bias, threshold = t["encoder"], t["bias"], t.get("threshold")
+        over = t["value"].clamp_min(0) if c.op == "cap" else None
         linear = torch.nn.functional.linear
         if c.activation != "topk":
-            return lambda n: _threshold(linear(n, encoder, bias), threshold)
+            # one number for all, as `thresholded` gives, is one pass in place instead of two
+            one = threshold is None or bool((threshold == threshold[0]).all())
+            at = 0.0 if threshold is None else float(threshold[0])
+
+            def fire(n: Tensor) -> Tensor:
+                pre = linear(n, encoder, bias)
+                f = torch.threshold_(pre, at, 0.0) if one else _threshold(pre, threshold)
+                return f if over is None else (f - over).relu()
+
+            return fire
         chosen = torch.tensor(c.features, device=encoder.device)
 
         def some(n: Tensor) -> Tensor:
             pre = linear(n, encoder, bias)
             mine = pre.index_select(1, chosen)  # ten times as fast as pre[:, chosen]
-            return mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
+            f = mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
+            return f if over is None else (f - over).relu()
 
-        def codes(n: Tensor) -> Tensor:
+        def parts(n: Tensor) -> Tensor:
             if not _plain(n) or len(n) <= ROWS:
                 return some(n)
             return torch.cat([some(part) for part in n.split(ROWS)])
 
-        return codes
-
-
-def _less(f: Tensor, op: Op, value: Tensor | None) -> Tensor:
-    """f - f': how much of each feature is taken away, (N, S)."""
-    if op == "zero":
-        return f
-    assert value is not None
-    if op == "clamp":
-        return f - value
-    if op == "cap":
-        return (f - value).relu()
-    return f * (1 - value)
+        return parts
 
 
 def edit(

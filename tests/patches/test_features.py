@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_the_closed_form_is_the_long_form(sae, op):
     got = rewrite(edit(sae, SITE, S, op, value), x)
     assert (got - x).abs().max() > 0.1
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["zero", "clamp", "cap", "scale"])
+def test_one_threshold_for_all_is_what_many_equal_ones_are(op):
+    """`thresholded` gives every feature the same one, which is applied in place."""
+    many = random_sae("jumprelu")
+    same = replace(many, threshold=torch.full_like(many.bias, 0.7))
+    nearly = replace(same, threshold=same.threshold.clone())
+    nearly.threshold[S[0]] += 1e-7  # one bit: no longer one number
+    assert not torch.equal(same.threshold, nearly.threshold)
+    x, value = activations(3, 7), torch.tensor([0.5, 1.5, -1.0, 2.0, 0.1])
+    one, two = (rewrite(edit(sae, SITE, S, op, value), x) for sae in (same, nearly))
+    assert (one - x).abs().max() > 0.1
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
 
 
 def test_no_edit_keeps_the_error_and_is_the_identity(sae):
