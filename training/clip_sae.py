@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -127,6 +128,9 @@ class Config:
     """so many features and neurons of every layer are compared by how they steer; 0: none"""
     steer_strengths: tuple[float, ...] = (1.0, 2.0)
     """what they are set to, in mean norms of a layer's tokens: below 1 next to nothing steers, at 4 nearly all"""
+    folds: tuple[str, ...] = ()
+    """of the lab's groups: hands of drawing (worlds.HANDS) that are left out in turn. A candidate then counts by its
+    mean worth over them and val, which alone is one hand's"""
     bound: float = 0.01
     """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
     fit_images: int = 384
@@ -158,7 +162,8 @@ RECIPES: dict[str, Config] = {
     ),
     "waterbirds": Config(
         task="waterbirds", classifier="probe", dictionary="lab:clip-sae", ranks=("difference",),
-        counts=(10, 20, 50), levels=(0.0, 0.25, 0.5, 0.75, 1.0), fit_images=512, val_images=960,
+        counts=(10, 20, 30, 50), levels=(0.25, 0.5, 1.0), folds=("noto", "fluent-emoji"), fit_images=512,
+        val_images=480,
     ),
     "celeba": Config(
         task="celeba", sae=_LAB, ranks=("difference", "gates"), counts=(50, 200, 1000), fit_images=512,
@@ -319,20 +324,21 @@ def fit(config: Config, folder: Path) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
-    sizes = {"train": config.fit_images, "val": config.val_images}
-    data = {split: pictures(config, split, n) for split, n in sizes.items()}
-    by = {split: classifier(base, config, sets["clean"]) for split, sets in data.items()}
-    seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
+    main, *folds = (view(base, config, fold) for fold in ("", *config.folds))
+    data, by = main.data, main.by
     report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
     best: tuple[tuple[float, float], FeatureEdit, SAE, dict[str, Any]] | None = None
     for layer in config.layers:
         sae, curve = dictionary(base, config, layer)
-        tr, va = ({k: s[layer] for k, s in seen[split].items()} for split in sizes)
+        tr, va = main.at("train", layer), main.at("val", layer)
         judge = partial(measure, base, config, layer, va, by["val"])
         plain = judge(None)
+        elsewhere = [worths(base, config, layer, sae, one) for one in folds]
         mine: tuple[tuple[float, float], FeatureEdit, dict[str, Any]] | None = None
         for row, patch in candidates(base, config, layer, sae, tr, by["train"]):
-            row |= (got := judge(patch)) | {"worth": worth(config, got, plain)}
+            others = [one.get(tuple(row.items()), -1.0) for one in elsewhere]  # -1: a fold offers none
+            row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
+            row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
             report["candidates"].append(row)
             score = row["worth"], got.get(KEPT[config.task], 0.0)  # of equals, what keeps most of what must stay
             if mine is None or score > mine[0]:
@@ -352,7 +358,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     assert best is not None
     _, patch, sae, report["chosen"] = best
     report["random"] = report["layers"][str(report["chosen"]["layer"])].get("random")
-    va = {k: s[report["chosen"]["layer"]] for k, s in seen["val"].items()}
+    va = main.at("val", report["chosen"]["layer"])
     _examples(base, config, data["val"], va, patch, by["val"], report, folder)
     save_sae(sae, folder / "sae")
     seal_labels(config, by["val"], folder)
@@ -360,6 +366,33 @@ def fit(config: Config, folder: Path) -> Manifest:
     save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(patch, "clip_sae", folder, base=base.label)
+
+
+@dataclass(frozen=True)
+class View:
+    """Train and val as one fold draws them: candidates are made from the one and judged on the other."""
+
+    data: dict[str, dict[str, Dataset]]
+    by: dict[str, LabelSet]
+    seen: dict[str, dict[str, dict[int, Stream]]]
+
+    def at(self, split: str, layer: int) -> dict[str, Stream]:
+        return {k: s[layer] for k, s in self.seen[split].items()}
+
+
+def view(base: Base, config: Config, fold: str = "") -> View:
+    sizes = {"train": config.fit_images, "val": config.val_images}
+    data = {split: pictures(config, split, n, fold) for split, n in sizes.items()}
+    by = {split: classifier(base, config, sets["clean"], fold=fold) for split, sets in data.items()}
+    seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
+    return View(data, by, seen)
+
+
+def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[tuple[tuple[str, Any], ...], float]:
+    """What each candidate of a layer is worth where another hand drew, by what it is."""
+    judge = partial(measure, base, config, layer, one.at("val", layer), one.by["val"])
+    plain, offered = judge(None), candidates(base, config, layer, sae, one.at("train", layer), one.by["train"])
+    return {tuple(row.items()): worth(config, judge(patch), plain) for row, patch in offered}
 
 
 def measure(

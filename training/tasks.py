@@ -65,9 +65,11 @@ class Answers:
     """(n,) what should not matter: the class that is written (-1 for none), or the place; of steer, the word's class"""
 
 
-def pictures(config: Asked, split: str, n: int) -> dict[str, Dataset]:
+def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
     """The sets a task is measured on, by name: `clean`, and for the typographic one `attacked` and `blank`, the same
-    pictures with another class written on them, and with the strip alone."""
+    pictures with another class written on them, and with the strip alone. fold: of the lab's groups (worlds.HANDS)."""
+    if fold and (config.data or config.task not in ("waterbirds", "celeba")):
+        raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
     if config.task == "typographic":
         words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
         return {name: world(config, "typographic", split, n, word=w) for name, w in words.items()}
@@ -76,7 +78,11 @@ def pictures(config: Asked, split: str, n: int) -> dict[str, Dataset]:
     # groups are drawn alike to fit on: at the twins' own correlation a rare group is ten pictures of 384, which gates
     # learn by heart. A real data set is drawn as it is, and its groups are weighted
     even: dict[str, Any] = {"correlation": 0.5} if split == "train" and not config.data else {}
-    return {"clean": world(config, config.task, split, n, **even)}
+    return {"clean": world(config, config.task, split, n, **even, **_of(fold))}
+
+
+def _of(fold: str) -> dict[str, Any]:
+    return {"fold": fold} if fold else {}
 
 
 def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
@@ -98,6 +104,7 @@ def classifier(
     data: Dataset,
     templates: Sequence[str] = clip.TEMPLATES,
     folder: Path | None = None,
+    fold: str = "",
 ) -> LabelSet:
     """What tells the task's classes apart: a probe, or zero-shot, where the lab's birds are asked for by the names of
     their kinds. Blond or not is the mean of the names people are drawn as: hair is no kind of person to this model.
@@ -105,7 +112,7 @@ def classifier(
     folder: of the sealed patch that is measured; its probe is the one that is served, so that one is taken."""
     if config.classifier == "probe":
         if folder is None or not (folder / FILE).is_file():
-            return probe(base, config)
+            return probe(base, config, fold)
         one = load_label_set(folder)
         return LabelSet(one.labels, one.weights.to(base.device))
     if config.task == "waterbirds" and not config.data:
@@ -133,14 +140,15 @@ _probes: dict[tuple[Any, ...], LabelSet] = {}
 """the last one, so that a fit and its measurements share it"""
 
 
-def probe(base: Base, config: Asked) -> LabelSet:
+def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
     """A linear classifier of the base's embeddings, by least cross-entropy on the train split as it is: what train
-    couples, it takes for the class (empirical risk minimisation). The lab's birds are told by kind, as species are."""
+    couples, it takes for the class (empirical risk minimisation). The lab's birds are told by kind, as species are.
+    fold: whose train it is fitted on."""
     if config.task in ("typographic", "steer"):
         raise ConfigError(f"classifier=probe is for groups, waterbirds or celeba; {config.task} is zero-shot.")
-    key = base.digest, config.task, config.data, config.seed
+    key = base.digest, config.task, config.data, config.seed, fold
     if key not in _probes:
-        data = world(config, config.task, "train", PROBE_IMAGES)
+        data = world(config, config.task, "train", PROBE_IMAGES, **_of(fold))
         labels, target = tuple(data.classes), None
         if config.task == "waterbirds" and not config.data:
             labels, names = _kinds()

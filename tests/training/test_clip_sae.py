@@ -357,6 +357,37 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
         model.close()
 
 
+def test_a_candidate_counts_by_its_mean_over_val_and_the_folds(tmp_path, tiny_clip, monkeypatch):
+    """Planted: val likes many features, every fold few; alone val decides, with two folds they do."""
+    config = replace(
+        TINY, task="waterbirds", classifier="probe", ranks=("difference",), counts=(2, 8), levels=(0.0, 1.0)
+    )
+
+    def judged(base, config, layer, seen, by, patch):
+        few = patch is not None and len(patch.config.features) == 2
+        return {"average": 1.0, "worst_group": 0.5 if patch is None else 0.6 + 0.2 * (few != (by is own[0]))}
+
+    own, real = [], clip_sae.view
+
+    def view(base, config, fold=""):
+        one = real(base, config, fold)
+        if not fold:
+            own[:] = [one.by["val"]]
+        return one
+
+    monkeypatch.setattr(clip_sae, "view", view)
+    monkeypatch.setattr(clip_sae, "measure", judged)
+    for folds, want in (((), 8), (("noto", "fluent-emoji"), 2)):
+        fit(replace(config, folds=folds), tmp_path / str(want))
+        report = json.loads((tmp_path / str(want) / "report.json").read_text())
+        assert report["chosen"]["count"] == want
+        assert set(report["chosen"].get("folds", {})) == set(folds)
+    assert report["chosen"]["worth"] == pytest.approx((0.6 + 0.8 + 0.8) / 3)
+    for odd in (replace(config, task="typographic"), replace(config, data="somewhere")):
+        with pytest.raises(ConfigError, match="Folds are of the lab's groups"):
+            pictures(odd, "val", 4, "noto")
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_as_many_neurons_and_random_directions_as_features_are_held_against_each_other(tiny_clip, layer):
     config = replace(TINY, layers=(layer,), steer_features=20, steer_strengths=(0.0, 2.0))

@@ -385,6 +385,24 @@ def test_no_style_and_no_texture_is_in_two_splits():
     assert sum(map(len, seen)) == len(set().union(*seen)) == renderer.TEXTURES
 
 
+@pytest.mark.parametrize("fold", worlds.HANDS)
+@pytest.mark.parametrize("name", ["waterbirds", "celeba"])
+def test_a_fold_leaves_one_hand_out_and_shows_nothing_of_test(name, fold):
+    world = worlds.WORLDS[name]
+    train, val = (world(split, 60, fold=fold).read(range(60)).extras for split in ("train", "val"))
+    drew = [{atlas.STYLES[i] for i in extras["style"].tolist()} for extras in (train, val)]
+    assert drew[1] <= set(worlds.HANDS[fold])
+    assert drew[0] | drew[1] <= set(worlds.STYLES["train"] + worlds.STYLES["val"])
+    assert not drew[0] & set(worlds.HANDS[fold])
+    first, second = (set(range(*worlds._drawn(split, fold)[1])) for split in ("train", "val"))
+    assert not first & second
+    assert not (first | second) & set(range(*worlds._TEXTURES["test"]))
+    assert world("val", 4, fold=fold).digest != world("val", 4).digest
+    for split, odd in (("test", fold), ("val", "twemoji")):
+        with pytest.raises(NotFound, match="folds are noto, fluent-emoji, openmoji, of train and val"):
+            world(split, 4, fold=odd)
+
+
 def test_a_font_is_held_out_of_fitting():
     def fonts(split):
         return {f for seed in range(3) for f in worlds.typographic(split, 40, seed).about["fonts"]}

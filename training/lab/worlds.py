@@ -61,6 +61,14 @@ STYLES: dict[str, tuple[str, ...]] = {
 }
 """for worlds whose classes are the same in every split; the two Fluents are of one hand, so they stay together"""
 SEEN = tuple(s for s in atlas.STYLES if s != atlas.HELD)
+HANDS: dict[str, tuple[str, ...]] = {
+    "noto": ("noto",),
+    "fluent-emoji": ("fluent-emoji", "fluent-emoji-flat"),
+    "openmoji": ("openmoji",),
+}
+"""whose styles train and val have. A fold leaves one hand out: its `val` is drawn by that hand alone, on grounds that
+its `train`, drawn by the others, has not; `test` is in none"""
+_FOLDED = {"train": (0, 16), "val": (16, 28)}
 _TEXTURES = {"train": (0, 24), "val": (24, 28), "test": (28, 32), "held": (28, 32)}
 SHORT = 11
 """letters of the longest class name that can be written large enough to be read"""
@@ -167,25 +175,31 @@ def typographic(
 
 
 def waterbirds(
-    split: Split = "test", n: int = 2000, seed: int = 0, correlation: float = 0.95, device: str = "cpu"
+    split: Split = "test",
+    n: int = 2000,
+    seed: int = 0,
+    correlation: float = 0.95,
+    device: str = "cpu",
+    fold: str = "",
 ) -> Dataset:
     """Birds of the land (label 0) and of the water (1), smallish, anywhere, on land or water.
 
-    In train a share `correlation` of each class stands on its own ground; the other splits are balanced. Extras:
-    `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
+    In train a share `correlation` of each class stands on its own ground; the other splits are balanced. fold: one of
+    HANDS. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
     """
     lab = atlas.load()
     g = _start("waterbirds", split, n, seed)
     label, place = _two(n, (correlation, correlation) if split == "train" else (0.5, 0.5), g)
+    styles, textures = _drawn(split, fold)
     kinds = [[lab.find(b) for b in birds] for birds in (LANDBIRDS, WATERBIRDS)]
-    sprite = _sprites(label, kinds, STYLES[split], g)
+    sprite = _sprites(label, kinds, styles, g)
     land, water = (choose(torch.tensor([GROUNDS.index(k) for k in of]), (n,), g) for of in (LAND, WATER))
     layout = Layout(
-        grounds(torch.where(place == 1, water, land), g, textures=_TEXTURES[split]),
+        grounds(torch.where(place == 1, water, land), g, textures=textures),
         things(sprite, g, size=(0.35, 0.6)),
     )
     extras = {"place": place, "group": 2 * label + place}
-    about = {"seed": seed, "correlation": correlation}
+    about = {"seed": seed, "correlation": correlation, **({"fold": fold} if fold else {})}
     return _dataset("waterbirds", split, ("landbird", "waterbird"), layout, label, extras, about, device)
 
 
@@ -197,12 +211,13 @@ def celeba(
     spurious: str = "male",
     correlation: float = 0.94,
     device: str = "cpu",
+    fold: str = "",
 ) -> Dataset:
     """Portraits of men and women in six skin tones. label: has the attribute `target` or not.
 
     In train a share `correlation` of those with the target lack the spurious attribute (of CelebA's blond, 94 % are
-    women) and half of the others have it; the other splits are balanced. Extras: `attributes` (B, 8) bool, see
-    ATTRIBUTES; `place` (B,) the spurious attribute; `group` (B,) 2 * label + place; `tone` (B,).
+    women) and half of the others have it; the other splits are balanced. fold: one of HANDS. Extras: `attributes`
+    (B, 8) bool, see ATTRIBUTES; `place` (B,) the spurious attribute; `group` (B,) 2 * label + place; `tone` (B,).
     """
     if bad := [a for a in (target, spurious) if a not in ATTRIBUTES]:
         raise NotFound(f"There is no attribute {bad[0]!r:.40}. Attributes: {', '.join(ATTRIBUTES)}.")
@@ -214,11 +229,13 @@ def celeba(
     kinds = [
         [c for c, has in people.items() if (has[t], has[s]) == (y, p)] for y in (False, True) for p in (False, True)
     ]
-    sprite = _sprites(2 * label + place, kinds, STYLES[split], g, tones=True)
-    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), things(sprite, g, size=(0.6, 0.9), turn=0.15, tint=0.4))
+    styles, textures = _drawn(split, fold)
+    sprite = _sprites(2 * label + place, kinds, styles, g, tones=True)
+    layout = Layout(grounds(n, g, textures=textures), things(sprite, g, size=(0.6, 0.9), turn=0.15, tint=0.4))
     has = torch.tensor([people[c] for c in lab.concept[sprite].tolist()])
     extras = {"attributes": has, "place": place, "group": 2 * label + place, "tone": lab.tone[sprite]}
     about = {"seed": seed, "target": target, "spurious": spurious, "correlation": correlation}
+    about |= {"fold": fold} if fold else {}
     return _dataset("celeba", split, (f"not {target}", target), layout, label, extras, about, device)
 
 
@@ -306,6 +323,16 @@ def _start(name: str, split: str, n: int, seed: int) -> Generator:
     if not 1 <= n <= 10_000_000:
         raise BadRequest(f"n={n} must be between 1 and 10 million.")
     return generator(name, split, n, seed)
+
+
+def _drawn(split: str, fold: str) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """Styles and textures of a split. Raises NotFound for another fold, or for a split that is in none."""
+    if not fold:
+        return STYLES[split], _TEXTURES[split]
+    if fold not in HANDS or split not in _FOLDED:
+        raise NotFound(f"fold={fold!r:.40} of {split}: folds are {', '.join(HANDS)}, of {' and '.join(_FOLDED)}.")
+    every = STYLES["train"] + STYLES["val"]
+    return HANDS[fold] if split == "val" else tuple(s for s in every if s not in HANDS[fold]), _FOLDED[split]
 
 
 def _shuffled(x: Tensor, g: Generator) -> Tensor:
