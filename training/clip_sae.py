@@ -131,6 +131,9 @@ class Config:
     folds: tuple[str, ...] = ()
     """of the lab's groups: hands of drawing (worlds.HANDS) that are left out in turn. A candidate then counts by its
     mean worth over them and val, which alone is one hand's"""
+    within: float = 0.0
+    """of a layer's candidates that are worth so much less than the best at most, the one with the fewest features is
+    taken: what they cost whoever serves them is proportional to their number"""
     bound: float = 0.01
     """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
     fit_images: int = 384
@@ -149,8 +152,8 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=4, batch=8),
     ),
     "lab": Config(
-        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 300, 600), gates=GateConfig(steps=200, keep=30),
-        fit_images=1024,
+        layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 200, 300, 400, 600), gates=GateConfig(steps=200, keep=30),
+        fit_images=1024, within=0.025,  # a standard error of .6 among 384
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
@@ -334,16 +337,15 @@ def fit(config: Config, folder: Path) -> Manifest:
         judge = partial(measure, base, config, layer, va, by["val"])
         plain = judge(None)
         elsewhere = [worths(base, config, layer, sae, one) for one in folds]
-        mine: tuple[tuple[float, float], FeatureEdit, dict[str, Any]] | None = None
+        offers: list[Offer] = []
         for row, patch in candidates(base, config, layer, sae, tr, by["train"]):
             others = [one.get(tuple(row.items()), -1.0) for one in elsewhere]  # -1: a fold offers none
             row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
             row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
             report["candidates"].append(row)
             score = row["worth"], got.get(KEPT[config.task], 0.0)  # of equals, what keeps most of what must stay
-            if mine is None or score > mine[0]:
-                mine = score, patch, row
-        assert mine is not None
+            offers.append((score, patch, row))
+        mine = chosen(offers, config.within)
         about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], by["val"])}
         if config.op != "add":
             control = random_control(sae, mine[1], tr["clean"], config.seed)
@@ -366,6 +368,17 @@ def fit(config: Config, folder: Path) -> Manifest:
     save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
     (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
     return artifact.save(patch, "clip_sae", folder, base=base.label)
+
+
+Offer = tuple[tuple[float, float], FeatureEdit, dict[str, Any]]
+"""what a candidate is worth and what it keeps; the patch; its row of the report"""
+
+
+def chosen(offers: Sequence[Offer], within: float) -> Offer:
+    """The best, or of those within that of it the one with the fewest features, if the best keeps what must stay."""
+    best = max(offers, key=lambda offer: offer[0])
+    near = [offer for offer in offers if offer[0][0] > best[0][0] - within > 0]
+    return min(near, key=lambda offer: (len(offer[1].config.features), *(-x for x in offer[0])), default=best)
 
 
 @dataclass(frozen=True)

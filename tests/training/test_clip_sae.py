@@ -357,6 +357,26 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
         model.close()
 
 
+@pytest.mark.parametrize(
+    ("within", "worths", "want"),
+    [
+        (0.0, {2: 0.60, 4: 0.60, 8: 0.61}, 8),
+        (0.02, {2: 0.50, 4: 0.60, 8: 0.61}, 4),
+        (0.2, {2: 0.50, 4: 0.60, 8: 0.61}, 2),
+        (0.02, {2: -0.03, 4: -0.02, 8: -0.01}, 8),  # none keeps what must stay: the nearest to it
+    ],
+)
+def test_the_fewest_features_are_taken_of_what_is_as_good(within, worths, want):
+    sae = some_sae()
+    offers = [((worth, 0.9), edit(sae, "site", range(n)), {"count": n}) for n, worth in worths.items()]
+    assert clip_sae.chosen(offers, within)[2]["count"] == want
+
+
+def test_of_equals_what_keeps_most_is_taken():
+    offers = [((0.6, kept), edit(some_sae(), "site", range(n)), {}) for n, kept in ((2, 0.8), (4, 0.9))]
+    assert clip_sae.chosen(offers, 0.0) is offers[1]
+
+
 def test_a_candidate_counts_by_its_mean_over_val_and_the_folds(tmp_path, tiny_clip, monkeypatch):
     """Planted: val likes many features, every fold few; alone val decides, with two folds they do."""
     config = replace(
