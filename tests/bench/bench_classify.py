@@ -54,7 +54,7 @@ def dictionary(width: int, features: int, activation: str = "relu", seed: int = 
 
 
 TOP_K = "top-k of 2,048"
-SHIPPED = 400
+SHIPPED = 200
 """features in the patch that `fit clip_sae/lab` makes"""
 
 
@@ -80,7 +80,7 @@ def eyes() -> Eyes:
     wide, top = dictionary(256, 2048, "jumprelu"), dictionary(256, 2048, "topk")
     made: dict[str, Patch] = {
         "patched": edit(wide, site, range(SHIPPED), "scale", 0.5),
-        "preset of 250": edit(wide, site, range(250)),
+        "preset of 600": edit(wide, site, range(600)),
         "preset of 50": edit(wide, site, range(50)),
         "top-k of 4,096": edit(dictionary(256, 4096, "topk"), site, range(250)),
         TOP_K: edit(top, site, range(250)),  # what ships is of this size
