@@ -153,7 +153,8 @@ RECIPES: dict[str, Config] = {
     ),
     "lab": Config(
         layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 200, 300, 400, 600), fit_images=1024,
-        gates=GateConfig(steps=200, keep=30), within=0.025,  # a standard error of .6 among 384
+        gates=GateConfig(steps=200, keep=30, price=1.5e-3),  # so dear that 200 features do what 600 did at 2e-4
+        within=0.025,  # a standard error of .6 among 384
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),

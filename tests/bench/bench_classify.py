@@ -54,7 +54,7 @@ def dictionary(width: int, features: int, activation: str = "relu", seed: int = 
 
 
 TOP_K = "top-k of 2,048"
-SHIPPED = 400
+SHIPPED = 200
 """features in the patch that `fit clip_sae/lab` makes"""
 
 
