@@ -63,7 +63,7 @@ _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
            "2504.08729", ("clip",), "patches.features:FeatureEdit", ("classify", "explain"),
            "lab:clip under a wrong written word (four fits, 1,000 unseen pictures and words each): right on 5 %, "
-           "patched 48 % (a blank strip alone: 53 %); says the word 54 %, patched 3 %; clean - .6 points on average"),
+           "patched 48 % (a blank strip alone: 53 %); says the word 54 %, patched 3 %; clean - .7 points on average"),
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
            "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify"),
            "lab:clip without its eight text heads (500 unseen pictures): says a wrong written word 51 %, patched 1 %; "
