@@ -245,60 +245,58 @@ class FeatureEdit(Patch):
                 return x + scale * direction.to(x)
 
             return add
-        fire = self._fire()
-        # every op takes away one sum over the features that fire, and a constant; x' = x - fire(n) @ rows + constant
+        codes = self._codes()
+        # every op takes away one sum over the features that fire, and a constant; x' = x - less(n) @ rows + constant
         rows: Tensor = decoder
         constant: Tensor | None = None
+        cap: Tensor | None = None
         if c.op == "scale":
             rows = (1 - t["value"])[:, None] * decoder
         elif c.op == "clamp":
             constant = t["value"] @ decoder
         elif c.op == "cap":  # at less than nothing it is a clamp
-            constant = t["value"].clamp_max(0) @ decoder
+            constant, cap = t["value"].clamp_max(0) @ decoder, t["value"].clamp_min(0)
+
+        def less(n: Tensor) -> Tensor:
+            f = codes(n)
+            return f if cap is None else (f - cap).relu()
 
         def edit(x: Tensor) -> Tensor:
             h = x.to(decoder.dtype)
             n, scale, _ = normalised(h, c.normalise)
             flat = n.reshape(-1, n.shape[-1])
             if isinstance(scale, Tensor):
-                less = (fire(flat) @ rows).view_as(h)
-                return (h - scale * (less if constant is None else less - constant)).to(x.dtype)
-            out = torch.addmm(flat, fire(flat), rows, alpha=-1).view_as(h)
+                gone = (less(flat) @ rows).view_as(h)
+                return (h - scale * (gone if constant is None else gone - constant)).to(x.dtype)
+            out = torch.addmm(flat, less(flat), rows, alpha=-1).view_as(h)
             return (out if constant is None else out + constant).to(x.dtype)
 
         return edit
 
-    def _fire(self) -> Callable[[Tensor], Tensor]:
-        """n (N, D) -> activations (N, S) of the chosen features; of op="cap" what is above the cap."""
+    def _codes(self) -> Callable[[Tensor], Tensor]:
+        """n (N, D) -> activations (N, S) of the chosen features."""
         c, t = self.config, self.tensors
         encoder, bias, threshold = t["encoder"], t["bias"], t.get("threshold")
-        over = t["value"].clamp_min(0) if c.op == "cap" else None
         linear = torch.nn.functional.linear
         if c.activation != "topk":
+            if threshold is not None and bool((threshold != threshold[0]).any()):
+                return lambda n: _threshold(linear(n, encoder, bias), threshold)
             # one number for all, as `thresholded` gives, is one pass in place instead of two
-            one = threshold is None or bool((threshold == threshold[0]).all())
             at = 0.0 if threshold is None else float(threshold[0])
-
-            def fire(n: Tensor) -> Tensor:
-                pre = linear(n, encoder, bias)
-                f = torch.threshold_(pre, at, 0.0) if one else _threshold(pre, threshold)
-                return f if over is None else (f - over).relu()
-
-            return fire
+            return lambda n: torch.threshold_(linear(n, encoder, bias), at, 0.0)
         chosen = torch.tensor(c.features, device=encoder.device)
 
         def some(n: Tensor) -> Tensor:
             pre = linear(n, encoder, bias)
             mine = pre.index_select(1, chosen)  # ten times as fast as pre[:, chosen]
-            f = mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
-            return f if over is None else (f - over).relu()
+            return mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
 
-        def parts(n: Tensor) -> Tensor:
+        def codes(n: Tensor) -> Tensor:
             if not _plain(n) or len(n) <= ROWS:
                 return some(n)
             return torch.cat([some(part) for part in n.split(ROWS)])
 
-        return parts
+        return codes
 
 
 def edit(

@@ -78,11 +78,7 @@ def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dat
     # groups are drawn alike to fit on: at the twins' own correlation a rare group is ten pictures of 384, which gates
     # learn by heart. A real data set is drawn as it is, and its groups are weighted
     even: dict[str, Any] = {"correlation": 0.5} if split == "train" and not config.data else {}
-    return {"clean": world(config, config.task, split, n, **even, **_of(fold))}
-
-
-def _of(fold: str) -> dict[str, Any]:
-    return {"fold": fold} if fold else {}
+    return {"clean": world(config, config.task, split, n, fold=fold, **even)}
 
 
 def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
@@ -148,7 +144,7 @@ def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
         raise ConfigError(f"classifier=probe is for groups, waterbirds or celeba; {config.task} is zero-shot.")
     key = base.digest, config.task, config.data, config.seed, fold
     if key not in _probes:
-        data = world(config, config.task, "train", PROBE_IMAGES, **_of(fold))
+        data = world(config, config.task, "train", PROBE_IMAGES, fold=fold)
         labels, target = tuple(data.classes), None
         if config.task == "waterbirds" and not config.data:
             labels, names = _kinds()

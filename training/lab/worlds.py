@@ -199,7 +199,7 @@ def waterbirds(
         things(sprite, g, size=(0.35, 0.6)),
     )
     extras = {"place": place, "group": 2 * label + place}
-    about = {"seed": seed, "correlation": correlation, **({"fold": fold} if fold else {})}
+    about = {"seed": seed, "correlation": correlation} | ({"fold": fold} if fold else {})
     return _dataset("waterbirds", split, ("landbird", "waterbird"), layout, label, extras, about, device)
 
 
