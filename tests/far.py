@@ -68,6 +68,9 @@ class Far(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._can_decompose():  # an inference tensor's operator: autograd, which takes `to` apart, was skipped
+            with Far():
+                return func.decompose(*args, **(kwargs or {}))
         return _run(func, args, kwargs or {})
 
 

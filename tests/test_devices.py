@@ -34,6 +34,16 @@ def test_the_device_refuses_what_a_gpu_refuses(far):
     torch.testing.assert_close(there.to(FAR).cpu(), there)
 
 
+def test_what_was_made_in_inference_mode_moves_as_well(far):
+    """Tables that a service made first are inference tensors, and tests come in any order."""
+    with torch._C._InferenceMode(True):  # `far` makes torch.inference_mode no_grad
+        table = torch.arange(6.0).view(2, 3) * 1
+    assert table.is_inference()
+    there = table.to(FAR)
+    assert isinstance(there, There)
+    torch.testing.assert_close((there @ torch.ones(3, device=FAR)).cpu(), torch.tensor([3.0, 12.0]))
+
+
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
     patch = MECHANISMS[name]()
