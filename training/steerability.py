@@ -164,7 +164,12 @@ def after_block(
 def rest(base: Base, z: Tensor, layer: int) -> Tensor:
     """Image features (B, k) before they are normalised, from the stream z (B, T, D) after block `layer`."""
     visual: Any = base.model.visual
-    for block in visual.transformer.resblocks[layer + 1 :]:
+    blocks = visual.transformer.resblocks[layer + 1 :]
+    for block in blocks[:-1]:
         z = block(z)
+    for block in blocks[-1:]:  # of the last one only the class token is read
+        x = block.ln_1(z)
+        z = z[:, :1] + block.ls_1(block.attention(x[:, :1], x, x))
+        z = z + block.ls_2(block.mlp(block.ln_2(z)))
     features: Tensor = visual.ln_post(z[:, 0]) @ visual.proj
     return features

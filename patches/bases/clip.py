@@ -133,10 +133,16 @@ class Attention(nn.Module):
         self.values, self.pattern = nn.Identity(), nn.Identity()
 
     def forward(
-        self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, need_weights: bool = False
+        self, x: Tensor, keys: Tensor, *_: Tensor, attn_mask: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """x (B, T, D), attn_mask (T, T) additive -> (B, T, D). Self-attention: keys and values are x too."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        """x (B, T, D) asks, keys (B, S, D) answers: x itself, or all tokens if x is some of them; attn_mask (T, S)
+        additive -> (B, T, D)."""
+        w, b, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
+        if keys is x:
+            q, k, v = F.linear(x, w, b).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        else:
+            q = F.linear(x, w[:width], b[:width]).unflatten(-1, (self.heads, -1))
+            k, v = F.linear(keys, w[width:], b[width:]).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.values(v.transpose(1, 2))
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         if self.pattern._forward_hooks or self.pattern._forward_pre_hooks:
