@@ -5,7 +5,7 @@ chosen set of features at a middle layer, the rest of the activation kept, takes
 word, the ground behind a bird, gender behind hair) and hardly anything else; random features do nothing.
 
     patchbay fit clip_sae/tiny          # a random tower: seconds on a CPU
-    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 7 minutes on 2 quiet cores
+    patchbay fit clip_sae/lab           # typographic defence of lab:clip: 5 to 7 minutes on 2 cores
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     python -m training.clip_sae FOLDER REPORT.json [SEED [IMAGES]]    # a sealed patch on test beside controls and
@@ -153,7 +153,7 @@ RECIPES: dict[str, Config] = {
     ),
     "lab": Config(
         layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 200, 300, 400, 600), fit_images=1024,
-        gates=GateConfig(steps=200, keep=30, price=1.5e-3),  # so dear that 200 features do what 600 did at 2e-4
+        gates=GateConfig(steps=500, batch=8, keep=30, shun=2.0, price=1.5e-3),  # 200 features do what 600 did at 2e-4
         within=0.025,  # a standard error of .6 among 384
     ),
     "demo": Config(
@@ -241,10 +241,13 @@ def lessons(
     ones that the base gets right, for what it gets wrong need not stay."""
     paired = config.task == "typographic"
 
-    def some(stream: Stream, weight: Tensor) -> list[Lesson]:
+    def some(stream: Stream, weight: Tensor, written: bool = False) -> list[Lesson]:
         size = config.gates.batch
         parts = zip(stream.parts(size), torch.split(weight, size), strict=True)
-        return [Lesson(p.x, partial(finish, base, layer, p, by=by), p.label, w) for p, w in parts]
+        return [
+            Lesson(p.x, partial(finish, base, layer, p, by=by), p.label, w, p.other if written else None)
+            for p, w in parts
+        ]
 
     hard, clean = seen["attacked" if paired else "clean"], seen["clean"]
     weight = torch.ones(len(hard), device=hard.x.device)
@@ -256,7 +259,7 @@ def lessons(
         weight = (wrong / size.clamp_min(1) ** 2)[group]
         weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
     kept = clean.rows(right.nonzero()[:, 0]) if bool(right.any()) else clean
-    return some(hard, weight), some(kept, torch.ones(len(kept), device=kept.x.device))
+    return some(hard, weight, paired), some(kept, torch.ones(len(kept), device=kept.x.device))
 
 
 def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
@@ -397,6 +400,7 @@ class View:
 def view(base: Base, config: Config, fold: str = "") -> View:
     sizes = {"train": config.fit_images, "val": config.val_images}
     data = {split: pictures(config, split, n, fold) for split, n in sizes.items()}
+    data["train"].pop("blank", None)  # a bound to be judged by, nothing to learn from
     by = {split: classifier(base, config, sets["clean"], fold=fold) for split, sets in data.items()}
     seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
     return View(data, by, seen)

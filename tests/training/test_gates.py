@@ -1,5 +1,7 @@
 """Learned gates close what leads astray, and nothing that is needed."""
 
+from dataclasses import replace
+
 import torch
 
 from patches.features import SAE
@@ -54,3 +56,29 @@ def test_the_same_seed_learns_the_same_gates():
     sae, read, clean, hit, label = world()
     a, b = (learn(GateConfig(steps=9), sae, lessons(hit, read, label), lessons(clean, read, label)) for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_what_is_shunned_is_said_less_where_no_right_answer_is_left():
+    sae, read, clean, hit, label = world()
+    covered = hit.clone()
+    covered[..., :3] = 0.0  # the strip hides what says the class
+    word = torch.zeros_like(label)
+    word[label == 0] = 1
+    read = read.clone()
+    read[8] = torch.tensor([0.0, 6.0, 0.0])  # 7 is the word of class 0, 8 that of class 1
+    for i, w in enumerate(word.tolist()):
+        covered[i, 3, 8 - w] = 0.0
+
+    def fitted(shun, names=True):
+        hard = [
+            replace(one, shunned=word[8 * i : 8 * i + 8] if names else None)
+            for i, one in enumerate(lessons(covered, read, label))
+        ]
+        gates = learn(GateConfig(steps=60, price=8.0, low=0.0, shun=shun), sae, hard, lessons(clean, read, label))
+        x = covered - (covered * (1 - gates)) @ sae.decoder
+        return gates, (x.mean(1) @ read * 5).softmax(1).gather(1, word[:, None]).mean()
+
+    (plain, said), (gates, less), (unnamed, _) = fitted(0.0), fitted(3.0), fitted(3.0, names=False)
+    assert less < said - 0.03, (float(less), float(said))
+    assert torch.equal(unnamed, plain)
+    assert (gates[:3] > 0.8).all()
