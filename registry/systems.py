@@ -63,8 +63,8 @@ _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
            "2504.08729", ("clip",), "patches.features:FeatureEdit", ("classify", "explain"),
            "lab:clip under a wrong written word (2,000 unseen pictures and words): right on 5 %, patched 49 % "
-           "(a blank strip alone: 53 %); says the word 57 %, patched 2.5 %; clean - .6 points (random features: right 4 %, "
-           "says it 56 %, clean - 4.6)"),
+           "(a blank strip alone: 53 %); says the word 57 %, patched 2.5 %; clean - .6 points (random features: right "
+           "4 %, says it 56 %, clean - 4.6)"),
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
            "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify"),
            "lab:clip without its eight text heads (500 unseen pictures): says a wrong written word 51 %, patched 1 %; "
