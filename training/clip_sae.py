@@ -334,7 +334,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     main, *folds = (view(base, config, fold) for fold in ("", *config.folds))
     data, by = main.data, main.by
     report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
-    best: tuple[tuple[float, float], FeatureEdit, SAE, dict[str, Any]] | None = None
+    best: tuple[Offer, SAE] | None = None
     for layer in config.layers:
         sae, curve = dictionary(base, config, layer)
         tr, va = main.at("train", layer), main.at("val", layer)
@@ -347,22 +347,22 @@ def fit(config: Config, folder: Path) -> Manifest:
             row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
             row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
             report["candidates"].append(row)
-            score = row["worth"], got.get(KEPT[config.task], 0.0)  # of equals, what keeps most of what must stay
-            offers.append((score, patch, row))
+            offers.append(Offer(patch, row, row["worth"], got.get(KEPT[config.task], 0.0)))
         mine = chosen(offers, config.within)
         about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], by["val"])}
         if config.op != "add":
-            control = random_control(sae, mine[1], tr["clean"], config.seed)
+            control = random_control(sae, mine.patch, tr["clean"], config.seed)
             about["random"] = {"features": control.config.features, **judge(control)}
         if config.task != "steer":
             about["mean_direction"] = judge(mean_direction(config, clip.site(config.hook, layer), tr))
         if config.steer_features:
             about["steerability"] = steerable(base, config, layer, sae, va["clean"])
         report["layers"][str(layer)] = about
-        if best is None or mine[0] > best[0]:
-            best = mine[0], mine[1], sae, mine[2]
+        if best is None or mine.score > best[0].score:
+            best = mine, sae
     assert best is not None
-    _, patch, sae, report["chosen"] = best
+    taken, sae = best
+    patch, report["chosen"] = taken.patch, taken.row
     report["random"] = report["layers"][str(report["chosen"]["layer"])].get("random")
     va = main.at("val", report["chosen"]["layer"])
     _examples(base, config, data["val"], va, patch, by["val"], report, folder)
@@ -374,15 +374,28 @@ def fit(config: Config, folder: Path) -> Manifest:
     return artifact.save(patch, "clip_sae", folder, base=base.label)
 
 
-Offer = tuple[tuple[float, float], FeatureEdit, dict[str, Any]]
-"""what a candidate is worth and what it keeps; the patch; its row of the report"""
+@dataclass(frozen=True)
+class Offer:
+    """A candidate as it was judged."""
+
+    patch: FeatureEdit
+    row: dict[str, Any]
+    """of the report"""
+    worth: float
+    kept: float
+    """of what must stay"""
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Of equals, what keeps most of what must stay is best."""
+        return self.worth, self.kept
 
 
 def chosen(offers: Sequence[Offer], within: float) -> Offer:
     """The best, or of those within that of it the one with the fewest features, if the best keeps what must stay."""
-    best = max(offers, key=lambda offer: offer[0])
-    near = [offer for offer in offers if offer[0][0] > best[0][0] - within > 0]
-    return min(near, key=lambda offer: (len(offer[1].config.features), *(-x for x in offer[0])), default=best)
+    best = max(offers, key=lambda offer: offer.score)
+    near = [offer for offer in offers if offer.worth > best.worth - within > 0]
+    return min(near, key=lambda o: (len(o.patch.config.features), -o.worth, -o.kept), default=best)
 
 
 @dataclass(frozen=True)
