@@ -157,7 +157,8 @@ RECIPES: dict[str, Config] = {
         within=0.025,  # a standard error of .6 among 384
     ),
     "demo": Config(
-        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(1000,), gates=GateConfig(steps=90),
+        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(300,),
+        gates=GateConfig(steps=180, batch=8, keep=30, shun=2.0, price=1.5e-3),
         fit_images=256, val_images=96, test_images=150,
     ),
     "layers": Config(
