@@ -348,7 +348,7 @@ def fit(config: Config, folder: Path) -> Manifest:
             row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
             row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
             report["candidates"].append(row)
-            offers.append(Offer(patch, row, row["worth"], got.get(KEPT[config.task], 0.0)))
+            offers.append(Offer(patch, row, got.get(KEPT[config.task], 0.0)))
         mine = chosen(offers, config.within)
         about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], by["val"])}
         if config.op != "add":
@@ -381,22 +381,21 @@ class Offer:
 
     patch: FeatureEdit
     row: dict[str, Any]
-    """of the report"""
-    worth: float
+    """of the report, `worth` among it"""
     kept: float
     """of what must stay"""
 
     @property
     def score(self) -> tuple[float, float]:
         """Of equals, what keeps most of what must stay is best."""
-        return self.worth, self.kept
+        return self.row["worth"], self.kept
 
 
 def chosen(offers: Sequence[Offer], within: float) -> Offer:
     """The best, or of those within that of it the one with the fewest features, if the best keeps what must stay."""
     best = max(offers, key=lambda offer: offer.score)
-    near = [offer for offer in offers if offer.worth > best.worth - within > 0]
-    return min(near, key=lambda o: (len(o.patch.config.features), -o.worth, -o.kept), default=best)
+    near = [offer for offer in offers if offer.score[0] > best.score[0] - within > 0]
+    return min(near, key=lambda o: (len(o.patch.config.features), *(-x for x in o.score)), default=best)
 
 
 @dataclass(frozen=True)

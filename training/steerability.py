@@ -162,7 +162,9 @@ def after_block(
 
 
 def rest(base: Base, z: Tensor, layer: int) -> Tensor:
-    """Image features (B, k) before they are normalised, from the stream z (B, T, D) after block `layer`."""
+    """Image features (B, k) before they are normalised, from the stream z (B, T, D) after block `layer`.
+
+    Hooks inside the last block see one token, hooks on the block itself are not called."""
     visual: Any = base.model.visual
     blocks = visual.transformer.resblocks[layer + 1 :]
     for block in blocks[:-1]:
