@@ -368,12 +368,16 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
 )
 def test_the_fewest_features_are_taken_of_what_is_as_good(within, worths, want):
     sae = some_sae()
-    offers = [clip_sae.Offer(edit(sae, "site", range(n)), {"count": n, "worth": worth}, 0.9) for n, worth in worths.items()]
+    offers = [
+        clip_sae.Offer(edit(sae, "site", range(n)), {"count": n, "worth": worth}, 0.9) for n, worth in worths.items()
+    ]
     assert clip_sae.chosen(offers, within).row["count"] == want
 
 
 def test_of_equals_what_keeps_most_is_taken():
-    offers = [clip_sae.Offer(edit(some_sae(), "site", range(n)), {"worth": 0.6}, kept) for n, kept in ((2, 0.8), (4, 0.9))]
+    offers = [
+        clip_sae.Offer(edit(some_sae(), "site", range(n)), {"worth": 0.6}, kept) for n, kept in ((2, 0.8), (4, 0.9))
+    ]
     assert clip_sae.chosen(offers, 0.0) is offers[1]
 
 
