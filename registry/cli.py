@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, NotFound, PatchbayError
+from registry.errors import ConfigError, Invalid, NotFound, PatchbayError
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +56,15 @@ def evaluate(args: argparse.Namespace) -> Says:
     run, store = importlib.import_module("training.run"), _store()
     folder = store.pull(_digest(args.ref))
     got = run.evaluate(folder, args.words, args.device)
-    metrics = {"base": got.base, "patched": got.patched}
-    pushed = store.push(folder, metrics=metrics, dataset=got.dataset, figures=got.figures)
-    rows = [(k, got.base[k], got.patched[k], got.patched[k] - got.base[k]) for k in sorted(got.base)]
-    return Says(_table(("metric", "base", "patched", "difference"), rows), metrics=metrics, run=pushed.run_id)
+    pushed = store.push(folder, metrics=got.sides, dataset=got.dataset, figures=got.figures)
+    base, patched = got.sides["base"], got.sides["patched"]
+    rows = [
+        (k, _measure(base[k]), _measure(patched[k]), patched[k].value - base[k].value, patched[k].n, patched[k].better)
+        for k in sorted(base)
+    ]
+    table = _table(("metric", "base", "patched", "difference", "n", "better"), rows)
+    plain = {side: {k: asdict(m) for k, m in metrics.items()} for side, metrics in got.sides.items()}
+    return Says(table, metrics=plain, run=pushed.run_id)
 
 
 def push(args: argparse.Namespace) -> Says:
@@ -269,6 +274,11 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
 
 
+def _measure(m: Any) -> str:
+    """A measured number with its 95 % interval, if it has one."""
+    return f"{m.value:.4g}" + (f" [{m.low:.3g}, {m.high:.3g}]" if m.low is not None else "")
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def text(cell: Any) -> str:
         return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
@@ -290,12 +300,17 @@ def _write_readme() -> Says:
 
 
 def readme_table() -> str:
-    """The table of systems as README shows it."""
-    lines = ["| system | what it does | paper | measured |", "|---|---|---|---|"]
+    """The table of systems as README shows it: one claim a row, with its control and n."""
+    lines = ["| system | claim | base | patched | control | n | artifact |", "|---|---|---|---|---|---|---|"]
     for row in SYSTEMS.values():
-        link = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        status = "planned" if row.planned else row.measured or "**ready**"
-        lines.append(f"| `{row.name}` | {row.title} | {link} | {status} |")
+        name = f"`{row.name}` ([{row.paper}](https://arxiv.org/abs/{row.paper}))<br>{row.title}"
+        if (c := row.claim) is None:
+            lines.append(f"| {name} | {'planned' if row.planned else 'not measured yet'} | | | | | |")
+            continue
+        metric = c.metric + (f"<br>{c.beside}" if c.beside else "")
+        control = f"{c.show(c.control)} ({c.what_control})"
+        numbers = f"{c.show(c.base)} | **{c.show(c.patched)}** | {control} | {c.n:,} | `{c.digest}`"
+        lines.append(f"| {name} | {metric} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -372,7 +387,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
     try:
         said = VERBS[args.verb](args)
-    except ConfigError as e:
+    except (ConfigError, Invalid) as e:
         print(e, file=sys.stderr)
         return 2
     except PatchbayError as e:

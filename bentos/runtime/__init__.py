@@ -26,19 +26,20 @@ from typing import Any
 import torch
 
 from bentos.runtime.arms import Table
-from patches import artifact
+from patches.engine.patch import Patch
 from patches.families.base import Base, check_device, load_base
-from patches.families.clip.worker import Embedder, Picture
-from patches.families.llm.worker import Decoder, Row
-from patches.subject import PatchedModel
+from patches.families.family import family
+from patches.families.worker import Job, Worker, WorkerSettings
+from patches.subject import Arm, Subject, load_arm
 from registry import manifest
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.ab.events import Events
 from registry.ab.experiment import Experiment
 from registry.ab.ledger import BASE, Ledger
-from registry.errors import NotReady, PatchbayError, TooMany
+from registry.errors import NotReady, PatchbayError, TooMany, WrongBase
 from registry.home import home
+from registry.manifest import Manifest
 from registry.systems import system
 
 log = logging.getLogger("patchbay")
@@ -49,10 +50,6 @@ FOLLOW_S = 0.5
 JUDGE_S = 1.0
 WINDOW_S = 10.0
 """how often the live experiment's numbers go to MLflow, which only displays them"""
-ENGINE, ENGINED = "patches.families.clip.towers", ("clip",)
-"""what runs towers instead of torch, and the families it can run; named here and imported only where it is asked for"""
-Job = Row | Picture
-"""what is queued: a row to be decoded, a picture to be embedded"""
 QUEUE = 512
 """rows waiting or running; more get 429"""
 SHADOW_QUEUE = 32
@@ -91,35 +88,50 @@ class Settings:
         )
 
 
-def check(s: Settings, head: ledgers.Entry | None) -> str:
-    """The base's reference, if all that can be told before it is loaded is well. Raises NotReady with the way out."""
-    family = system(s.system).families[0]
+def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
+    """role -> reference of each base, if all that can be told before they are loaded is well.
+
+    Raises NotReady with the way out.
+    """
+    row = system(s.system)
     check_device(s.device)
     if s.provider:
-        if family not in ENGINED:
-            raise NotReady(f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {family} bases run in torch alone; leave it out.")
-        importlib.import_module(ENGINE).check_provider(s.provider)
-    ref = s.base or _base_ref(s, head)
-    if ref.startswith("local:"):
-        raise NotReady(
-            f"The base is the folder {ref[6:]!r} of the machine where the patch was fitted. Put it here, and "
-            "set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
-        )
-    return ref
+        engine = family(row.family).engine
+        if engine is None:
+            raise NotReady(
+                f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {row.family} bases run in torch alone; leave it out."
+            )
+        importlib.import_module(engine).check_provider(s.provider)
+    refs = _named(s, head)
+    refs |= dict(zip(row.bases, (s.base or "").split(","), strict=False)) if s.base else {}
+    for role, kind in row.bases.items():
+        if not refs.get(role):
+            one = ",".join(family(kind).example for kind in row.bases.values())
+            raise NotReady(
+                f"{s.system} has no patch yet, so its {role if row.roles else 'base'} is unknown. Push one, or set "
+                f"PATCHBAY_BASE, for instance to {one}."
+            )
+        if refs[role].startswith("local:"):
+            raise NotReady(
+                f"The base is the folder {refs[role][6:]!r} of the machine where the patch was fitted. Put it here, "
+                "and set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
+            )
+        del kind
+    return {role: refs[role] for role in row.bases}
 
 
-def _base_ref(s: Settings, head: ledgers.Entry | None) -> str:
-    if s.pinned:
-        return manifest.read(s.pinned).base.rpartition("@")[0]
-    for digest in (head.champion, head.challenger) if head else ():
+def _named(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
+    """role -> reference, as the pinned artifact, the champion or the challenger names it."""
+    folder = s.pinned
+    for digest in (head.champion, head.challenger) if head and folder is None else ():
         if digest and digest != BASE:
             from registry import store
 
-            return manifest.read(store.pull(digest)).base.rpartition("@")[0]
-    one = {"llm": "pypi:smollm2", "clip": "lab:clip"}.get(system(s.system).families[0], "hf-hub:org/name")
-    raise NotReady(
-        f"{s.system} has no patch yet, so its base is unknown. Push one, or set PATCHBAY_BASE, for instance to {one}."
-    )
+            folder = store.pull(digest)
+            break
+    if folder is None:
+        return {}
+    return {role: label.rpartition("@")[0] for role, label in manifest.read(folder).bases.items()}
 
 
 @dataclass
@@ -162,11 +174,12 @@ class Runtime:
             pinned = self.settings.pinned
             self.ledger = None if pinned else Ledger()
             head = self.ledger.head(self.settings.system) if self.ledger else None
-            family = system(self.settings.system).families[0]
-            ref = check(self.settings, head)
-            self.base: Base = load_base(ref, family, self.settings.device)
-            self.model = PatchedModel(self.base)
-            self.worker = self._worker()
+            row = system(self.settings.system)
+            refs = check(self.settings, head)
+            bases = {role: load_base(refs[role], kind, self.settings.device) for role, kind in row.bases.items()}
+            self.subject = Subject(bases, about=family(row.family))
+            s = self.settings
+            self.worker: Worker[Any] = self.subject.worker(WorkerSettings(s.slots, s.context, s.provider))
             self._spawn(self._work)
             if pinned:
                 self.table = self._table(None, champion=self._pin(pinned))
@@ -190,17 +203,32 @@ class Runtime:
             thread.join(timeout=10)
         if self.events:
             self.events.close()
-        if hasattr(self, "model"):
-            self.model.close()
+        if hasattr(self, "subject"):
+            self.subject.close()
+
+    @property
+    def base(self) -> Base:
+        """The base that patches go on."""
+        return self.subject.base
 
     def _pin(self, folder: Path) -> str:
         """The champion of a deployment that carries its own: a patch's digest, or "base"."""
-        about = manifest.read(folder, base=self.base.digest)
+        about = self._own(folder)
         if about.kind == "model" and not about.files:
             return BASE
-        _, patch = artifact.load(folder, digest=about.digest, base=self.base.digest)
-        self._add(about.digest, patch)
+        self._add(about.digest, load_arm(folder, about, self.settings.device))
         return about.digest
+
+    def _own(self, folder: Path, digest: str | None = None) -> Manifest:
+        """The manifest of a sealed folder, if it was made from the bases that are loaded. Raises WrongBase else."""
+        about = manifest.read(folder, digest=digest)
+        for role, label in about.bases.items():
+            if role in self.subject.bases and label.rpartition("@")[2] != self.subject.bases[role].digest:
+                have = self.subject.bases[role].label
+                raise WrongBase(
+                    f"{folder} was made from {label[:80]}, not from {have[:80]}. Fit it again on this base."
+                )
+        return about
 
     def folder(self, digest: str) -> Path:
         """The sealed folder of a patch that is served here, verified."""
@@ -218,23 +246,8 @@ class Runtime:
 
     # ---- working -------------------------------------------------------------------------------------------------
 
-    def _worker(self) -> Decoder | Embedder:
-        """What turns this family's rows into answers."""
-        s = self.settings
-        family = system(s.system).families[0]
-        if family == "llm":
-            return Decoder(self.base, self.model.applied, s.slots, s.context)
-        return Embedder(self.base, self.model.applied, s.slots, self._towers if s.provider else None)
-
-    def _towers(self, arm: str | None, patch: Any) -> Any:
-        """An arm's towers in ONNX Runtime, from a copy of the base that nobody has hooks on."""
-        s = self.settings
-        fresh = load_base(self.base.ref, system(s.system).families[0])
-        return importlib.import_module(ENGINE).prepared(fresh, s.provider, patch, system=s.system, digest=arm or "")
-
     def submit(self, rows: Sequence[Any]) -> None:
-        """Queue jobs of the worker's kind; row.tag(row) is called on the worker's thread after each step it took part
-        in, and at its end.
+        """Queue jobs of the worker's kind.
 
         Raises TooMany if the queue is full, TooLarge if a prompt does not fit; then nothing is queued.
         """
@@ -295,8 +308,8 @@ class Runtime:
                 self.counts.tokens[row.arm or BASE] += 1
                 if row.finished:
                     self._done(row)
-                if row.tag is not None:
-                    row.tag(row)
+                if row.on_step is not None:
+                    row.on_step(row)
 
     def _done(self, row: Job) -> None:
         with self._counting:
@@ -350,9 +363,9 @@ class Runtime:
         challenger = head.challenger if head else None
         for digest in {champion, challenger, *((x.control, x.treatment) if x else ())} - {BASE, None}:
             assert digest is not None
-            if digest not in self.model.applied.arms:
-                _, patch = artifact.load(store.pull(digest), digest=digest, base=self.base.digest)
-                self._add(digest, patch)
+            if digest not in self.subject.arms:
+                folder = store.pull(digest)
+                self._add(digest, load_arm(folder, self._own(folder, digest), self.settings.device))
         return self._table(head, champion, challenger, x)
 
     def _table(
@@ -360,22 +373,21 @@ class Runtime:
     ) -> Table:
         return Table(
             self.settings.system, self.base.name, self.base.digest, champion, challenger, x,
-            frozenset(self.model.applied.arms), head.hash if head else "",
+            frozenset(self.subject.arms), head.hash if head else "",
         )  # fmt: skip
 
-    def _add(self, digest: str, patch: Any) -> None:
-        """A verified patch becomes an arm, and has worked once before anybody is routed to it."""
-        patch = patch.to(self.base.device)
-        self.call(lambda: self.model.applied.add(digest, patch))
-        self.worker.prepare(digest, patch)
+    def _add(self, digest: str, arm: Arm) -> None:
+        """What was verified becomes an arm, and has worked once before anybody is routed to it."""
+        self.call(lambda: self.subject.add(digest, arm))
+        self.worker.prepare(digest, arm if isinstance(arm, Patch) else None)
         warm = threading.Event()
         row: Any = self.worker.probe(digest)
-        row.tag = lambda r: warm.set() if r.finished else None
+        row.on_step = lambda r: warm.set() if r.finished else None
         with self._counting:
             self._inflight[digest] += 1
         self._tell(lambda: self.worker.add([row]))
         if not warm.wait(timeout=120) or row.finished not in ("length", "stop"):
-            self.call(lambda: self.model.applied.remove(digest))
+            self.call(lambda: self.subject.remove(digest))
             raise NotReady(f"sha256:{digest[:16]} was verified but gives no answer; it is not served.")
 
     def _forget_unused(self) -> None:
@@ -385,13 +397,13 @@ class Runtime:
             return
         x = table.experiment
         wanted = {table.champion, table.challenger, *((x.control, x.treatment) if x else ())}
-        for digest in set(self.model.applied.arms) - wanted:
+        for digest in set(self.subject.arms) - wanted:
             if not self._inflight[digest]:
-                self.call(partial(self.model.applied.remove, digest))
+                self.call(partial(self.subject.remove, digest))
                 self.table = self._retabled(table)
 
     def _retabled(self, table: Table) -> Table:
-        return replace(table, loaded=frozenset(self.model.applied.arms))
+        return replace(table, loaded=frozenset(self.subject.arms))
 
     def _prove_revert(self) -> None:
         """Strength 0, and no arm at all, must be the base bit for bit; an arm that is never reached is refused."""
@@ -399,11 +411,13 @@ class Runtime:
         def proof() -> None:
             look = self.worker.proof
             base = look(None)
-            for digest in self.model.applied.arms:
+            for digest in self.subject.arms:
                 look(digest)
+                if not isinstance(self.subject.arms[digest], Patch):
+                    continue  # a model or a search has no strength at which it is the base
                 if not torch.equal(look(digest, 0.0), base) or not torch.equal(look(None), base):
                     raise NotReady(f"sha256:{digest[:16]} does not revert to the base bit for bit; it is not served.")
-            if missed := self.model.applied.unreached():
+            if missed := self.subject.applied.unreached():
                 raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
 
         self.call(proof)

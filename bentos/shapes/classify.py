@@ -174,7 +174,7 @@ class Service:
             x = pictures.pixels(self.runtime, image.data)
         except PatchbayError as e:
             return Entry(choice, refused=e)
-        job = Picture(x, choice.arm, ask.patchbay.strength)
+        job = Picture(x, arm=choice.arm, strength=ask.patchbay.strength)
         return Entry(choice, job, Picture(x) if ask.patchbay.compare else None)
 
     def _result(self, index: int, entry: Entry, by: LabelSet, top: int) -> dict[str, Any]:
@@ -190,7 +190,11 @@ class Service:
     ) -> None:
         """The treatment's answers beside the control's, after the caller has theirs."""
         start = time.perf_counter()
-        jobs = {i: Picture(e.job.pixels, twin.arm, e.job.strength) for i, e in enumerate(entries) if e.job is not None}
+        jobs = {
+            i: Picture(e.job.pixels, arm=twin.arm, strength=e.job.strength)
+            for i, e in enumerate(entries)
+            if e.job is not None
+        }
         await pictures.embed(self.runtime, list(jobs.values()))
         control = [results[i]["label"] for i in jobs]
         treatment = [scores(p, by, 1)["label"] for p in jobs.values()]

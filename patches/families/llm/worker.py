@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from patches.engine.patch import Applied
 from patches.families.base import Base
+from patches.families.worker import Job, Worker
 from registry.errors import TooLarge
 
 # transformers renames this argument in 5.40, which pyproject.toml keeps out; until then it would say so in every log
@@ -31,12 +32,10 @@ PREFILL_TOKENS = 2048
 
 
 @dataclass(eq=False)
-class Row:
+class Row(Job):
     """One row being decoded; `Decoder` fills `out`."""
 
     prompt: list[int]
-    arm: str | None = None
-    strength: float = 1.0
     max_tokens: int = 16
     temperature: float = 0.0
     """0: greedy"""
@@ -50,10 +49,7 @@ class Row:
     out: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     """per token: its log-probability (before temperature), and the most likely alternatives"""
-    finished: Literal["stop", "length", "cancelled", "failed"] | None = None
     generator: torch.Generator | None = None
-    tag: Any = None
-    """the caller's own"""
 
 
 class SlotCache:
@@ -145,7 +141,7 @@ class SlotCache:
         self.ids = ids
 
 
-class Decoder:
+class Decoder(Worker[Row]):
     """A running batch: `add` sequences, call `step` until `idle`."""
 
     def __init__(self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None) -> None:
@@ -171,16 +167,6 @@ class Decoder:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         """running[i] lies in slot i"""
-
-    @property
-    def idle(self) -> bool:
-        return not self.waiting and not self.running
-
-    def add(self, sequences: Iterable[Row]) -> None:
-        """Queue sequences. Raises TooLarge, queueing none, if one does not fit the context."""
-        sequences = list(sequences)
-        self.check(sequences)
-        self.waiting.extend(sequences)
 
     def check(self, sequences: Iterable[Row]) -> None:
         """Raises TooLarge if one does not fit the context."""
@@ -239,12 +225,6 @@ class Decoder:
                 self._leave(slot)
         return touched
 
-    engines: Mapping[str | None, Any] = {}
-    """of other runtimes: none, decoding is torch's"""
-
-    def prepare(self, arm: str | None, patch: Any = None) -> None:
-        """Nothing is to be made for an arm."""
-
     @staticmethod
     def probe(arm: str | None) -> Row:
         """A short row that any model can decode."""
@@ -257,13 +237,6 @@ class Decoder:
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(input_ids=torch.arange(1, 9, device=self.base.device)[None]).logits
         return out
-
-    def run(self, sequences: Sequence[Row]) -> Sequence[Row]:
-        """Decode all of them to the end."""
-        self.add(sequences)
-        while not self.idle:
-            self.step()
-        return sequences
 
     def _admit(self) -> list[Row]:
         joined: list[Row] = []
@@ -299,7 +272,7 @@ class Decoder:
         if self.applied is None:
             hidden = self.decoder(**call).last_hidden_state
         else:
-            with self.applied.rows([s.arm for s in rows], [s.strength for s in rows]):
+            with self.applied.rows([s.arm for s in rows], [s.strength for s in rows], [s.params for s in rows]):
                 hidden = self.decoder(**call).last_hidden_state
         last = torch.tensor(counts, device=device) - 1
         return self._logits(hidden[torch.arange(len(rows), device=device), last])
