@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from patches.bases import Base
+from patches.isolate import fail, isolate, not_finite
 from patches.patch import Applied, Patch
-from registry.errors import BadRequest
+from registry.errors import BadRequest, PatchbayError
 
 Engine = Callable[[str, Tensor], Tensor]
 """("image", (B, 3, H, W)) or ("text", ids (B, context)) -> unit features (B, k) on the CPU"""
@@ -32,6 +34,8 @@ class Picture:
     out: Tensor | None = None
     """(k,) float32 of unit norm, on the CPU"""
     finished: Literal["stop", "cancelled", "failed"] | None = None
+    error: PatchbayError | None = None
+    """why it failed"""
     tag: Any = None
     """the caller's own"""
 
@@ -82,7 +86,8 @@ class Embedder:
 
     @torch.inference_mode()
     def step(self) -> list[Picture]:
-        """One forward of up to `slots` pictures; returns them."""
+        """One forward of up to `slots` pictures; returns them. One that makes it raise, or whose features are not
+        finite, fails alone."""
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
             return []
@@ -90,13 +95,18 @@ class Embedder:
         for p in self.running:
             by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
         for engine, pictures in by_engine.items():
-            x = torch.stack([p.pixels for p in pictures])
-            for picture, out in zip(
-                pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True
-            ):
-                picture.out, picture.finished = out, "stop"
+            isolate(pictures, partial(self._embed, engine), lambda p: p.pixels.numel())
         done, self.running = self.running, []
         return done
+
+    def _embed(self, engine: Engine | None, pictures: Sequence[Picture]) -> None:
+        x = torch.stack([p.pixels for p in pictures])
+        y = self._torch(x, pictures) if engine is None else engine("image", x)
+        for p, out, sound in zip(pictures, y, y.isfinite().all(-1).tolist(), strict=True):
+            if sound:
+                p.out, p.finished = out, "stop"
+            else:
+                fail(p, not_finite(p.arm, "features"))
 
     def _torch(self, x: Tensor, pictures: Sequence[Picture]) -> Tensor:
         x = x.to(self.base.device, self.base.model.visual.proj.dtype)
@@ -110,10 +120,13 @@ class Embedder:
         self.running = []
 
     def run(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
-        """Embed all of them."""
+        """Embed all of them. Raises the error of the first that failed."""
         self.add(pictures)
         while not self.idle:
             self.step()
+        for p in pictures:
+            if p.error is not None:
+                raise p.error
         return pictures
 
     def probe(self, arm: str | None) -> Picture:
@@ -122,10 +135,13 @@ class Embedder:
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit."""
+        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit. Raises Failed
+        if they are not finite."""
         x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(image=x)["image_features"]
+        if not bool(out.isfinite().all()):
+            raise not_finite(arm, "features")
         return out
 
 
