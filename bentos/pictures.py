@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -108,14 +109,16 @@ def pixels(runtime: Runtime, data: str) -> Tensor:
 
 
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
-    """Queue pictures and wait for all. Raises NotReady if that fails or takes too long."""
+    """Queue pictures and wait for all; one that failed says so in its `error`. Raises NotReady if it takes too long,
+    and the error of the first if all failed."""
     if not pictures:
         return
     done, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def ring(_: Any) -> None:
         if all(p.finished for p in pictures):
-            loop.call_soon_threadsafe(done.set)
+            with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone; then nobody waits
+                loop.call_soon_threadsafe(done.set)
 
     for p in pictures:
         p.tag = ring
@@ -129,5 +132,5 @@ async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
         for p in pictures:
             if not p.finished:
                 runtime.cancel(p)
-    if any(p.out is None for p in pictures):
-        raise NotReady("Embedding failed for this request; it is in the log. Try again.")
+    if all(p.out is None for p in pictures):
+        raise pictures[0].error or NotReady("Embedding failed for this request; it is in the log. Try again.")

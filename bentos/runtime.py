@@ -4,16 +4,19 @@ Start-up: load the base, pull and verify every digest the ledger names, warm eac
 no arm give the base's logits bit for bit), only then be ready. After that two quiet threads work: one follows the
 ledger (new arms are verified and warmed before the routing table is swapped by one reference; rows in flight keep their
 arm), one judges the live experiment about once a second and writes what it decides to the ledger.
+
+Only the champion, and the control of an experiment, must be servable: what else the ledger names and cannot be served
+here is a warning (page, log, metric). No thread ends by an exception, and `ill` says which is not well.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -26,15 +29,17 @@ from typing import Any
 import torch
 
 from bentos.arms import Table
+from bentos.threads import Watch
 from patches import artifact
 from patches.bases import Base, check_device, load_base
 from patches.decode import Decoder, Row
 from patches.embed import Embedder, Picture
+from patches.isolate import fail, named
 from patches.patched import PatchedModel
 from registry import experiment as experiments
 from registry import ledger as ledgers
 from registry import manifest
-from registry.errors import NotReady, PatchbayError, TooMany
+from registry.errors import Failed, NotReady, PatchbayError, TooMany
 from registry.events import Events
 from registry.experiment import Experiment
 from registry.home import home
@@ -47,6 +52,8 @@ CARRIED = Path(__file__).parent.parent / "carried"
 """in a Bento: the sealed folder it was built to serve; a checkout has none"""
 FOLLOW_S = 0.5
 JUDGE_S = 1.0
+JUDGE_AGAIN_S = 5.0
+"""how often one who may not judge asks whether it may now"""
 WINDOW_S = 10.0
 """how often the live experiment's numbers go to MLflow, which only displays them"""
 ENGINE, ENGINED = "patches.onnx", ("clip",)
@@ -55,6 +62,14 @@ Job = Row | Picture
 """what is queued: a row to be decoded, a picture to be embedded"""
 QUEUE = 512
 """rows waiting or running; more get 429"""
+WORK_SILENT_S, QUIET_SILENT_S = 120.0, 600.0
+"""longest silence of the thread that works (one step), and of those that follow and judge (a store may be slow)"""
+CALL_S = 120.0
+"""how long something that has to be done between two steps is waited for"""
+STOP_S = 8.0
+"""a stop is over by then, whatever hangs"""
+AGAIN_S = 5.0
+"""what could not be served is tried again after this, or when the ledger moves"""
 SHADOW_QUEUE = 32
 """rows waiting above which a shadow is dropped, so that it never delays an answer"""
 
@@ -133,6 +148,10 @@ class Counts:
     rows: int = 0
     seconds: float = 0.0
     shadows_dropped: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    """arm -> jobs that failed alone"""
+    unwritten: int = 0
+    """answers that went out before their exposure was on the disk"""
 
 
 class Runtime:
@@ -143,14 +162,17 @@ class Runtime:
         self.counts = Counts()
         self.problem = "starting"
         """why it is not ready; empty when it is"""
-        self.warning = ""
-        """what went wrong while following; the old table keeps serving"""
+        self.warnings: dict[str, str] = {}
+        """what goes wrong beside the serving: what -> why"""
+        self.judging = ""
+        """who judges the experiments of this system: "this process", or another by its number"""
+        self.watch = Watch()
         self.table: Table | None = None
         self.events: Events | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._stopping = self.watch.stopping
+        self._broken = ""
         self._inflight: Counter[str] = Counter()
         self._counting = threading.Lock()
 
@@ -167,31 +189,53 @@ class Runtime:
             self.base: Base = load_base(ref, family, self.settings.device)
             self.model = PatchedModel(self.base)
             self.worker = self._worker()
-            self._spawn(self._work)
+            self.watch.spawn("work", self._work, WORK_SILENT_S)
+            self.call(lambda: self.worker.proof(None))
             if pinned:
                 self.table = self._table(None, champion=self._pin(pinned))
             else:
                 self.events = Events()
                 self.table = self._follow_once(head)
-                self._spawn(self._follow)
-                self._spawn(self._judge)
-            self._prove_revert()
+                self.watch.spawn("follow", self._follow, QUIET_SILENT_S)
+                self.watch.spawn("judge", self._judge, QUIET_SILENT_S)
             self.problem = ""
         except BaseException as e:
             self.problem = str(e) or type(e).__name__
             raise
 
     def stop(self) -> None:
-        """End the threads and take the patches off."""
+        """End the threads and take the patches off; over within STOP_S, whatever hangs."""
+        until = time.monotonic() + STOP_S
         self._stopping.set()
+        self.problem = self.problem or "stopping"
         with self._wake:
             self._wake.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=10)
+        left = self.watch.stop(until - 1.0)
         if self.events:
-            self.events.close()
-        if hasattr(self, "model"):
+            self.events.close(max(0.5, until - time.monotonic()))
+        if left:
+            log.error("left behind: %s", ", ".join(left))
+        elif hasattr(self, "model"):
             self.model.close()
+
+    @property
+    def warning(self) -> str:
+        """Everything that goes wrong beside the serving, in one line; empty if nothing does."""
+        return "; ".join([*self.warnings.values(), *(why for k, why in self.watch.ill().items() if k != "work")])
+
+    def dead(self) -> str:
+        """What only a new process mends; empty if there is nothing. /livez says it."""
+        if self._stopping.is_set():
+            return ""
+        ended = [why for why in self.watch.ill().values() if "has ended" in why]
+        return "; ".join([*ended, *([self._broken] if self._broken else [])])
+
+    def ill(self) -> str:
+        """Why nothing is to be sent here now; empty if all is well. /readyz says it."""
+        if self.problem:
+            return self.problem
+        written = self.events.problem() if self.events else ""
+        return "; ".join(why for why in (self.dead(), self.watch.ill().get("work", ""), written) if why)
 
     def _pin(self, folder: Path) -> str:
         """The champion of a deployment that carries its own: a patch's digest, or "base"."""
@@ -210,11 +254,6 @@ class Runtime:
         from registry import store
 
         return store.pull(digest)
-
-    def _spawn(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
-        self._threads.append(thread)
-        thread.start()
 
     # ---- working -------------------------------------------------------------------------------------------------
 
@@ -253,8 +292,11 @@ class Runtime:
 
         def command() -> None:
             if not row.finished:
-                self.worker.cancel(row)
-                self._done(row)
+                try:
+                    self.worker.cancel(row)
+                finally:
+                    row.finished = row.finished or "cancelled"
+                    self._done(row)
 
         self._tell(command)
 
@@ -272,31 +314,68 @@ class Runtime:
         while not self._stopping.is_set():
             with self._wake:
                 while not self._commands and self.worker.idle and not self._stopping.is_set():
+                    self.watch.beat("work")
                     self._wake.wait(timeout=1.0)
                 commands, self._commands = self._commands, deque()
-            for command in commands:
-                command()
-            if self.worker.idle:
-                continue
-            start = time.perf_counter()
+            self.watch.beat("work")
+            self._obey(commands)
+            if not self.worker.idle:
+                self._step()
+        self._obey(self._commands)
+        for row in [*self.worker.running, *self.worker.waiting]:
+            fail(row, NotReady("The service is stopping; ask again in a few seconds."))
+            self._tell_of(row)
+
+    @staticmethod
+    def _obey(commands: deque[Callable[[], None]]) -> None:
+        while commands:
             try:
-                touched: Sequence[Job] = self.worker.step()
-            except Exception:
-                # nothing a request contains may end up here; if it does, these rows fail and the next ones live
-                log.exception("a step failed; its rows are given up")
-                touched = [*self.worker.running, *self.worker.waiting]
-                for row in touched:
-                    row.finished = row.finished or "failed"
-                self.worker.reset()
-            self.counts.steps += 1
-            self.counts.rows += len(touched)
-            self.counts.seconds += time.perf_counter() - start
+                commands.popleft()()
+            except BaseException:  # the commands after it are other people's
+                log.exception("a command of a request failed")
+
+    def _step(self) -> None:
+        """One step of the worker, and what it means for those who wait."""
+        start = time.perf_counter()
+        try:
+            touched: Sequence[Job] = self.worker.step()
+        except Exception:
+            # a worker finds the job that fails (patches.isolate); this is the worker itself
+            log.exception("a step failed as a whole; the running jobs are given up")
+            touched, waiting = list(self.worker.running), list(self.worker.waiting)
             for row in touched:
-                self.counts.tokens[row.arm or BASE] += 1
-                if row.finished:
-                    self._done(row)
-                if row.tag is not None:
-                    row.tag(row)
+                fail(row, Failed("The step of this job failed; it is in the log. Try again."))
+            self.worker.reset()
+            self.worker.add(waiting)
+        self.counts.steps += 1
+        self.counts.rows += len(touched)
+        self.counts.seconds += time.perf_counter() - start
+        for row in touched:
+            self.counts.tokens[row.arm or BASE] += 1
+            if row.finished:
+                self._done(row)
+                if row.finished == "failed":
+                    self.counts.failed[row.arm or BASE] += 1
+            self._tell_of(row)
+        if touched and all(row.finished == "failed" for row in touched):
+            self._suspect()
+
+    @staticmethod
+    def _tell_of(row: Job) -> None:
+        if row.tag is not None:
+            try:
+                row.tag(row)
+            except Exception:  # its caller's event loop may be gone
+                log.debug("nobody listens to a job any more", exc_info=True)
+
+    def _suspect(self) -> None:
+        """Everything failed: is it the jobs, or can the base itself not work any more (a lost device)?"""
+        try:
+            self.worker.proof(None)
+            self._broken = ""
+        except Exception as e:
+            self._broken = f"the base itself fails ({type(e).__name__}); start the service again"
+            log.exception("the base itself fails")
 
     def _done(self, row: Job) -> None:
         with self._counting:
@@ -315,8 +394,10 @@ class Runtime:
             done.set()
 
         self._tell(run)
-        if not done.wait(timeout=120):
-            raise NotReady("The working thread does not answer.")
+        until = time.monotonic() + CALL_S
+        while not done.wait(timeout=0.5):
+            if self._stopping.is_set() or time.monotonic() > until:
+                raise NotReady("The working thread does not answer.")
         value, error = box[0]
         if error is not None:
             raise error
@@ -325,35 +406,84 @@ class Runtime:
     # ---- following -----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        seen = -1
+        seen, tried = -1, 0.0
         assert self.ledger is not None
         while not self._stopping.wait(FOLLOW_S):
+            self.watch.beat("follow")
             try:
+                self._stop_if_lost()
                 now = self.ledger.version()
-                if now == seen:
+                again = bool(self.warnings) and time.monotonic() - tried > AGAIN_S
+                if now == seen and not again:
                     self._forget_unused()
                     continue
+                seen, tried = now, time.monotonic()
                 head = self.ledger.head(self.settings.system)
-                if self.table is None or (head.hash if head else "") != self.table.head:
-                    self.table = self._follow_once(head)
-                    log.info("serving champion %s", self.table.champion[:16])
-                seen, self.warning = now, ""
+                if again or self.table is None or (head.hash if head else "") != self.table.head:
+                    table = self._follow_once(head)
+                    if self.table is None or table.champion != self.table.champion:
+                        log.info("serving champion %s", table.champion[:16])
+                    self.table = table
+                self._calm("ledger")
             except Exception as e:  # the old table keeps serving, loudly
-                self.warning = f"cannot follow the ledger: {e}"
-                log.error(self.warning)
+                self._warn("ledger", f"cannot follow the ledger: {e}")
+
+    def _warn(self, what: str, why: str) -> None:
+        """On the page, in the log (once) and in the metrics."""
+        if self.warnings.get(what) != why:
+            log.error(why)
+        self.warnings = {**self.warnings, what: why}
+
+    def _calm(self, *what: str) -> None:
+        """These are well again."""
+        self.warnings = {k: why for k, why in self.warnings.items() if k not in what}
 
     def _follow_once(self, head: ledgers.Entry | None) -> Table:
-        from registry import store
-
+        """The table of a ledger's entry. Raises what keeps the champion or the control from being served; anything else
+        that cannot be served is left out, with a warning."""
         x = experiments.load(head.experiment) if head and head.experiment else None
+        if x and self.events and self.events.lost[x.name]:
+            x = None  # see _stop_if_lost
         champion = head.champion if head else BASE
         challenger = head.challenger if head else None
-        for digest in {champion, challenger, *((x.control, x.treatment) if x else ())} - {BASE, None}:
-            assert digest is not None
-            if digest not in self.model.applied.arms:
-                _, patch = artifact.load(store.pull(digest), digest=digest, base=self.base.digest)
-                self._add(digest, patch)
-        return self._table(head, champion, challenger, x)
+        must = {champion, *((x.control,) if x else ())}
+        cannot: dict[str, str] = {}
+        for digest in [*sorted(must), challenger, x.treatment if x else None]:
+            if digest is None or digest == BASE or digest in self.model.applied.arms or digest in cannot:
+                continue
+            try:
+                self._load(digest)
+            except Exception as e:
+                if digest in must:
+                    raise
+                cannot[digest] = str(e) or type(e).__name__
+        self._calm(*(k for k in self.warnings if k.startswith("sha256:")))
+        for digest, why in cannot.items():
+            self._warn(named(digest), f"{named(digest)} is not served here: {why}")
+        if x and x.treatment in cannot:
+            self._warn(named(x.treatment), f"{x.name} does not run here, its treatment cannot be served: "
+                       f"{cannot[x.treatment]}")  # fmt: skip
+            x = None
+        return self._table(head, champion, None if challenger in cannot else challenger, x)
+
+    def _load(self, digest: str) -> None:
+        """One more arm, from the store. Raises what stands in the way."""
+        from registry import store
+
+        _, patch = artifact.load(store.pull(digest), digest=digest, base=self.base.digest)
+        self._add(digest, patch)
+
+    def _stop_if_lost(self) -> None:
+        """An experiment that lost what it should count is stopped: what it would say is not what happened."""
+        x = self.table.experiment if self.table else None
+        if x is None or self.events is None or self.ledger is None or not (lost := self.events.lost[x.name]):
+            return
+        assert self.table is not None
+        self._warn("events", f"{x.name} is stopped: {lost} of its events could not be written")
+        self.table = replace(self.table, experiment=None)
+        head = self.ledger.head(x.system)
+        if head and head.experiment and head.experiment["name"] == x.name:
+            ledgers.stop(self.ledger, x.system, evidence={"why": "events were lost", "lost": lost}, who="service")
 
     def _table(
         self, head: ledgers.Entry | None, champion: str, challenger: str | None = None, x: Experiment | None = None
@@ -364,19 +494,43 @@ class Runtime:
         )  # fmt: skip
 
     def _add(self, digest: str, patch: Any) -> None:
-        """A verified patch becomes an arm, and has worked once before anybody is routed to it."""
+        """A verified patch becomes an arm, and has worked once and been proved before anybody is routed to it."""
         patch = patch.to(self.base.device)
         self.call(lambda: self.model.applied.add(digest, patch))
-        self.worker.prepare(digest, patch)
-        warm = threading.Event()
+        try:
+            self.worker.prepare(digest, patch)
+            row = self._probe(digest)
+            if row.error is not None:
+                raise NotReady(f"{named(digest)} was verified but gives no answer: {row.error}")
+            self.call(partial(self._prove, digest))
+        except BaseException:
+            self.call(lambda: self.model.applied.remove(digest))
+            raise
+
+    def _probe(self, digest: str) -> Any:
+        """A small job of an arm, done."""
+        done = threading.Event()
         row: Any = self.worker.probe(digest)
-        row.tag = lambda r: warm.set() if r.finished else None
+        row.tag = lambda r: done.set() if r.finished else None
         with self._counting:
             self._inflight[digest] += 1
         self._tell(lambda: self.worker.add([row]))
-        if not warm.wait(timeout=120) or row.finished not in ("length", "stop"):
-            self.call(lambda: self.model.applied.remove(digest))
-            raise NotReady(f"sha256:{digest[:16]} was verified but gives no answer; it is not served.")
+        until = time.monotonic() + CALL_S
+        while not done.wait(0.5):
+            if self._stopping.is_set() or time.monotonic() > until:
+                raise NotReady(f"{named(digest)} was verified but gives no answer; it is not served.")
+        return row
+
+    def _prove(self, digest: str) -> None:
+        """Strength 0, and no arm at all, must be the base bit for bit; an edit that is never reached is refused, and so
+        are answers that are not finite."""
+        look = self.worker.proof
+        base = look(None)
+        look(digest)
+        if not torch.equal(look(digest, 0.0), base) or not torch.equal(look(None), base):
+            raise NotReady(f"{named(digest)} does not revert to the base bit for bit; it is not served.")
+        if missed := [m for m in self.model.applied.unreached() if m.startswith(f"{digest}:")]:
+            raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
 
     def _forget_unused(self) -> None:
         """Remove arms nobody is routed to and no row uses."""
@@ -393,40 +547,39 @@ class Runtime:
     def _retabled(self, table: Table) -> Table:
         return replace(table, loaded=frozenset(self.model.applied.arms))
 
-    def _prove_revert(self) -> None:
-        """Strength 0, and no arm at all, must be the base bit for bit; an arm that is never reached is refused."""
-
-        def proof() -> None:
-            look = self.worker.proof
-            base = look(None)
-            for digest in self.model.applied.arms:
-                look(digest)
-                if not torch.equal(look(digest, 0.0), base) or not torch.equal(look(None), base):
-                    raise NotReady(f"sha256:{digest[:16]} does not revert to the base bit for bit; it is not served.")
-            if missed := self.model.applied.unreached():
-                raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
-
-        self.call(proof)
-
     # ---- judging -------------------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        """Only one process of a deployment judges: the one that holds the lock."""
-        with (home() / "judge.lock").open("w") as lock:
+        """Only one process of a deployment judges a system: the one that holds the system's lock, and says so in it."""
+        file = home() / f"judge-{self.settings.system}.lock"
+        with file.open("a+") as lock:
             while not self._stopping.is_set():
-                with contextlib.suppress(OSError):
+                self.watch.beat("judge")
+                try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                self._stopping.wait(5.0)
-            shown = 0.0
-            while not self._stopping.wait(JUDGE_S):
-                try:
-                    decision = self.judge_once()
-                    if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
-                        self._show(decision)
-                        shown = time.monotonic()
-                except Exception as e:
-                    log.error("cannot judge: %s", e)
+                except OSError:
+                    lock.seek(0)
+                    self.judging = f"process {lock.read(80).strip() or 'unknown'}"
+                self._stopping.wait(JUDGE_AGAIN_S)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            self.judging = "this process"
+            self._judge_on()
+
+    def _judge_on(self) -> None:
+        shown = 0.0
+        while not self._stopping.wait(JUDGE_S):
+            self.watch.beat("judge")
+            try:
+                decision = self.judge_once()
+                self._calm("judge")
+                if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
+                    self._show(decision)
+                    shown = time.monotonic()
+            except Exception as e:
+                self._warn("judge", f"cannot judge: {e}")
 
     def _show(self, decision: experiments.Decision) -> None:
         """The experiment's numbers, and after a decision the new champion, in MLflow. The ledger does not need it."""

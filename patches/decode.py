@@ -302,7 +302,7 @@ class Decoder:
         return out
 
     def run(self, sequences: Sequence[Row]) -> Sequence[Row]:
-        """Decode all of them to the end. Raises the error of the first that failed: nobody may take it for an answer."""
+        """Decode all of them to the end. Raises the error of the first that failed."""
         self.add(sequences)
         while not self.idle:
             self.step()
@@ -389,7 +389,8 @@ class Decoder:
                 out.append(token)
             except (RuntimeError, ValueError, OverflowError) as e:
                 log.exception("a draw failed")
-                fail(s, Failed(f"No token can be drawn with temperature {s.temperature:g} and top_p {s.top_p:g} ({e})."))
+                how = f"temperature {s.temperature:g} and top_p {s.top_p:g}"
+                fail(s, Failed(f"No token can be drawn with {how} ({e})."))
                 out.append(None)
         return out
 
