@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patches.engine.edits import Weight
 from patches.engine.patch import Patch
 from registry import config, manifest
-from registry.errors import BadArtifact, NotFinite, PatchError
+from registry.errors import BadArtifact, NotFinite
 from registry.manifest import Manifest
 from registry.systems import system
 
@@ -54,20 +53,3 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         if x.is_floating_point() and not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).sum())
             raise NotFinite(f"{where}: {bad} of {x.numel()} numbers of {name[:80]!r} are NaN or infinite. Fit again.")
-
-
-def check_servable(folder: Path, *, system: str, base: str | None) -> None:
-    """Raises what would keep the artifact in `folder` from being an arm of `system` on the base with this digest
-    (None: any base). Whether it answers well, only a service finds out."""
-    about = manifest.read(folder, base=base)
-    if about.system != system:
-        raise BadArtifact(f"{folder} is of {about.system}, not of {system}.")
-    if about.kind not in ("patch", "model", "search"):
-        raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to serve.")
-    if about.kind != "patch":
-        return
-    _, patch = load(folder, base=base)
-    if any(isinstance(e, Weight) for e in patch.edits()):
-        raise PatchError(
-            f"{folder} edits weights, which rows of one batch share, so it cannot be an arm. Fold it: patchbay export"
-        )

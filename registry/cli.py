@@ -72,6 +72,9 @@ def push(args: argparse.Namespace) -> Says:
     store, ledgers = _store(), _ledger()
     about = _manifest(args.folder)
     name = about.system
+    if about.kind == "finding":  # something to read: it is nobody's challenger
+        pushed = store.push(args.folder)
+        return Says(f"{name}@{pushed.version} sha256:{pushed.digest[:16]} is kept. {pushed.url}", **asdict(pushed))
     _check_served(name, args.folder, about, args.force)
     pushed = store.push(args.folder)
     ledgers.challenge(ledgers.Ledger(), name, pushed.digest, who=_who())
@@ -274,16 +277,17 @@ def _check_digest(name: str, digest: str, force: bool) -> None:
 def _check_served(name: str, folder: Path, about: Any, force: bool) -> None:
     """Raises Conflict for what a service of this system could not serve beside its champion; it may be forced."""
     head = _ledger().Ledger().head(name)
-    base = None
+    bases: dict[str, str] = {}
     if head and head.champion not in ("base", about.digest):
-        base = _manifest(_store().pull(head.champion)).base_digest
+        now = _manifest(_store().pull(head.champion)).bases
+        bases = {role: label.rpartition("@")[2] for role, label in now.items()}
     try:
-        importlib.import_module("patches.artifact").check_servable(folder, system=name, base=base)
+        importlib.import_module("patches.subject").check_servable(folder, name, bases)
     except PatchbayError as e:
-        if force:
-            return
-        why = f"the champion of {name} is on base {base[:16]}: {e}" if base and about.base_digest != base else str(e)
-        raise Conflict(f"A service of {name} could not serve this; --force does it all the same. {why}") from None
+        if not force:
+            raise Conflict(
+                f"A service of {name} could not serve this beside its champion; --force does it all the same. {e}"
+            ) from None
 
 
 def _who() -> str:
