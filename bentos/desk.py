@@ -30,7 +30,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bentos import playground
-from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
+from bentos.http import ANY, Call, Tokens, answer, endpoint, parse, preflight
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
 from bentos.runtime.arms import Choice, Table, choose, other
 from registry.ab import experiment as experiments
@@ -406,6 +406,10 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
         return Route(r.path, endpoint(guard, r, call), methods=[r.method])
 
     app.router.routes.extend(map(route, routes))
+    if guard.origins:
+        app.router.routes.extend(
+            Route(path, preflight(guard), methods=["OPTIONS"]) for path in {r.path for r in routes}
+        )
     return app
 
 

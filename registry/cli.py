@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError
+from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError, unsecret
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,9 @@ def show(args: argparse.Namespace) -> Says:
     """one artifact: lineage, config, metrics; or a system: its ledger"""
     if args.ref in SYSTEMS:
         ledgers = _ledger()
-        entries = ledgers.Ledger().history(args.ref, 20)
+        ledger = ledgers.Ledger()
+        ledger.verify(args.ref)
+        entries = ledger.history(args.ref, 20)
         rows = [(_when(e.at), e.action, e.champion[:16], (e.challenger or "-")[:16], e.who) for e in entries]
         table = _table(("when", "action", "champion", "challenger", "who"), rows)
         return Says(table, history=[asdict(e) for e in entries])
@@ -413,20 +416,24 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             system(args.system)
         except NotFound as e:
-            print(e, file=sys.stderr)
-            return 2
+            return _refused(e, 2)
     try:
         said = VERBS[args.verb](args)
     except (ConfigError, Invalid) as e:
-        print(e, file=sys.stderr)
-        return 2
+        return _refused(e, 2)
     except PatchbayError as e:
-        print(e, file=sys.stderr)
-        return 1
+        return _refused(e, 1)
+    except (OSError, sqlite3.Error) as e:
+        return _refused(f"This machine refuses it: {e}. Look at the disk and at who may write there.", 1)
     except KeyboardInterrupt:
         return 130
     print(json.dumps(said, default=str) if args.json else said.text)
     return 0
+
+
+def _refused(why: object, status: int) -> int:
+    print(unsecret(str(why)), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

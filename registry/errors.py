@@ -28,6 +28,7 @@ The command line prints the message alone; the services map `status` in one plac
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -138,3 +139,17 @@ class NotFinite(BadArtifact):
 
 class WrongBase(BadArtifact):
     """The artifact was made from another base than the one it is to be used on."""
+
+
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
+_PLACE = re.compile(r"(?<![\w.:/])/(?!v1/)(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
+
+
+def plain(text: str) -> str:
+    """A message as strangers may read it: no passwords in addresses, of paths on this machine the last part alone."""
+    return _PLACE.sub(".../", _SECRET.sub("***@", text))
+
+
+def unsecret(text: str) -> str:
+    """A message without the passwords in addresses."""
+    return _SECRET.sub("***@", text)

@@ -143,8 +143,9 @@ class Service:
         self.desk.check_compare(request, ask.patchbay.compare)
         try:
             by, sealed = await self._label_set(table, choice, ask)
+            budget = pictures.Budget()
             entries = await asyncio.to_thread(
-                lambda: [self._entry(request, ask, choice, values) for values in ask.images]
+                lambda: [self._entry(request, ask, choice, values, budget) for values in ask.images]
             )
             if all(e.refused for e in entries):
                 assert entries[0].refused is not None
@@ -171,14 +172,14 @@ class Service:
             return await self.classifiers.carried(table, choice)
         return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
 
-    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any) -> Entry:
+    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any, budget: pictures.Budget) -> Entry:
         try:
             image = parse(Image, values)
             if image.model is not None:
                 choice = self.desk.choice(request, image.model, ask.user)[1]
                 if choice.experiment is not None:
                     raise BadRequest("images: a picture's own model cannot be auto; name that for the whole request.")
-            x = pictures.pixels(self.runtime, image.data)
+            x = pictures.pixels(self.runtime, image.data, budget)
         except PatchbayError as e:
             return Entry(choice, refused=e)
         job = Picture(x, arm=choice.arm, strength=ask.patchbay.strength)

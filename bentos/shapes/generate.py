@@ -30,6 +30,10 @@ DEFAULT_TOKENS = 128
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
+CHARS_PER_TOKEN = 16
+"""of a prompt, on the whole: text has three to five; what has more is refused before it is looked at"""
+SHORT = 4096
+"""characters that become tokens in the time another thread would take to begin"""
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
@@ -193,6 +197,18 @@ class Service:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
+        self.encoding = asyncio.Lock()
+
+    async def _encode(self, prompt: str | list[dict[str, str]], begun: bool = False) -> list[int]:
+        """Token ids. Long prompts become tokens on another thread, one at a time; endless ones do not at all."""
+        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
+        most = CHARS_PER_TOKEN * self.runtime.settings.context
+        if size > most:
+            raise TooLarge(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
+        if size <= SHORT and not self.encoding.locked():
+            return encode(self.runtime.base, prompt, begun=begun)
+        async with self.encoding:
+            return await asyncio.to_thread(encode, self.runtime.base, prompt, begun=begun)
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
@@ -203,7 +219,7 @@ class Service:
         if ask.continue_final_message and messages[-1]["role"] != "assistant":
             raise BadRequest("continue_final_message: the last message must be the assistant's.")
         try:
-            ids = encode(self.runtime.base, messages, begun=ask.continue_final_message)
+            ids = await self._encode(messages, begun=ask.continue_final_message)
         except PatchbayError:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
@@ -223,7 +239,7 @@ class Service:
         size = self.runtime.base.model.config.vocab_size
         rows = []
         for i, prompt in enumerate(prompts):
-            ids = encode(self.runtime.base, prompt) if isinstance(prompt, str) else list(prompt)
+            ids = await self._encode(prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise BadRequest(f"prompt {i} is empty; give at least one token.")
             if max(ids) >= size:

@@ -61,6 +61,7 @@ from registry.errors import (  # noqa: E402
     NotReady,
     PatchbayError,
     Tampered,
+    unsecret,
 )
 from registry.home import home  # noqa: E402
 from registry.manifest import Manifest  # noqa: E402
@@ -733,7 +734,7 @@ def _uri() -> str:
 
 
 def _ui() -> str:
-    uri = _uri()
+    uri = unsecret(_uri())
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
@@ -750,14 +751,14 @@ def _mlflow() -> Iterator[MlflowClient]:
             _OPENED.add(uri)
         yield MlflowClient(uri)
     except SQLAlchemyError as e:
-        raise NotReady(f"MLflow's database {uri} failed: {str(e).partition(chr(10))[0][:300]}") from None
+        raise NotReady(f"MLflow's database {unsecret(uri)} failed: {str(e).partition(chr(10))[0][:300]}") from None
     except MlflowException as e:
         text = str(e).partition("\n")[0][:300]
         if e.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise NotFound(f"MLflow at {uri} does not have it: {text}") from None
+            raise NotFound(f"MLflow at {unsecret(uri)} does not have it: {text}") from None
         if e.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise ConfigError(f"MLflow refused: {text}") from None
-        raise NotReady(f"MLflow at {uri} failed: {text} Check MLFLOW_TRACKING_URI and the server.") from None
+        raise NotReady(f"MLflow at {unsecret(uri)} failed: {text} Check MLFLOW_TRACKING_URI and the server.") from None
 
 
 @contextmanager

@@ -370,16 +370,16 @@ class Service:
         """(number, as the processor makes it, small uint8) of the pictures that can be read; why others cannot."""
         from torchvision.transforms.functional import pil_to_tensor
 
-        rows, refused = [], []
+        rows, refused, budget = [], [], pictures.Budget()
         for i, image in enumerate(images):
             try:
-                picture = read(parse(Image, image).data)
+                with pictures.guarded():
+                    picture = read(parse(Image, image).data, budget)
+                    x = self.runtime.base.processor.image(picture)[0]
+                    picture.thumbnail((256, 256))
+                    rows.append((i, x, pil_to_tensor(picture)))
             except PatchbayError as e:
                 refused.append({"index": i, **told(e)})
-                continue
-            x = self.runtime.base.processor.image(picture)[0]
-            picture.thumbnail((256, 256))
-            rows.append((i, x, pil_to_tensor(picture)))
         return rows, refused
 
     def _seal(self, made: Gallery, parent: str | None) -> str:

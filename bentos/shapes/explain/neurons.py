@@ -233,12 +233,13 @@ class Service:
         refused: list[dict[str, Any]] = []
         good: list[Tensor] = []
         first: PatchbayError | None = None
+        budget = pictures.Budget()
         for values in images:
             try:
                 image = parse(Image, values)
                 if image.model is not None:
                     raise BadRequest("images: a picture's own model cannot be named here; name one for the request.")
-                good.append(pictures.pixels(self.runtime, image.data))
+                good.append(pictures.pixels(self.runtime, image.data, budget))
                 refused.append({})
             except PatchbayError as e:
                 first = first or e
