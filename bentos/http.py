@@ -104,6 +104,8 @@ class Token:
     name: str
     scopes: frozenset[str]
     bucket: Bucket | None
+    tenant: str = ""
+    """whose units, galleries and keys are its own; tokens may share one. Empty where there are no tokens"""
 
 
 OPEN = Token("anyone", frozenset(SCOPES), None)
@@ -112,7 +114,8 @@ OPEN = Token("anyone", frozenset(SCOPES), None)
 class Tokens:
     """Who may call. Without a file everybody on this machine may, and nobody else.
 
-    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600}}.
+    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600,
+    "tenant": "..."}}; the tenant, by default the name, owns units, galleries and keys.
     """
 
     def __init__(self, file: Path | None, origins: str = "") -> None:
@@ -169,7 +172,10 @@ def _token(key: str, about: dict[str, Any]) -> Token:
         raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
     rate = float(about.get("per_minute", 0))
     bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
-    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket)
+    tenant = str(about.get("tenant", about["name"]))
+    if not re.fullmatch(r"[\x20-\x7e]{1,64}", tenant):
+        raise ValueError(f"the tenant {tenant[:40]!r} must be 1 to 64 printable characters")
+    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket, tenant)
 
 
 def near(request: Request) -> bool:

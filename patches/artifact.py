@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as loads
+from safetensors.torch import save_file
 from torch import Tensor
 
 from patches.engine.patch import Patch
@@ -42,7 +43,7 @@ def load(
     if about.kind != "patch":
         raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}, not a patch.")
     cls = system(about.system).load_patch()
-    tensors = load_file(folder / TENSORS) if TENSORS in about.files else {}
+    tensors = loads(manifest.take(folder, about, TENSORS)) if TENSORS in about.files else {}
     check_finite(tensors, str(folder))
     return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
 

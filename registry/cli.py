@@ -142,6 +142,11 @@ def split(args: argparse.Namespace) -> Says:
     ledgers.split(ledger, name, experiments.plain(made), who=_who())
     warning = _mirror(_store(), name)
     text = f"{name}: {share:.0%} of units get sha256:{treatment[:16]} ({made.mode}, experiment {made.name}).{warning}"
+    wanted = made.margin or made.tau * (made.high - made.low)
+    text += (
+        f"\nIt takes up to {experiments.power(made, wanted):,} units until a difference of {wanted:g} is found 80 % of "
+        f"the time; outcomes must lie from {made.low:g} to {made.high:g} and use that range."
+    )
     return Says(text, experiment=made.name, share=share)
 
 

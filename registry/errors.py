@@ -19,6 +19,7 @@
         ├── Tampered       a byte, a file or the manifest itself is not what was sealed
         ├── Outside        a path that leaves the folder
         ├── Linked         a symbolic link where a file should be
+        ├── Odd            a pipe, a folder or a device where a file should be
         ├── Oversize       a header or a file beyond its limit
         ├── NotFinite      a tensor holds NaN or infinity
         └── WrongBase      fitted on another base than the one it is applied to
@@ -131,6 +132,10 @@ class Linked(BadArtifact):
 
 class Oversize(BadArtifact):
     """A manifest, a tensor header or a file is larger than any honest one."""
+
+
+class Odd(BadArtifact):
+    """The folder holds something that is no file: a pipe, a socket, a device, a folder of that name."""
 
 
 class NotFinite(BadArtifact):

@@ -192,7 +192,8 @@ class Service:
         if entry.failed is not None:
             return {"index": index, **told(entry.failed)}
         assert entry.job is not None
-        out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
+        label, digest = entry.choice.shown
+        out = {"index": index, "arm": label, "patch": digest}
         out |= scores(entry.job, by, top)
         return out | {"base": scores(entry.beside, by, top)} if entry.beside is not None else out
 
@@ -209,7 +210,7 @@ class Service:
         await pictures.embed(self.runtime, list(jobs.values()))
         control = [results[i].get("label") for i in jobs]
         treatment = [scores(p, by, 1)["label"] if p.out is not None else None for p in jobs.values()]
-        self.desk.keep(request.state.number, twin.unit, control, treatment)
+        self.desk.keep(request.state.number, twin, control, treatment)
         status = max([p.error.status for p in jobs.values() if p.error], default=200)
         await self.desk.expose(request, twin, status, start)
 
