@@ -12,11 +12,15 @@ from patches.families.clip.direct import Lens
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from registry import manifest
 from registry.errors import ConfigError
-from training import clip_heads, run
-from training.clip_heads import RECIPES, Findings, random_heads
+from training import run
+from training.clip_heads import RECIPES, report
+from training.clip_heads import find as finding
 from training.clip_heads import names as labels
+from training.clip_heads.find import Findings, asked_model, find
+from training.clip_heads.measure import carriers
+from training.clip_heads.silence import random_heads
 from training.lab.probes import PROBES, Probe
-from training.tasks.textspan import Moments, moments, spans
+from training.tasks.textspan import Moments, Span, moments, spans
 
 TINY = RECIPES["tiny"]
 WORDS = (
@@ -152,10 +156,10 @@ def test_random_heads_are_others_of_the_same_layers():
 
 def test_pool_and_taxonomy_belong_together(tiny_clip, tmp_path):
     with pytest.raises(ConfigError, match="belong together"):
-        clip_heads.find(tiny_clip, replace(TINY, pool=str(tmp_path / "p.txt")))
+        find(tiny_clip, replace(TINY, pool=str(tmp_path / "p.txt")))
     (tmp_path / "p.txt").write_text("\n".join(WORDS))
     (tmp_path / "t.json").write_text(json.dumps({k: list(v) for k, v in TAXONOMY.items()} | {"nothing": ["zzz"]}))
-    f = clip_heads.find(tiny_clip, replace(TINY, pool=str(tmp_path / "p.txt"), taxonomy=str(tmp_path / "t.json")))
+    f = find(tiny_clip, replace(TINY, pool=str(tmp_path / "p.txt"), taxonomy=str(tmp_path / "t.json")))
     assert f.properties == ("colour", "animal", "thing")
     assert len(f.named) == 12
     assert set(f.judges) == {"spectrum", "keyword", "embedding"}
@@ -171,16 +175,16 @@ def test_a_language_model_without_a_persons_examples_is_shown_texts_of_every_pro
         def name(self, texts):
             return "animal" if "cat" in texts else "whatever"
 
-    monkeypatch.setattr(clip_heads, "Model", Judge)
+    monkeypatch.setattr(finding, "Model", Judge)
     pool = ["cat", "dog", "owl", "red", "blue", "green"]
     fits = torch.tensor([[1, 0]] * 3 + [[0, 1]] * 3).bool()
-    spans_ = [clip_heads.Span(0, h, (i, 3), (0.5, 0.2), 0.1, 2, 1.0) for h, i in enumerate((0, 4))]
-    named = clip_heads._asked(TINY, spans_, pool, ["Animals", "colour"], fits)
+    spans_ = [Span(0, h, (i, 3), (0.5, 0.2), 0.1, 2, 1.0) for h, i in enumerate((0, 4))]
+    named = asked_model(TINY, spans_, pool, ["Animals", "colour"], fits)
     assert [n.label for n in named] == ["Animals", "whatever"]
     assert [(set(texts), name) for texts, name in seen[0]] == [
         ({"cat", "dog", "owl"}, "Animals"), ({"red", "blue", "green"}, "colour")]  # fmt: skip
     own = ((("cat", "dog"), "pets"),)
-    clip_heads._asked(replace(TINY, examples=own), spans_, pool, ["Animals", "colour"], fits)
+    asked_model(replace(TINY, examples=own), spans_, pool, ["Animals", "colour"], fits)
     assert seen[1] == list(own)
 
 
@@ -201,7 +205,7 @@ def test_what_was_found_and_who_changed_it_is_sealed(tmp_path):
     fitted = json.loads((folder / "report.json").read_text())
     assert fitted["chosen"]["worth"] == max(r["worth"] for r in fitted["candidates"])
     assert len(fitted["random"][0]["heads"]) == fitted["chosen"]["count"]
-    got = clip_heads.report(folder, tmp_path / "report.json")
+    got = report(folder, tmp_path / "report.json")
     assert set(got["arms"]) == {"base", "clip_heads", "random 0"}
     assert got["arms"]["base"]["test"]["clean"][3] == TINY.test_images
     assert set(PROBES) <= got["properties"].keys()
@@ -212,7 +216,7 @@ def test_the_planted_head_carries_the_answer_and_nothing_else_does(planted):
     words = clip.embed_texts(planted, ["red", "blue"])
     image = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     image[:, 0] = torch.arange(150, 246, 12)[:, None, None]
-    got = clip_heads.carriers(Lens(planted), Probe(image, words.T, torch.zeros(8, dtype=torch.long)))
+    got = carriers(Lens(planted), Probe(image, words.T, torch.zeros(8, dtype=torch.long)))
     assert got["heads"] + got["mlps"] + got["constants"] == pytest.approx(1, abs=1e-3)
     assert tuple(got["best"][0][:2]) == PLANTED
     assert got["best"][0][2] == pytest.approx(got["heads"], abs=1e-3)

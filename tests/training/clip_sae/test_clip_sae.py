@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -14,25 +15,20 @@ from patches.mechanisms.features import SAE, edit, load_sae, save_sae
 from patches.subject import Subject
 from registry import manifest
 from registry.errors import ConfigError, Tampered, WrongBase
-from training import clip_sae, run
-from training.clip_sae import (
-    RECIPES,
-    alike,
-    by_difference,
-    by_effect,
-    candidates,
-    evaluate,
-    fires,
-    fit,
-    mean_direction,
-    world,
-)
+from training import run
+from training.clip_sae import RECIPES, evaluate, fit, report
 from training.clip_sae.defences import DEFENCES
+from training.clip_sae.find import alike, by_difference, by_effect, fires, lessons, mean_direction, steering
+from training.clip_sae.fit import Offer, candidates, chosen, dictionary_of
+from training.clip_sae.fit import view as real_view
+from training.clip_sae.measure import steerable
 from training.clip_sae.streams import Stream, answers, applied, streams
 from training.lab import atlas, worlds
 from training.tasks import recognition as tasks
-from training.tasks.recognition import KEPT, Answers, ask, classifier, metrics, pictures, worth
+from training.tasks.recognition import KEPT, Answers, ask, classifier, metrics, pictures, world, worth
 
+fitting, reporting = (sys.modules[f"training.clip_sae.{name}"] for name in ("fit", "report"))
+"""the package's own `fit` and `report` are functions"""
 TINY = RECIPES["tiny"]
 D, F = 32, 60
 
@@ -133,7 +129,7 @@ def test_what_is_left_of_a_feature_is_a_multiple_of_its_mean_over_groups(tiny_cl
     rare = torch.tensor([0, 1, 2, *range(3, 24)])[seen["clean"].other.argsort()][:15]  # groups of unlike sizes
     seen = {"clean": seen["clean"].rows(rare)}
     sae, by = some_sae(), classifier(tiny_clip, config, pictures(config, "val", 2)["clean"])
-    rows = list(clip_sae.candidates(tiny_clip, config, 1, sae, seen, by))
+    rows = list(candidates(tiny_clip, config, 1, sae, seen, by))
     assert [(r["level"], p.config.op) for r, p in rows] == [(0.0, "zero"), (0.5, "clamp")]
     js = list(rows[1][1].config.features)
     s = seen["clean"]
@@ -253,7 +249,7 @@ def test_the_report_says_how_good_the_dictionary_is(fitted):
 
 def test_a_published_dictionary_is_used_and_not_trained(tmp_path, monkeypatch):
     save_sae(replace(some_sae(), site="blocks.1.hook_resid_post"), tmp_path / "published-1")
-    monkeypatch.setattr(clip_sae, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(fitting, "train", lambda *_, **__: pytest.fail("nothing is to be trained"))
     config = replace(TINY, dictionary=str(tmp_path / "published-{layer}"))
     fit(config, tmp_path / "out")
     assert len(load_sae(tmp_path / "out" / "sae").bias) == F
@@ -270,7 +266,7 @@ def test_steering_raises_the_word(tmp_path):
     data = pictures(config, "train", 24)["clean"]
     seen = streams(base, config, data)[2]
     strong = torch.full((F,), 40.0)
-    got = clip_sae.steering(base, 2, seen, sae.decoder, sae.encode, strong, classifier(base, config, data).weights.T)
+    got = steering(base, 2, seen, sae.decoder, sae.encode, strong, classifier(base, config, data).weights.T)
     word = words[int(got.concept[got.power.argmax()])]
     save_sae(sae, tmp_path / "sae")
     config = replace(config, word=word, counts=(1,), dictionary=str(tmp_path / "sae"))
@@ -296,16 +292,16 @@ def test_classes_of_birds_and_portraits_are_the_names_they_are_drawn_as():
 
 
 def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_sae, "DEFENCE_PAIRS", 24)
+    monkeypatch.setattr(reporting, "DEFENCE_PAIRS", 24)
     short = {
         "dyslexify": {"skips": 1},
         "prefix": {"steps": 2},
         "projection": {"ranks": (0.5,), "stays": (1.0,), "steps": 2},
         "interpolation": {"steps": 2, "shares": (0.5,)},
     }
-    monkeypatch.setattr(clip_sae, "DEFENCES", {k: partial(fitter, **short[k]) for k, fitter in DEFENCES.items()})
+    monkeypatch.setattr(reporting, "DEFENCES", {k: partial(fitter, **short[k]) for k, fitter in DEFENCES.items()})
     folder = run.fit("clip_sae/tiny")
-    got = clip_sae.report(folder, tmp_path / "report.json")
+    got = report(folder, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(got))
     assert {"base", "clip_sae", "random features", "mean direction", *DEFENCES} == got["arms"].keys()
     for arm in got["arms"].values():
@@ -341,7 +337,7 @@ def test_a_probe_takes_what_train_couples_for_the_class(tiny_clip):
 
 def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, tiny_clip):
     config = replace(TINY, task="waterbirds", classifier="probe", ranks=("gates",))
-    clip_sae.fit(config, tmp_path)
+    fit(config, tmp_path)
     one = load_label_set(tmp_path)
     assert one.classes == ("landbird", "waterbird")
     torch.testing.assert_close(one.weights, tasks.probe(tiny_clip, config).weights)
@@ -371,17 +367,13 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
 )
 def test_the_fewest_features_are_taken_of_what_is_as_good(within, worths, want):
     sae = some_sae()
-    offers = [
-        clip_sae.Offer(edit(sae, "site", range(n)), {"count": n, "worth": worth}, 0.9) for n, worth in worths.items()
-    ]
-    assert clip_sae.chosen(offers, within).row["count"] == want
+    offers = [Offer(edit(sae, "site", range(n)), {"count": n, "worth": worth}, 0.9) for n, worth in worths.items()]
+    assert chosen(offers, within).row["count"] == want
 
 
 def test_of_equals_what_keeps_most_is_taken():
-    offers = [
-        clip_sae.Offer(edit(some_sae(), "site", range(n)), {"worth": 0.6}, kept) for n, kept in ((2, 0.8), (4, 0.9))
-    ]
-    assert clip_sae.chosen(offers, 0.0) is offers[1]
+    offers = [Offer(edit(some_sae(), "site", range(n)), {"worth": 0.6}, kept) for n, kept in ((2, 0.8), (4, 0.9))]
+    assert chosen(offers, 0.0) is offers[1]
 
 
 def test_a_candidate_counts_by_its_mean_over_val_and_the_folds(tmp_path, tiny_clip, monkeypatch):
@@ -394,16 +386,16 @@ def test_a_candidate_counts_by_its_mean_over_val_and_the_folds(tmp_path, tiny_cl
         few = patch is not None and len(patch.config.features) == 2
         return {"average": 1.0, "worst_group": 0.5 if patch is None else 0.6 + 0.2 * (few != (by is own[0]))}
 
-    own, real = [], clip_sae.view
+    own = []
 
     def view(base, config, fold=""):
-        one = real(base, config, fold)
+        one = real_view(base, config, fold)
         if not fold:
             own[:] = [one.by["val"]]
         return one
 
-    monkeypatch.setattr(clip_sae, "view", view)
-    monkeypatch.setattr(clip_sae, "measure", judged)
+    monkeypatch.setattr(fitting, "view", view)
+    monkeypatch.setattr(fitting, "measure", judged)
     for folds, want in (((), 8), (("noto", "fluent-emoji"), 2)):
         fit(replace(config, folds=folds), tmp_path / str(want))
         report = json.loads((tmp_path / str(want) / "report.json").read_text())
@@ -419,7 +411,7 @@ def test_a_candidate_counts_by_its_mean_over_val_and_the_folds(tmp_path, tiny_cl
 def test_as_many_neurons_and_random_directions_as_features_are_held_against_each_other(tiny_clip, layer):
     config = replace(TINY, layers=(layer,), steer_features=20, steer_strengths=(0.0, 2.0))
     stream = streams(tiny_clip, config, pictures(config, "val", 24)["clean"])[layer]
-    got = clip_sae.steerable(tiny_clip, config, layer, some_sae(), stream)
+    got = steerable(tiny_clip, config, layer, some_sae(), stream)
     assert list(got) == ["features", "neurons", "random"]
     for kind in got.values():
         assert kind["2"]["power"] > kind["0"]["power"] >= 0
@@ -437,7 +429,7 @@ def test_a_neuron_is_set_and_not_added_to(tiny_clip):
     words = clip.embed_texts(tiny_clip, ["ant", "bee", "cow"])
     one, value = torch.eye(D)[[4]], torch.tensor([7.0])
     by = LabelSet(("ant", "bee", "cow"), words.T)
-    got = clip_sae.steering(tiny_clip, 1, stream, one, lambda x: x[..., [4]], value, words)
+    got = steering(tiny_clip, 1, stream, one, lambda x: x[..., [4]], value, words)
     x = stream.x.clone()
     x[..., 4] = 7.0
     before, after = (
@@ -449,18 +441,18 @@ def test_a_neuron_is_set_and_not_added_to(tiny_clip):
 
 def test_the_shipped_dictionary_is_checked_when_it_is_read(tmp_path, monkeypatch, tiny_clip):
     base, config = replace(tiny_clip, digest=manifest.read(clip.SHIPPED / "clip-sae").base_digest), RECIPES["demo"]
-    sae, curve = clip_sae.dictionary(base, config, 4)
+    sae, curve = dictionary_of(base, config, 4)
     assert (sae.site, curve) == (clip.site("block", 4), [])
     with pytest.raises(ConfigError, match=r"was trained at .*resblocks\.4, not at .*resblocks\.5"):
-        clip_sae.dictionary(base, config, 5)
+        dictionary_of(base, config, 5)
     with pytest.raises(WrongBase):
-        clip_sae.dictionary(tiny_clip, config, 4)
+        dictionary_of(tiny_clip, config, 4)
     shutil.copytree(clip.SHIPPED / "clip-sae", tmp_path / "clip-sae")
     monkeypatch.setattr(clip, "SHIPPED", tmp_path)
     file = tmp_path / "clip-sae" / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(Tampered):
-        clip_sae.dictionary(base, config, 4)
+        dictionary_of(base, config, 4)
 
 
 def test_groups_weigh_by_the_bases_errors_and_only_what_it_gets_right_is_kept(tiny_clip):
@@ -475,7 +467,7 @@ def test_groups_weigh_by_the_bases_errors_and_only_what_it_gets_right_is_kept(ti
     wrong = (best == 0) & (other == 1)
     label = torch.where(wrong, 1, best)
     seen = {"clean": Stream(x, x, label, other)}
-    hard, kept = clip_sae.lessons(tiny_clip, config, 1, seen, weights)
+    hard, kept = lessons(tiny_clip, config, 1, seen, weights)
     weight = torch.cat([lesson.weight for lesson in hard])
     group = 2 * label + other
     errors = [float((wrong & (group == g)).sum() / (group == g).sum().clamp_min(1)) for g in range(4)]

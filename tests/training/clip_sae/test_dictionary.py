@@ -11,8 +11,10 @@ from torch.nn.functional import normalize
 from patches.engine.read import record, upto
 from patches.mechanisms.features import SAE, load_sae
 from registry.errors import ConfigError
-from training.clip_sae import dictionary as trainer
-from training.clip_sae.dictionary import Dictionary, Quality, SAEConfig, activations, mean_max_cosine, train
+from training.clip_sae import train as training
+from training.clip_sae.dictionary import Decode, Dictionary, Encode, SAEConfig, activations, largest_of
+from training.clip_sae.quality import BINS, Quality, mean_max_cosine, principal_variance
+from training.clip_sae.train import train
 
 D, ATOMS, ACTIVE = 64, 64, 3
 
@@ -76,8 +78,8 @@ def test_sparse_gradients_are_the_dense_ones(whole):
     )
     E, W = (torch.randn(96, D, generator=g, dtype=torch.double).requires_grad_() for _ in range(2))
     b = torch.randn(96, generator=g, dtype=torch.double).requires_grad_()
-    values, rows, features = trainer._Encode.apply(x, E, b, 5, whole)
-    (trainer._Decode.apply(values.relu(), rows, features, W, 200) - noise).square().sum().backward()
+    values, rows, features = Encode.apply(x, E, b, 5, whole)
+    (Decode.apply(values.relu(), rows, features, W, 200) - noise).square().sum().backward()
     sparse = [p.grad.clone() for p in (E, b, W)]
     for p in (E, b, W):
         p.grad = None
@@ -91,7 +93,7 @@ def test_sparse_gradients_are_the_dense_ones(whole):
 def test_the_largest_of_many_are_found_whatever_their_order():
     g = torch.Generator().manual_seed(4)
     for flat in (torch.randn(200_000, generator=g), torch.arange(200_000.0), torch.zeros(200_000)):
-        got = flat[trainer._largest(flat, 3000)].sort().values
+        got = flat[largest_of(flat, 3000)].sort().values
         assert torch.equal(got, flat.topk(3000).values.sort().values)
 
 
@@ -100,12 +102,12 @@ def test_rows_stay_unit_and_gradients_cross_them(method, monkeypatch):
     chunks, _ = planted()
     seen = []
 
-    def checked(weight, across=trainer.across_rows):
+    def checked(weight, across=training.across_rows):
         seen.append((weight.detach().norm(dim=1) - 1).abs().max())
         across(weight)
         seen.append((weight.grad * weight).sum(1).abs().max() / weight.grad.norm(dim=1).max().clamp_min(1e-9))
 
-    monkeypatch.setattr(trainer, "across_rows", checked)
+    monkeypatch.setattr(training, "across_rows", checked)
     sae, _ = train(replace(METHODS[method], steps=25), chunks)
     assert len(seen) == 50
     assert max(seen) < 1e-6
@@ -196,8 +198,8 @@ def test_quality_knows_an_exact_copy_and_a_mean_predictor():
         quality = Quality(mean)
         quality.add(x)
         assert abs(quality.result()[name]["explained_variance"]) < 1e-5
-    assert trainer.principal_variance(flat, D) == pytest.approx(1.0)
-    assert 0.3 < trainer.principal_variance(flat, 12) < 0.95
+    assert principal_variance(flat, D) == pytest.approx(1.0)
+    assert 0.3 < principal_variance(flat, 12) < 0.95
 
 
 def test_densities_count_features_by_how_often_they_fire():
@@ -207,9 +209,7 @@ def test_densities_count_features_by_how_often_they_fire():
     quality.add(x)
     part = quality.result()["all"]
     assert part["alive"] == 0.75
-    assert dict(zip(trainer.BINS, part["density"], strict=False)) | {} == {
-        b: int(b in (-3.0, -2.0, -0.5)) for b in trainer.BINS[:-1]
-    }
+    assert dict(zip(BINS, part["density"], strict=False)) | {} == {b: int(b in (-3.0, -2.0, -0.5)) for b in BINS[:-1]}
 
 
 def test_activations_end_at_the_site_and_keep_the_asked_tokens(tiny_clip):
@@ -248,7 +248,7 @@ def test_several_processes_train_one_dictionary(tmp_path):
     script.write_text(
         "import os, torch; from pathlib import Path; torch.set_num_threads(1)\n"
         "from tests.training.clip_sae.test_dictionary import METHODS, planted\n"
-        "from training.clip_sae.dictionary import train\n"
+        "from training.clip_sae.train import train\n"
         "from patches.mechanisms.features import save_sae\n"
         "sae, _ = train(METHODS['batchtopk'], planted()[0])\n"
         f"save_sae(sae, Path({str(tmp_path)!r}) / os.environ['RANK'])\n"

@@ -25,9 +25,10 @@ from patches.families.clip import maps as heatmap
 from patches.families.clip.second_order import directions, lens, look, scalars
 from patches.mechanisms.neurons import NeuronEdit
 from registry.errors import BadArtifact, Invalid, NotFound
-from training import second_order
 from training.lab import worlds
-from training.second_order import RECIPES, alike, fit, margins, patch_of, rank, read
+from training.second_order import RECIPES, fit
+from training.second_order.find import alike, margins, patch_of, rank, read, texts_of
+from training.second_order.fit import candidates
 from training.second_order.omp import atoms, pursue
 from training.tasks import segmentation
 from training.tasks.recognition import classifier, pictures
@@ -299,13 +300,13 @@ def test_any_file_of_texts_is_a_pool(tmp_path):
     file = tmp_path / "words.txt"
     file.write_text("red \n\nblue\nred\n")
     data = pictures(TINY, "train", 4)["clean"]
-    assert second_order.texts_of(replace(TINY, pool=str(file)), data) == ("red", "blue")
-    assert len(second_order.texts_of(TINY, data)) > 1000
+    assert texts_of(replace(TINY, pool=str(file)), data) == ("red", "blue")
+    assert len(texts_of(TINY, data)) > 1000
     with pytest.raises(NotFound, match="txt"):
-        second_order.texts_of(replace(TINY, pool=str(tmp_path / "words.csv")), data)
+        texts_of(replace(TINY, pool=str(tmp_path / "words.csv")), data)
     (tmp_path / "one.txt").write_text("red\n")
     with pytest.raises(Invalid, match="1 different"):
-        second_order.texts_of(replace(TINY, pool=str(tmp_path / "one.txt")), data)
+        texts_of(replace(TINY, pool=str(tmp_path / "one.txt")), data)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -321,6 +322,6 @@ def test_neurons_stand_on_the_table_of_masks_beside_heads_and_attention(reader, 
 def test_no_candidate_leaves_too_few_neurons_for_its_control(planted):
     lenses = {LAYER: lens(planted, LAYER)}
     half = lenses[LAYER].neurons // 2
-    tried = second_order.candidates(replace(TINY, counts=(4, half, half + 1)), lenses)
+    tried = candidates(replace(TINY, counts=(4, half, half + 1)), lenses)
     assert {n for _, _, n in tried} == {4, half}
-    assert {n for _, _, n in second_order.candidates(replace(TINY, counts=(half + 1,)), lenses)} == {half}
+    assert {n for _, _, n in candidates(replace(TINY, counts=(half + 1,)), lenses)} == {half}
