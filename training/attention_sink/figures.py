@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from patches.evidence import read_evidence
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Norms through the layers, accuracy against copies, candidates as a heat map, convergence."""
     from matplotlib.figure import Figure
 
-    report = json.loads((folder / "report.json").read_text())
-    circuit, out = report["circuit"], {}
+    found = read_evidence(folder)
+    circuit, out = found["circuit"], {}
 
     def figure(title: str, x: str, y: str) -> tuple[Any, Any]:
         f = Figure(figsize=(7, 4.2), layout="constrained")
@@ -44,14 +45,14 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
         a.grid(alpha=0.25)
     a.legend()
     out["repeats"] = f
-    names = list(report["candidates"])
-    columns = [(c, n) for c in contexts if c in report["candidates"]["base"] for n in report["candidates"]["base"][c]]
-    grid = [[report["candidates"][name][c][n] for c, n in columns] for name in names]
+    names = list(found["candidates"])
+    columns = [(c, n) for c in contexts if c in found["candidates"]["base"] for n in found["candidates"]["base"][c]]
+    grid = [[found["candidates"][name][c][n] for c, n in columns] for name in names]
     f = Figure(figsize=(1.2 + 0.6 * len(columns), 1.6 + 0.4 * len(names)), layout="constrained")
     a = f.subplots()
     a.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     a.set_xticks(range(len(columns)), [f"{c} {n}" for c, n in columns], rotation=60, fontsize=7)
-    a.set_yticks(range(len(names)), [f"{n} *" if n == report["chosen"] else n for n in names], fontsize=7)
+    a.set_yticks(range(len(names)), [f"{n} *" if n == found["chosen"] else n for n in names], fontsize=7)
     for i, row in enumerate(grid):
         for j, v in enumerate(row):
             a.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=6, color="white" if v < 0.6 else "black")
@@ -59,11 +60,11 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     out["candidates"] = f
     f, a = figure("First attention: the N-th repeat becomes a lone token", "copies", "cosine with the lone token")
     a.semilogx(
-        *zip(*((int(k), v) for k, v in sorted(report["convergence"].items(), key=lambda i: int(i[0]))), strict=True),
+        *zip(*((int(k), v) for k, v in sorted(found["convergence"].items(), key=lambda i: int(i[0]))), strict=True),
         marker="o",
     )
     out["convergence"] = f
     f, a = figure("Attention on the first token, ordinary text", "layer", "share")
-    a.bar(range(len(report["attention_to_first"])), report["attention_to_first"])
+    a.bar(range(len(found["attention_to_first"])), found["attention_to_first"])
     out["attention_to_first"] = f
     return out

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ class Circuit:
     echoes: tuple[tuple[int, int], ...] = ()
     """neurons of the stages' layers that are no part of the sink and answer on repeats once it is silent; ordinary text
     needs them, so only repeats may lose them"""
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Circuit:
+        """The circuit that evidence holds."""
+        stages = tuple(tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"])
+        return cls(**{**found, "stages": stages, "echoes": tuple((a, b) for a, b in found.get("echoes", ()))})
 
     @property
     def neurons(self) -> tuple[tuple[int, int], ...]:

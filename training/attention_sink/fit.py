@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,19 @@ from typing import Any
 from tqdm import tqdm
 
 from patches import artifact
+from patches.evidence import write_evidence
 from patches.families.base import load_base
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 from patches.subject import Subject
 from registry.errors import PatchError
-from registry.manifest import Manifest, canonical
+from registry.manifest import Manifest
 from training.attention_sink.config import Config
 from training.attention_sink.find import Circuit, find
-from training.attention_sink.measure import fit_words, losses, perplexity, repeats
+from training.attention_sink.measure import fit_words, losses, repeats
 from training.attention_sink.phenomena import convergence, sink_attention
+from training.choose import Offer, best, worth
 from training.data import text
+from training.tasks.intervals import perplexity
 
 
 def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
@@ -45,6 +47,15 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
     return {k: v for k, v in out.items() if config.method == "auto" or (k.startswith("damp") and "+" not in k)}
 
 
+def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer[str]:
+    """A candidate by the share of fitting words it repeats if its perplexity is within `bound`; of equals by the
+    log-probability of the word."""
+    shares = [v for c in config.fit_contexts for v in row[c].values()]
+    score = round(sum(shares) / len(shares), 6)
+    kept = sum(row[f"{c} log p"] for c in config.fit_contexts)
+    return Offer(name, {**row, "worth": worth(score, -row["perplexity"], -bound)}, kept)
+
+
 def fit(config: Config, folder: Path) -> Manifest:
     """Find the circuit, try the candidates on fitting words and text, seal the best with its evidence.
 
@@ -68,7 +79,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     lengths = tuple(n for n in config.copies if 16 <= n <= config.fit_copies) or config.copies
     table = {}
     for name in tqdm((None, *tried), "candidates", disable=None, leave=False):
-        row: dict[str, Any] = {"perplexity": round(perplexity(losses(model, docs, name)), 4)}
+        row: dict[str, Any] = {"perplexity": round(perplexity(losses(model, docs, name)).value, 4)}
         for context in config.fit_contexts:
             got = repeats(model, words, context, lengths, name, quiet=True)
             row[context] = {str(n): sum(got.right[n]) / len(words) for n in lengths}
@@ -76,19 +87,15 @@ def fit(config: Config, folder: Path) -> Manifest:
         table[name or "base"] = row
     model.close()
 
-    def worth(name: str) -> tuple[float, float]:
-        mean = sum(sum(table[name][c].values()) / len(lengths) for c in config.fit_contexts)
-        return round(mean, 6), sum(table[name][f"{c} log p"] for c in config.fit_contexts)
-
     bound = config.perplexity_bound * table["base"]["perplexity"]
-    allowed = [n for n in tried if table[n]["perplexity"] <= bound] or list(tried)
-    best = max(allowed, key=worth)
+    offers = [offer(name, table[name], config, bound) for name in tried]
+    chosen = best(offers).what
     near = convergence(base, words[:4], [n for n in (1, 4, 16, 64, 256) if n <= top])
-    report = {
-        "chosen": best, "circuit": asdict(circuit), "candidates": table,
+    found = {
+        "chosen": chosen, "circuit": asdict(circuit), "candidates": table,
         "words": [base.processor.decode([w]) for w in words],
         "attention_to_first": sink_attention(base, docs[:2]),
         "convergence": {str(k): v for k, v in near.items()},
     }  # fmt: skip
-    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
-    return artifact.save(SinkEdit(tried[best], {}), "attention_sink", folder, base=base.label)
+    write_evidence(folder, found)
+    return artifact.save(SinkEdit(tried[chosen], {}), "attention_sink", folder, base=base.label)

@@ -11,9 +11,11 @@ from tqdm import tqdm
 from patches.families.base import Base
 from patches.families.llm.worker import Decoder, Row
 from patches.subject import Subject
+from registry.measure import Measure
 from training.attention_sink.config import Config, Context
 from training.attention_sink.find import residual_norms
 from training.data import text
+from training.tasks.intervals import mean, perplexity, share
 
 
 def prompt(base: Base, word: int, context: Context) -> list[int]:
@@ -73,10 +75,6 @@ def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[fl
     return out
 
 
-def perplexity(parts: list[tuple[float, int]]) -> float:
-    return float(torch.tensor(sum(p[0] for p in parts) / sum(p[1] for p in parts)).exp())
-
-
 def continuations(model: Subject, words: list[int], config: Config, arm: str | None) -> list[bool]:
     """Per word: is every token of a greedy continuation of many copies the word again? Through the running batch."""
     rows = []
@@ -105,30 +103,32 @@ def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -
     return float(torch.tensor(loud).median())
 
 
-def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, float]:
-    """The paper's question as numbers, on test words; the same names for base and patched."""
-    words = test_words(model.base, config)
-    out: dict[str, float] = {}
+def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, Measure]:
+    """Does the model predict a word once more after many copies of it, what does text cost it, and how loud are
+    repeats: on test words and documents, the same names for base and patched."""
+    words = measured_words(model.base, config)
+    out: dict[str, Measure] = {}
     for context in config.contexts:
         got = repeats(model, words, context, config.copies, arm)
         for n in config.copies:
-            out[f"quality/repeat_{context}_{n}"] = sum(got.right[n]) / len(words)
-        out[f"quality/logp_{context}_{max(config.copies)}"] = sum(got.log_p[max(config.copies)]) / len(words)
+            out[f"quality/repeat_{context}_{n}"] = share(got.right[n])
+        out[f"quality/logp_{context}_{max(config.copies)}"] = mean(got.log_p[max(config.copies)])
     if config.continue_tokens:
-        right = continuations(model, words, config, arm)
-        out[f"quality/continue_{config.continue_after}"] = sum(right) / len(right)
+        out[f"quality/continue_{config.continue_after}"] = share(continuations(model, words, config, arm))
     for source in text.SOURCES:
         docs = held_documents(model.base, config, source)
         out[f"quality/perplexity_{source}"] = perplexity(losses(model, docs, arm))
-    out["target/repeat_norm_ratio"] = norm_ratio(model, words[:6], min(500, max(config.copies)), arm)
-    return {k: round(v, 6) for k, v in out.items()}
+    some = words[:6]
+    ratio = norm_ratio(model, some, min(500, max(config.copies)), arm)
+    out["target/repeat_norm_ratio"] = Measure(round(ratio, 6), n=len(some), better="lower")
+    return out
 
 
 def fit_words(base: Base, config: Config) -> list[int]:
     return text.words(base.processor, config.fit_words, config.seed + 1)
 
 
-def test_words(base: Base, config: Config) -> list[int]:
+def measured_words(base: Base, config: Config) -> list[int]:
     return text.words(base.processor, config.test_words, config.seed + 2, set(fit_words(base, config)))
 
 

@@ -1,4 +1,4 @@
-"""clip_heads: what each attention head of CLIP is about, named by texts; and patches that silence heads by name.
+"""clip_heads: attention heads of CLIP named by texts, and patches that silence the heads of a named property.
 
 Papers: Madasu, Gandelsman, Lal, Howard, "Quantifying and enabling the interpretability of CLIP-like models", arXiv
 2409.06579; TEXTSPAN and mean-ablation: Gandelsman, Efros, Steinhardt, arXiv 2310.05916. Claim: heads have properties
@@ -9,11 +9,11 @@ model right where it was not: Waterbirds' worst group 47.7 -> 72.9 % on ViT-L/14
     patchbay fit clip_heads/lab         # lab:clip: heads of background, text, colour, people, food
     patchbay fit clip_heads/waterbirds  # background heads away, chosen on val
     patchbay fit clip_heads/paper data=/folder/of/waterbirds pool=texts.txt taxonomy=taxonomy.json
-    python -m training.clip_heads FOLDER REPORT.json    # a sealed patch on test, beside random heads; each property's
-                                                        # heads away against each property's own question
+    patchbay eval clip_heads@challenger --full    # on test, beside random heads; each property's heads away against
+                                                  # each property's own question
 
-Second moments of what heads add to the embedding are gathered over pictures of the train split
-(training/tasks/textspan.py), texts and labels follow from them alone (names.py). Heads of each property of `ablate`
+find.py gathers second moments of what heads add to the embedding over pictures of the train split
+(training/tasks/textspan.py); texts and labels follow from them alone (names.py). Heads of each property of `ablate`
 are ordered by that property's score; (property, number, mode) is chosen on val. Nothing is chosen on test.
 """
 

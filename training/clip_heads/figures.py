@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from patches.evidence import read_evidence
 from patches.families.clip import maps as heatmap
 from training.tasks import recognition as tasks
 from training.tasks.recognition import (
@@ -21,7 +22,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     """Head x property, candidates beside random heads, base beside patched on test."""
     from matplotlib.figure import Figure
 
-    found, fitted = (json.loads((folder / n).read_text()) for n in ("heads.json", "report.json"))
+    found, fitted = json.loads((folder / "heads.json").read_text()), read_evidence(folder)
     goal, kept = GOAL[fitted["task"]], KEPT[fitted["task"]]
     heads, names = found["heads"], found["properties"]
     out: dict[str, Any] = {}

@@ -13,18 +13,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patches import artifact
+from patches.evidence import write_evidence
 from patches.evidence.gallery import directions, make, save_gallery
 from patches.families import clip
 from patches.families.base import Base, load_base
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens
+from patches.mechanisms.heads import HeadEdit
 from registry.errors import ConfigError
 from registry.manifest import Manifest, canonical
+from training.choose import Offer, best
 from training.clip_heads.config import Config
 from training.clip_heads.find import Findings, about, find, scenes
 from training.clip_heads.measure import measure
 from training.clip_heads.silence import means, random_heads, silence
 from training.tasks.recognition import (
+    KEPT,
     affordable,
     classifier,
     pictures,
@@ -45,30 +49,33 @@ def fit(config: Config, folder: Path) -> Manifest:
     by = classifier(base, config, val["clean"])
     plain = measure(base, config, val, by, None)
     every = [(layer, h) for layer in f.seen.layers for h in range(lens.heads)]
-    rows: list[dict[str, Any]] = []
+    offers: list[Offer[HeadEdit]] = []
     counts = affordable(config.counts, len(every))
     tried = [(p, n, m) for p in config.ablate for n in counts for m in config.modes]
     for name, count, mode in tqdm(tried, "edits", disable=None, leave=False):
         heads = f.heads(name)[:count]
-        got = measure(base, config, val, by, silence(lens, heads, mode, config.tokens, mean))
+        edit = silence(lens, heads, mode, config.tokens, mean)
+        got = measure(base, config, val, by, edit)
         named = sum(x.label == name for x in f.named if (x.layer, x.head) in heads)
         about_it = {"property": name, "count": count, "mode": mode, "heads": heads, "named": named}
-        rows.append({**about_it, **got, "worth": worth(config, got, plain)})
-    if not rows:
+        row = {**about_it, **got, "worth": worth(config, got, plain)}
+        offers.append(Offer(edit, row, got[KEPT[config.task]], count))
+    if not offers:
         raise ConfigError(f"ablate={config.ablate} and modes={config.modes} leave nothing to try; name some of each.")
-    best = max(rows, key=lambda r: r["worth"])
-    patch = silence(lens, best["heads"], best["mode"], config.tokens, mean)
+    taken = best(offers)
+    patch, chosen = taken.what, taken.row
     controls = []
     for draw in range(config.draws):
-        other = random_heads(best["heads"], every, config.seed + draw)
-        got = measure(base, config, val, by, silence(lens, other, best["mode"], config.tokens, mean))
+        other = random_heads(chosen["heads"], every, config.seed + draw)
+        got = measure(base, config, val, by, silence(lens, other, chosen["mode"], config.tokens, mean))
         controls.append({"heads": other, **got})
-    report = {"task": config.task, "base": plain, "candidates": rows, "chosen": best, "random": controls}
+    rows = [o.row for o in offers]
+    found = {"task": config.task, "base": plain, "candidates": rows, "chosen": chosen, "random": controls}
     (folder / "heads.json").write_bytes(canonical(json.loads(json.dumps(about(f, base, config)))))
     save_file({"mean": mean.cpu().contiguous()}, folder / "means.safetensors")
     seal_labels(config, by, folder)
-    _examples(lens, config, f, report, folder)
-    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
+    found |= _examples(lens, config, f, folder)
+    write_evidence(folder, found)
     if config.gallery_images:
         covariance = torch.stack(
             [torch.stack([f.seen.covariance(n, h) for h in range(lens.heads)]) for n in range(len(f.seen.layers))]
@@ -78,13 +85,14 @@ def fit(config: Config, folder: Path) -> Manifest:
     return artifact.save(patch, "clip_heads", folder, base=base.label)
 
 
-def _examples(lens: Lens, config: Config, f: Findings, report: dict[str, Any], folder: Path, count: int = 6) -> None:
+def _examples(lens: Lens, config: Config, f: Findings, folder: Path, count: int = 6) -> dict[str, Any]:
     """For the figure: a few pictures of val and where the best head of each property speaks of its first text; last,
     all heads of the class that is predicted against the mean of classes."""
     base = lens.base
     data = next(iter(scenes(config, 4 * count, "val")))
     batch = data.read(range(min(count, len(data))))
     x = base.processor.image(batch.image)
+    out: dict[str, Any] = {}
     rows: list[str] = []
     maps: list[Tensor] = []
     for name in f.properties:
@@ -100,12 +108,12 @@ def _examples(lens: Lens, config: Config, f: Findings, report: dict[str, Any], f
         every = heatmap.grid(lens, x, (weights - weights.mean(1, keepdim=True)).T)
         rows.append("all heads, the predicted class")
         maps.append(every[torch.arange(len(x)), predicted])
-        report["predicted"] = [data.classes[i] for i in predicted.tolist()]
-    report["rows"] = rows
+        out["predicted"] = [data.classes[i] for i in predicted.tolist()]
     save_file(
         {"image": batch.image.cpu().contiguous(), "maps": torch.stack(maps).cpu().contiguous()},
         folder / "examples.safetensors",
     )
+    return {**out, "rows": rows}
 
 
 def _shown(base: Base, config: Config) -> Iterator[tuple[Tensor, Tensor, list[str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from patches.evidence import read_evidence
 from training.clip_sae.quality import BINS
 from training.tasks import recognition as tasks
 from training.tasks.recognition import (
@@ -21,10 +21,10 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     """Candidates by layer and count, sparsity by position and token type, densities, examples, base beside patched."""
     from matplotlib.figure import Figure
 
-    report = json.loads((folder / "report.json").read_text())
-    goal = GOAL[report["task"]]
+    found = read_evidence(folder)
+    goal = GOAL[found["task"]]
     out: dict[str, Any] = {}
-    rows = report["candidates"]
+    rows = found["candidates"]
     f = Figure(figsize=(7, 4.2), layout="constrained")
     a = f.subplots()
 
@@ -35,10 +35,10 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
         mine = [r for r in rows if line(r) == (layer, how, much, left)]
         label = f"layer {layer}, {how}" + (f" x {much:g}" if much != 1 else "") + (f", {left:g} left" if left else "")
         a.semilogx([r["count"] for r in mine], [r[goal] for r in mine], marker="o", label=label)
-    base = next(iter(report["layers"].values()))["base"]
+    base = next(iter(found["layers"].values()))["base"]
     a.axhline(base[goal], color="grey", linestyle=":", label="base")
-    if report["random"]:
-        a.plot(report["chosen"]["count"], report["random"][goal], "x", color="black", label="random features")
+    if found["random"]:
+        a.plot(found["chosen"]["count"], found["random"][goal], "x", color="black", label="random features")
     if "blank" in base:
         a.axhline(base["blank"], color="grey", linestyle="--", label="strip without letters")
     a.set(title=f"Choosing on val: {goal.replace('_', ' ')}", xlabel="features", ylabel=goal.replace("_", " "))
@@ -46,10 +46,10 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     a.legend(fontsize=7)
     out["candidates"] = f
 
-    if len(report["layers"]) > 1:
-        out["layers"] = _layers(report, goal)
+    if len(found["layers"]) > 1:
+        out["layers"] = _layers(found, goal)
 
-    mine = report["layers"][str(report["chosen"]["layer"])]
+    mine = found["layers"][str(found["chosen"]["layer"])]
     f = Figure(figsize=(7, 3.4), layout="constrained")
     left, right = f.subplots(1, 2)
     patches = torch.tensor(mine["l0_map"][1:])
@@ -65,7 +65,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     f = Figure(figsize=(1.7 * len(seen), 2.5), layout="constrained")
     for i, a in enumerate(f.subplots(1, len(seen), squeeze=False)[0]):
         a.imshow(seen[i].permute(1, 2, 0).numpy())
-        said = [report["examples"][side][i] for side in ("is", "base", "patched")]
+        said = [found["examples"][side][i] for side in ("is", "base", "patched")]
         a.set_title("{}\nbase: {}\npatched: {}".format(*said), fontsize=7)
         a.axis("off")
     out["examples"] = f
@@ -74,16 +74,16 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     return out
 
 
-def _layers(report: Mapping[str, Any], goal: str) -> Any:
+def _layers(found: Mapping[str, Any], goal: str) -> Any:
     """What each layer can do, how sparse its dictionary is per token type, and how many of its features steer."""
     from matplotlib.figure import Figure
 
-    names = sorted(report["layers"], key=int)
-    layers = [report["layers"][n] for n in names]
+    names = sorted(found["layers"], key=int)
+    layers = [found["layers"][n] for n in names]
     ground = layers[0]["base"]
     best = []
     for name in names:
-        rows = [r for r in report["candidates"] if str(r["layer"]) == name]
+        rows = [r for r in found["candidates"] if str(r["layer"]) == name]
         best.append(max(rows, key=lambda r: r["worth"]))
     f = Figure(figsize=(11, 3.4), layout="constrained")
     panels = f.subplots(1, 3 if "steerability" in layers[0] else 2)

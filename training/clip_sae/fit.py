@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from patches import artifact
+from patches.evidence import write_evidence
 from patches.evidence.feature_cards import save_cards
 from patches.evidence.label_set import LabelSet
 from patches.families import clip
@@ -24,20 +23,22 @@ from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae, sa
 from registry import manifest
 from registry.errors import ConfigError
 from registry.home import home
-from registry.manifest import Manifest, canonical, digest_of
+from registry.manifest import Manifest, digest_of
+from training.choose import Offer, best
 from training.clip_sae import cards
 from training.clip_sae.config import Config
 from training.clip_sae.dictionary import activations
 from training.clip_sae.find import by_difference, largest, lessons, mean_direction, mean_fire, orders, random_control
 from training.clip_sae.gates import learn
 from training.clip_sae.measure import measure, quality, steerable
-from training.clip_sae.streams import Stream, answers, applied, streams
+from training.clip_sae.streams import Stream, streams
 from training.clip_sae.train import train
 from training.data.images import Dataset
 from training.tasks.recognition import (
     KEPT,
     affordable,
     classifier,
+    examples,
     pictures,
     seal_labels,
     world,
@@ -96,68 +97,44 @@ def fit(config: Config, folder: Path) -> Manifest:
     base.model.requires_grad_(False)
     main, *folds = (view(base, config, fold) for fold in ("", *config.folds))
     data, by = main.data, main.by
-    report: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
-    best: tuple[Offer, SAE] | None = None
+    found: dict[str, Any] = {"task": config.task, "layers": {}, "candidates": []}
+    taken: tuple[Offer[FeatureEdit], SAE] | None = None
     for layer in config.layers:
         sae, curve = dictionary_of(base, config, layer)
         tr, va = main.at("train", layer), main.at("val", layer)
         judge = partial(measure, base, config, layer, va, by["val"])
         plain = judge(None)
         elsewhere = [worths(base, config, layer, sae, one) for one in folds]
-        offers: list[Offer] = []
+        offers: list[Offer[FeatureEdit]] = []
         for row, patch in candidates(base, config, layer, sae, tr, by["train"]):
             others = [one.get(tuple(row.items()), -1.0) for one in elsewhere]  # -1: a fold offers none
             row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
             row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
-            report["candidates"].append(row)
-            offers.append(Offer(patch, row, got.get(KEPT[config.task], 0.0)))
-        mine = chosen(offers, config.within)
+            found["candidates"].append(row)
+            offers.append(Offer(patch, row, got.get(KEPT[config.task], 0.0), len(patch.config.features)))
+        mine = best(offers, config.within)
         about = {"curve": curve, "base": plain, **quality(base, layer, sae, va["clean"], by["val"])}
         if config.op != "add":
-            control = random_control(sae, mine.patch, tr["clean"], config.seed)
+            control = random_control(sae, mine.what, tr["clean"], config.seed)
             about["random"] = {"features": control.config.features, **judge(control)}
         if config.task != "steer":
             about["mean_direction"] = judge(mean_direction(config, clip.site(config.hook, layer), tr))
         if config.steer_features:
             about["steerability"] = steerable(base, config, layer, sae, va["clean"])
-        report["layers"][str(layer)] = about
-        if best is None or mine.score > best[0].score:
-            best = mine, sae
-    assert best is not None
-    taken, sae = best
-    patch, report["chosen"] = taken.patch, taken.row
-    report["random"] = report["layers"][str(report["chosen"]["layer"])].get("random")
-    va = main.at("val", report["chosen"]["layer"])
-    _examples(base, config, data["val"], va, patch, by["val"], report, folder)
+        found["layers"][str(layer)] = about
+        if taken is None or mine.score > taken[0].score:
+            taken = mine, sae
+    assert taken is not None
+    (chosen, sae) = taken
+    patch, found["chosen"] = chosen.what, chosen.row
+    found["random"] = found["layers"][str(found["chosen"]["layer"])].get("random")
+    found["examples"] = examples(base, config, data["val"], by["val"], patch, folder)
     save_sae(sae, folder / "sae")
     seal_labels(config, by["val"], folder)
     shown = data["train"].get("attacked", data["train"]["clean"])
     save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
-    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
+    write_evidence(folder, found)
     return artifact.save(patch, "clip_sae", folder, base=base.label)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A candidate as it was judged."""
-
-    patch: FeatureEdit
-    row: dict[str, Any]
-    """of the report, `worth` among it"""
-    kept: float
-    """of what must stay"""
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """Of equals, what keeps most of what must stay is best."""
-        return self.row["worth"], self.kept
-
-
-def chosen(offers: Sequence[Offer], within: float) -> Offer:
-    """The best, or of those within that of it the one with the fewest features, if the best keeps what must stay."""
-    best = max(offers, key=lambda offer: offer.score)
-    near = [offer for offer in offers if offer.score[0] > best.score[0] - within > 0]
-    return min(near, key=lambda o: (len(o.patch.config.features), *(-x for x in o.score)), default=best)
 
 
 @dataclass(frozen=True)
@@ -219,19 +196,3 @@ def candidates(
             else:
                 value = config.value if config.op == "scale" else config.value * top[chosen]
                 yield row, edit(sae, site, chosen, config.op, value, config.tokens)
-
-
-def _examples(
-    base: Base, config: Config, data: Mapping[str, Dataset], seen: Mapping[str, Stream],
-    patch: FeatureEdit, by: LabelSet, report: dict[str, Any], folder: Path, count: int = 8,
-) -> None:  # fmt: skip
-    """A few pictures of val with what the base and the patched model call them, for the figure."""
-    name = "attacked" if config.task == "typographic" else "clean"
-    s = seen[name]
-    few, layer, classes = next(s.parts(count)), report["chosen"]["layer"], data[name].classes
-    said = {
-        side: [classes[i] for i in answers(base, layer, few, by, change).logits.argmax(1).tolist()]
-        for side, change in (("base", lambda x: x), ("patched", applied(patch)))
-    }
-    report["examples"] = {**said, "is": [classes[i] for i in few.label.tolist()]}
-    save_file({"image": data[name].read(range(len(few))).image.cpu().contiguous()}, folder / "examples.safetensors")

@@ -19,10 +19,8 @@ from training.clip_sae.quality import Quality, principal_variance
 from training.clip_sae.streams import Stream, answers, applied
 from training.data import images as readers
 from training.lab import atlas
-from training.tasks.recognition import (
-    metrics,
-    share,
-)
+from training.tasks.intervals import share
+from training.tasks.recognition import metrics
 
 
 def measure(
@@ -95,5 +93,5 @@ def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> d
     (clean, before), (back, after) = loss(lambda x: x), loss(lambda x: sae.decode(sae.encode(x), x).to(x))
     zero, _ = loss(torch.zeros_like)
     out["ce"] = {"clean": clean, "sae": back, "zero": zero, "recovered": (zero - back) / (zero - clean)}
-    out["top1_kept"] = share(before == after)
+    out["top1_kept"] = share(before == after).value
     return out

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patches.evidence import read_evidence
 from patches.evidence.neuron_cards import load_neurons
 from patches.families.clip.second_order import (
     MOVES,
@@ -23,8 +23,8 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     base beside patched on test."""
     from matplotlib.figure import Figure
 
-    report = json.loads((folder / "report.json").read_text())
-    asked, out = report["questions"], {}
+    found = read_evidence(folder)
+    asked, out = found["questions"], {}
     names = sorted(asked["layers"], key=int)
 
     f = Figure(figsize=(9, 3.4), layout="constrained")
@@ -80,18 +80,18 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     f.suptitle("Mean share of a neuron's effects that a head carries", fontsize=9)
     out["carriers"] = f
 
-    out["candidates"] = _candidates(report)
-    out["neurons"] = _cards(folder, report)
+    out["candidates"] = _candidates(found)
+    out["neurons"] = _cards(folder, found)
 
     out["test"] = tasks.bars(results)
     return out
 
 
-def _candidates(report: Mapping[str, Any]) -> Any:
+def _candidates(found: Mapping[str, Any]) -> Any:
     """The goal on val by layer, edit and number of neurons, beside base and control."""
     from matplotlib.figure import Figure
 
-    goal, rows = GOAL[report["task"]], report["candidates"]
+    goal, rows = GOAL[found["task"]], found["candidates"]
     f = Figure(figsize=(7, 3.8), layout="constrained")
     a = f.subplots()
     for layer, edit in sorted({(r["layer"], r["edit"]) for r in rows}):
@@ -100,19 +100,19 @@ def _candidates(report: Mapping[str, Any]) -> Any:
                    color=f"C{layer}", label=f"layer {layer}, {edit}")  # fmt: skip
         hollow = [r for r in mine if r["worth"] < 0]  # costs more than the bound
         a.plot([r["count"] for r in hollow], [r[goal] for r in hollow], "o", markerfacecolor="white", color=f"C{layer}")
-    a.axhline(report["base"][goal], color="grey", linestyle=":", label="base")
-    a.plot(report["chosen"]["count"], report["random"][goal], "x", color="black", label="random neurons")
+    a.axhline(found["base"][goal], color="grey", linestyle=":", label="base")
+    a.plot(found["chosen"]["count"], found["random"][goal], "x", color="black", label="random neurons")
     a.set(title=f"Choosing on val: {goal.replace('_', ' ')} (hollow: costs too much)", xlabel="neurons", ylabel=goal)
     a.legend(fontsize=7)
     a.grid(alpha=0.25)
     return f
 
 
-def _cards(folder: Path, report: Mapping[str, Any], rows: int = 6, columns: int = 5) -> Any:
+def _cards(folder: Path, found: Mapping[str, Any], rows: int = 6, columns: int = 5) -> Any:
     """Neurons of the chosen layer that are described best by texts and matter: their words and strongest pictures."""
     from matplotlib.figure import Figure
 
-    cards, layer = load_neurons(folder), report["chosen"]["layer"]
+    cards, layer = load_neurons(folder), found["chosen"]["layer"]
     one = cards.layers[layer]
     shown = (one.known.spread * one.known.explained_all).topk(min(rows, len(one.told))).indices.tolist()
     f = Figure(figsize=(9, 1.15 * len(shown)), layout="constrained")

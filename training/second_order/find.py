@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from patches.families.clip.second_order import (
 )
 from patches.mechanisms.neurons import NeuronEdit, ablate, replace_effects
 from training.data.images import Dataset
+from training.evidence import thumbnails
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
 from training.second_order.config import Config, Edit
@@ -83,8 +83,7 @@ def read(
         for layer, each in moments.items():
             each.add(scalars(seen, layer))
             fired[layer] += seen.p[layer].mean(1).sum(0)
-        small = nnf.interpolate(images.float().cpu(), (thumb, thumb), mode="bilinear", antialias=True)
-        thumbs.append(small.round().clamp(0, 255).to(torch.uint8))
+        thumbs.append(thumbnails(images, thumb))
     pool = clip.embed_texts(base, texts, clip.TEMPLATES)
     dictionary = atoms(pool, config.atom_norm)
     layers = {}

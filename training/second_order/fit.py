@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,24 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from patches import artifact
-from patches.evidence.label_set import LabelSet
+from patches.evidence import write_evidence
 from patches.evidence.neuron_cards import save_neurons
-from patches.families import clip
-from patches.families.base import Base, load_base
+from patches.families.base import load_base
 from patches.families.clip.second_order import (
     NeuronLens,
 )
 from patches.mechanisms.neurons import NeuronEdit
-from registry.manifest import Manifest, canonical
-from training.data.images import Dataset
+from registry.manifest import Manifest
+from training.choose import Offer, best
 from training.second_order.config import Config, Edit
 from training.second_order.find import alike, of_task, patch_of, rank, read, texts_of
 from training.second_order.measure import measure
 from training.second_order.questions import questions
 from training.tasks.recognition import (
+    KEPT,
     affordable,
     classifier,
+    examples,
     pictures,
     seal_labels,
     worth,
@@ -44,36 +43,30 @@ def fit(config: Config, folder: Path) -> Manifest:
     val = pictures(config, "val", config.val_images)
     by = classifier(base, config, val["clean"])
     cards, lenses = read(base, config, texts_of(config, train["clean"]))
-    found = rank(base, config, lenses, train)
-    report: dict[str, Any] = {"task": config.task, "candidates": [], "base": measure(base, config, val, by, None)}
-    best: tuple[float, NeuronEdit, dict[str, Any]] | None = None
+    ranked = rank(base, config, lenses, train)
+    found: dict[str, Any] = {"task": config.task, "base": measure(base, config, val, by, None)}
+    offers: list[Offer[NeuronEdit]] = []
     for layer, edit, count in candidates(config, lenses):
-        js = found[layer].order[:count].tolist()
-        patch = patch_of(base, layer, lenses[layer], cards.layers[layer].known, found[layer], js, edit)
+        js = ranked[layer].order[:count].tolist()
+        patch = patch_of(base, layer, lenses[layer], cards.layers[layer].known, ranked[layer], js, edit)
         got = measure(base, config, val, by, patch)
-        row: dict[str, Any] = {
-            "layer": layer,
-            "edit": edit,
-            "count": count,
-            **got,
-            "worth": worth(config, got, report["base"]),
-        }
-        report["candidates"].append(row)
-        if best is None or row["worth"] > best[0]:
-            best = row["worth"], patch, row
-    assert best is not None
-    _, patch, chosen = best
+        about = {"layer": layer, "edit": edit, "count": count}
+        row = {**about, **got, "worth": worth(config, got, found["base"])}
+        offers.append(Offer(patch, row, got.get(KEPT[config.task], 0.0), count))
+    found["candidates"] = [o.row for o in offers]
+    taken = best(offers)
+    patch, chosen = taken.what, taken.row
     layer, known = chosen["layer"], cards.layers[chosen["layer"]].known
-    report["chosen"] = chosen
+    found["chosen"] = chosen
     other = alike(known, patch.config.neurons, config.seed)
-    control = patch_of(base, layer, lenses[layer], known, found[layer], other, chosen["edit"])
-    report["random"] = {"neurons": other, **measure(base, config, val, by, control)}
+    control = patch_of(base, layer, lenses[layer], known, ranked[layer], other, chosen["edit"])
+    found["random"] = {"neurons": other, **measure(base, config, val, by, control)}
     save_file({k: v.cpu().contiguous() for k, v in control.tensors.items()}, folder / CONTROL)
-    report["questions"] = questions(base, config, cards, lenses)
-    _examples(base, config, val, by, patch, report, folder)
+    found["questions"] = questions(base, config, cards, lenses)
+    found["examples"] = examples(base, config, val, by, patch, folder)
     save_neurons(cards, folder)
     seal_labels(config, by, folder)
-    (folder / "report.json").write_bytes(canonical(json.loads(json.dumps(report))))
+    write_evidence(folder, found)
     return artifact.save(patch, "second_order", folder, base=base.label)
 
 
@@ -90,19 +83,3 @@ def candidates(config: Config, lenses: Mapping[int, NeuronLens]) -> Iterator[tup
         for n in affordable(config.counts, at.neurons)
     ]
     yield from tqdm(rows, "candidates", disable=None, leave=False)
-
-
-def _examples(
-    base: Base, config: Config, data: Mapping[str, Dataset], by: LabelSet, patch: NeuronEdit,
-    report: dict[str, Any], folder: Path, count: int = 8,
-) -> None:  # fmt: skip
-    """A few pictures of val with what the base and the patched model call them."""
-    shown = data["attacked" if config.task == "typographic" else "clean"]
-    batch = shown.read(range(min(count, len(shown))))
-    said = {}
-    for side, on in (("base", None), ("patched", patch)):
-        with on.apply(base.model, root=base.root) if on else nullcontext():
-            best = by.logits(clip.embed_images(base, batch.image)).argmax(1)
-            said[side] = [shown.classes[i] for i in best.tolist()]
-    report["examples"] = {**said, "is": [shown.classes[i] for i in batch.label.tolist()]}
-    save_file({"image": batch.image.cpu().contiguous()}, folder / "examples.safetensors")
