@@ -1,7 +1,7 @@
 """The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, push.
 
 A job gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(model, config, arm)`; it may give
-`figures(folder, results)`. Everything else about running is here, once.
+`figures(folder, results)`, one set or {"base": ..., "patched": ...}. Everything else about running is here, once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Measured:
     """"base" and "patched" -> metric -> what was measured"""
     dataset: tuple[str, str]
     """name, digest of the config that chose the data"""
-    figures: dict[str, Any]
-    """name -> matplotlib Figure"""
+    figures: dict[str, dict[str, Any]]
+    """"base" and "patched" -> name -> matplotlib Figure; the same names, for they are shown side by side"""
 
 
 def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
@@ -80,8 +80,11 @@ def fit(name: str, words: Iterable[str] = ()) -> Path:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Measured:
-    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms."""
+def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Measured:
+    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms.
+
+    device: by default the one it was fitted on, which its config names.
+    """
     about = manifest.read(folder)
     row = system(about.system)
     job = row.load_job()
@@ -90,7 +93,7 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
     sealed = json.loads((folder / RECIPE).read_text())
     config = configs.override(configs.parse(job.Config, sealed["config"]), words)
     given = getattr(config, "base", "") if not row.roles else ""
-    model = Subject.load(folder, given or None, device)
+    model = Subject.load(folder, given or None, device or getattr(config, "device", "cpu"))
     try:
         _seed(getattr(config, "seed", 0))
         sides = {side: measures(job.evaluate(model, config, arm)) for side, arm in SIDES.items()}
@@ -98,9 +101,16 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
         model.close()
     draw = getattr(job, "figures", None)
     values = {side: {name: m.value for name, m in metrics.items()} for side, metrics in sides.items()}
-    figures = draw(folder, values) if draw else {}
+    figures = _by_side(draw(folder, values)) if draw else _by_side({})
     data = (sealed["recipe"].replace("/", "-"), manifest.digest_of(asdict(config))[:16])
     return Measured(about, sides, data, figures)
+
+
+def _by_side(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a job drew, for each side: as it says, or one set that shows both and stands on both."""
+    if figures.keys() == SIDES.keys():
+        return figures
+    return {side: figures for side in SIDES}
 
 
 def _seed(seed: int) -> None:
