@@ -14,8 +14,10 @@ from urllib.parse import parse_qs
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import save_file
 
 from registry import manifest, store
@@ -339,8 +341,10 @@ def test_a_folder_that_was_tampered_with_is_not_pushed(seal: Callable[..., Path]
         store.push(folder)
 
 
-def test_an_artifact_without_a_base_is_a_model_of_its_system(seal: Callable[..., Path], place: Path) -> None:
-    pushed = store.push(seal(6.0, kind="model", system="videomae", base=""), metrics={"patched": {"loss": 1.0}})
+def test_what_is_only_to_be_read_has_no_model_and_what_has_no_base_is_named_as_its_system(
+    seal: Callable[..., Path], place: Path
+) -> None:
+    pushed = store.push(seal(6.0, kind="finding", system="videomae", base=""), metrics={"patched": {"loss": 1.0}})
     assert mlflow_client.find_version(pushed.digest).name == "videomae"
     assert not (in_mlflow(place, pushed.model_id) / "MLmodel").exists()
     with pytest.raises(ConfigError, match="no base"):
@@ -511,12 +515,18 @@ def test_mlflow_loads_and_runs_a_pushed_patch(place: Path) -> None:
     pushed = store.push(folder)
     model = mlflow.pyfunc.load_model(f"models:/{pushed.model_id}")
     prompts = ["hello there", "a a a a a a"]
+    table = pd.DataFrame({"prompt": prompts})
     patched = llm.generate(Subject.load(folder), prompts, max_tokens=32)
     untouched = llm.generate(Subject(llm.tiny()), prompts, max_tokens=32)
-    assert model.predict(prompts) == patched
-    assert model.predict(prompts, params={"strength": 0.0}) == untouched != patched
-    assert model.predict(prompts, params={"max_tokens": 0}) != patched
+    assert model.predict(table) == patched
+    assert model.predict(table, params={"strength": 0.0}) == untouched != patched
+    assert model.predict(table, params={"max_tokens": 0}) != patched
     assert about.digest == pushed.digest
+    version = mlflow_client.find_base(mlflow_client.find_version(about.digest).name, base.digest)
+    bare = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    assert bare.predict(table) == untouched
+    with pytest.raises(MlflowException, match="prompt"):
+        bare.predict(pd.DataFrame({"text": prompts}))
 
 
 def test_two_processes_push_one_artifact_at_once_and_neither_needs_torch(
