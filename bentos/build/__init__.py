@@ -82,11 +82,11 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
         about = _carry(row, digest, context / CARRIED.name)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
-        for file in (*files, *_shipped(about.base)):
+        for file in (*files, *(f for label in about.bases.values() for f in _shipped(label))):
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, context / file)
         contents = _hashes(context)
-        requirements, commands = pins(modules), _wheel(row, about.base)
+        requirements, commands = pins(modules), [c for label in about.bases.values() for c in _wheel(row, label)]
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         whole = manifest.digest_of(
             {"files": contents, "requirements": requirements, "commands": commands, "python": python}
@@ -173,8 +173,8 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
         about = manifest.read(folder, digest=digest)
         if about.system != row.name:
             raise Conflict(f"sha256:{digest[:16]} is an artifact of {about.system}, not of {row.name}.")
-        if about.kind != "patch":
-            raise NotFound(f"sha256:{digest[:16]} is a {about.kind}; a Bento serves a patch, or the base as it is.")
+        if about.kind not in ("patch", "model", "search"):
+            raise NotFound(f"sha256:{digest[:16]} is a {about.kind}: something to read, which a Bento cannot serve.")
         return about
     ref = os.environ.get("PATCHBAY_BASE")
     if not ref:
@@ -183,9 +183,11 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
             f"patch, name one ({row.name}@challenger), or set PATCHBAY_BASE, for instance to pypi:smollm2."
         )
     folder.mkdir()
-    return manifest.write(
-        folder, kind="model", system=row.name, base=load_base(ref, row.bases[row.role]).label, config={}
-    )
+    refs = dict(zip(row.bases, ref.split(","), strict=False))
+    if missing := [role for role in row.bases if not refs.get(role)]:
+        raise NotReady(f"PATCHBAY_BASE={ref[:80]!r} names no {missing[0]}; {row.name} needs {', '.join(row.bases)}.")
+    bases = {role: load_base(refs[role], kind).label for role, kind in row.bases.items()}
+    return manifest.write(folder, kind="model", system=row.name, bases=bases, config={})
 
 
 def _wheel(row: System, base: str) -> list[str]:
