@@ -85,6 +85,7 @@ def push(
     keep(Path(folder), about.digest)
     with connected() as client, locked():
         version = find_version(about.digest) or _create(client, about, dataset, params)
+        _renew(client, version, about)
         if gate is not None:
             set_tags(client, version, {"gate.status": gate})
         if dataset is not None:
@@ -186,6 +187,19 @@ def _provide_base(client: MlflowClient, experiment: str, name: str, about: Manif
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(run, models=[LoggedModelOutput(model_id, step=0)])
     _register(client, name, model_id, run, tags, f"{tags['base.name']}, unpatched; its weights are not kept here")
+
+
+def _renew(client: MlflowClient, version: Any, about: Manifest) -> None:
+    """What the first releases pushed had another signature, which only language models could answer, and no base that
+    loads: pushed again, it gets today's. Its number stays."""
+    if "patchbay.version" in version.tags or MLMODEL in version.tags:
+        return
+    if about.kind in ("patch", "model", "search"):
+        _log_pyfunc(client, home() / "artifacts" / about.digest, about, version.tags["model.id"], version.run_id)
+    if about.bases:
+        experiment = client.get_run(version.run_id).info.experiment_id
+        _provide_base(client, experiment, version.name, about, version.tags)
+    set_tags(client, version, {MLMODEL: "1"})
 
 
 def _base_model(client: MlflowClient, experiment: str, run: str, tags: dict[str, str]) -> str:
