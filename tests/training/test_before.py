@@ -1,4 +1,4 @@
-"""An artifact sealed by the code before systems had rooms (schema 1, report.json) is read, measured, drawn, reported."""
+"""An artifact sealed by the code before systems had rooms (schema 1, report.json) is measured, drawn and reported."""
 
 from pathlib import Path
 
