@@ -61,7 +61,6 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
             "random": {k: [round(sum(v) / len(v), 4), min(v), max(v)] for k, v in spread.items()},
             "carried": carriers(lens, sets[name]),
         }
-        tqdm.write(f"{name}: {json.dumps(out[name])}")
     return out
 
 
