@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patches.engine.patch import Patch
 from registry import config, manifest
-from registry.errors import BadArtifact, NotFinite
+from registry.errors import BadArtifact, ConfigError, NotFinite, Tampered
 from registry.manifest import Manifest
 from registry.systems import system
 
@@ -45,7 +45,10 @@ def load(
     cls = system(about.system).load_patch()
     tensors = loads(manifest.take(folder, about, TENSORS)) if TENSORS in about.files else {}
     check_finite(tensors, str(folder))
-    return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+    try:
+        return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+    except ConfigError as e:
+        raise Tampered(f"{folder} holds no config of {about.system}: {e}") from None
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

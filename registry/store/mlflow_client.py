@@ -39,7 +39,7 @@ def tracking_uri() -> str:
 
 
 def ui_url() -> str:
-    uri = tracking_uri()
+    uri = unsecret(tracking_uri())
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
