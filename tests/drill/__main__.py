@@ -7,8 +7,11 @@ hour.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 import time
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
@@ -34,8 +37,13 @@ def main() -> int:
     words.add_argument("--only", default="")
     args = words.parse_args()
     warnings.simplefilter("ignore")
-    logging.getLogger("patchbay").setLevel(logging.CRITICAL)  # what is attacked says so in every line
+    for name in ("patchbay", "mlflow", "sqlalchemy", "multipart.multipart", "python_multipart.multipart"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what is attacked says so in every line
     rows: list[Row] = []
+    # MLflow keeps connections to the stores a process has had; one for all homes, and it outlives them
+    shown = tempfile.mkdtemp(prefix="drill-mlflow-")
+    atexit.register(shutil.rmtree, shown, ignore_errors=True)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{shown}/mlflow.db")
     for attack in (*attacks.ALL, *storage.ALL):
         if args.only not in attack.__name__:
             continue
