@@ -13,8 +13,8 @@ from patches.families.video import videomae
 from patches.families.video.pixels import Still, normalise, patchify
 from registry.errors import BadArtifact
 from training.lab.video import actions
-from training.motion import Fitted, train
-from training.videomae.pretrain import Size
+from training.tasks.motion import Fitted, train
+from training.videomae.pretrain import Size, spread
 
 
 class Classifier(nn.Module):
@@ -37,7 +37,7 @@ def classifier(size: Size, classes: int, encoder: Any = None, seed: int = 0) -> 
     """
     torch.manual_seed(seed)
     net = VideoMAEForVideoClassification(size.config(pooled=True, classes=classes))
-    nn.init.normal_(net.videomae.embeddings.patch_embeddings.projection.weight, std=0.03)
+    spread(net)
     if encoder is not None:
         missing, over = net.videomae.load_state_dict(encoder.state_dict(), strict=False)
         if missing or any(not k.startswith("layernorm.") for k in over):

@@ -21,9 +21,9 @@ from torch import Generator, Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from patches.families.video import videomae
-from patches.families.video.pixels import Still, normalise, patchify, split
+from patches.families.video.pixels import IMAGENET_MEAN, Still, normalise, patchify, split
 from registry.errors import Conflict
-from training.motion import rate, set_rate
+from training.tasks.motion import rate, set_rate
 
 STATE, WEIGHTS = "state.json", "state.safetensors"
 
@@ -89,11 +89,29 @@ class Learner(nn.Module):
 
 
 def new(size: Size, seed: int) -> VideoMAEForPreTraining:
-    """A model of random weights, its patches on the scale of its positions: they come from D inputs, not from d."""
+    """A model of random weights: Xavier's in every linear layer, as the official code, not transformers' 0.02.
+
+    Patches are put on the scale of their positions (they come from D inputs, not from d), and without normalised
+    targets the decoder begins at their mean, to which Adam would otherwise walk for hundreds of steps.
+    """
     torch.manual_seed(seed)
     net = VideoMAEForPreTraining(size.config())
-    nn.init.normal_(net.videomae.embeddings.patch_embeddings.projection.weight, std=0.03)
+    spread(net)
+    nn.init.normal_(net.mask_token, std=0.02)
+    if not size.norm_pix:
+        with torch.no_grad():
+            net.decoder.head.bias.copy_(torch.tensor(IMAGENET_MEAN).repeat(len(net.decoder.head.bias) // 3))
+            net.decoder.head.weight.mul_(0.1)
     return net
+
+
+def spread(net: nn.Module) -> None:
+    """Xavier's weights for linear layers, and patches on the scale of positions."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    base: Any = getattr(net, "videomae", net)
+    nn.init.normal_(base.embeddings.patch_embeddings.projection.weight, std=0.03)
 
 
 def varied(video: Tensor, g: Generator) -> Tensor:
@@ -129,7 +147,7 @@ def pretrain(
     plain = [p for p in net.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "peak": plan.peak}, {"params": plain, "peak": plan.peak, "weight_decay": 0.0}],
-        lr=0.0, betas=(0.9, 0.95), weight_decay=plan.decay, fused=True,
+        lr=0.0, betas=(0.9, 0.95), eps=1e-15, weight_decay=plan.decay, fused=True,
     )  # fmt: skip
     start = _resume(folder, net, optimiser, size, plan) if folder else 0
     learner: Any = Learner(net)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from registry import config as configs
 from registry.config import STRICT
-from training import motion
+from training.tasks import motion
 from training.lab.video import actions, stages
 from training.lab.video.corruptions import CORRUPTIONS, corrupt
 from training.videomae import finetune

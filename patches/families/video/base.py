@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patches.bases import Base, check_device, hub_folder, slug
+from patches.families.base import SHIPPED, Base, check_device, hub_folder, slug
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.pixels import IMAGENET_MEAN, IMAGENET_STD, STILLS
 from patches.families.video.probe import Probe
@@ -35,7 +35,6 @@ from patches.families.video.tokens import RESERVED, Codebook, TokenVideo
 from registry import manifest
 from registry.errors import BadArtifact, NotFound
 
-SHIPPED = Path(__file__).parent.parent.parent / "lab"
 CONFIG, WEIGHTS, PROCESSOR, ABOUT = "config.json", "model.safetensors", "preprocessor_config.json", "video.json"
 PROBE, CODEBOOK, CLASSIFIER = "probe.safetensors", "codebook.safetensors", "classifier"
 SEALED = "manifest.json"
@@ -187,7 +186,7 @@ def _transformers(folder: Path) -> Any:
     net = cls(config)
     held = {k: v.float() for part in sorted(folder.glob("model*.safetensors")) for k, v in _tensors(part).items()}
     missing, over = net.load_state_dict(held, strict=False)
-    missing = [k for k in missing if not (config.tie_word_embeddings and k == "lm_head.weight")]
+    missing = [k for k in missing if not (getattr(config, "tie_word_embeddings", False) and k == "lm_head.weight")]
     # checkpoints before transformers 5 keep the query's and value's biases apart, and the key's, which is zero
     if missing or over:
         net.load_state_dict(_renamed(held, folder), strict=True)
@@ -299,7 +298,7 @@ def _write(net: Any, folder: Path, dtype: torch.dtype) -> None:
     about.pop("_name_or_path", None)
     (folder / CONFIG).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     held = {k: v.detach().cpu().to(dtype).contiguous() for k, v in net.state_dict().items()}
-    if net.config.tie_word_embeddings:
+    if getattr(net.config, "tie_word_embeddings", False):
         held.pop("lm_head.weight", None)
     save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
 

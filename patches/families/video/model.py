@@ -58,20 +58,22 @@ class VideoModel(nn.Module, ABC):
         found = self.states(clips)
         return found[self.depth if layer is None else layer]
 
-    def scores(self, clips: Tensor) -> Tensor:
-        """Class scores (b, C). Raises PatchError for a checkpoint without a head."""
+    def scores(self, clips: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
+        """Class scores (b, C); states: of these clips, if they are known. Raises PatchError without a head."""
         if self.probe is None:
             raise PatchError("This checkpoint has no classifier and no probe; ask for its features instead.")
-        out: Tensor = self.probe(self.features(clips, self.probe_layer))
+        found = self.states(clips) if states is None else states
+        out: Tensor = self.probe(found[self.probe_layer])
         return out
 
     @abstractmethod
     def surprise(self, clips: Tensor) -> Tensor:
         """How badly each frame is predicted (b, T): nats a token, or squared error of pixels in [0, 1]."""
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """Class scores if there is a head, else the mean feature (b, d)."""
-        return self.scores(clips) if self.head else self.features(clips).mean(1)
+    def forward(self, clips: Tensor) -> dict[str, Any]:
+        """`states`, a list of (b, N, d), and `scores` (b, C) or None."""
+        states = self.states(clips)
+        return {"states": states, "scores": self.scores(clips, states) if self.head else None}
 
 
 class MaskedVideo(VideoModel):
@@ -114,9 +116,9 @@ class MaskedVideo(VideoModel):
     def states(self, clips: Tensor) -> list[Tensor]:
         return videomae.states(self.net.videomae, self.patches(clips))
 
-    def scores(self, clips: Tensor) -> Tensor:
+    def scores(self, clips: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
         if self.classifier is None:
-            return super().scores(clips)
+            return super().scores(clips, states)
         return videomae.classify(self.classifier, self.patches(clips))
 
     def reconstruct(

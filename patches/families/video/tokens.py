@@ -11,15 +11,17 @@ paper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
 from torch import Generator, Tensor, nn
+from transformers import DynamicCache
 
 from patches.families.video.model import VideoModel
 from patches.families.video.probe import Probe
+from registry.errors import Invalid
 
 VIDEO, END, PICTURES, RESERVED = 1, 2, 3, 4
 """ids of the paper's marks, and where codes begin"""
@@ -152,40 +154,42 @@ class TokenVideo(VideoModel):
     def rollout(
         self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Go on from the first `given` frames of each clip to the model's full length.
+        """Go on from the first `given` frames of clips (b, T, 3, R, R) to the model's full length.
 
-        Returns frames (b, T, 3, R, R) in [0, 1], the given ones as they came, and nats of each drawn code (b, new n).
-        temperature 0 is greedy. cached=False recomputes everything for each token: the reference the cache is tested
-        against. Reserved ids are never drawn.
+        Returns frames (b, T, 3, R, R) in [0, 1], the given ones as they came, and the nats of each new code
+        (b, new, n). temperature 0 is greedy. Raises as `roll`.
         """
-        codes = self.codebook.encode(clips)
-        n = self.per_frame
-        ids = sequence(codes[:, :given])[:, :-1]
-        ids, off = self.continue_tokens(ids, (self.frames - given) * n, temperature, top_k, seed, cached)
-        made = (ids[:, 1 + given * n :] - RESERVED).view(len(ids), -1, n)
+        made = list(self.roll(clips, given, temperature, top_k, seed, cached))
         shown = clips[:, :given].float() / 255
-        return torch.cat([shown, self.codebook.decode(made, self.size, shown[:, -1])], 1), off
+        return torch.cat([shown, *(frame[:, None] for frame, _ in made)], 1), torch.stack([off for _, off in made], 1)
 
-    def continue_tokens(
-        self, ids: Tensor, count: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Draw `count` more ids after ids (b, t): all ids (b, t + count), and the nats of the new ones (b, count)."""
-        from transformers import DynamicCache
+    def roll(
+        self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """Frame after frame (b, 3, R, R) with the nats of its codes (b, n), drawn token by token with a KV cache.
 
-        g = Generator(ids.device).manual_seed(seed)
+        cached=False recomputes everything for each token: the reference the cache is tested against. Reserved ids are
+        never drawn. Raises Invalid unless at least one frame is given and one is left to draw.
+        """
+        if not 1 <= given < self.frames:
+            raise Invalid(f"given={given}: from 1 to {self.frames - 1} of this model's {self.frames} frames.")
+        n, g = self.per_frame, Generator(clips.device).manual_seed(seed)
+        ids = sequence(self.codebook.encode(clips[:, :given]))[:, :-1]
         cache = DynamicCache() if cached else None
-        off: list[Tensor] = []
-        feed = ids
-        for _ in range(count):
-            out = self.lm(input_ids=feed, past_key_values=cache, use_cache=cached, logits_to_keep=1)
-            scores = out.logits[:, -1].float()
-            scores[:, :RESERVED] = -torch.inf
-            logp = scores.log_softmax(-1)
-            one = _draw(scores, temperature, top_k, g)
-            off.append(-logp.gather(1, one)[:, 0])
-            ids = torch.cat([ids, one], 1)
-            feed = one if cached else ids
-        return ids, torch.stack(off, 1) if off else ids.new_zeros(len(ids), 0, dtype=torch.float32)
+        feed, before = ids, clips[:, given - 1].float() / 255
+        for _ in range(self.frames - given):
+            off: list[Tensor] = []
+            for _ in range(n):
+                out = self.lm(input_ids=feed, past_key_values=cache, use_cache=cached, logits_to_keep=1)
+                scores = out.logits[:, -1].float()
+                scores[:, :RESERVED] = -torch.inf
+                one = _draw(scores, temperature, top_k, g)
+                off.append(-scores.log_softmax(-1).gather(1, one)[:, 0])
+                ids = torch.cat([ids, one], 1)
+                feed = one if cached else ids
+            made = (ids[:, -n:] - RESERVED)[:, None]
+            before = self.codebook.decode(made, self.size, before)[:, 0]
+            yield before, torch.stack(off, 1)
 
 
 def _draw(scores: Tensor, temperature: float, top_k: int, g: Generator) -> Tensor:
