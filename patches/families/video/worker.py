@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from patches.engine.isolate import fail, isolate, not_finite
 from patches.engine.patch import Applied, Patch
 from patches.families.base import Base
 from patches.families.video.model import MaskedVideo, VideoModel
@@ -131,43 +133,53 @@ class VideoWorker(Worker[Clip]):
 
     @torch.inference_mode()
     def step(self) -> list[Clip]:
-        """Answer everything but rollouts of up to `slots` new clips, and one frame of each running rollout."""
+        """Answer everything but rollouts of up to `slots` new clips, and one frame of each running rollout. A clip that
+        makes it raise, or whose numbers are not finite, fails alone."""
         room = max(0, self.slots - len(self.running))
         new = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
         self.running += new
-        if new:
-            self._forward([job for job in new if set(job.wants) - {"reconstruction", "rollout"}])
-        for job in [*self.running]:
+        by_engine: dict[Any, list[Clip]] = {}
+        for job in new:
+            if set(job.wants) - {"reconstruction", "rollout"}:
+                by_engine.setdefault(self._engine(job), []).append(job)
+        for engine, jobs in by_engine.items():
+            isolate(jobs, partial(self._forward, engine), _size)
+        for job in [j for j in self.running if not j.finished]:
             if job in new and "reconstruction" in job.wants:
-                self._reconstruct(job)
-            if "rollout" in job.wants and not self._roll(job):
-                continue
-            job.finished = job.finished or "stop"
+                isolate([job], self._reconstruct, _size)
+            if "rollout" in job.wants and not job.finished:
+                isolate([job], self._roll, _size)
+            if not job.finished and job.rolling is None:
+                job.finished = "stop"
         done, self.running = self.running, [job for job in self.running if not job.finished]
         return done
 
-    def _forward(self, jobs: list[Clip]) -> None:
+    def _engine(self, job: Clip) -> Any:
+        """What runs this job instead of torch: only plain questions about the last layer, at full strength."""
+        plain = (job.arm is None or job.strength == 1.0) and job.layer is None
+        plain = plain and not {"track", "surprise"} & set(job.wants)
+        return self.engines.get(job.arm) if plain else None
+
+    def _forward(self, engine: Any, jobs: Sequence[Clip]) -> None:
         """Features, scores, tracks and surprise."""
-        by_engine: dict[Any, list[Clip]] = {}
-        for job in jobs:
-            plain = (job.arm is None or job.strength == 1.0) and job.layer is None and "track" not in job.wants
-            by_engine.setdefault(self.engines.get(job.arm) if plain else None, []).append(job)
-        for engine, part in by_engine.items():
-            clips = torch.stack([job.video for job in part]).to(self.base.device)
-            if engine is not None:
-                last, scores = engine(clips)
-                states: Sequence[Tensor] = [last] * (self.model.depth + 1)
-            else:
-                with self.applied.rows([j.arm for j in part], [j.strength for j in part], [j.params for j in part]):
-                    out = self.model(clips=clips)
-                states, scores = out["states"], out["scores"]
-            for i, job in enumerate(part):
-                self._fill(job, [x[i] for x in states], scores[i] if scores is not None else None)
-        if asked := [job for job in jobs if "surprise" in job.wants]:
-            clips = torch.stack([job.video for job in asked]).to(self.base.device)
-            with self.applied.rows([j.arm for j in asked], [j.strength for j in asked], [j.params for j in asked]):
-                for job, row in zip(asked, self.model.surprise(clips), strict=True):
-                    job.surprise = row.float().cpu()
+        clips = torch.stack([job.video for job in jobs]).to(self.base.device)
+        surprise: Sequence[Tensor | None] = [None] * len(jobs)
+        if engine is not None:
+            last, scores = engine(clips)
+            states: Sequence[Tensor] = [last] * (self.model.depth + 1)
+        else:
+            with self.applied.rows([j.arm for j in jobs], [j.strength for j in jobs], [j.params for j in jobs]):
+                out = self.model(clips=clips)
+                if any("surprise" in job.wants for job in jobs):
+                    surprise = list(self.model.surprise(clips).float().cpu())
+            states, scores = out["states"], out["scores"]
+        sound = states[-1].flatten(1).isfinite().all(1).tolist()
+        for i, job in enumerate(jobs):
+            if not sound[i]:
+                fail(job, not_finite(job.arm, "features"))
+                continue
+            job.surprise = surprise[i] if "surprise" in job.wants else None
+            self._fill(job, [x[i] for x in states], scores[i] if scores is not None else None)
 
     def _fill(self, job: Clip, states: Sequence[Tensor], scores: Tensor | None) -> None:
         depth = self.model.depth
@@ -183,16 +195,21 @@ class VideoWorker(Worker[Clip]):
             x = states[depth // 2 if job.layer is None else job.layer].float().cpu()
             job.tracked = to_frames(propagate(x.view(slices, side * side, -1), job.objects, side), self.model.frames)
 
-    def _reconstruct(self, job: Clip) -> None:
+    def _reconstruct(self, jobs: Sequence[Clip]) -> None:
+        (job,) = jobs
         assert isinstance(self.model, MaskedVideo)
         with self.applied.rows([job.arm], [job.strength], [job.params]):
             made, hidden, off = self.model.reconstruct(
                 job.video[None].to(self.base.device), job.ratio, job.mask, job.seed
             )
+        if not bool(off.isfinite().all()):
+            fail(job, not_finite(job.arm, "reconstruction"))
+            return
         job.made, job.hidden, job.off = made[0].float().cpu(), hidden[0].cpu(), float(off[0])
 
-    def _roll(self, job: Clip) -> bool:
-        """One more frame; whether that was the last."""
+    def _roll(self, jobs: Sequence[Clip]) -> None:
+        """One more frame; `rolling` is None after the last."""
+        (job,) = jobs
         assert isinstance(self.model, TokenVideo)
         given = job.given or self.model.frames // 2
         if job.rolling is None:
@@ -206,10 +223,8 @@ class VideoWorker(Worker[Clip]):
         drawn = len(job.made) - given
         job.made = torch.cat([job.made, frame.float().cpu()])
         job.off = (job.off * drawn + float(nats.mean())) / (drawn + 1)
-        if len(job.made) < self.model.frames:
-            return False
-        job.rolling = None
-        return True
+        if len(job.made) >= self.model.frames:
+            job.rolling = None
 
     def probe(self, arm: str | None) -> Clip:
         return Clip(_pattern(self.model), arm=arm)
@@ -232,6 +247,10 @@ def made(subject: Subject, settings: WorkerSettings) -> VideoWorker:
         return prepared(subject.base, settings.provider, patch, digest=arm or "")
 
     return VideoWorker(subject.base, subject.applied, settings.slots, engine if settings.provider else None)
+
+
+def _size(job: Clip) -> float:
+    return float(job.video.numel())
 
 
 def _pattern(model: VideoModel) -> Tensor:
