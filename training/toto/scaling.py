@@ -28,7 +28,7 @@ from registry.config import STRICT
 from training.lab.video import actions
 from training.tasks import motion
 from training.tasks.tracking import copied, tracked
-from training.toto import fit as fitting
+from training.toto import learn as fitting
 from training.toto.sizes import SIZES
 
 ROWS = "rows.jsonl"

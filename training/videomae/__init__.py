@@ -39,8 +39,8 @@ from registry.measure import Measure
 from training.lab.video import actions, stages
 from training.tasks import motion
 from training.tasks.intervals import wilson
-from training.videomae.finetune import Classifier, features, finetune
-from training.videomae.pretrain import Plan, Size, new, pretrain
+from training.videomae.tuning import Classifier, features, finetune
+from training.videomae.pretraining import Plan, Size, new, pretrain
 
 SCRATCH, NATURAL = "scratch", "natural"
 

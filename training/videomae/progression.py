@@ -33,8 +33,8 @@ from registry.config import STRICT
 from training.tasks import motion
 from training.lab.video import actions, stages
 from training.lab.video.corruptions import CORRUPTIONS, corrupt
-from training.videomae import finetune
-from training.videomae.pretrain import Plan, Size, new, pretrain
+from training.videomae import tuning
+from training.videomae.pretraining import Plan, Size, new, pretrain
 
 ROWS = "rows.jsonl"
 SCRATCH, NATURAL = "scratch", "natural"
@@ -147,7 +147,7 @@ def measure(net: Any, sweep: Sweep, seed: int) -> Iterator[dict[str, Any]]:
     for labels, steps in ((sweep.few, sweep.few_steps), (sweep.more, sweep.more_steps)):
         begun = time.process_time()
         encoder = net.videomae if net is not None else None
-        made = finetune.finetune(encoder, sweep.size, seen[:labels], still, steps, 16, sweep.peak, sweep.decay, seed)
+        made = tuning.finetune(encoder, sweep.size, seen[:labels], still, steps, 16, sweep.peak, sweep.decay, seed)
         right = motion.answers(made.model, held.video) == held.label
         yield line(right, begun, protocol="finetune", labels=labels, train=round(made.train, 3))
         if labels == sweep.more and sweep.corrupted:
@@ -156,7 +156,7 @@ def measure(net: Any, sweep: Sweep, seed: int) -> Iterator[dict[str, Any]]:
                 right = motion.answers(made.model, corrupted(sweep, kind)) == held.label[: sweep.corrupted]
                 yield line(right, begun, protocol=f"corrupted {kind}", labels=labels)
     frozen = net if net is not None else new(sweep.size, seed)
-    x, y = (finetune.features(frozen, v, still)[-1] for v in (seen.video, held.video))
+    x, y = (tuning.features(frozen, v, still)[-1] for v in (seen.video, held.video))
     for pooling in ("attention", "mean"):
         for labels in (sweep.few, sweep.more):
             begun = time.process_time()

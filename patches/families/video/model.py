@@ -135,7 +135,8 @@ class MaskedVideo(VideoModel):
         c = self.net.config
         slices, places = videomae.grid(c)
         g = torch.Generator().manual_seed(seed)
-        keep, hide = (i.to(clips.device) for i in split(len(clips), slices, places, ratio, g, mask))
+        # the same places in every clip, so that a clip's answer does not depend on its neighbours
+        keep, hide = (i.to(clips.device).expand(len(clips), -1) for i in split(1, slices, places, ratio, g, mask))
         patches = self.patches(clips)
         out = videomae.reconstruct(self.net, patches, keep, hide).float().unflatten(-1, (-1, 3))
         std, centre = out.new_tensor(IMAGENET_STD), out.new_tensor(IMAGENET_MEAN)

@@ -14,7 +14,7 @@ from patches.families.video.pixels import Still, normalise, patchify
 from registry.errors import BadArtifact
 from training.lab.video import actions
 from training.tasks.motion import Fitted, train
-from training.videomae.pretrain import Size, spread
+from training.videomae.pretraining import Size, spread
 
 
 class Classifier(nn.Module):
