@@ -1,7 +1,7 @@
-"""The shape `embed`: clips in; features by layer, class scores, surprise, a reconstruction, a rollout or tracked masks out.
+"""The shape `embed`: clips in; features, class scores, surprise, a reconstruction, a rollout or tracked masks out.
 
-`POST /v1/video`, JSON or a multipart form: every clip is a file (video, animated GIF or WebP, zip of pictures) or a list
-of pictures, and may name its own arm. Arms are models of their own: base beside checkpoint with `patchbay.compare`.
+`POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or a
+list of pictures, and may name its own arm. Arms are models of their own: base beside checkpoint with `patchbay.compare`.
 Clips are decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
 `/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
 """
@@ -255,22 +255,33 @@ def answers(job: Clip, model: VideoModel, ask: Video) -> dict[str, Any]:
             raise Invalid(f"tokens are {job.tokens.numel()} numbers; ask for them with encoding=base64.")
         out["tokens"] = {**told_, "values": numbers(job.tokens, ask.encoding)}
     if job.surprise is not None:
-        unit = "nats a token" if model.kind == "toto" else "squared error of hidden pixels"
-        out["surprise"] = {"by_frame": [round(x, 5) for x in job.surprise.tolist()], "unit": unit}
+        out["surprise"] = {"by_frame": [round(x, 5) for x in job.surprise.tolist()], "unit": model.unit}
     clip = job.video.float() / 255
     if job.hidden is not None and job.made is not None:
         seen = torch.where(job.hidden[:, None], torch.full_like(clip, 0.5), clip)
         out["reconstruction"] = {
-            "strip": films.still([clip, seen, job.made]), "animation": films.animated([clip, seen, job.made]),
-            "error": job.off, "ratio": ask.ratio, "mask": ask.mask, "borrows": borrowed(model),
-        }  # fmt: skip
+            "strip": films.still([clip, seen, job.made]),
+            "animation": films.animated([clip, seen, job.made]),
+            "error": job.off,
+            "ratio": ask.ratio,
+            "mask": ask.mask,
+            "borrows": borrowed(model),
+        }
     if "rollout" in job.wants and job.made is not None:
         given = job.given or model.frames // 2
-        out["rollout"] = {"animation": films.animated([clip, job.made], mark=given), "strip": films.still([clip, job.made]),
-                          "given": given, "drawn": model.frames - given, "nats": job.off}  # fmt: skip
+        out["rollout"] = {
+            "animation": films.animated([clip, job.made], mark=given),
+            "strip": films.still([clip, job.made]),
+            "given": given,
+            "drawn": model.frames - given,
+            "nats": job.off,
+        }
     if job.tracked is not None:
-        out["track"] = {"masks": [films.labels(m) for m in job.tracked], "animation": films.overlaid(clip, job.tracked),
-                        "objects": int(job.tracked.max())}  # fmt: skip
+        out["track"] = {
+            "masks": [films.labels(m) for m in job.tracked],
+            "animation": films.overlaid(clip, job.tracked),
+            "objects": int(job.tracked.max()),
+        }
     return out
 
 
@@ -299,6 +310,4 @@ def _best(job: Clip, model: VideoModel) -> str | None:
     return model.classes[at] if model.classes else str(at)
 
 
-ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/video", "video", "classify", Video, MAX_BODY_BYTES, files="clips"),
-)
+ROUTES: tuple[Call, ...] = (Call("POST", "/v1/video", "video", "classify", Video, MAX_BODY_BYTES, files="clips"),)

@@ -1,4 +1,4 @@
-"""The shape `embeddings`: OpenAI's `POST /v1/embeddings` for pictures and clips, and for texts where the model has them.
+"""The shape `embeddings`: OpenAI's `POST /v1/embeddings` for pictures and clips, and for texts where a model has them.
 
     {"input": ["data:image/png;base64,...", "data:video/mp4;base64,..."], "model": "champion"}
 
@@ -136,6 +136,4 @@ def _stacked(jobs: list[Any]) -> Tensor:
     return nnf.normalize(torch.stack([job.out for job in jobs]).float(), dim=1)
 
 
-ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/embeddings", "embeddings", "classify", Embeddings, embed.MAX_BODY_BYTES),
-)
+ROUTES: tuple[Call, ...] = (Call("POST", "/v1/embeddings", "embeddings", "classify", Embeddings, embed.MAX_BODY_BYTES),)

@@ -52,7 +52,9 @@ def mask(data: str, size: tuple[int, int], side: int) -> Tensor:
     except (OSError, ValueError, SyntaxError):
         raise Invalid("The mask is no PNG that can be read.") from None
     if (picture.height, picture.width) != size:
-        raise Invalid(f"The mask is {picture.width} x {picture.height}, the clip {size[1]} x {size[0]}; they must agree.")
+        raise Invalid(
+            f"The mask is {picture.width} x {picture.height}, the clip {size[1]} x {size[0]}; they must agree."
+        )
     plain = picture if picture.mode in ("P", "L") else picture.convert("L")
     values = np.asarray(plain).astype(np.int64)
     kinds = [v for v in np.unique(values) if v]

@@ -42,7 +42,7 @@ class Sampling:
     size: int = 224
 
 
-def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:  # noqa: B008
+def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:
     """UCF101 by one of its three official folds. Raises NotFound naming what is missing."""
     root = Path(folder)
     lists, videos = _need(root / "ucfTrainTestlist"), _need(root / "UCF-101")
@@ -56,7 +56,7 @@ def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sam
     return _dataset("ucf101", split, classes, files, labels, sampling, {"fold": fold})
 
 
-def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:  # noqa: B008
+def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:
     """HMDB51 by one of its three official folds, whose files number train 1, test 2 and neither 0."""
     root = Path(folder)
     lists = _need(root / "testTrainMulti_7030_splits")
@@ -75,7 +75,7 @@ def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sam
     return _dataset("hmdb51", split, classes, files, labels, sampling, {"fold": fold})
 
 
-def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampling()) -> Dataset:  # noqa: B008
+def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampling()) -> Dataset:
     """Kinetics as folders of classes, or as a list of paths with labels."""
     root = Path(folder)
     table = root / f"{split}.csv"
@@ -92,7 +92,7 @@ def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampli
 
 
 def ucf101_p(
-    folder: str | Path, corruption: str, severity: int = 3, sampling: Sampling = Sampling()  # noqa: B008
+    folder: str | Path, corruption: str, severity: int = 3, sampling: Sampling = Sampling()
 ) -> Dataset:  # fmt: skip
     """One corruption of UCF101-P. Raises NotFound with the corruptions that lie there."""
     root = _need(Path(folder))
@@ -162,7 +162,12 @@ def _dataset(
 
     def read_rows(rows: Tensor) -> Batch:
         clips = [
-            fit(read(files[i].read_bytes(), Limits(max_bytes=1 << 30)).frames, sampling.frames, sampling.size, sampling.stride)
+            fit(
+                read(files[i].read_bytes(), Limits(max_bytes=1 << 30)).frames,
+                sampling.frames,
+                sampling.size,
+                sampling.stride,
+            )
             for i in rows.tolist()
         ]
         return Batch(torch.stack(clips), label[rows], {"file": [files[i].name for i in rows.tolist()]})

@@ -59,8 +59,18 @@ def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
     """Means over clips, the mean of both, and its standard error."""
     kept = torch.tensor([s for s in scores if s[0] == s[0]])
     both = kept.mean(1)
-    return {"J": round(float(kept[:, 0].mean()), 4), "F": round(float(kept[:, 1].mean()), 4),
-            "JF": round(float(both.mean()), 4), "se": round(float(both.std() / len(both) ** 0.5), 4), "n": len(kept)}  # fmt: skip
+    return {
+        "J": round(float(kept[:, 0].mean()), 4),
+        "F": round(float(kept[:, 1].mean()), 4),
+        "JF": round(float(both.mean()), 4),
+        "se": round(float(both.std() / len(both) ** 0.5), 4),
+        "n": len(kept),
+    }
+
+
+def each(found: Tensor, mask: Tensor) -> list[tuple[float, float]]:
+    """J and F of every clip: labels (n, T, R, R) against masks (n, T, R, R)."""
+    return [score(labels.long(), m.long()) for labels, m in zip(found, mask, strict=True)]
 
 
 def copied(mask: Tensor) -> dict[str, float]:
@@ -68,11 +78,14 @@ def copied(mask: Tensor) -> dict[str, float]:
     return summary([score(m[:1].long().expand_as(m), m.long()) for m in mask])
 
 
-def tracked(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """Propagation along features (n, S side^2, d) of clips with masks (n, T, R, R)."""
+def tracks(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Propagate the first masks of clips (n, T, R, R) along features (n, S side^2, d): labels (n, T, R, R)."""
     slices, side = grid
-    out = []
-    for x, m in zip(features, mask, strict=True):
-        labels = to_frames(propagate(x.view(slices, side * side, -1), m[0].long(), side), len(m))
-        out.append(score(labels, m.long()))
-    return summary(out)
+    out = [to_frames(propagate(x.view(slices, side * side, -1), m[0].long(), side), len(m))
+           for x, m in zip(features, mask, strict=True)]  # fmt: skip
+    return torch.stack(out)
+
+
+def tracked(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    """J, F, their mean with its standard error, of propagation along features."""
+    return summary(each(tracks(features, mask, grid), mask))

@@ -114,10 +114,15 @@ def fit(model: TokenVideo, clips: Tensor, pictures: Tensor, plan: Plan, held: Te
     body = sum(p.numel() for k, p in model.lm.named_parameters() if "embed_tokens" not in k and "lm_head" not in k)
     tokens = plan.steps * plan.batch * (clips.shape[1] - 2)
     out = {
-        "steps": plan.steps, "clips": plan.steps * plan.batch, "cpu_s": round(cpu, 1), "body": body,
-        "clips_per_cpu_s": round(plan.steps * plan.batch / max(cpu, 1e-9), 1), "tokens": tokens,
-        "flops": 6 * body * tokens, "loss": [round(float(x), 4) for x in losses[:: max(1, plan.steps // 20)]],
-    }  # fmt: skip
+        "steps": plan.steps,
+        "clips": plan.steps * plan.batch,
+        "cpu_s": round(cpu, 1),
+        "body": body,
+        "clips_per_cpu_s": round(plan.steps * plan.batch / max(cpu, 1e-9), 1),
+        "tokens": tokens,
+        "flops": 6 * body * tokens,
+        "loss": [round(float(x), 4) for x in losses[:: max(1, plan.steps // 20)]],
+    }
     return out | (held_out(model, held) if held is not None else {})
 
 
@@ -127,8 +132,12 @@ def held_out(model: TokenVideo, ids: Tensor) -> dict[str, Any]:
     each = torch.cat([model.nll(part) for part in ids.split(100)])
     by_frame = each.view(len(each), model.frames, -1).mean((0, 2))
     clip = each.mean(1)
-    return {"nll": round(float(clip.mean()), 5), "nll_se": round(float(clip.std() / len(clip) ** 0.5), 5), "n": len(clip),
-            "nll_by_frame": [round(x, 4) for x in by_frame.tolist()]}  # fmt: skip
+    return {
+        "nll": round(float(clip.mean()), 5),
+        "nll_se": round(float(clip.std() / len(clip) ** 0.5), 5),
+        "n": len(clip),
+        "nll_by_frame": [round(x, 4) for x in by_frame.tolist()],
+    }
 
 
 @torch.no_grad()

@@ -64,7 +64,9 @@ def run(folder: Path, sweep: Sweep) -> None:
     codebook = fitting.tokenizer(video[:1024], sweep.codes, residual=sweep.residual, seed=sweep.seed)
     ids = fitting.tokenise(video, codebook)
     stills = fitting.tokenise_pictures(video, codebook, sweep.frames, Generator().manual_seed(sweep.seed))
-    held = fitting.tokenise(motion.clips("test", sweep.test, 10, sweep.frames, sweep.image).video[: sweep.held], codebook)
+    held = fitting.tokenise(
+        motion.clips("test", sweep.test, 10, sweep.frames, sweep.image).video[: sweep.held], codebook
+    )
     use = torch.bincount((ids[:, 1:-1] - 4).flatten(), minlength=sweep.codes).float()
     use = use / use.sum()
     entropy = float(-(use * use.clamp_min(1e-12).log()).sum())
@@ -101,7 +103,7 @@ def layers(model: TokenVideo, sweep: Sweep) -> list[float]:
 
 @torch.no_grad()
 def rollout(model: TokenVideo, sweep: Sweep) -> dict[str, Any]:
-    """Squared error of greedy rollouts and of repeating the last given frame, on clips that move; with a paired interval.
+    """Squared error of greedy rollouts and of repeating the last given frame, on clips that move, paired by clip.
 
     Both are compared with the true frames as the tokenizer can show them (what is lost there is nobody's fault) and as
     they are.
@@ -113,15 +115,20 @@ def rollout(model: TokenVideo, sweep: Sweep) -> dict[str, Any]:
     copy = true[:, sweep.given - 1 : sweep.given].expand_as(true)
     shown = torch.cat([true[:, : sweep.given], model.codebook.decode(
         model.codebook.encode(video)[:, sweep.given :], sweep.image, true[:, sweep.given - 1])], 1)  # fmt: skip
-    errors = {name: (x - true)[:, sweep.given :].square().mean((2, 3, 4)) for name, x in
-              (("rollout", made), ("copy", copy), ("tokenizer", shown))}  # fmt: skip
+    errors = {
+        name: (x - true)[:, sweep.given :].square().mean((2, 3, 4))
+        for name, x in (("rollout", made), ("copy", copy), ("tokenizer", shown))
+    }
     first = errors["copy"][:, 0] - errors["rollout"][:, 0]
     gain = (errors["copy"] - errors["rollout"]).mean(1)
     return {
-        "rollouts": len(video), **{f"mse_{k}": [round(x, 6) for x in v.mean(0).tolist()] for k, v in errors.items()},
-        "gain": round(float(gain.mean()), 6), "gain_se": round(float(gain.std() / len(gain) ** 0.5), 6),
-        "gain_first": round(float(first.mean()), 6), "gain_first_se": round(float(first.std() / len(first) ** 0.5), 6),
-    }  # fmt: skip
+        "rollouts": len(video),
+        **{f"mse_{k}": [round(x, 6) for x in v.mean(0).tolist()] for k, v in errors.items()},
+        "gain": round(float(gain.mean()), 6),
+        "gain_se": round(float(gain.std() / len(gain) ** 0.5), 6),
+        "gain_first": round(float(first.mean()), 6),
+        "gain_first_se": round(float(first.std() / len(first) ** 0.5), 6),
+    }
 
 
 def track(model: TokenVideo, sweep: Sweep) -> dict[str, Any]:
@@ -154,8 +161,14 @@ def law(points: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
     se = math.sqrt((left**2).sum() / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
     wide = {2: 4.303, 3: 3.182, 4: 2.776}.get(len(x) - 2, 2.5) * se
     del draws
-    return {"exponent": round(float(-slope), 4), "low": round(float(-slope - wide), 4), "high": round(float(-slope + wide), 4),
-            "r2": round(float(r2), 4), "a": float(np.exp(intercept)), "sizes": len(found)}  # fmt: skip
+    return {
+        "exponent": round(float(-slope), 4),
+        "low": round(float(-slope - wide), 4),
+        "high": round(float(-slope + wide), 4),
+        "r2": round(float(r2), 4),
+        "a": float(np.exp(intercept)),
+        "sizes": len(found),
+    }
 
 
 def _say(folder: Path, row: dict[str, Any]) -> None:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from registry import config as configs
 from registry.config import STRICT
-from training.tasks import motion
 from training.lab.video import actions, stages
 from training.lab.video.corruptions import CORRUPTIONS, corrupt
+from training.tasks import motion
 from training.videomae import tuning
 from training.videomae.pretraining import Plan, Size, new, pretrain
 
@@ -50,10 +50,12 @@ class Sweep:
 
     __pydantic_config__ = STRICT
 
-    steps: int = 2000
-    batch: int = 64
+    steps: int = 1600
+    batch: int = 32
     mask: str = "random"
-    pool: int = 8192
+    still: str = "mean"
+    ratio: float = 0.75
+    pool: int = 4096
     """clips drawn for a stage; each batch is one of 96 views of some of them"""
     seeds: int = 3
     few: int = 110
@@ -64,14 +66,14 @@ class Sweep:
     decay: float = 1.0
     """fine-tuning's learning rate of a block, as a part of the one above"""
     probe_steps: int = 200
-    test: int = 2200
-    corrupted: int = 1100
+    test: int = 1100
+    corrupted: int = 330
     """test clips of the corruption table; 0 leaves it out"""
     size: Size = field(default_factory=Size)
 
     @property
     def plan(self) -> Plan:
-        return Plan(steps=self.steps, batch=self.batch, mask=self.mask)  # type: ignore[arg-type]
+        return Plan(steps=self.steps, batch=self.batch, ratio=self.ratio, mask=self.mask, still=self.still)  # type: ignore[arg-type]
 
 
 def pool(row: str, sweep: Sweep, seed: int = 0) -> Tensor:
@@ -142,7 +144,13 @@ def measure(net: Any, sweep: Sweep, seed: int) -> Iterator[dict[str, Any]]:
 
     def line(right: Tensor, begun: float, **about: Any) -> dict[str, Any]:
         cpu = round(time.process_time() - begun, 1)
-        return {**about, "accuracy": round(float(right.float().mean()), 4), "n": len(right), "cpu_s": cpu, "right": pack(right)}
+        return {
+            **about,
+            "accuracy": round(float(right.float().mean()), 4),
+            "n": len(right),
+            "cpu_s": cpu,
+            "right": pack(right),
+        }
 
     for labels, steps in ((sweep.few, sweep.few_steps), (sweep.more, sweep.more_steps)):
         begun = time.process_time()

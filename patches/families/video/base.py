@@ -1,6 +1,6 @@
 """Loads and writes video checkpoints: transformers' own layout, and beside it what transformers has no place for.
 
-References: `lab:video-scratch`, `lab:video-natural`, `lab:video-stages`, `lab:video-toto` (ship here), `hf-hub:org/name@rev`,
+References: `lab:video-scratch`, `lab:video-natural` and others (ship here), `hf-hub:org/name@revision`,
 `local-dir:path`. A folder holds
 
 | file | what |
@@ -122,7 +122,9 @@ def _folder(ref: str) -> tuple[Path, str]:
     if kind == "local-dir" and rest:
         folder = Path(rest).expanduser()
         if not (folder / CONFIG).is_file():
-            raise NotFound(f"{folder} has no {CONFIG}. Put a VideoMAE's or a Toto's files there, as the hub keeps them.")
+            raise NotFound(
+                f"{folder} has no {CONFIG}. Put a VideoMAE's or a Toto's files there, as the hub keeps them."
+            )
         return folder, slug(folder.name)
     raise NotFound(f"{ref[:60]!r} names no video model. Write lab:video-natural, hf-hub:org/name or local-dir:path.")
 
@@ -154,7 +156,9 @@ def read(folder: Path) -> VideoModel:
             raise BadArtifact(f"{folder} has a Llama and no {CODEBOOK}: without a tokenizer it reads no clips.")
         try:
             shape = about["codebook"]
-            codebook = Codebook(_tensors(folder / CODEBOOK)["codes"], shape["patch"], shape["shrink"], shape["residual"])
+            codebook = Codebook(
+                _tensors(folder / CODEBOOK)["codes"], shape["patch"], shape["shrink"], shape["residual"]
+            )
             return TokenVideo(_transformers(folder), codebook, about["frames"], about["size"], classes, probe, layer)
         except KeyError as e:
             raise BadArtifact(f"{folder / ABOUT} lacks {e}.") from None
@@ -222,7 +226,11 @@ def _probe(folder: Path, about: Mapping[str, Any]) -> tuple[Probe | None, int]:
 def _labels(config: Mapping[str, Any]) -> list[str]:
     """Class names of a hub config, if somebody named them."""
     names = {int(k): str(v) for k, v in (config.get("id2label") or {}).items()}
-    return [names[i] for i in sorted(names)] if "VideoMAEForVideoClassification" in str(config.get("architectures")) else []
+    return (
+        [names[i] for i in sorted(names)]
+        if "VideoMAEForVideoClassification" in str(config.get("architectures"))
+        else []
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -246,7 +254,7 @@ def _digest(folder: Path) -> str:
     """Over every file that shapes an answer, as it lies."""
     names = sorted(
         p.relative_to(folder).as_posix() for p in folder.rglob("*")
-        if p.suffix in (".safetensors", ".json") and p.name != SEALED and p.name in (CONFIG, PROCESSOR, ABOUT)
+        if (p.suffix in (".safetensors", ".json") and p.name != SEALED and p.name in (CONFIG, PROCESSOR, ABOUT))
         or p.suffix == ".safetensors"
     )  # fmt: skip
     return manifest.digest_of({name: manifest.sha256(folder / name) for name in names})

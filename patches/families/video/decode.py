@@ -55,7 +55,7 @@ class Decoded:
     """height and width as sent"""
 
 
-def read(raw: bytes, limits: Limits = Limits()) -> Decoded:  # noqa: B008
+def read(raw: bytes, limits: Limits = Limits()) -> Decoded:
     """Decode a file's bytes.
 
     Raises TooLarge beyond a limit, Invalid for what is no clip or is damaged (with the decoder's own word for it),
@@ -69,12 +69,14 @@ def read(raw: bytes, limits: Limits = Limits()) -> Decoded:  # noqa: B008
     try:
         done = subprocess.run(command, input=raw, capture_output=True, timeout=1.5 * limits.timeout + 5, check=False)
     except subprocess.TimeoutExpired:
-        raise Invalid(f"The clip was not decoded within {1.5 * limits.timeout:g} s; send a shorter or plainer one.") from None
+        raise Invalid(
+            f"The clip was not decoded within {1.5 * limits.timeout:g} s; send a shorter or plainer one."
+        ) from None
     head, _, body = done.stdout.partition(b"\n")
     if done.returncode != 0 or not head:
         raise Invalid(
-            f"The decoder ended ({_reason(done.returncode)}): the clip is damaged, or costs more than {limits.timeout:g} s "
-            f"or {limits.memory >> 20} MiB to decode."
+            f"The decoder ended ({_reason(done.returncode)}): the clip is damaged, or costs more than "
+            f"{limits.timeout:g} s or {limits.memory >> 20} MiB to decode."
         )
     about = json.loads(head)
     if "error" in about:

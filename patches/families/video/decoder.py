@@ -38,11 +38,15 @@ class Frames:
     def claim(self, width: int, height: int, seconds: float | None = None) -> None:
         """Check what a header says, before a pixel is decoded."""
         if width * height > self.limits["pixels"]:
-            raise Refused(f"The clip has {width} x {height} pixels; {self.limits['pixels']} together are allowed.", "TooLarge")
+            raise Refused(
+                f"The clip has {width} x {height} pixels; {self.limits['pixels']} together are allowed.", "TooLarge"
+            )
         if min(width, height) < 8:
             raise Refused(f"The clip has {width} x {height} pixels; its sides must be at least 8.")
         if seconds is not None and seconds > self.limits["seconds"]:
-            raise Refused(f"The clip says it lasts {seconds:.0f} s; {self.limits['seconds']:g} s are allowed.", "TooLarge")
+            raise Refused(
+                f"The clip says it lasts {seconds:.0f} s; {self.limits['seconds']:g} s are allowed.", "TooLarge"
+            )
 
     def add(self, picture: Any, time: float) -> None:
         """One frame as a Pillow picture."""
@@ -65,12 +69,19 @@ def video(raw: bytes, out: Frames) -> None:
     try:
         import av
     except ImportError:
-        raise Refused("Videos need the extra `video` (pip install patchbay[video]). GIF, WebP and zip files of pictures "
-                      "are read without it.", "NotReady") from None  # fmt: skip
+        raise Refused(
+            "Videos need the extra `video` (pip install patchbay[video]). GIF, WebP and zip files of pictures "
+            "are read without it.",
+            "NotReady",
+        ) from None
     try:
         with av.open(io.BytesIO(raw), metadata_errors="ignore") as container:
             if not container.streams.video:
-                raise Refused("The file holds no video stream, only " + (", ".join(s.type for s in container.streams) or "nothing") + ".")
+                raise Refused(
+                    "The file holds no video stream, only "
+                    + (", ".join(s.type for s in container.streams) or "nothing")
+                    + "."
+                )
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             claimed = container.duration / av.time_base if container.duration else None
@@ -108,7 +119,11 @@ def archive(raw: bytes, out: Frames) -> None:
             path = PurePosixPath(name.replace("\\", "/"))
             if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
                 raise Refused(f"The zip file names {name[:60]!r}, which lies outside it.")
-        shown = sorted(n for n in names if PurePosixPath(n).suffix.lower() in PICTURES and not PurePosixPath(n).name.startswith("."))
+        shown = sorted(
+            n
+            for n in names
+            if PurePosixPath(n).suffix.lower() in PICTURES and not PurePosixPath(n).name.startswith(".")
+        )
         if not shown:
             raise Refused(f"The zip file holds no pictures ({', '.join(PICTURES)}).")
         if len(shown) > out.limits["frames"]:
@@ -116,7 +131,10 @@ def archive(raw: bytes, out: Frames) -> None:
         for i, name in enumerate(shown):
             about = held.getinfo(name)
             if about.file_size > out.limits["max_bytes"]:
-                raise Refused(f"{name[:60]!r} unpacks to {about.file_size} bytes; {out.limits['max_bytes']} are allowed.", "TooLarge")
+                raise Refused(
+                    f"{name[:60]!r} unpacks to {about.file_size} bytes; {out.limits['max_bytes']} are allowed.",
+                    "TooLarge",
+                )
             with Image.open(io.BytesIO(held.read(name)), formats=("PNG", "JPEG", "WEBP", "BMP")) as picture:
                 out.claim(*picture.size)
                 out.add(picture.convert("RGB"), i / 25)
@@ -154,7 +172,12 @@ def main() -> None:
     except MemoryError:
         sys.exit(3)
     except Exception as e:  # Pillow and zipfile have a hundred ways to say that a file is broken
-        out.write(json.dumps({"error": f"The clip cannot be read ({type(e).__name__}: {str(e)[:120]}).", "kind": "Invalid"}).encode() + b"\n")
+        out.write(
+            json.dumps(
+                {"error": f"The clip cannot be read ({type(e).__name__}: {str(e)[:120]}).", "kind": "Invalid"}
+            ).encode()
+            + b"\n"
+        )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ class VideoModel(nn.Module, ABC):
     classes: tuple[str, ...]
     blocks: nn.ModuleList
     probe: Probe | None
+    unit: str
+    """what `surprise` counts in"""
     probe_layer: int
     """the layer whose features the probe reads: 0 is the embedding, `depth` the last block"""
 
@@ -80,6 +82,7 @@ class MaskedVideo(VideoModel):
     """transformers' VideoMAE: an encoder with a decoder, a fine-tuned classifier, a probe, or several of these."""
 
     kind = "videomae"
+    unit = "squared error of hidden pixels"
 
     def __init__(
         self, net: Any, classes: Sequence[str] = (), probe: Probe | None = None, probe_layer: int = 0,
@@ -131,7 +134,9 @@ class MaskedVideo(VideoModel):
         clip: what `still` took away, and with normalised targets each hidden patch's own mean and deviation.
         """
         if not self.decodes:
-            raise PatchError("This checkpoint is a classifier: its decoder was left behind, so it reconstructs nothing.")
+            raise PatchError(
+                "This checkpoint is a classifier: its decoder was left behind, so it reconstructs nothing."
+            )
         c = self.net.config
         slices, places = videomae.grid(c)
         g = torch.Generator().manual_seed(seed)

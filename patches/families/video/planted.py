@@ -1,4 +1,4 @@
-"""Small video models made for a purpose: `tiny:toto`, and `tiny:motions`, `tiny:toto-motions` with the lab's classes."""
+"""Small video models made for a purpose: `tiny:toto`; `tiny:motions`, `tiny:toto-motions` with the lab's classes."""
 
 from __future__ import annotations
 

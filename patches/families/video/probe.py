@@ -29,9 +29,10 @@ class Probe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.query is None:
-            scores: Tensor = self.out(self.norm(x.mean(1)))
-            return scores
-        x = self.norm(x.flatten(0, 1)).view_as(x)
-        weight = (x @ self.query.T).softmax(1)  # (b, N, q)
-        scores = self.out((weight.transpose(1, 2) @ x).flatten(1))
+            pooled = self.norm(x.mean(1))
+        else:
+            x = self.norm(x.flatten(0, 1)).view_as(x)
+            weight = (x @ self.query.T).softmax(1)  # (b, N, q)
+            pooled = (weight.transpose(1, 2) @ x).flatten(1)
+        scores: Tensor = self.out(pooled)
         return scores

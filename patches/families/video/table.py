@@ -28,7 +28,11 @@ EXAMPLE = (
 
 TABLE = Table(
     takes=(Column("clip", "string", EXAMPLE),),
-    gives=(Column("label", "string", "left"), Column("probability", "double", 0.5), Column("features", "string", "[0.1]")),
+    gives=(
+        Column("label", "string", "left"),
+        Column("probability", "double", 0.5),
+        Column("features", "string", "[0.1]"),
+    ),
     params={"strength": ("double", 1.0), "layer": ("long", -1)},
 )
 

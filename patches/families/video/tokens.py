@@ -61,7 +61,9 @@ class Codebook(nn.Module):
     def encode(self, clips: Tensor) -> Tensor:
         """Codes (b, T, n) int64 below V."""
         x = self.patches(clips)
-        near = [(self.codes.square().sum(1) - 2 * part @ self.codes.T).argmin(1) for part in x.flatten(0, 2).split(65536)]
+        near = [
+            (self.codes.square().sum(1) - 2 * part @ self.codes.T).argmin(1) for part in x.flatten(0, 2).split(65536)
+        ]
         return torch.cat(near).view(x.shape[:3])
 
     def decode(self, codes: Tensor, size: int, before: Tensor | None = None) -> Tensor:
@@ -69,7 +71,7 @@ class Codebook(nn.Module):
 
         before: frame (b, 3, size, size) in [0, 1] that the first of these differs from; None: it stands for itself.
         """
-        b, frames, n = codes.shape
+        b, frames, _ = codes.shape
         side = size // self.shrink
         x = nnf.fold(self.codes[codes].flatten(0, 1).transpose(1, 2), (side, side), self.patch, stride=self.patch)
         if self.shrink > 1:
@@ -105,6 +107,7 @@ class TokenVideo(VideoModel):
     """A decoder language model over a codebook's tokens."""
 
     kind = "toto"
+    unit = "nats a token"
 
     def __init__(
         self, lm: Any, codebook: Codebook, frames: int, size: int, classes: Sequence[str] = (),

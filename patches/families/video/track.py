@@ -20,7 +20,7 @@ def propagate(
     features (S, side^2, d) of the clip's slices; mask (R, R) int64 labels of the first frame, 0 the background; radius
     in places. Returns (S, R, R) int64 labels, the first as given.
     """
-    slices, places = features.shape[:2]
+    slices = len(features)
     x = nnf.normalize(features.float(), dim=-1)
     size = mask.shape[-1]
     objects = int(mask.max()) + 1

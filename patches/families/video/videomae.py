@@ -75,7 +75,7 @@ def reconstruct(net: VideoMAEForPreTraining, patches: Tensor, keep: Tensor, hide
 
 
 def targets(config: VideoMAEConfig, patches: Tensor, hide: Tensor) -> Tensor:
-    """What the hidden patches should be predicted as (b, M, D): pixels in [0, 1], or each patch's colours normalised."""
+    """What hidden patches should be predicted as (b, M, D): pixels in [0, 1], or each patch's colours normalised."""
     x = take(patches, hide).unflatten(-1, (-1, 3))
     x = x * x.new_tensor(IMAGENET_STD) + x.new_tensor(IMAGENET_MEAN)
     if config.norm_pix_loss:

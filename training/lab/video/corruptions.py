@@ -55,7 +55,9 @@ def _translate(x: Tensor, g: Generator) -> Tensor:
 
 def _rotate(x: Tensor, g: Generator) -> Tensor:
     """Each frame turned by up to 15 degrees, for itself."""
-    return _warp(x, (torch.rand(x.shape[:2], generator=g) - 0.5) * math.pi / 6, torch.zeros(*x.shape[:2], 2), _still(x, 1.0))
+    return _warp(
+        x, (torch.rand(x.shape[:2], generator=g) - 0.5) * math.pi / 6, torch.zeros(*x.shape[:2], 2), _still(x, 1.0)
+    )
 
 
 def _static_rotate(x: Tensor, g: Generator) -> Tensor:
@@ -95,7 +97,9 @@ def _jpeg(x: Tensor, _: Generator) -> Tensor:
     out = torch.empty_like(x)
     for i, frame in enumerate(x.flatten(0, 1)):
         stream = io.BytesIO()
-        Image.fromarray(frame.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(stream, "JPEG", quality=15)
+        Image.fromarray(frame.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(
+            stream, "JPEG", quality=15
+        )
         pixels = np.asarray(Image.open(stream)).copy()
         out.view(-1, *x.shape[2:])[i] = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     return out

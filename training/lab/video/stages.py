@@ -238,7 +238,7 @@ def _textured(front: Tensor, inverse: Tensor, centre: Tensor, pictures: Tensor, 
 
 @lru_cache(4)
 def noise_pictures(size: int = SIZE) -> Tensor:
-    """(PICTURES, 3, S, S) uint8 statistical textures: noise of spectrum 1/f^alpha, alpha in [0.5, 2.5], random colours."""
+    """(PICTURES, 3, S, S) uint8 statistical textures: 1/f^alpha noise, alpha in [0.5, 2.5], random colours."""
     g = generator("stage", "textures", size)
     frequency = (torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size) ** 2).sqrt().clamp_min(1 / size)
     alpha = uniform((PICTURES, 1, 1, 1), 0.5, 2.5, g)

@@ -20,7 +20,9 @@ from registry.errors import Invalid, TooLarge
 av = pytest.importorskip("av")
 
 
-def film(count: int = 12, size: int = 48, rate: int = 25, container: str = "mp4", codec: str = "mpeg4", times=None) -> bytes:
+def film(
+    count: int = 12, size: int = 48, rate: int = 25, container: str = "mp4", codec: str = "mpeg4", times=None
+) -> bytes:
     """A square that moves one pixel a frame on grey; times: a time stamp for each frame, in ticks of 1/1000 s."""
     out = io.BytesIO()
     with av.open(out, "w", format=container) as file:
@@ -155,7 +157,9 @@ def test_limits_are_told_before_anything_is_decoded() -> None:
         read(film(12), Limits(seconds=0.1))
 
 
-@pytest.mark.parametrize("child", ["import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    "child", ["import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "import time; time.sleep(60)"]
+)
 def test_the_death_of_the_decoder_is_one_error(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "child.py").write_text(child)
     monkeypatch.setattr(decode, "CHILD", tmp_path / "child.py")

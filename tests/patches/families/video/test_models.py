@@ -1,4 +1,4 @@
-"""Both kinds of video model: what is computed by index is what transformers computes, what is saved is what is loaded."""
+"""Both kinds of video model: by index is what transformers computes, and what is saved is what is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from patches.families.base import load_base
-from patches.families.video import MaskedVideo, TokenVideo, read, save, tiny, videomae
+from patches.families.video import MaskedVideo, read, save, tiny, videomae
 from patches.families.video.pixels import STILLS, bool_mask, normalise, patchify, split, unpatchify
 from patches.families.video.tokens import END, PICTURES, RESERVED, VIDEO, Codebook, kmeans, sequence
 from patches.families.video.track import propagate, to_frames
@@ -42,7 +42,9 @@ def test_the_loss_is_transformers_own(normal: bool) -> None:
     x = normalise(clips(tiny().model), still="mean")
     keep, hide = split(3, 2, 4, 0.5, torch.Generator().manual_seed(1), "random")
     ours = videomae.loss(net, patchify(x, 2, 8), keep, hide)
-    assert float(ours.detach()) == pytest.approx(float(net(x, bool_masked_pos=bool_mask(hide, 8)).loss.detach()), rel=1e-5)
+    assert float(ours.detach()) == pytest.approx(
+        float(net(x, bool_masked_pos=bool_mask(hide, 8)).loss.detach()), rel=1e-5
+    )
 
 
 def test_states_and_scores_are_transformers_own() -> None:
