@@ -93,7 +93,7 @@ def test_tokens_are_decoded_where_the_model_is(far, tiny_llm):
     out = []
     for mine, one in ((tiny_llm, patch), (base, patch.to(FAR))):
         with apply(mine.model, {"a": one}, root=mine.root) as on:
-            rows = [Row(IDS[i].tolist(), arm, max_tokens=8, logprobs=2) for i, arm in enumerate((None, "a", "a"))]
+            rows = [Row(IDS[i].tolist(), arm=arm, max_tokens=8, logprobs=2) for i, arm in enumerate((None, "a", "a"))]
             out.append([r.out for r in Decoder(mine, on, slots=4).run(rows)])
     assert out[0] == out[1]
 
