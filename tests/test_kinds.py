@@ -130,7 +130,7 @@ def test_a_deployment_carries_it_and_serves_it_without_a_store(name, pushed, tmp
         runtime = Runtime(Settings(name, pinned=tmp_path / digest[:8]))
         runtime.start()
         try:
-            arm = None if runtime.table.champion == "base" else digest
+            arm = runtime.table.champion if digest != "base" else None
             assert float(runtime.call(partial(runtime.worker.proof, arm))) == want / 2
         finally:
             runtime.stop()
