@@ -273,9 +273,10 @@ class Jobs:
         try:
             while True:
                 news.clear()
-                record, events = await asyncio.to_thread(lambda: (self.store.get(id), self.store.events(id, after)))
-                for after, data in events:  # noqa: B020
-                    yield _event("progress", data, after)
+                record = await asyncio.to_thread(self.store.get, id)
+                for number, data in await asyncio.to_thread(self.store.events, id, after):
+                    yield _event("progress", data, number)
+                    after = number
                     pinged = time.monotonic()
                 if record is None:
                     return

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: accepted, followed, cancelled, limited, owned, resumed after kill -9; with work that is no model's."""
+"""Jobs over HTTP: accepted, followed, cancelled, limited, owned, resumed after kill -9."""
 
 from __future__ import annotations
 
