@@ -64,7 +64,8 @@ class Record:
 
 def _record(row: Sequence[Any]) -> Record:
     ask, about, result, error = (None if v is None else json.loads(v) for v in row[8:])
-    return Record(*row[:8], ask, about or {}, result, error)
+    id, kind, owner, state, holder, created, started, finished = row[:8]
+    return Record(id, kind, owner, state, holder, created, started, finished, ask, about or {}, result, error)
 
 
 class JobStore:
