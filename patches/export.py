@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from patches import artifact
-from patches.bases import Base, load_base
-from patches.patch import Patch
+from patches.engine.patch import Patch
+from patches.families.base import Base, load_base
 from registry import manifest
 from registry.errors import Conflict, PatchError, Unsealed
 from registry.home import home
@@ -82,7 +82,7 @@ def _checkpoint(about: Manifest, patch: Patch, base: Base, part: Path) -> Manife
 
 def _towers(about: Manifest, patch: Patch, base: Base, part: Path) -> Manifest:
     """Both towers of a CLIP, the patch traced into its graph."""
-    from patches.onnx import export_towers
+    from patches.families.clip.towers import export_towers
 
     return export_towers(base, part, patch, system=about.system, parents=[about.digest])
 

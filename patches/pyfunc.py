@@ -17,7 +17,7 @@ class Patched(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Verify the sealed folder and put its patch on the base it names."""
-        from patches.patched import PatchedModel  # not at the top: MLflow runs this file at push, which needs no torch
+        from patches.subject import PatchedModel  # not at the top: MLflow runs this file at push, which needs no torch
 
         self.model = PatchedModel.load(context.artifacts["patch"], device="cpu")
 

@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace) -> Says:
 
 def split(args: argparse.Namespace) -> Says:
     """begin a production A/B of an artifact against the champion; a larger share ramps it, 0 stops it"""
-    ledgers, experiments = _ledger(), importlib.import_module("registry.experiment")
+    ledgers, experiments = _ledger(), importlib.import_module("registry.ab.experiment")
     name = args.system
     ref, share, words = _split_words(args.words)
     ledger = ledgers.Ledger()
@@ -133,15 +133,15 @@ def split(args: argparse.Namespace) -> Says:
 
 def report(args: argparse.Namespace) -> Says:
     """the live experiment: effect with an always-valid interval, guardrails, verdict"""
-    ledgers, experiments = _ledger(), importlib.import_module("registry.experiment")
-    events = importlib.import_module("registry.events")
+    ledgers, experiments = _ledger(), importlib.import_module("registry.ab.experiment")
+    events = importlib.import_module("registry.ab.events")
     entries = [e for e in ledgers.Ledger().history(args.system, 50) if e.experiment]
     if not entries:
         raise NotFound(f"{args.system} has had no experiment. Begin one: patchbay split {args.system} REF 0.1")
     experiment = experiments.load(entries[0].experiment)
     with events.Events() as log:
         decision = experiments.judge(experiment, log.summary(experiment))
-        drawn = importlib.import_module("registry.report").picture(experiment, log.trajectory(experiment))
+        drawn = importlib.import_module("registry.ab.picture").picture(experiment, log.trajectory(experiment))
     file = importlib.import_module("registry.home").home() / "reports" / f"{experiment.name}.png"
     file.parent.mkdir(exist_ok=True)
     drawn.savefig(file, dpi=110)
@@ -238,7 +238,7 @@ def _store() -> Any:
 
 
 def _ledger() -> Any:
-    return importlib.import_module("registry.ledger")
+    return importlib.import_module("registry.ab.ledger")
 
 
 def _manifest(folder: Path | str) -> Any:

@@ -38,7 +38,7 @@ class System:
     @property
     def planned(self) -> bool:
         """The row is here, the job is not written yet."""
-        return not (Path(__file__).parent.parent / "training" / f"{self.name}.py").is_file()
+        return not (Path(__file__).parent.parent / "training" / self.name).is_dir()
 
     def load_job(self) -> ModuleType:
         """The training module. Raises NotFound while it is planned."""
@@ -61,24 +61,24 @@ class System:
 
 _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
-           "2504.08729", ("clip",), "patches.features:FeatureEdit", ("classify", "explain"),
+           "2504.08729", ("clip",), "patches.mechanisms.features:FeatureEdit", ("classify", "explain.features"),
            "lab:clip under a wrong written word (2,000 unseen pictures and words): right on 5 %, patched 49 % "
            "(a blank strip alone: 53 %); says the word 57 %, patched 2.5 %; clean - .6 points (random features: right "
            "4 %, says it 56 %, clean - 4.6)"),
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
-           "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify"),
+           "2409.06579", ("clip",), "patches.mechanisms.heads:HeadEdit", ("explain.heads", "classify"),
            "lab:clip without its eight text heads (500 unseen pictures): says a wrong written word 51 %, patched 1 %; "
            "right 5 %, patched 48 %; clean - 3.6 points (eight random heads: says it 39 %, right 4 %, clean - 11)"),
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
-           "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("neurons", "classify"),
+           "2406.04341", ("clip",), "patches.mechanisms.neurons:NeuronEdit", ("explain.neurons", "classify"),
            "lab things found by what neurons add to their names: mIoU .64 (raw activations .41, heads' direct effects "
            ".69; 300 pictures), in 1 / 8,300 of the paper code's time; no defence: says a wrong word 51 %, patched 50"),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",
-           "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",),
+           "2503.08908", ("llm",), "patches.mechanisms.sink:SinkEdit", ("generate",),
            "SmolLM2-135M predicts a word once more after 1,024 copies: base 28 %, patched 90 % (50 words, chat); "
            "perplexity x 1.000"),
     System("vlm_erasure", "Erase hallucinated objects from a vision-language model's image features",
-           "2410.02762", ("vlm",), "patches.erase:EraseEdit", ("generate",)),
+           "2410.02762", ("vlm",), "patches.mechanisms.erase:EraseEdit", ("generate",)),
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
            "2501.18096", ("clip", "llm"), None, ("caption",)),
     System("toto", "Autoregressive video pre-training on visual tokens",
@@ -86,9 +86,9 @@ _ROWS = (
     System("videomae", "VideoMAE pre-trained on synthetic video",
            "2410.24213", ("video",), None, ("embed",)),
     System("w2w", "Sample, edit and invert in the weight space of customised diffusion models",
-           "2406.09413", ("diffusion",), "patches.subspace:SubspaceEdit", ("render",)),
+           "2406.09413", ("diffusion",), "patches.mechanisms.subspace:SubspaceEdit", ("render",)),
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",
-           "2504.08046", ("diffusion",), "patches.direction:DirectionEdit", ("render",)),
+           "2504.08046", ("diffusion",), "patches.mechanisms.direction:DirectionEdit", ("render",)),
 )  # fmt: skip
 
 SYSTEMS: dict[str, System] = {row.name: row for row in _ROWS}

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from patches.bases import load_base
-from patches.patch import ONLY
-from patches.patched import PatchedModel
+from patches.engine.patch import ONLY
+from patches.families.base import load_base
+from patches.subject import PatchedModel
 from registry import config as configs
 from registry import manifest
 from registry.errors import BadArtifact, NotFound

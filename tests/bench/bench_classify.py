@@ -24,14 +24,15 @@ import torch.nn.functional as nnf
 from PIL import Image
 
 from patches import artifact
-from patches.bases import Base, clip, load_base
-from patches.embed import Embedder, Picture
-from patches.features import SAE, edit
-from patches.onnx import PARITY, prepared
-from patches.patch import Patch, apply
-from registry import ledger as ledgers
+from patches.engine.patch import Patch, apply
+from patches.families import clip
+from patches.families.base import Base, load_base
+from patches.families.clip.towers import PARITY, prepared
+from patches.families.clip.worker import Embedder, Picture
+from patches.mechanisms.features import SAE, edit
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 
 from .conftest import DEVICE, Subject, pushed
 from .interleave import interleave, ratio

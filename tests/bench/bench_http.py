@@ -21,10 +21,10 @@ import pytest
 
 from patches import artifact
 from patches.export import export
-from patches.patched import PatchedModel
-from registry import ledger as ledgers
+from patches.subject import PatchedModel
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 
 from .conftest import TINY, Subject
 from .floor import InProcess
@@ -183,8 +183,8 @@ def bench_http_cost(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     floor: the least Starlette that can do it. uvicorn, bentoml: the service. In process, `batch`: as many chats at once
     as there are callers, which is what the service can do and the floor cannot.
     """
-    from patches.bases.llm import tiny
-    from patches.sink import SinkEdit
+    from patches.families.llm import tiny
+    from patches.mechanisms.sink import SinkEdit
 
     monkeypatch.setenv("PATCHBAY_HOME", str(tmp_path))
     monkeypatch.setenv("PATCHBAY_BASE", "tiny")

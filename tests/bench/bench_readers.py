@@ -10,11 +10,12 @@ import pytest
 import torch
 from open_clip import get_model_config
 
-from patches import heatmap
-from patches.bases import Base, clip, load_base
-from patches.direct import Lens
-from patches.second_order import Moments, lens, look, scalars
-from training import textspan
+from patches.families import clip
+from patches.families.base import Base, load_base
+from patches.families.clip import maps as heatmap
+from patches.families.clip.direct import Lens
+from patches.families.clip.second_order import Moments, lens, look, scalars
+from training.tasks import textspan
 
 from .conftest import DEVICE, Subject
 from .interleave import interleave, ratio

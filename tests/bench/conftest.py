@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.bases import Base, load_base
-from patches.bases.llm import tiny
-from patches.patch import Patch
-from patches.sink import SinkConfig, SinkEdit
+from patches.engine.patch import Patch
+from patches.families.base import Base, load_base
+from patches.families.llm import tiny
+from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry import store
 from registry.errors import NotFound, PatchError
 from registry.systems import system

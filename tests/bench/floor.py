@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from patches.bases import llm
-from patches.decode import Decoder, Row
-from patches.patched import PatchedModel
+from patches.families import llm
+from patches.families.llm.worker import Decoder, Row
+from patches.subject import PatchedModel
 
 
 class InProcess:

@@ -1,0 +1,13 @@
+"""CLIP: open_clip models with a plain vision transformer, and transformers' CLIPModel, in one layout."""
+
+from patches.families.clip.attention import Attention, explicit_attention
+from patches.families.clip.base import Processor, load, new, save, tiny
+from patches.families.clip.embeddings import TEMPLATES, embed_images, embed_texts, logit_scale, zero_shot
+from patches.families.clip.layout import CONFIG, GOLDEN, SHIPPED, SITES, TEXT_SITES, WEIGHTS, site
+from patches.families.clip.tokens import compact_tokenizer
+
+__all__ = [
+    "CONFIG", "GOLDEN", "SHIPPED", "SITES", "TEMPLATES", "TEXT_SITES", "WEIGHTS", "Attention", "Processor",
+    "compact_tokenizer", "embed_images", "embed_texts", "explicit_attention", "load", "logit_scale", "new", "save",
+    "site", "tiny", "zero_shot",
+]  # fmt: skip
