@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, NotFound, PatchbayError
+from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -56,17 +56,24 @@ def evaluate(args: argparse.Namespace) -> Says:
     run, store = importlib.import_module("training.run"), _store()
     folder = store.pull(_digest(args.ref))
     got = run.evaluate(folder, args.words, args.device)
-    metrics = {"base": got.base, "patched": got.patched}
-    pushed = store.push(folder, metrics=metrics, dataset=got.dataset, figures=got.figures)
-    rows = [(k, got.base[k], got.patched[k], got.patched[k] - got.base[k]) for k in sorted(got.base)]
-    return Says(_table(("metric", "base", "patched", "difference"), rows), metrics=metrics, run=pushed.run_id)
+    pushed = store.push(folder, metrics=got.sides, dataset=got.dataset, figures=got.figures)
+    base, patched = got.sides["base"], got.sides["patched"]
+    rows = [
+        (k, _measure(base[k]), _measure(patched[k]), patched[k].value - base[k].value, patched[k].n, patched[k].better)
+        for k in sorted(base)
+    ]
+    table = _table(("metric", "base", "patched", "difference", "n", "better"), rows)
+    plain = {side: {k: asdict(m) for k, m in metrics.items()} for side, metrics in got.sides.items()}
+    return Says(table, metrics=plain, run=pushed.run_id)
 
 
 def push(args: argparse.Namespace) -> Says:
     """put a sealed folder in the store; it becomes the challenger"""
     store, ledgers = _store(), _ledger()
+    about = _manifest(args.folder)
+    name = about.system
+    _check_served(name, args.folder, about, args.force)
     pushed = store.push(args.folder)
-    name = _manifest(args.folder).system
     ledgers.challenge(ledgers.Ledger(), name, pushed.digest, who=_who())
     warning = _mirror(store, name)
     text = f"{name}@{pushed.version} sha256:{pushed.digest[:16]} is the challenger. {pushed.url}{warning}"
@@ -122,6 +129,7 @@ def split(args: argparse.Namespace) -> Says:
         ledgers.ramp(ledger, name, share, who=_who())
         return Says(f"{name}: the challenger's share is now {share:.0%}; nobody already in it left.", share=share)
     treatment = _digest(ref or f"{name}@challenger")
+    _check_digest(name, treatment, args.force)
     made = experiments.begin(
         name, control=head.champion if head else "base", treatment=treatment, share=share, words=words
     )
@@ -157,8 +165,7 @@ def promote(args: argparse.Namespace) -> Says:
     digest = _digest(args.ref if "@" in args.ref or ":" in args.ref else f"{args.ref}@challenger")
     if name not in SYSTEMS:
         name = _manifest(store.pull(digest)).system
-    if digest != "base":
-        store.pull(digest)  # what cannot be verified here is not promoted
+    _check_digest(name, digest, args.force)  # what cannot be verified here is not promoted
     entry = ledgers.promote(ledgers.Ledger(), name, digest, who=_who())
     return Says(f"{name}: champion is {_short(entry.champion)}.{_mirror(store, name)}", **asdict(entry))
 
@@ -257,6 +264,28 @@ def _mirror(store: Any, name: str) -> str:
     return f" ({warning})" if warning else ""
 
 
+def _check_digest(name: str, digest: str, force: bool) -> None:
+    """As `_check_served`, for what the store has."""
+    if digest != "base":
+        folder = _store().pull(digest)
+        _check_served(name, folder, _manifest(folder), force)
+
+
+def _check_served(name: str, folder: Path, about: Any, force: bool) -> None:
+    """Raises Conflict for what a service of this system could not serve beside its champion; it may be forced."""
+    head = _ledger().Ledger().head(name)
+    base = None
+    if head and head.champion not in ("base", about.digest):
+        base = _manifest(_store().pull(head.champion)).base_digest
+    try:
+        importlib.import_module("patches.artifact").check_servable(folder, system=name, base=base)
+    except PatchbayError as e:
+        if force:
+            return
+        why = f"the champion of {name} is on base {base[:16]}: {e}" if base and about.base_digest != base else str(e)
+        raise Conflict(f"A service of {name} could not serve this; --force does it all the same. {why}") from None
+
+
 def _who() -> str:
     return os.environ.get("PATCHBAY_WHO") or os.environ.get("USER") or "unknown"
 
@@ -267,6 +296,11 @@ def _short(digest: str) -> str:
 
 def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
+
+
+def _measure(m: Any) -> str:
+    """A measured number with its 95 % interval, if it has one."""
+    return f"{m.value:.4g}" + (f" [{m.low:.3g}, {m.high:.3g}]" if m.low is not None else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -290,12 +324,17 @@ def _write_readme() -> Says:
 
 
 def readme_table() -> str:
-    """The table of systems as README shows it."""
-    lines = ["| system | what it does | paper | measured |", "|---|---|---|---|"]
+    """The table of systems as README shows it: one claim a row, with its control and n."""
+    lines = ["| system | claim | base | patched | control | n | artifact |", "|---|---|---|---|---|---|---|"]
     for row in SYSTEMS.values():
-        link = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        status = "planned" if row.planned else row.measured or "**ready**"
-        lines.append(f"| `{row.name}` | {row.title} | {link} | {status} |")
+        name = f"`{row.name}` ([{row.paper}](https://arxiv.org/abs/{row.paper}))<br>{row.title}"
+        if (c := row.claim) is None:
+            lines.append(f"| {name} | {'planned' if row.planned else 'not measured yet'} | | | | | |")
+            continue
+        metric = c.metric + (f"<br>{c.beside}" if c.beside else "")
+        control = f"{c.show(c.control)} ({c.what_control})"
+        numbers = f"{c.show(c.base)} | **{c.show(c.patched)}** | {control} | {c.n:,} | `{c.digest}`"
+        lines.append(f"| {name} | {metric} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -336,6 +375,8 @@ def parser() -> argparse.ArgumentParser:
         made[name].add_argument("ref", **ref)
     for name in ("fit", "eval"):
         made[name].add_argument("words", nargs="*", metavar="key=value", help="settings to change")
+    for name in ("push", "split", "promote"):
+        made[name].add_argument("--force", action="store_true", help="even if no service could serve it")
     made["split"].add_argument("system")
     # argparse cannot tell an optional word from the ones after it, so `split` sorts them itself
     made["split"].add_argument(
@@ -372,7 +413,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
     try:
         said = VERBS[args.verb](args)
-    except ConfigError as e:
+    except (ConfigError, Invalid) as e:
         print(e, file=sys.stderr)
         return 2
     except PatchbayError as e:

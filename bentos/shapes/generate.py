@@ -20,6 +20,7 @@ from starlette.responses import Response, StreamingResponse
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
+from patches.families.llm.text import encode
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 
@@ -202,7 +203,7 @@ class Service:
         if ask.continue_final_message and messages[-1]["role"] != "assistant":
             raise BadRequest("continue_final_message: the last message must be the assistant's.")
         try:
-            ids = self.runtime.model.encode(messages, begun=ask.continue_final_message)
+            ids = encode(self.runtime.base, messages, begun=ask.continue_final_message)
         except PatchbayError:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
@@ -222,7 +223,7 @@ class Service:
         size = self.runtime.base.model.config.vocab_size
         rows = []
         for i, prompt in enumerate(prompts):
-            ids = self.runtime.model.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = encode(self.runtime.base, prompt) if isinstance(prompt, str) else list(prompt)
             if not ids:
                 raise BadRequest(f"prompt {i} is empty; give at least one token.")
             if max(ids) >= size:
@@ -311,7 +312,7 @@ class Service:
                         top_p=1.0 if ask.top_p is None else ask.top_p, seed=seed, logprobs=scores, bias=bias,
                         ignore_eos=ask.ignore_eos,
                     )  # fmt: skip
-                    row.tag = ring
+                    row.on_step = ring
                     lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
         return lines, news
 
@@ -332,7 +333,7 @@ class Service:
                 continue
             end = line.row.finished
             if end == "failed":
-                raise NotReady("Decoding failed for this request; it is in the log. Try again.")
+                raise line.row.error or NotReady("Decoding failed for this request; it is in the log. Try again.")
             upto = len(line.row.out) - (end == "stop")  # the end token itself is no text
             if upto > line.seen:
                 line.text.push(line.row.out[line.seen : upto])
@@ -406,7 +407,8 @@ class Service:
                             line.text.end()
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
             self.desk.keep(number, twin.unit, control, treatment)
-            await self.desk.expose(request, twin, 200, start)
+            status = max([line.row.error.status for line in shadows if line.row.error], default=200)
+            await self.desk.expose(request, twin, status, start)
 
         return self.desk.later(follow())
 

@@ -16,101 +16,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, final
+from functools import cached_property
+from typing import Any, ClassVar, final
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from registry.errors import PatchError
+from patches.engine.edits import Act, Bias, Edit, Inputs, Side, Weight
+from patches.engine.rows import Group, add_bias, shaped, span, strengths
+from patches.engine.weights import module_at, put_weight
+from registry.errors import Invalid, PatchError
 
-V = TypeVar("V")
 ONLY = "patch"
 """name of the arm when a single patch is applied by itself"""
-
-
-class Inputs(Mapping[str, Any]):
-    """Keyword inputs of the base's current forward, as the rows of one arm see them, and `past_length`. Read only."""
-
-    def __init__(self, kwargs: Mapping[str, Any], previous: Inputs | None = None) -> None:
-        self.kwargs, self.previous = kwargs, previous
-        self.memo: dict[Any, Any] = {}
-        self.at: Tensor | slice | None = None
-        """the rows of the batch these inputs are narrowed to; None: all"""
-
-    def __getitem__(self, key: str) -> Any:
-        return self.kwargs[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.kwargs)
-
-    def __len__(self) -> int:
-        return len(self.kwargs)
-
-    def once(self, derive: Callable[[Inputs], Tensor]) -> Tensor:
-        """derive(inputs of all rows) (B, ...), computed once per forward however many ask, narrowed to these rows."""
-        if derive not in self.memo:
-            whole = Inputs(self.kwargs)
-            whole.memo = self.memo
-            self.memo[derive] = derive(whole)
-        value: Tensor = self.memo[derive]
-        return value if self.at is None else value[self.at]
-
-    def once_here(self, derive: Callable[[Inputs], V]) -> V:
-        """derive(these inputs), computed once per forward and set of rows, for a patch that asks at many sites."""
-        key = (derive, id(self.at))
-        if key not in self.memo:
-            self.memo[key] = derive(self)
-        value: V = self.memo[key]
-        return value
-
-    def narrow(self, at: Tensor | slice | None) -> Inputs:
-        if at is None:
-            return self
-        out = Inputs(self.kwargs)
-        out.memo, out.at = self.memo, at
-        return out
-
-
-@dataclass(frozen=True)
-class Act:
-    """Rewrite the activation entering or leaving the module at `site`: fn(x (B, ...), inputs) -> (B, ...)."""
-
-    site: str
-    fn: Callable[[Tensor, Inputs], Tensor]
-    where: Literal["input", "output"] = "output"
-
-
-@dataclass(frozen=True)
-class Bias:
-    """Add to the attention logits of the module at `site`: fn(inputs) -> (B, 1 or heads, T, K), None for nothing.
-
-    The module must take the keyword `attention_mask`, additive or boolean (B or 1, 1, T, K), or None for causal.
-    """
-
-    site: str
-    fn: Callable[[Inputs], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Side:
-    """Add to what leaves the module at `site`: fn(what enters it (B, ...), inputs) -> (B, ...) like its output.
-
-    A low-rank weight edit in the form that rows of one batch can differ in: fn = lambda x, _: (x @ A.T) @ B.T.
-    """
-
-    site: str
-    fn: Callable[[Tensor, Inputs], Tensor]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Replace parameters of the module at `site`: fn({"weight": W, ...}) -> the ones that change."""
-
-    site: str
-    fn: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-Edit = Act | Bias | Side | Weight
 
 
 @dataclass(frozen=True)
@@ -118,6 +37,8 @@ class Patch(ABC):
     """A mechanism: subclasses give `Config` and `edits`, and nothing about hooks, rows or files."""
 
     Config: ClassVar[type[Any]]
+    Ask: ClassVar[type[BaseModel] | None] = None
+    """what one request may say to this mechanism; None: nothing"""
     config: Any
     tensors: Mapping[str, Tensor]
 
@@ -132,6 +53,19 @@ class Patch(ABC):
         if weights and len(weights) == len(edits):
             return weights
         raise PatchError(f"{type(self).__name__} has no weight form, so it cannot be folded; serve it with hooks.")
+
+    def params(self, ask: Any, base: Any) -> dict[str, Tensor]:
+        """Row parameters that say what an `Ask` says, for rows on `base` (a Base)."""
+        del ask, base
+        raise Invalid(f"{type(self).__name__} takes nothing from a request; leave `ask` out.")
+
+    def prepare(self, job: Any, ask: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> None:
+        """Make `job` (a worker's Job) say what a checked `ask` says; mechanisms that must look first override it.
+
+        run: decodes, embeds or denoises other jobs on the same worker and waits for them.
+        """
+        del run
+        job.params = self.params(ask, base)
 
     @final
     def apply(self, model: nn.Module, strength: float = 1.0, root: str = "") -> Applied:
@@ -148,23 +82,12 @@ class Patch(ABC):
             raise PatchError("This base carries an applied patch; revert it before folding another.")
         weights, out = self.weights(), deepcopy(model)
         for e in weights:
-            _put_weight(_module(out, e.site), e, strength)
+            put_weight(module_at(out, e.site), e, strength)
         return out
 
     def to(self, device: torch.device | str) -> Patch:
         """The same patch with its tensors on `device`."""
         return type(self)(self.config, {k: v.to(device) for k, v in self.tensors.items()})
-
-
-@dataclass(frozen=True)
-class Group:
-    """The rows of one call that use one arm."""
-
-    arm: str
-    at: Tensor | slice | None
-    """None: every row"""
-    strength: Tensor | float
-    """a number, or (rows of the group,)"""
 
 
 _INPUTS: ContextVar[Inputs | None] = ContextVar("inputs of the current forward", default=None)
@@ -183,6 +106,11 @@ class Applied:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(arm, site) -> forwards in which the edit ran"""
     undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    @cached_property
+    def device(self) -> torch.device | None:
+        """Where the model lies; row parameters are brought there."""
+        return next((p.device for p in self.model.parameters()), None)
 
     def revert(self) -> None:
         """Take off what this application put on, last first. Raises PatchError if a later patch is in the way."""
@@ -230,10 +158,16 @@ class Applied:
         self.arms = {k: v for k, v in self.arms.items() if k != name}
 
     @contextmanager
-    def rows(self, names: Sequence[str | None], strength: Sequence[float] | None = None) -> Iterator[None]:
+    def rows(
+        self,
+        names: Sequence[str | None],
+        strength: Sequence[float] | None = None,
+        params: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[None]:
         """Within this block and this thread, row i of a batch uses arm names[i] (None: the base).
 
-        A batch may hold k times as many rows (beams): each name then stands for k neighbours.
+        params: what each row says to its mechanism, by name (`Inputs.row`). A batch may hold k times as many rows
+        (beams, guidance): each name then stands for k neighbours.
         """
         table: dict[str, list[int]] = {}
         for i, name in enumerate(names):
@@ -241,7 +175,14 @@ class Applied:
                 table.setdefault(name, []).append(i)
         if unknown := table.keys() - self.arms.keys():
             raise PatchError(f"There is no arm {sorted(unknown)[0]!r}. Arms: {', '.join(self.arms) or 'none'}.")
-        groups = tuple(Group(name, _span(rows, len(names)), _strengths(rows, strength)) for name, rows in table.items())
+        said = params if params is not None and any(params) else None
+        groups = tuple(
+            Group(
+                name, span(rows, len(names)), strengths(rows, strength),
+                tuple(said[i] for i in rows) if said else (), device=self.device,
+            )
+            for name, rows in table.items()
+        )  # fmt: skip
         token = _GROUPS.set({**_GROUPS.get(), id(self): (len(names), groups)})
         try:
             yield
@@ -262,10 +203,10 @@ class Applied:
         beams, rest = divmod(batch, count)
         if rest:
             raise PatchError(f"rows names {count} rows, but the batch has {batch}; name every row once.")
-        return tuple(Group(g.arm, _beams(g.at, beams), _repeat(g.strength, beams)) for g in groups)
+        return tuple(g.widened(beams) for g in groups)
 
     def _hook(self, site: str, kind: str) -> Callable[[], Any]:
-        module = _module(self.model, site)
+        module = module_at(self.model, site)
         key = (site, kind)
         if kind == "bias":
 
@@ -273,7 +214,7 @@ class Applied:
                 total = self._bias(key, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
                 if total is None:
                     return None
-                return args, {**kwargs, "attention_mask": _add_bias(kwargs.get("attention_mask"), total)}
+                return args, {**kwargs, "attention_mask": add_bias(kwargs.get("attention_mask"), total)}
 
             return module.register_forward_pre_hook(bias, with_kwargs=True).remove
         if kind == "side":
@@ -304,9 +245,9 @@ class Applied:
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
-            new = edit.fn(part, self._inputs().narrow(group.at))
+            new = edit.fn(part, self._inputs().narrow(group))
             if isinstance(group.strength, Tensor) or group.strength != 1.0:
-                new = part + _shaped(group.strength, x) * (new - part)
+                new = part + shaped(group.strength, x) * (new - part)
             if group.at is None:
                 out = new
                 continue
@@ -323,7 +264,7 @@ class Applied:
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
-            more = _shaped(group.strength, y) * edit.fn(part, self._inputs().narrow(group.at))
+            more = shaped(group.strength, y) * edit.fn(part, self._inputs().narrow(group))
             if group.at is None:
                 out = y + more
                 continue
@@ -339,10 +280,10 @@ class Applied:
             if not isinstance(edit, Bias):
                 continue
             self.calls[group.arm, key[0]] += 1
-            new = edit.fn(self._inputs().narrow(group.at))
+            new = edit.fn(self._inputs().narrow(group))
             if new is None:
                 continue
-            new = new.to(x.dtype) * _shaped(group.strength, new)
+            new = new.to(x.dtype) * shaped(group.strength, new)
             if group.at is None:
                 return new
             if total is None:
@@ -365,7 +306,7 @@ def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, ro
     holds for every row with `strength`; otherwise `rows` says who gets what. Weight edits need a single arm.
     """
     on = Applied(model, strength)
-    top = _module(model, root)
+    top = module_at(model, root)
 
     def enter(_: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
         # a cache grows while the forward runs, so how long it was has to be read here
@@ -394,90 +335,8 @@ def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, ro
                     "apply it alone, or fold it and serve the copy."
                 )
             for e in weights:
-                on.undo.append(_put_weight(_module(model, e.site), e, strength))
+                on.undo.append(put_weight(module_at(model, e.site), e, strength))
     except BaseException:
         on.revert()
         raise
     return on
-
-
-@torch.no_grad()
-def _put_weight(m: nn.Module, e: Weight, strength: float) -> Callable[[], Any]:
-    """Write the edit, return what restores it. Keeps a copy of every parameter it changes."""
-    old = {n: p.detach().clone() for n, p in m.named_parameters(recurse=False)}
-    new = e.fn(old)
-    token = object()
-    for n, w in new.items():
-        m.get_parameter(n).copy_(w if strength == 1.0 else old[n] + strength * (w - old[n]))
-        vars(m.get_parameter(n)).setdefault("_edits", []).append(token)
-    kept = {n: old[n] for n in new}
-
-    @torch.no_grad()
-    def undo() -> None:
-        if any(vars(m.get_parameter(n))["_edits"][-1] is not token for n in kept):
-            raise PatchError(f"{e.site} was patched again after this patch; revert the later patch first.")
-        for n, w in kept.items():
-            m.get_parameter(n).copy_(w)
-            vars(m.get_parameter(n))["_edits"].pop()
-
-    return undo
-
-
-def _module(model: nn.Module, site: str) -> nn.Module:
-    try:
-        return model.get_submodule(site)
-    except AttributeError:
-        near = [n for n, _ in model.named_modules() if n.endswith("." + site.split(".")[-1])][:3]
-        raise PatchError(
-            f"{type(model).__name__} has no site {site!r}. Sites with that ending: {near or 'none'}."
-        ) from None
-
-
-def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """An additive mask (B, h, T, K) from what the attention would have used and the bias."""
-    T, K = bias.shape[-2:]
-    lowest = torch.finfo(bias.dtype).min
-    if mask is None:  # the attention would have used its causal flag; queries are the last T of K keys
-        if T == 1:
-            return bias
-        future = torch.ones(T, K, dtype=torch.bool, device=bias.device).triu(K - T + 1)
-        return bias.masked_fill(future, lowest)
-    if mask.shape[-1] > K:  # a cache with room to spare
-        bias = nn.functional.pad(bias, (0, mask.shape[-1] - K))
-    if mask.dtype == torch.bool:
-        return bias.masked_fill(~mask, lowest)
-    # clamp: two very negative numbers must not become -inf, or a fully masked row turns into NaN
-    return (mask + bias).clamp_min(lowest)
-
-
-def _span(rows: list[int], count: int) -> Tensor | slice | None:
-    """Neighbouring rows as a slice (a view, no gather); None for all of them."""
-    if len(rows) == count:
-        return None
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
-
-
-def _strengths(rows: list[int], strength: Sequence[float] | None) -> Tensor | float:
-    if strength is None:
-        return 1.0
-    used = [float(strength[i]) for i in rows]
-    return used[0] if len(set(used)) == 1 else torch.tensor(used)
-
-
-def _shaped(strength: Tensor | float, x: Tensor) -> Any:
-    """The strength so that it multiplies x (rows, ...)."""
-    return strength.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(strength, Tensor) else strength
-
-
-def _beams(at: Tensor | slice | None, k: int) -> Tensor | slice | None:
-    if isinstance(at, slice):
-        return slice(at.start * k, at.stop * k)
-    if at is None:
-        return None
-    return (at[:, None] * k + torch.arange(k)).reshape(-1)
-
-
-def _repeat(strength: Tensor | float, k: int) -> Tensor | float:
-    return strength.repeat_interleave(k) if isinstance(strength, Tensor) else strength

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from patches.engine.patch import _module
+from patches.engine.weights import module_at
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def record(
     handles = []
     try:
         for site in acts:
-            module = _module(model, site)
+            module = module_at(model, site)
             if where == "input":
                 handles.append(
                     module.register_forward_pre_hook(
@@ -59,7 +59,7 @@ def upto(model: nn.Module, sites: Sequence[str], **inputs: Any) -> dict[str, Ten
         raise _Enough
 
     with record(model, sites) as acts:
-        handle = _module(model, sites[-1]).register_forward_hook(stop)  # after the one that records
+        handle = module_at(model, sites[-1]).register_forward_hook(stop)  # after the one that records
         try:
             model(**inputs)
         except _Enough:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patches.families.clip.direct import Lens, Share
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 TENSORS, ABOUT = "gallery.safetensors", "gallery.json"
 Metric = Literal["centred", "cosine", "raw"]
@@ -58,7 +58,7 @@ class Gallery:
         """(layer, head) -> where they are stored. Raises NotFound naming what there is."""
         H = self.code.shape[2]
         if not heads:
-            raise BadRequest("heads is empty; name at least one (layer, head).")
+            raise Invalid("heads is empty; name at least one (layer, head).")
         for layer, head in heads:
             if layer not in self.layers or not 0 <= head < H:
                 raise NotFound(
@@ -119,7 +119,7 @@ def make(
 ) -> Gallery:  # fmt: skip
     """A gallery of pictures (as the processor makes them, as uint8 of any size, names), batch by batch.
 
-    basis (L, H, r, k): each head's directions (`directions`). Raises BadRequest if there is no picture.
+    basis (L, H, r, k): each head's directions (`directions`). Raises Invalid if there is no picture.
     """
     lens.check(layers)
     codes, thumbs, names = [], [], []
@@ -136,7 +136,7 @@ def make(
         thumbs.append(small.round().clamp(0, 255).to(torch.uint8))
         names += list(name)
     if not codes:
-        raise BadRequest("A gallery needs at least one picture.")
+        raise Invalid("A gallery needs at least one picture.")
     code = torch.cat(codes)
     mean = total / len(code)
     middle = code.mean(0)
@@ -179,9 +179,9 @@ def load_gallery(folder: Path) -> Gallery:
 
 
 def joined(one: Gallery, two: Gallery) -> Gallery:
-    """Both galleries as one, about their common mean. Raises BadRequest if their directions differ."""
+    """Both galleries as one, about their common mean. Raises Invalid if their directions differ."""
     if one.layers != two.layers or not torch.equal(one.basis, two.basis):
-        raise BadRequest("The galleries have other heads or directions, so they cannot be joined.")
+        raise Invalid("The galleries have other heads or directions, so they cannot be joined.")
     n, m = len(one), len(two)
     mean = (one.mean * n + two.mean * m) / (n + m)
     code = torch.cat(

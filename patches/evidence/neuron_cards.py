@@ -27,7 +27,7 @@ from torch import Tensor
 
 from patches.families.base import Base
 from patches.families.clip.second_order import Directions, NeuronLens, Norms, by_token, lens, look, reading, scalars
-from registry.errors import BadArtifact, BadRequest, NotFound
+from registry.errors import BadArtifact, Invalid, NotFound
 
 TENSORS, ABOUT = "neurons.safetensors", "neurons.json"
 SEGMENT_NEURONS, MINE_NEURONS, SYNONYM = 200, 100, 0.6
@@ -238,7 +238,7 @@ def voters(cards: NeuronCards, text: Tensor, count: int = SEGMENT_NEURONS) -> li
     say = {number: one.known.direction @ text for number, one in cards.layers.items()}
     whole = torch.cat(list(say.values()))
     if not 1 <= count <= len(whole):
-        raise BadRequest(f"neurons={count}: these cards have {len(whole)}; take 1 to {len(whole)}.")
+        raise Invalid(f"neurons={count}: these cards have {len(whole)}; take 1 to {len(whole)}.")
     chosen = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
     chosen[whole.abs().topk(count).indices] = True
     out, at = [], 0

@@ -1,16 +1,16 @@
-"""What every base is, whatever its family. One file per family beside this one: load(ref), tiny(), SITES."""
+"""A base: a loaded model that nobody has changed, whatever its family; and loading one by its reference."""
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from patches.families import family as families
 from registry.errors import ConfigError, NotFound, NotReady
 
 SHIPPED = Path(__file__).parent.parent / "lab"
@@ -33,6 +33,8 @@ class Base:
     """tokenizer or image transform"""
     root: str
     """the module whose keyword inputs edits read"""
+    family: str = ""
+    """name of its family"""
 
     @property
     def label(self) -> str:
@@ -42,6 +44,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        """Where its weights lie."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -58,20 +61,19 @@ def check_device(device: str) -> None:
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:
     """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one,
-    `tiny:<name>` one of those it makes for a purpose (TINIES)."""
-    module = importlib.import_module(f"patches.families.{family}")
+    `tiny:<name>` one of those it makes for a purpose."""
+    about = families.family(family)
     if ref == "tiny" or ref.startswith("tiny:"):
-        which, purposes = ref.partition(":")[2], getattr(module, "TINIES", {})
+        which, purposes = ref.partition(":")[2], about.purposes
         if which and which not in purposes and not re.fullmatch("[0-9]{1,9}", which):
             raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
         check_device(device)
-        tiny: Base = purposes[which]() if which in purposes else module.tiny(int(which or 0))
+        tiny = purposes[which]() if which in purposes else about.tiny(int(which or 0))
         tiny.model.to(device)
-        return tiny
+        return replace(tiny, family=family)
     if ref.startswith("local:"):
         raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")
-    base: Base = module.load(ref, device)
-    return base
+    return replace(about.load(ref, device), family=family)
 
 
 def hub_folder(rest: str, patterns: Sequence[str]) -> Path:

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patches.engine.patch import Act, Edit, Inputs, Patch
+from patches.engine.edits import Act, Edit, Inputs
+from patches.engine.patch import Patch
 from registry.config import STRICT
 from registry.errors import BadArtifact, NotFound, PatchError
 

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from patches.engine.patch import Act, Edit, Inputs, Patch, Weight
+from patches.engine.edits import Act, Edit, Inputs, Weight
+from patches.engine.patch import Patch
 from registry.config import STRICT
 from registry.errors import PatchError
 

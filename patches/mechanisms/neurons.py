@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from patches.engine.patch import Act, Edit, Inputs, Patch, Weight
+from patches.engine.edits import Act, Edit, Inputs, Weight
+from patches.engine.patch import Patch
 from patches.families import clip
 from patches.families.base import Base
 from patches.families.clip.second_order import Directions, NeuronLens, _spread

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from patches.engine.patch import Act, Bias, Edit, Inputs, Patch, Weight
+from patches.engine.edits import Act, Bias, Edit, Inputs, Weight
+from patches.engine.patch import Patch
 from patches.families import llm
 from registry.config import STRICT
 from registry.errors import PatchError

@@ -28,7 +28,7 @@ from scipy.special import betaln
 
 from registry import config as configs
 from registry.config import STRICT
-from registry.errors import BadRequest, ConfigError
+from registry.errors import ConfigError, Invalid
 from registry.manifest import is_digest
 
 BUCKETS = 10_000
@@ -137,11 +137,11 @@ def assign(experiment: Experiment, unit: str) -> Arm:
 
 
 def check_value(experiment: Experiment, value: Any) -> float:
-    """An outcome as a float within the experiment's bounds. Raises BadRequest naming the value."""
+    """An outcome as a float within the experiment's bounds. Raises Invalid naming the value."""
     if isinstance(value, bool):
         value = float(value)
     if not isinstance(value, (int, float)) or not experiment.low <= value <= experiment.high:  # NaN fails both
-        raise BadRequest(
+        raise Invalid(
             f"value {str(value)[:40]!r} is not a number from {experiment.low:g} to {experiment.high:g}, "
             f"as experiment {experiment.name} counts."
         )

@@ -64,6 +64,7 @@ from registry.errors import (  # noqa: E402
 )
 from registry.home import home  # noqa: E402
 from registry.manifest import Manifest  # noqa: E402
+from registry.measure import Measure, Metrics, flat  # noqa: E402
 
 if TYPE_CHECKING:
     from registry.ab.ledger import Ledger
@@ -71,8 +72,8 @@ if TYPE_CHECKING:
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 Gate = Literal["pending", "passed", "failed"]
-Sides = Mapping[str, Mapping[str, float]]
-"""{"base": {metric: value}, "patched": {metric: value}}, both with the same names; "patched" alone where nothing is
+Sides = Mapping[str, Metrics]
+"""{"base": {metric: number or Measure}, "patched": ...}, both with the same names; "patched" alone where nothing is
 compared. Values are finite; a name is words joined by `/ . : -` and spaces."""
 
 BASE = "base"
@@ -257,7 +258,7 @@ def push(
     for a metric that is not finite or that only one side has.
     """
     about = manifest.read(Path(folder))
-    _check(metrics or {})
+    metrics = _sides(metrics)
     _keep(Path(folder), about.digest)
     with _mlflow() as client, _lock():
         version = _version(about.digest) or _create(client, about, dataset, params)
@@ -265,7 +266,7 @@ def push(
             _tag(client, version, {"gate.status": gate})
         if dataset is not None:
             _tag(client, version, {"data.digest": dataset[1]})
-        _measure(client, version, metrics or {}, dataset)
+        _measure(client, version, metrics, dataset)
         if params:
             client.log_batch(version.run_id, params=_params(params))
         _draw(client, version, figures, base_figures)
@@ -356,7 +357,7 @@ def _create(
         with _part() as part:
             _save_pyfunc(sealed, part, Model(model_id=model_id, model_uuid=model_id, run_id=run))
             client.log_model_artifacts(model_id, str(part / "model"))
-    else:  # a model or a report is no PatchedModel: its files alone, where a patch's would be
+    else:  # a model or a report is no Subject: its files alone, where a patch's would be
         client.log_model_artifacts(model_id, str(sealed), "artifacts/patch")
     client.set_logged_model_tags(model_id, tags)
     client.finalize_logged_model(model_id, "READY")
@@ -457,7 +458,7 @@ def _model_name(about: Manifest) -> str:
 
 def log_bench(digest: str, results: Sides, file: Path | None = None) -> None:
     """Timings of a pushed artifact, as metrics of both runs; `file`: the raw report, kept as bench/<its name>."""
-    _check(results)
+    results = _sides(results)
     with _mlflow() as client, _lock():
         version = _pushed(digest)
         _measure(client, version, results, None)
@@ -505,6 +506,14 @@ def show_experiment(experiment: str, figure: Any, evidence: Mapping[str, Any]) -
     return None
 
 
+def _sides(sides: Sides | None) -> dict[str, dict[str, float]]:
+    """Plain numbers, intervals and n beside them. Raises as `_check`."""
+    _check(sides or {})
+    out = {side: flat(values) for side, values in (sides or {}).items()}
+    _check(out)
+    return out
+
+
 def _check(sides: Sides) -> None:
     """Raises ConfigError for what MLflow would store as something else, or could not lay side by side."""
     if unknown := sides.keys() - {BASE, "patched"}:
@@ -513,6 +522,7 @@ def _check(sides: Sides) -> None:
         for name, value in values.items():
             if not re.fullmatch(r"[\w.\-/: ]{1,250}", name) or ".." in name or name[:1] in "/.":
                 raise ConfigError(f"Metric name {name[:80]!r}: use letters, digits and _ . - / : or spaces.")
+            value = value.value if isinstance(value, Measure) else value
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ConfigError(f"Metric {name!r} of {side} is {value!r}; log finite numbers only (leave it out).")
     if len(sides) == 2 and (odd := sides[BASE].keys() ^ sides["patched"].keys()):

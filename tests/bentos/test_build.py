@@ -15,9 +15,9 @@ from bentos.build import build, pins, sources
 from bentos.desk import application
 from bentos.runtime import CARRIED, Runtime, Settings
 from patches import artifact
-from patches.families import clip
+from patches.families import clip, llm
 from patches.mechanisms.sink import SinkEdit
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry import manifest
 from registry.errors import Conflict, NotFound, NotReady, Tampered, WrongBase
 from registry.home import home as place
@@ -263,9 +263,9 @@ def test_a_bento_of_the_base_serves_the_base_and_holds_it_to_its_digest(home, ti
 
 def answers_alone(base, digest):
     """What base and patch answer to PROMPT in process."""
-    model = PatchedModel(base, {digest: SinkEdit(CONFIGS[0], {})})
+    model = Subject(base, {digest: SinkEdit(CONFIGS[0], {})})
     try:
-        answers = {arm: model.generate([PROMPT], max_tokens=16, arm=arm)[0] for arm in (None, digest)}
+        answers = {arm: llm.generate(model, [PROMPT], max_tokens=16, arm=arm)[0] for arm in (None, digest)}
     finally:
         model.close()
     assert answers[None] != answers[digest]

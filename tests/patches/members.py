@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from patches.engine.patch import Act, Patch, Side, Weight
+from patches.engine.edits import Act, Side, Weight
+from patches.engine.patch import Patch
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate

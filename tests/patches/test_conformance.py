@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.engine.patch import ONLY, Weight, apply
+from patches.engine.edits import Weight
+from patches.engine.patch import ONLY, apply
 from patches.families.llm.worker import Decoder, Row
 from registry.errors import PatchError
 from registry.systems import SYSTEMS

@@ -37,7 +37,7 @@ from patches.families import llm
 from patches.families.base import Base, load_base
 from patches.families.llm.worker import Decoder, Row
 from patches.mechanisms.sink import SinkConfig, SinkEdit
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry import config as configs
 from registry.config import STRICT
 from registry.errors import PatchError
@@ -399,7 +399,7 @@ class Repeats:
 
 
 def repeats(
-    model: PatchedModel,
+    model: Subject,
     words: list[int],
     context: Context,
     copies: tuple[int, ...],
@@ -421,7 +421,7 @@ def repeats(
     return out
 
 
-def losses(model: PatchedModel, docs: list[Tensor], arm: str | None) -> list[tuple[float, int]]:
+def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[float, int]]:
     """Per document: summed negative log-likelihood in nats, tokens judged."""
     out = []
     for ids in docs:
@@ -435,7 +435,7 @@ def perplexity(parts: list[tuple[float, int]]) -> float:
     return float(torch.tensor(sum(p[0] for p in parts) / sum(p[1] for p in parts)).exp())
 
 
-def continuations(model: PatchedModel, words: list[int], config: Config, arm: str | None) -> list[bool]:
+def continuations(model: Subject, words: list[int], config: Config, arm: str | None) -> list[bool]:
     """Per word: is every token of a greedy continuation of many copies the word again? Through the running batch."""
     rows = []
     for w in words:
@@ -448,7 +448,7 @@ def continuations(model: PatchedModel, words: list[int], config: Config, arm: st
 
 
 @torch.inference_mode()
-def norm_ratio(model: PatchedModel, words: list[int], copies: int, arm: str | None) -> float:
+def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -> float:
     """How much louder the last of many repeats is than ordinary text, at its loudest layer; median of words."""
     base = model.base
     bos = [base.processor.bos_token_id] if base.processor.bos_token_id is not None else []
@@ -463,7 +463,7 @@ def norm_ratio(model: PatchedModel, words: list[int], copies: int, arm: str | No
     return float(torch.tensor(loud).median())
 
 
-def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
+def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, float]:
     """The paper's question as numbers, on test words; the same names for base and patched."""
     words = _test_words(model.base, config)
     out: dict[str, float] = {}
@@ -539,7 +539,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     tried = candidates(config, circuit)
     if circuit.bound_to == "none" or not tried:
         raise PatchError(f"{base.name} has no attention sink at its first token; there is nothing to patch.")
-    model = PatchedModel(base, {name: SinkEdit(c, {}) for name, c in tried.items()})
+    model = Subject(base, {name: SinkEdit(c, {}) for name, c in tried.items()})
     docs = [d for s in text.SOURCES for d in text.documents(s, base.processor, 2, config.document_tokens)]
     lengths = tuple(n for n in config.copies if 16 <= n <= config.fit_copies) or config.copies
     table = {}
@@ -660,7 +660,7 @@ def report(folder: Path, out: Path, few: int = 16) -> dict[str, Any]:
         "control: random neurons": SinkConfig(neurons=random),
         "control: last stage everywhere": SinkConfig(neurons=stages[-1], keep_first=False),
     }
-    model = PatchedModel(base, {"sealed": patch, **{k: SinkEdit(c, {}) for k, c in parts.items()}})
+    model = Subject(base, {"sealed": patch, **{k: SinkEdit(c, {}) for k, c in parts.items()}})
     docs = {s: _documents(base, config, s) for s in text.SOURCES}
     plain = {s: losses(model, d, None) for s, d in docs.items()}
     results: dict[str, Any] = {"digest": about.digest, "patch": asdict(patch.config), "variants": {}}

@@ -42,7 +42,7 @@ from patches.families.base import Base, load_base
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens, Share
 from patches.mechanisms.heads import HeadConfig, HeadEdit, Mode
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry import config as configs
 from registry.config import STRICT
 from registry.errors import ConfigError
@@ -455,7 +455,7 @@ def _shown(base: Base, config: Config) -> Iterator[tuple[Tensor, Tensor, list[st
 # ---- measuring a model -------------------------------------------------------------------------------------------
 
 
-def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
+def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, float]:
     """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
     return tasks.evaluate(model, config, arm)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from registry.config import STRICT
-from registry.errors import BadRequest, ConfigError, NotFound, NotReady
+from registry.errors import ConfigError, Invalid, NotFound, NotReady
 from training.tasks.intervals import wilson
 from training.tasks.textspan import RANK, Moments, Span, basis
 
@@ -47,7 +47,7 @@ Taxonomy = Mapping[str, Sequence[str]]
 
 
 def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
-    """property -> phrases, of a JSON object of lists. Raises NotFound or BadRequest."""
+    """property -> phrases, of a JSON object of lists. Raises NotFound or Invalid."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise NotFound(f'There is no taxonomy {path}. Give a JSON file such as {{"colour": ["red", "blue"]}}.')
@@ -55,9 +55,9 @@ def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
         found = json.loads(path.read_text())
         made = {str(k): tuple(str(w) for w in v) for k, v in found.items() if not isinstance(v, str)}
     except (ValueError, AttributeError, TypeError) as e:
-        raise BadRequest(f"{path.name} is no JSON object of lists of phrases ({e}).") from None
+        raise Invalid(f"{path.name} is no JSON object of lists of phrases ({e}).") from None
     if len(made) < 2 or len(made) < len(found) or not all(made.values()):
-        raise BadRequest(f"{path.name} must name at least two properties, each with a list of phrases.")
+        raise Invalid(f"{path.name} must name at least two properties, each with a list of phrases.")
     return made
 
 
@@ -230,11 +230,11 @@ def spectrum(seen: Moments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Ten
     The variance of a head's contributions along the differences between texts of one property, over how far apart the
     texts lie themselves: v_p = mean_t (t - t_p) Z (t - t_p)^T / mean_t |t - t_p|^2. What a head adds to all texts of a
     property alike cannot count: a head is told by what it distinguishes. Many assignments `fits` cost little more than
-    one, as v_p needs <t, Z t> per text and <t_p, Z t_p> per property. Raises BadRequest if a property has one text.
+    one, as v_p needs <t, Z t> per text and <t_p, Z t_p> per property. Raises Invalid if a property has one text.
     """
     n = fits.sum(-2, keepdim=True)  # (..., 1, P)
     if int(n.min()) < 2:
-        raise BadRequest("Every property needs at least two texts of the pool, or nothing lies between them.")
+        raise Invalid("Every property needs at least two texts of the pool, or nothing lies between them.")
     T = pool.double().to(seen.square)
     share = (fits / n).mT.to(T)  # (..., P, M): its product with anything is a mean over a property's texts
     apart = share @ T.square().sum(1) - (share @ T).square().sum(-1)
@@ -303,7 +303,7 @@ class Change:
 
 
 def read_changes(file: str | Path) -> list[Change]:
-    """A JSON list of changes, oldest first. Raises NotFound or BadRequest."""
+    """A JSON list of changes, oldest first. Raises NotFound or Invalid."""
     from registry import config as configs
 
     path = Path(file).expanduser()
@@ -313,11 +313,11 @@ def read_changes(file: str | Path) -> list[Change]:
         rows = json.loads(path.read_text())
         return [configs.parse(Change, row) for row in rows]
     except (ValueError, TypeError) as e:
-        raise BadRequest(f"{path.name} must be a JSON list of layer, head, label, who, why, at ({e}).") from None
+        raise Invalid(f"{path.name} must be a JSON list of layer, head, label, who, why, at ({e}).") from None
 
 
 def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Named], list[dict[str, Any]]]:
-    """The labels after all changes, and the trail: every change with what it replaced. Raises NotFound, BadRequest."""
+    """The labels after all changes, and the trail: every change with what it replaced. Raises NotFound, Invalid."""
     now = {(n.layer, n.head): n for n in named}
     trail = []
     for c in changes:
@@ -325,7 +325,7 @@ def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Na
         if at not in now:
             raise NotFound(f"There is no labelled head {at}; layers are {sorted({n.layer for n in named})}.")
         if not (c.label.strip() and c.who.strip() and c.why.strip()):
-            raise BadRequest(f"The change of head {at} must say label, who and why.")
+            raise Invalid(f"The change of head {at} must say label, who and why.")
         trail.append({**vars(c), "was": now[at].label, "by": now[at].source})
         now[at] = Named(c.layer, c.head, c.label.strip(), "human", 0.0, 1.0)
     return [now[n.layer, n.head] for n in named], trail
@@ -442,7 +442,7 @@ def published(file: str | Path) -> dict[str, dict[tuple[int, int], str]]:
         for layer, head, name in re.findall(r"L(\d+)\.H(\d+) \(([^()]*)\)", line):
             out.setdefault(model, {})[int(layer), int(head)] = name
     if not out:
-        raise BadRequest(f"{path.name} has no labels such as L9.H10 (Art).")
+        raise Invalid(f"{path.name} has no labels such as L9.H10 (Art).")
     return out
 
 

@@ -42,7 +42,7 @@ from patches.evidence.label_set import LabelSet
 from patches.families import clip
 from patches.families.base import Base, load_base, slug
 from patches.mechanisms.features import SAE, FeatureEdit, Op, Tokens, edit, load_sae, save_sae
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry import config as configs
 from registry import manifest
 from registry.config import STRICT
@@ -603,7 +603,7 @@ def _examples(
 # ---- measuring a model -------------------------------------------------------------------------------------------
 
 
-def evaluate(model: PatchedModel, config: Config, arm: str | None) -> dict[str, float]:
+def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, float]:
     """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
     return tasks.evaluate(model, config, arm)
 

@@ -25,7 +25,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from patches.engine.patch import Act, Edit, Inputs, Patch, Weight
+from patches.engine.edits import Act, Edit, Inputs, Weight
+from patches.engine.patch import Patch
 from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import Base

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from patches.engine.patch import Act, Inputs
+from patches.engine.edits import Act, Inputs
 from patches.engine.read import upto
 from patches.evidence.label_set import LabelSet
 from patches.families import clip

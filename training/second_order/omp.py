@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 AtomNorm = Literal["unit", "legacy"]
 CELLS = 1 << 23
@@ -47,10 +47,10 @@ class Sparse:
 def atoms(texts: Tensor, norm: AtomNorm = "unit") -> Tensor:
     """A dictionary (M, k) of text embeddings (M, k): minus their mean, and of unit norm. legacy: per dimension, x 100.
 
-    Without their mean, because all texts share most of what they say. Raises BadRequest for fewer than two texts.
+    Without their mean, because all texts share most of what they say. Raises Invalid for fewer than two texts.
     """
     if len(texts) < 2:
-        raise BadRequest("A dictionary of texts needs at least two: what all of them share is taken away.")
+        raise Invalid("A dictionary of texts needs at least two: what all of them share is taken away.")
     centred = texts - texts.mean(0)
     if norm == "legacy":
         whitened: Tensor = 100 * centred / centred.norm(dim=0).clamp_min(1e-12)
@@ -64,11 +64,11 @@ def pursue(signals: Tensor, dictionary: Tensor, m: int, tolerance: float = 1e-6)
     """At most m atoms of `dictionary` (M, k) for each of `signals` (S, k).
 
     tolerance: a residual or what an atom adds below this share of the norm is rounding; the signal stops there. Raises
-    BadRequest if m does not fit.
+    Invalid if m does not fit.
     """
     M, k = dictionary.shape
     if not 1 <= m <= min(M, k):
-        raise BadRequest(f"m={m} atoms of {M} in {k} dimensions; take 1 to {min(M, k)}.")
+        raise Invalid(f"m={m} atoms of {M} in {k} dimensions; take 1 to {min(M, k)}.")
     step = max(1, CELLS // M)
     parts = [_pursue(part, dictionary, m, tolerance) for part in torch.split(signals, step)]
     return Sparse(*(torch.cat([vars(p)[f] for p in parts]) for f in ("index", "coefficient", "explained")))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from patches.evidence.label_set import FILE, LabelSet, load_label_set, save_label_set
 from patches.families import clip
 from patches.families.base import Base
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry.errors import ConfigError
 from training.data import images as readers
 from training.data.images import Batch, Dataset
@@ -247,7 +247,7 @@ GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
 """metrics that should stay; the others are what the patch is for"""
 
 
-def evaluate(model: PatchedModel, config: Asked, arm: str | None) -> dict[str, float]:
+def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, float]:
     """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
     out: dict[str, float] = {}
     for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):

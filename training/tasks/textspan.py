@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from patches.families.clip.direct import Lens, Share
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 RANK = 80
 """directions of a head that are kept, as published"""
@@ -62,7 +62,7 @@ def moments(
 ) -> Moments:
     """Of pictures as the processor makes them, batch by batch. unit: of embeddings of unit norm (published).
 
-    Memory: L H k^2 doubles, whatever the number of pictures. Raises BadRequest for fewer than two.
+    Memory: L H k^2 doubles, whatever the number of pictures. Raises Invalid for fewer than two.
     """
     lens.check(layers)
     at = list(layers)
@@ -77,7 +77,7 @@ def moments(
         square += torch.einsum("blhk,blhm->lhkm", c, c)
         count += len(c)
     if count < 2:
-        raise BadRequest(f"A head's variance needs at least two pictures; there were {count}.")
+        raise Invalid(f"A head's variance needs at least two pictures; there were {count}.")
     return Moments(count, total, square, tuple(at))
 
 
@@ -108,7 +108,7 @@ def spans(
     normalise_pool: texts at unit norm after the projection on the head's directions, so that long ones do not win.
     """
     if not 1 <= count <= len(pool):
-        raise BadRequest(f"count={count}: a pool of {len(pool)} texts gives 1 to {len(pool)} per head.")
+        raise Invalid(f"count={count}: a pool of {len(pool)} texts gives 1 to {len(pool)} per head.")
     g = torch.Generator().manual_seed(0)
     drawn = [torch.randperm(len(pool), generator=g)[:count] for _ in range(draws)]
     R = pool.double().to(seen.square)
@@ -164,14 +164,14 @@ def _span(
 
 
 def read_pool(file: str | Path) -> tuple[str, ...]:
-    """The lines of a .txt, stripped, empty and doubled ones left out. Raises NotFound or BadRequest."""
+    """The lines of a .txt, stripped, empty and doubled ones left out. Raises NotFound or Invalid."""
     path = Path(file).expanduser()
     if path.suffix != ".txt" or not path.is_file():
         raise NotFound(f"There is no pool of texts {path}. Give a .txt with one text a line.")
     try:
         lines = tuple(dict.fromkeys(x for line in path.read_text("utf-8").splitlines() if (x := line.strip())))
     except UnicodeDecodeError as e:
-        raise BadRequest(f"{path.name} is not UTF-8 ({e.reason} at byte {e.start}).") from None
+        raise Invalid(f"{path.name} is not UTF-8 ({e.reason} at byte {e.start}).") from None
     if not 2 <= len(lines) <= MAX_TEXTS:
-        raise BadRequest(f"{path.name} has {len(lines)} different texts; a pool has 2 to {MAX_TEXTS}.")
+        raise Invalid(f"{path.name} has {len(lines)} different texts; a pool has 2 to {MAX_TEXTS}.")
     return lines

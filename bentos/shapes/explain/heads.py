@@ -38,6 +38,7 @@ from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens
 from patches.families.clip.maps import Threshold
+from patches.families.pictures import read
 from registry import manifest
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, Conflict, NotFound, PatchbayError, TooLarge
@@ -372,7 +373,7 @@ class Service:
         rows, refused = [], []
         for i, image in enumerate(images):
             try:
-                picture = pictures.read(parse(Image, image).data)
+                picture = read(parse(Image, image).data)
             except PatchbayError as e:
                 refused.append({"index": i, **told(e)})
                 continue

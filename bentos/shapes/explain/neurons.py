@@ -224,7 +224,7 @@ class Service:
 
     def _under(self, arm: str | None, look: Any) -> Any:
         """On the worker's thread, so that nobody else's rows are in the way."""
-        with torch.inference_mode(), self.runtime.model.applied.rows([arm]) if arm else nullcontext():
+        with torch.inference_mode(), self.runtime.subject.applied.rows([arm]) if arm else nullcontext():
             return look()
 
     def _read_all(self, images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[int], Tensor]:

@@ -39,7 +39,7 @@ from patches.families.clip.convert import _folder, _from_transformers, _json, _o
 from patches.families.clip.layout import CONFIG, GOLDEN, WEIGHTS
 from patches.families.clip.tokens import _letters, _tokenizer
 from registry import manifest
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Processor:
         """(B, 3, h, w) float32 of one PIL image, a sequence of them, or a uint8 tensor (B, 3, H, W).
 
         A uint8 batch of the model's own size is only normalised, where it lies: what a renderer wants. Another size
-        goes through PIL picture by picture, so that a tensor and its picture never differ. Raises BadRequest.
+        goes through PIL picture by picture, so that a tensor and its picture never differ. Raises Invalid.
         """
         if not isinstance(images, Tensor):
             many = list(images) if isinstance(images, Sequence) else [images]
             if not many:
-                raise BadRequest("There is no image to embed; give at least one.")
+                raise Invalid("There is no image to embed; give at least one.")
             return torch.stack([self.transform(picture) for picture in many])
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise BadRequest(
+            raise Invalid(
                 f"An image batch must be a uint8 tensor (B, 3, H, W), not {images.dtype} {tuple(images.shape)}."
             )
         if tuple(images.shape[-2:]) == self.size:
@@ -84,7 +84,7 @@ class Processor:
     def text(self, texts: Sequence[str]) -> Tensor:
         """(B, context) token ids; what is longer than the context is cut, as open_clip does."""
         if isinstance(texts, str):
-            raise BadRequest(f"Texts must be a list of strings, not the string {texts[:40]!r}.")
+            raise Invalid(f"Texts must be a list of strings, not the string {texts[:40]!r}.")
         return self.tokenizer(list(texts))
 
 
@@ -157,7 +157,9 @@ def tiny(seed: int = 0, layers: int = 3) -> Base:
         if key != "logit_scale":
             noise = torch.randn(p.shape, generator=generator)
             p.data = 1 + 0.2 * noise if key.endswith("weight") and p.ndim == 1 else 0.2 * noise
-    return Base(f"tiny:{seed}", base.name, _digest(base.model, "letters"), base.model, base.processor, base.root)
+    return Base(
+        f"tiny:{seed}", base.name, _digest(base.model, "letters"), base.model, base.processor, base.root, "clip"
+    )
 
 
 def save(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -213,7 +215,7 @@ def _base(
     cfg = PreprocessCfg(**known)
     model.config = {"model_cfg": {"quick_gelu": False, **model_cfg}, "preprocess_cfg": known}
     processor = Processor(image_transform_v2(cfg, is_train=False), tokenizer, size, tuple(cfg.mean), tuple(cfg.std))
-    return Base(ref, name, _digest(model, tokens), model, processor, "")
+    return Base(ref, name, _digest(model, tokens), model, processor, "", "clip")
 
 
 def _digest(model: Any, tokens: str) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import Base
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 Share = Literal["own", "apportioned"]
 
@@ -230,11 +230,11 @@ class Lens:
         return Maps(terms * (A / sigma[:, None, None, None])[:, :, :, None], A, y, tuple(layers))
 
     def check(self, layers: Sequence[int]) -> None:
-        """Raises BadRequest for a layer there is not, or one that is named twice."""
+        """Raises Invalid for a layer there is not, or one that is named twice."""
         if bad := [i for i in layers if not 0 <= i < self.layers]:
-            raise BadRequest(f"There is no layer {bad[0]}; this tower has 0 to {self.layers - 1}.")
+            raise Invalid(f"There is no layer {bad[0]}; this tower has 0 to {self.layers - 1}.")
         if len(set(layers)) < len(layers):
-            raise BadRequest(f"Layers {list(layers)} must be different ones.")
+            raise Invalid(f"Layers {list(layers)} must be different ones.")
 
     def _row(self, stack: ExitStack, layer: int) -> Callable[[], Tensor]:
         """What will give the class token's attention (B, H, T) of a layer once the forward has run."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patches.families.base import Base
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 TEMPLATES = ("a picture of a {}", "a photo of a {}", "a drawing of a {}")
 
@@ -33,7 +33,7 @@ def embed_images(base: Base, images: Any, batch: int = 64) -> Tensor:
         x = x.to(base.device, base.model.visual.proj.dtype)
         out.append(base.model(image=x)["image_features"].float())
     if not out:
-        raise BadRequest("There is no image to embed; give at least one.")
+        raise Invalid("There is no image to embed; give at least one.")
     return torch.cat(out)
 
 
@@ -44,13 +44,13 @@ def embed_texts(
 ) -> Tensor:  # fmt: skip
     """(N, k) float32 of unit norm: each text in each template, embeddings averaged and normalised again.
 
-    tower: what embeds token ids (B, context) -> (B, k) instead of the base's own. Raises BadRequest for no text or a
+    tower: what embeds token ids (B, context) -> (B, k) instead of the base's own. Raises Invalid for no text or a
     template without {}.
     """
     if not texts or isinstance(texts, str):
-        raise BadRequest(f"Texts must be a list with at least one string, not {texts!r:.60}.")
+        raise Invalid(f"Texts must be a list with at least one string, not {texts!r:.60}.")
     if bad := [t for t in templates if "{}" not in t]:
-        raise BadRequest(f"Template {bad[0][:60]!r} has no {{}} where the text goes.")
+        raise Invalid(f"Template {bad[0][:60]!r} has no {{}} where the text goes.")
     own = lambda ids: base.model(text=ids)["text_features"]  # noqa: E731
     filled = [t.replace("{}", text) for text in texts for t in templates]
     parts = [
@@ -64,9 +64,9 @@ def zero_shot(
     base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES,
     tower: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises BadRequest for doubled labels."""
+    """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises Invalid for doubled labels."""
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
-        raise BadRequest(f"Label {double[:60]!r} occurs twice; labels must differ.")
+        raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
     return embed_texts(base, labels, templates, tower=tower).T
 
 

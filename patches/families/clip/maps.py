@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from patches.families.clip.direct import Lens
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 Threshold = Literal["mean", "half", "otsu"]
 """of the map between 0 and 1: its mean, 0.5, or what parts it best in two"""
@@ -35,7 +35,7 @@ def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, i
         total = said.sum((1, 2))
     else:
         if len(set(heads)) < len(heads):
-            raise BadRequest("heads: one is named twice.")
+            raise Invalid("heads: one is named twice.")
         total = torch.stack([said[:, maps.layers.index(layer), h] for layer, h in heads]).sum(0)
     return _square(lens, total[..., 1:])
 

@@ -35,7 +35,7 @@ from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import Base
 from patches.families.clip.direct import full, readout
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 Norms = Literal["own", "official"]
 Moves = Literal["norms", "patterns", "hops", "mlps", "direct"]
@@ -81,18 +81,18 @@ class NeuronLens:
 
 
 def check_layer(base: Base, layer: int) -> None:
-    """Raises BadRequest naming the layers that have second-order effects, NotFound for an unsupported architecture."""
+    """Raises Invalid naming the layers that have second-order effects, NotFound for an unsupported architecture."""
     readout(base)
     last = len(base.model.visual.transformer.resblocks) - 2
     if not 0 <= layer <= last:
-        raise BadRequest(
+        raise Invalid(
             f"Layer {layer} has no second-order effects; layers 0 to {last} of {base.name} have attention after them."
         )
 
 
 @torch.no_grad()
 def lens(base: Base, layer: int, ln: Norms = "own") -> NeuronLens:
-    """The lens on the neurons of `layer` (0-based). Raises BadRequest for the last layer, whose effects are zero."""
+    """The lens on the neurons of `layer` (0-based). Raises Invalid for the last layer, whose effects are zero."""
     check_layer(base, layer)
     own, home = ln == "own", readout(base)
     blocks, to_y = base.model.visual.transformer.resblocks, home.map if own else home.plain  # (D, k)
@@ -218,7 +218,7 @@ def official(base: Base, at: NeuronLens, seen: Look) -> Tensor:
     so all neurons of a picture are off by one and the same vector.
     """
     if at.ln != "official" or not seen.about:
-        raise BadRequest("The authors' definition needs lens(..., ln='official') and look(..., keep=True).")
+        raise Invalid("The authors' definition needs lens(..., ln='official') and look(..., keep=True).")
     visual, a = base.model.visual, seen.about
     blocks, H, N = visual.transformer.resblocks, at.heads, at.neurons
     L, i0 = len(blocks), at.layer - seen.first
@@ -297,7 +297,7 @@ class Moments:
 
     def __init__(self, at: NeuronLens, keep: int = 100, spare: int = 4) -> None:
         if keep < 1:
-            raise BadRequest(f"keep={keep}: a direction needs at least one picture.")
+            raise Invalid(f"keep={keep}: a direction needs at least one picture.")
         self.at, self.keep, self.room, self.n = at, keep, keep * spare, 0
 
     @torch.no_grad()
@@ -328,9 +328,9 @@ class Moments:
 
     @torch.no_grad()
     def result(self) -> Directions:
-        """Raises BadRequest if no picture came."""
+        """Raises Invalid if no picture came."""
         if not self.n:
-            raise BadRequest("Directions need pictures; the stream was empty.")
+            raise Invalid("Directions need pictures; the stream was empty.")
         n, at = self.n, self.at
         shift = self.c1 / n  # from the origin to the mean
         e = self.kept - shift.to(self.kept)[:, None]
@@ -410,7 +410,7 @@ def follow(base: Base, layer: int, z: Tensor, delta: Tensor, moves: Collection[M
     later head wrote is read again; mlps: of later blocks; direct: the class token's own share of delta.
     """
     if odd := set(moves) - set(MOVES):
-        raise BadRequest(f"moves: {sorted(odd)[0]!r:.40} is none of {', '.join(MOVES)}.")
+        raise Invalid(f"moves: {sorted(odd)[0]!r:.40} is none of {', '.join(MOVES)}.")
     visual = base.model.visual
     shift, arrived = delta, delta[:, 0] if "direct" in moves else torch.zeros_like(delta[:, 0])
 

@@ -62,6 +62,11 @@ def export_towers(
     return manifest.write(folder, kind="model", system=system, base=base.label, config=config, parents=list(parents))
 
 
+def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
+    """Both towers with `patch` traced into their graphs, written to `folder`, checked and sealed."""
+    return export_towers(base, folder, patch, system=about.system, parents=[about.digest])
+
+
 def prepared(
     base: Base, provider: str, patch: Patch | None = None, *, system: str = "", digest: str = "", threads: int = 0
 ) -> Towers:

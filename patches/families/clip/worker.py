@@ -8,35 +8,36 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from patches.engine.isolate import fail, isolate, not_finite
 from patches.engine.patch import Applied, Patch
-from patches.families.base import Base
-from registry.errors import BadRequest
+from patches.families.base import Base, load_base
+from patches.families.worker import Job, Worker, WorkerSettings
+from registry.errors import Invalid
+
+if TYPE_CHECKING:
+    from patches.subject import Subject
 
 Engine = Callable[[str, Tensor], Tensor]
 """("image", (B, 3, H, W)) or ("text", ids (B, context)) -> unit features (B, k) on the CPU"""
 
 
 @dataclass(eq=False)
-class Picture:
+class Picture(Job):
     """One picture to be embedded; `Embedder` fills `out`."""
 
     pixels: Tensor
     """(3, H, W) as the base's processor gives it"""
-    arm: str | None = None
-    strength: float = 1.0
     out: Tensor | None = None
     """(k,) float32 of unit norm, on the CPU"""
-    finished: Literal["stop", "cancelled", "failed"] | None = None
-    tag: Any = None
-    """the caller's own"""
 
 
-class Embedder:
+class Embedder(Worker[Picture]):
     """Pictures of any arms in one forward."""
 
     def __init__(
@@ -61,18 +62,12 @@ class Embedder:
             self.engines = {**{k: v for k, v in self.engines.items() if k is None or k in self.applied.arms},
                             arm: self.make_engine(arm, patch)}  # fmt: skip
 
-    def add(self, pictures: Iterable[Picture]) -> None:
-        """Queue pictures. Raises BadRequest, queueing none, if one is not of the model's size."""
-        pictures = list(pictures)
-        self.check(pictures)
-        self.waiting.extend(pictures)
-
     def check(self, pictures: Iterable[Picture]) -> None:
-        """Raises BadRequest if one is not of the model's size, or not finite."""
+        """Raises Invalid if one is not of the model's size, or not finite."""
         want = (3, *self.base.processor.size)
         for p in pictures:
             if tuple(p.pixels.shape) != want or not bool(p.pixels.isfinite().all()):
-                raise BadRequest(f"Pixels must be finite numbers of shape {want}, not {tuple(p.pixels.shape)}.")
+                raise Invalid(f"Pixels must be finite numbers of shape {want}, not {tuple(p.pixels.shape)}.")
 
     def cancel(self, picture: Picture) -> None:
         """Do not embed a picture that waits."""
@@ -82,7 +77,8 @@ class Embedder:
 
     @torch.inference_mode()
     def step(self) -> list[Picture]:
-        """One forward of up to `slots` pictures; returns them."""
+        """One forward of up to `slots` pictures; returns them. One that makes it raise, or whose features are not
+        finite, fails alone."""
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
             return []
@@ -90,17 +86,22 @@ class Embedder:
         for p in self.running:
             by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
         for engine, pictures in by_engine.items():
-            x = torch.stack([p.pixels for p in pictures])
-            for picture, out in zip(
-                pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True
-            ):
-                picture.out, picture.finished = out, "stop"
+            isolate(pictures, partial(self._embed, engine), lambda p: p.pixels.numel())
         done, self.running = self.running, []
         return done
 
+    def _embed(self, engine: Engine | None, pictures: Sequence[Picture]) -> None:
+        x = torch.stack([p.pixels for p in pictures])
+        y = self._torch(x, pictures) if engine is None else engine("image", x)
+        for p, out, sound in zip(pictures, y, y.isfinite().all(-1).tolist(), strict=True):
+            if sound:
+                p.out, p.finished = out, "stop"
+            else:
+                fail(p, not_finite(p.arm, "features"))
+
     def _torch(self, x: Tensor, pictures: Sequence[Picture]) -> Tensor:
         x = x.to(self.base.device, self.base.model.visual.proj.dtype)
-        with self.applied.rows([p.arm for p in pictures], [p.strength for p in pictures]):
+        with self.applied.rows([p.arm for p in pictures], [p.strength for p in pictures], [p.params for p in pictures]):
             y: Tensor = self.base.model(image=x)["image_features"]
         return y.float().cpu()
 
@@ -109,24 +110,32 @@ class Embedder:
         self.waiting.clear()
         self.running = []
 
-    def run(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
-        """Embed all of them."""
-        self.add(pictures)
-        while not self.idle:
-            self.step()
-        return pictures
-
     def probe(self, arm: str | None) -> Picture:
         """A picture that any model can embed."""
-        return Picture(_pattern(self.base), arm)
+        return Picture(_pattern(self.base), arm=arm)
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit."""
+        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit. Raises Failed
+        if they are not finite."""
         x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(image=x)["image_features"]
+        if not bool(out.isfinite().all()):
+            raise not_finite(arm, "features")
         return out
+
+
+def made(subject: Subject, settings: WorkerSettings) -> Embedder:
+    """The worker of a CLIP; with a provider, arms at full strength run in ONNX Runtime."""
+
+    def engine(arm: str | None, patch: Patch | None) -> Engine:
+        from patches.families.clip.towers import prepared
+
+        fresh = load_base(subject.base.ref, subject.base.family)  # a copy that nobody has hooks on
+        return prepared(fresh, settings.provider, patch, digest=arm or "")
+
+    return Embedder(subject.base, subject.applied, settings.slots, engine if settings.provider else None)
 
 
 def _pattern(base: Base) -> Tensor:

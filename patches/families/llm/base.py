@@ -56,7 +56,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(ref, name, _digest(folder), model.to(device).eval(), tokenizer, "model")
+    return Base(ref, name, _digest(folder), model.to(device).eval(), tokenizer, "model", "llm")
 
 
 def _digest(folder: Path) -> str:

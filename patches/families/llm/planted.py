@@ -44,7 +44,7 @@ def tiny(seed: int = 0, layers: int = 3, vocab: int = 97) -> Base:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).eval()
-    return Base(f"tiny:{seed}", "tiny-llama", weights_digest(model), model, tokenizer, "model")
+    return Base(f"tiny:{seed}", "tiny-llama", weights_digest(model), model, tokenizer, "model", "llm")
 
 
 def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.engine.patch import Inputs
+from patches.engine.edits import Inputs
 from registry.errors import PatchError
 
 # ---- one rule for all mechanisms: which token is first, which ids the cache holds ------------------------------

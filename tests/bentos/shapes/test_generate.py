@@ -6,8 +6,9 @@ import openai
 import pytest
 
 from bentos.shapes.generate import Text
+from patches.families import llm
 from patches.mechanisms.sink import SinkEdit
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.ab.experiment import CONTROL, TREATMENT
@@ -136,11 +137,11 @@ def test_each_arm_answers_as_its_patch_does_alone(service, tiny_llm):
             return asks, [(g.json()["choices"][0]["message"]["content"], dict(g.headers)) for g in got], s.digests
 
     asks, got, digests = asyncio.run(work())
-    model = PatchedModel(tiny_llm, {d: SinkEdit(c, {}) for d, c in zip(digests, CONFIGS, strict=True)})
+    model = Subject(tiny_llm, {d: SinkEdit(c, {}) for d, c in zip(digests, CONFIGS, strict=True)})
     arm_of = {"base": None, "champion": digests[0], "challenger": digests[1]}
     try:
         for (text, arm), (answer, headers) in zip(asks, got, strict=True):
-            want = model.generate([[{"role": "user", "content": text}]], max_tokens=12, arm=arm_of[arm])[0]
+            want = llm.generate(model, [[{"role": "user", "content": text}]], max_tokens=12, arm=arm_of[arm])[0]
             assert answer == want
             assert headers["x-patchbay-patch"] == (arm_of[arm] or "base")
             assert headers["x-patchbay-arm"] == arm

@@ -5,7 +5,7 @@ import torch
 
 from patches.evidence.gallery import Gallery, directions, joined, load_gallery, make, save_gallery
 from patches.families.clip.direct import Lens
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 LAYERS = (1, 2)
 
@@ -107,9 +107,9 @@ def test_centring_takes_hubs_away():
 
 def test_heads_it_has_not_are_named(lens):
     g = built(lens, images(4))
-    bad = [([(0, 0)], NotFound, "no head 0.0"), ([(1, 9)], NotFound, "1.9"), ([], BadRequest, "empty")]
+    bad = [([(0, 0)], NotFound, "no head 0.0"), ([(1, 9)], NotFound, "1.9"), ([], Invalid, "empty")]
     for heads, error, says in bad:
         with pytest.raises(error, match=says):
             g.nearest(torch.zeros(24), heads, 3)
-    with pytest.raises(BadRequest, match="at least one picture"):
+    with pytest.raises(Invalid, match="at least one picture"):
         make(lens, [], LAYERS, g.basis)

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from patches.engine.patch import Inputs, apply
+from patches.engine.edits import Inputs
+from patches.engine.patch import apply
 from patches.engine.read import record
 from patches.families import llm
 from patches.mechanisms.sink import SinkConfig, SinkEdit, repeat_bias

@@ -22,7 +22,7 @@ from registry.ab.experiment import (
     sample_ratio_e,
     unhealthy,
 )
-from registry.errors import BadRequest, ConfigError
+from registry.errors import ConfigError, Invalid
 
 A = "a" * 64
 LOOKS = range(50, 5001, 50)
@@ -220,7 +220,7 @@ def test_lower_may_be_better():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1, "1", None, []])
 def test_an_outcome_outside_its_bounds_is_refused(value):
-    with pytest.raises(BadRequest, match="not a number from 0 to 1"):
+    with pytest.raises(Invalid, match="not a number from 0 to 1"):
         check_value(trial(), value)
 
 

@@ -444,7 +444,7 @@ def test_mlflow_loads_and_runs_a_pushed_patch(place: Path) -> None:
     llm = pytest.importorskip("patches.families.llm")
     from patches import artifact
     from patches.mechanisms.sink import SinkConfig, SinkEdit
-    from patches.subject import PatchedModel
+    from patches.subject import Subject
 
     base = llm.tiny()
     folder = place / "made" / "tiny"
@@ -453,8 +453,8 @@ def test_mlflow_loads_and_runs_a_pushed_patch(place: Path) -> None:
     pushed = store.push(folder)
     model = mlflow.pyfunc.load_model(f"models:/{pushed.model_id}")
     prompts = ["hello there", "a a a a a a"]
-    patched = PatchedModel.load(folder).generate(prompts, max_tokens=32)
-    untouched = PatchedModel(llm.tiny()).generate(prompts, max_tokens=32)
+    patched = llm.generate(Subject.load(folder), prompts, max_tokens=32)
+    untouched = llm.generate(Subject(llm.tiny()), prompts, max_tokens=32)
     assert model.predict(prompts) == patched
     assert model.predict(prompts, params={"strength": 0.0}) == untouched != patched
     assert model.predict(prompts, params={"max_tokens": 0}) != patched

@@ -8,7 +8,7 @@ import torch
 from patches import artifact
 from patches.families import llm
 from patches.mechanisms.sink import SinkConfig, SinkEdit
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry.errors import PatchError
 from training import attention_sink as job
 from training.data import text
@@ -91,7 +91,7 @@ def test_copies_become_lone_tokens_as_they_grow(base):
 
 def test_the_base_fails_at_many_copies_and_the_patch_mends_it(fitted):
     folder, _ = fitted
-    model = PatchedModel.load(folder, llm.planted())
+    model = Subject.load(folder, llm.planted())
     base, patched = (job.evaluate(model, TINY, arm) for arm in (None, "patch"))
     model.close()
     assert base.keys() == patched.keys()
@@ -110,7 +110,7 @@ def test_the_controls_do_not_mend_it(base):
         "paper": SinkEdit(SinkConfig(neurons=((1, 7),)), {}),
         "random": SinkEdit(SinkConfig(neurons=((1, int(torch.randint(8, 48, (1,), generator=rng))),)), {}),
     }
-    model = PatchedModel(base, arms)
+    model = Subject(base, arms)
     right = {arm: sum(job.repeats(model, words, "bos", (128,), arm, True).right[128]) for arm in (None, *arms)}
     model.close()
     assert right["random"] == right[None] < right["paper"]

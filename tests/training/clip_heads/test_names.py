@@ -6,7 +6,7 @@ import httpx
 import pytest
 import torch
 
-from registry.errors import BadRequest, ConfigError, NotFound, NotReady
+from registry.errors import ConfigError, Invalid, NotFound, NotReady
 from training.clip_heads.names import (
     NONE,
     Change,
@@ -86,7 +86,7 @@ def test_the_spectrum_finds_the_head_that_tells_a_property_s_texts_apart():
     assert [n.label for n in named] == ["a", "b", "c", *[NONE] * 5]
     assert [int(score[0, h].argmax()) for h in range(3)] == [0, 1, 2]
     assert p[0, :3].diagonal().max() < 0.01
-    with pytest.raises(BadRequest, match="two texts"):
+    with pytest.raises(Invalid, match="two texts"):
         by_spectrum(seen, R, fits & (torch.arange(60) > 58)[:, None], ("a", "b", "c"))
 
 
@@ -146,7 +146,7 @@ def test_a_person_overrules_and_leaves_a_trail(tmp_path):
     assert named[1].label == NONE
     with pytest.raises(NotFound, match=r"\(9, 9\)"):
         override(named, [Change(9, 9, "a", "b", "c", "d")])
-    with pytest.raises(BadRequest, match="who and why"):
+    with pytest.raises(Invalid, match="who and why"):
         override(named, [Change(0, 0, "a", " ", "c", "d")])
     file = tmp_path / "changes.json"
     file.write_text(json.dumps([vars(c) for c in changes]))
@@ -197,7 +197,7 @@ def test_published_labels_are_read_without_running_them(tmp_path):
     assert got == {"ViT_B_16_openai": {(9, 0): "Colors", (9, 1): "Art", (10, 0): "Color", (10, 1): "Animals"}}
     assert published_metrics(file)["ViT_B_16_openai"]["unique"][0] == 0.5
     file.write_text("nothing")
-    with pytest.raises(BadRequest, match="no labels"):
+    with pytest.raises(Invalid, match="no labels"):
         published(file)
 
 
@@ -207,7 +207,7 @@ def test_taxonomies_are_checked(tmp_path):
     assert read_taxonomy(file) == {"colour": ("red",), "place": ("beach", "city")}
     for bad in ("[1]", '{"a": ["b"]}', '{"a": ["b"], "c": []}', '{"a": "b", "c": ["d"]}', "{"):
         file.write_text(bad)
-        with pytest.raises(BadRequest, match=r"t\.json"):
+        with pytest.raises(Invalid, match=r"t\.json"):
             read_taxonomy(file)
 
 

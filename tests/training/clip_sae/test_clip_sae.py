@@ -11,7 +11,7 @@ from patches.engine.patch import ONLY
 from patches.evidence.label_set import LabelSet, load_label_set, save_label_set
 from patches.families import clip
 from patches.mechanisms.features import SAE, edit, load_sae, save_sae
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry import manifest
 from registry.errors import ConfigError, Tampered, WrongBase
 from training import clip_sae, run
@@ -71,7 +71,7 @@ def test_a_stream_gives_the_answers_of_the_patched_forward(tiny_clip, hook):
     for layer, stream in streams(tiny_clip, config, data).items():
         for patch in (None, edit(some_sae(), clip.site(hook, layer), range(0, F, 3), "clamp", 0.7)):
             got = answers(tiny_clip, layer, stream, weights, applied(patch) if patch else lambda x: x)
-            model = PatchedModel(tiny_clip, {ONLY: patch} if patch else {})
+            model = Subject(tiny_clip, {ONLY: patch} if patch else {})
             want = ask(tiny_clip, config, data, weights)
             model.close()
             torch.testing.assert_close(got.logits, want.logits, atol=1e-3, rtol=1e-4)
@@ -275,7 +275,7 @@ def test_steering_raises_the_word(tmp_path):
     save_sae(sae, tmp_path / "sae")
     config = replace(config, word=word, counts=(1,), dictionary=str(tmp_path / "sae"))
     fit(config, tmp_path / "steer")
-    model = PatchedModel.load(tmp_path / "steer", base)
+    model = Subject.load(tmp_path / "steer", base)
     before, after = evaluate(model, config, None), evaluate(model, config, ONLY)
     model.close()
     assert after["target/probability"] > 2 * before["target/probability"]
@@ -314,9 +314,11 @@ def test_the_table_holds_every_defence_with_its_interval(tmp_path, monkeypatch):
                 assert 0 <= low <= share <= high <= 1
                 assert n == TINY.test_images
     measured = run.evaluate(folder)
-    assert got["arms"]["base"]["test"]["attacked"][0] == pytest.approx(measured.base["target/attacked"], abs=1e-4)
+    assert got["arms"]["base"]["test"]["attacked"][0] == pytest.approx(
+        measured.sides["base"]["target/attacked"].value, abs=1e-4
+    )
     assert got["arms"]["clip_sae"]["held"]["clean"][0] == pytest.approx(
-        measured.patched["quality/clean_held"], abs=1e-4
+        measured.sides["patched"]["quality/clean_held"].value, abs=1e-4
     )
 
 
@@ -349,7 +351,7 @@ def test_the_probe_is_sealed_with_the_patch_and_is_what_was_measured(tmp_path, t
     data = pictures(config, "val", 2)["clean"]
     assert classifier(tiny_clip, config, data, folder=other).weights.equal(-one.weights)
     assert classifier(tiny_clip, config, data, folder=tmp_path).weights.equal(one.weights)
-    model = PatchedModel.load(tmp_path, tiny_clip)
+    model = Subject.load(tmp_path, tiny_clip)
     try:
         mine = evaluate(model, config, None)
         model.folder = other

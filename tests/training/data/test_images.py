@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from registry.errors import BadRequest, NotFound, TooLarge
+from registry.errors import Invalid, NotFound, TooLarge
 from training.data import images
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -83,7 +83,7 @@ def test_a_short_celeba_row_is_named(tmp_path):
     celeba(tmp_path)
     file = tmp_path / "list_attr_celeba.txt"
     file.write_text(file.read_text().replace("000002.jpg -1 1 -1", "000002.jpg -1 1"))
-    with pytest.raises(BadRequest, match=r"000002.jpg.*2 values, not 3"):
+    with pytest.raises(Invalid, match=r"000002.jpg.*2 values, not 3"):
         images.celeba(tmp_path, "train")
 
 
@@ -116,13 +116,13 @@ def test_metadata_may_not_lead_out_of_the_folder(tmp_path):
     inner = tmp_path / "set"
     inner.mkdir()
     waterbirds(inner, [(1, "../secret.png", 1, 2, 1, "x")])
-    with pytest.raises(BadRequest, match="leads out"):
+    with pytest.raises(Invalid, match="leads out"):
         images.waterbirds(inner, "test")
 
 
 def test_a_csv_without_its_columns_says_which_it_needs(tmp_path):
     (tmp_path / "metadata.csv").write_text("img_filename,y,split\na.jpg,1,2\n")
-    with pytest.raises(BadRequest, match="place"):
+    with pytest.raises(Invalid, match="place"):
         images.waterbirds(tmp_path, "test")
 
 
@@ -135,10 +135,10 @@ def test_file_names_of_rta_and_paint_are_read(tmp_path):
     assert [data.classes[i] for i in batch.label] == ["cup", "hot dog"]
     assert batch.extras["word"] == ("iPod", "cup")
     assert [data.classes[i] for i in batch.extras["word_label"]] == ["iPod", "cup"]
-    with pytest.raises(BadRequest, match="only the split test"):
+    with pytest.raises(Invalid, match="only the split test"):
         images.rta(tmp_path, "train")
     save(tmp_path / "holiday.png", RED)
-    with pytest.raises(BadRequest, match=r"holiday.png is not called"):
+    with pytest.raises(Invalid, match=r"holiday.png is not called"):
         images.rta(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_disentangling_reads_its_annotations(tmp_path):
     assert batch.extras["word"] == ("good", "")
     assert batch.extras["word_label"].tolist() == [1, -1]
     (tmp_path / "annotations.json").write_text('{"IMG_1.JPG": {"label": "cup"}}')
-    with pytest.raises(BadRequest, match="true object"):
+    with pytest.raises(Invalid, match="true object"):
         images.disentangling(tmp_path)
 
 
@@ -241,20 +241,20 @@ def test_exif_cmyk_palette_and_transparency_become_upright_rgb(tmp_path):
 def test_broken_pictures_are_refused_by_name(tmp_path):
     save(tmp_path / "cut.jpg", RED, (300, 300))
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])
-    with pytest.raises(BadRequest, match=r"cut.jpg.*get the file again"):
+    with pytest.raises(Invalid, match=r"cut.jpg.*get the file again"):
         images.picture(tmp_path / "cut.jpg")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(BadRequest, match=r"text.png is no picture"):
+    with pytest.raises(Invalid, match=r"text.png is no picture"):
         images.picture(tmp_path / "text.png")
     frames = [Image.new("RGB", (20, 20), c) for c in (RED, BLUE)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(BadRequest, match=r"moving.gif is animated \(2 frames\)"):
+    with pytest.raises(Invalid, match=r"moving.gif is animated \(2 frames\)"):
         images.picture(tmp_path / "moving.gif")
     save(tmp_path / "dot.png", RED, (1, 1))
-    with pytest.raises(BadRequest, match=r"dot.png is 1 x 1"):
+    with pytest.raises(Invalid, match=r"dot.png is 1 x 1"):
         images.picture(tmp_path / "dot.png")
     Image.new("I;16", (20, 20), 40_000).save(tmp_path / "deep.png")
-    with pytest.raises(BadRequest, match=r"deep.png stores its pixels as I;16"):
+    with pytest.raises(Invalid, match=r"deep.png stores its pixels as I;16"):
         images.picture(tmp_path / "deep.png")
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
     with pytest.raises(TooLarge, match=r"bomb.png has 9000 x 8000"):
@@ -273,7 +273,7 @@ def test_a_missing_folder_or_list_says_what_to_put_where(tmp_path):
     with pytest.raises(NotFound, match="parquet"):
         images.scam(tmp_path)
     celeba(tmp_path)
-    with pytest.raises(BadRequest, match="train, val, test"):
+    with pytest.raises(Invalid, match="train, val, test"):
         images.celeba(tmp_path, "trian")
 
 
@@ -301,7 +301,7 @@ def test_imagenet_seg_masks_are_cut_as_their_pictures(tmp_path):
     (tmp_path / "masks" / "1.png").unlink()
     with pytest.raises(NotFound, match="mask of a picture"):
         images.READERS["imagenet_seg"](tmp_path)
-    with pytest.raises(BadRequest, match="only the split test"):
+    with pytest.raises(Invalid, match="only the split test"):
         images.READERS["imagenet_seg"](tmp_path, "val")
     with pytest.raises(NotFound, match="neither"):
         images.READERS["imagenet_seg"](tmp_path / "masks")

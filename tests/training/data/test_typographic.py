@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from registry.errors import BadRequest
+from registry.errors import Invalid
 from training.data.images import Batch, Dataset
 from training.data.typographic import written
 
@@ -54,7 +54,7 @@ def test_the_digest_tells_what_is_written():
 
 
 def test_what_cannot_be_written_is_refused():
-    with pytest.raises(BadRequest, match="must be none"):
+    with pytest.raises(Invalid, match="must be none"):
         written(plain(), "upside down")
-    with pytest.raises(BadRequest, match="one class"):
+    with pytest.raises(Invalid, match="one class"):
         written(plain(classes=("ant",)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from registry.errors import BadRequest, NotFound, NotReady, Tampered
+from registry.errors import Invalid, NotFound, NotReady, Tampered
 from training.lab import atlas, clip, renderer, worlds
 from training.lab.renderer import GROUNDS, Layout, generator, grounds, render, things, writing
 
@@ -516,17 +516,17 @@ def test_things_move_as_the_label_says():
 
 
 def test_what_a_world_does_not_have_is_said():
-    with pytest.raises(BadRequest, match="train, val, test, held"):
+    with pytest.raises(Invalid, match="train, val, test, held"):
         worlds.imagenet("validation")
-    with pytest.raises(BadRequest, match="n=0"):
+    with pytest.raises(Invalid, match="n=0"):
         worlds.imagenet("test", 0)
-    with pytest.raises(BadRequest, match="none, blank, own or wrong"):
+    with pytest.raises(Invalid, match="none, blank, own or wrong"):
         worlds.typographic("test", 10, word="scribble")
     with pytest.raises(NotFound, match="Fonts"):
         worlds.typographic("test", 10, fonts=("papyrus",))
     with pytest.raises(NotFound, match="Nobody drew"):
         worlds.celeba("held", 10, target="curly")
-    with pytest.raises(BadRequest, match="at least two"):
+    with pytest.raises(Invalid, match="at least two"):
         worlds.actions("test", 10, frames=1)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from registry.errors import BadRequest
+from registry.errors import Invalid
 from training.second_order.omp import atoms, pursue
 
 G = torch.Generator().manual_seed(0)
@@ -75,10 +75,10 @@ def test_atoms_are_centred_and_of_the_norm_meant():
 
 @pytest.mark.parametrize("m", [0, 49, 1000])
 def test_too_many_atoms_are_refused(m):
-    with pytest.raises(BadRequest, match=f"m={m}"):
+    with pytest.raises(Invalid, match=f"m={m}"):
         pursue(SIGNALS, atoms(TEXTS), m)
 
 
 def test_one_text_is_no_dictionary():
-    with pytest.raises(BadRequest, match="two"):
+    with pytest.raises(Invalid, match="two"):
         atoms(TEXTS[:1])

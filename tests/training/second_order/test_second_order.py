@@ -24,7 +24,7 @@ from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.second_order import directions, lens, look, scalars
 from patches.mechanisms.neurons import NeuronEdit
-from registry.errors import BadArtifact, BadRequest, NotFound
+from registry.errors import BadArtifact, Invalid, NotFound
 from training import second_order
 from training.lab import worlds
 from training.second_order import RECIPES, alike, fit, margins, patch_of, rank, read
@@ -157,7 +157,7 @@ def test_a_neuron_that_speaks_for_the_wrong_class_is_mined(reader):
     assert not left
     assert "red" in mine(reader.cards, t, wrong, 1, 3, ["red fox"], 2.0)[1]
     assert mine(reader.cards, t, reader.cards.pool[0], 1, 3, synonym=0.99)[1] == ["red"]
-    with pytest.raises(BadRequest, match="neurons=1000"):
+    with pytest.raises(Invalid, match="neurons=1000"):
         mine(reader.cards, t, wrong, 1000)
 
 
@@ -304,7 +304,7 @@ def test_any_file_of_texts_is_a_pool(tmp_path):
     with pytest.raises(NotFound, match="txt"):
         second_order.texts_of(replace(TINY, pool=str(tmp_path / "words.csv")), data)
     (tmp_path / "one.txt").write_text("red\n")
-    with pytest.raises(BadRequest, match="1 different"):
+    with pytest.raises(Invalid, match="1 different"):
         second_order.texts_of(replace(TINY, pool=str(tmp_path / "one.txt")), data)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from patches.families.clip.direct import Lens
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 from training.tasks.textspan import Moments, basis, moments, read_pool, spans
 
 
@@ -106,17 +106,17 @@ def test_pools_are_read_line_by_line(tmp_path):
     file.write_text("a cat\n\n  a dog \na cat\n")
     assert read_pool(file) == ("a cat", "a dog")
     file.write_text("one\n")
-    with pytest.raises(BadRequest, match="1 different"):
+    with pytest.raises(Invalid, match="1 different"):
         read_pool(file)
     file.write_bytes(b"\xff\xfe\n\xff")
-    with pytest.raises(BadRequest, match="UTF-8"):
+    with pytest.raises(Invalid, match="UTF-8"):
         read_pool(file)
     with pytest.raises(NotFound, match=r"\.txt"):
         read_pool(tmp_path / "pool.json")
 
 
 def test_too_little_is_told(tiny_clip):
-    with pytest.raises(BadRequest, match="two pictures"):
+    with pytest.raises(Invalid, match="two pictures"):
         moments(Lens(tiny_clip), [images(1)], [0])
-    with pytest.raises(BadRequest, match="pool of 3"):
+    with pytest.raises(Invalid, match="pool of 3"):
         spans(of(torch.randn(5, 4)), torch.randn(3, 4), 4)

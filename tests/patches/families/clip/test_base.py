@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from patches.engine.patch import Act, Patch, apply
+from patches.engine.edits import Act
+from patches.engine.patch import Patch, apply
 from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import load_base
-from patches.subject import PatchedModel
-from registry.errors import BadArtifact, BadRequest, NotFound
+from patches.subject import Subject
+from registry.errors import BadArtifact, Invalid, NotFound
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TEXTS = ["a cat", "two dogs", "the word 7"]
@@ -173,7 +174,7 @@ def test_pictures_are_prepared_as_open_clip_does(folder):
     ],
 )
 def test_what_is_no_image_batch_is_refused(tiny_clip, bad):
-    with pytest.raises(BadRequest, match="image"):
+    with pytest.raises(Invalid, match="image"):
         tiny_clip.processor.image(bad)
 
 
@@ -196,7 +197,7 @@ def test_zero_shot_averages_templates_of_unit_embeddings(tiny_clip):
     [([], ("{}",), "at least one"), (["a", "b", "a"], ("{}",), "'a' occurs twice"), (["a"], ("a photo",), "no {}")],
 )
 def test_labels_that_make_no_classifier_are_refused(tiny_clip, labels, templates, why):
-    with pytest.raises(BadRequest, match=why):
+    with pytest.raises(Invalid, match=why):
         clip.zero_shot(tiny_clip, labels, templates)
 
 
@@ -421,7 +422,7 @@ def test_rows_of_a_batch_name_arms_at_every_site(tiny_clip, name, tower):
     patch = Halve(SiteConfig(clip.site(name, 0, tower)), {})
     with torch.no_grad():
         before = base.model(**x)[feature]
-    model = PatchedModel(base, {"a": patch})
+    model = Subject(base, {"a": patch})
     after = model(["a"] * 4, **x)[feature]
     mixed = model([None, "a", None, "a"], **x)[feature]
     assert model.applied.unreached() == []

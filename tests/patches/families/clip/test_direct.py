@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patches.engine.patch import Act, Patch, apply
+from patches.engine.edits import Act
+from patches.engine.patch import Patch, apply
 from patches.families import clip
 from patches.families.clip.direct import Lens, readout
 from patches.mechanisms.features import SAE, edit
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_other_architectures_are_refused_by_name(tiny_clip, tiny_llm):
 
 @pytest.mark.parametrize(("layers", "says"), [([3], "no layer 3"), ([-1], "no layer -1"), ([1, 1], "different")])
 def test_layers_that_are_not_there_are_named(lens, layers, says):
-    with pytest.raises(BadRequest, match=says):
+    with pytest.raises(Invalid, match=says):
         lens.read(images(1), patches=layers)
-    with pytest.raises(BadRequest, match=says):
+    with pytest.raises(Invalid, match=says):
         lens.maps(images(1), torch.zeros(1, 24), layers)

@@ -22,7 +22,7 @@ from patches.families.clip.second_order import (
     replaced,
     scalars,
 )
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 L, H, N = 4, 4, 128
 
@@ -159,9 +159,9 @@ def test_batch_size_changes_nothing(base, x):
 
 
 def test_the_last_layer_is_refused_and_told_why(base):
-    with pytest.raises(BadRequest, match="layers 0 to 2"):
+    with pytest.raises(Invalid, match="layers 0 to 2"):
         lens(base, 3)
-    with pytest.raises(BadRequest, match="Layer -1"):
+    with pytest.raises(Invalid, match="Layer -1"):
         look(base, torch.zeros(1, 3, 32, 32), [-1])
 
 
@@ -174,7 +174,7 @@ def test_the_official_effects_differ_by_one_vector_for_all_neurons(base, x):
     off = official(base, at, seen) - closed
     torch.testing.assert_close(off, off[:, :1].expand_as(off), atol=1e-10, rtol=0)
     assert float(off.abs().max()) > 0
-    with pytest.raises(BadRequest, match="official"):
+    with pytest.raises(Invalid, match="official"):
         official(base, lens(base, 1), seen)
 
 
@@ -200,7 +200,7 @@ def test_letting_everything_move_is_what_the_tower_does(base, x):
     with torch.no_grad():
         plain = base.model.visual(x)
     torch.testing.assert_close(follow(base, 1, stream[1], delta, MOVES), moved - plain, atol=1e-10, rtol=1e-8)
-    with pytest.raises(BadRequest, match="everything"):
+    with pytest.raises(Invalid, match="everything"):
         follow(base, 1, stream[1], delta, ["everything"])
 
 
@@ -278,9 +278,9 @@ def test_what_cannot_be_proved_is_not_claimed(base, many):
 
 
 def test_a_stream_without_pictures_is_refused(base):
-    with pytest.raises(BadRequest, match="empty"):
+    with pytest.raises(Invalid, match="empty"):
         directions(lens(base, 1), [])
-    with pytest.raises(BadRequest, match="keep=0"):
+    with pytest.raises(Invalid, match="keep=0"):
         Moments(lens(base, 1), keep=0)
 
 

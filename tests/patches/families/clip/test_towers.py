@@ -6,7 +6,8 @@ import onnx
 import pytest
 import torch
 
-from patches.engine.patch import Act, Patch
+from patches.engine.edits import Act
+from patches.engine.patch import Patch
 from patches.families import clip
 from patches.families.clip.towers import PARITY, Towers, _check_parity, _probe, _Tower, export_towers
 from patches.mechanisms.features import SAE, edit

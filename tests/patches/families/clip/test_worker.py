@@ -8,7 +8,7 @@ from patches.families import clip
 from patches.families.clip.towers import PARITY, prepared
 from patches.families.clip.worker import Embedder, Picture
 from patches.mechanisms.features import SAE, edit
-from registry.errors import BadRequest, NotReady
+from registry.errors import Invalid, NotReady
 
 
 def some_edit(seed):
@@ -36,7 +36,7 @@ def test_every_picture_gets_its_own_arms_answer(tiny_clip):
     want = {arm: alone(tiny_clip, x, ARMS.get(arm)) for arm in (None, "a", "b")}
     with apply(tiny_clip.model, ARMS, root=tiny_clip.root) as on:
         worker = Embedder(tiny_clip, on, slots=4)  # three batches
-        done = worker.run([Picture(v, arm) for v, arm in zip(x, arms, strict=True)])
+        done = worker.run([Picture(v, arm=arm) for v, arm in zip(x, arms, strict=True)])
     for i, (p, arm) in enumerate(zip(done, arms, strict=True)):
         torch.testing.assert_close(p.out, want[arm][i], atol=1e-5, rtol=0)
         assert p.finished == "stop"
@@ -47,7 +47,7 @@ def test_strength_nought_is_the_base_bit_for_bit(tiny_clip):
     x = pixels(2)
     with apply(tiny_clip.model, ARMS, root=tiny_clip.root) as on:
         worker = Embedder(tiny_clip, on)
-        off, base = (worker.run([Picture(v, arm, s) for v in x]) for arm, s in (("a", 0.0), (None, 1.0)))
+        off, base = (worker.run([Picture(v, arm=arm, strength=s) for v in x]) for arm, s in (("a", 0.0), (None, 1.0)))
         assert all(torch.equal(p.out, q.out) for p, q in zip(off, base, strict=True))
         assert torch.equal(worker.proof("b", 0.0), worker.proof(None))
         assert not torch.equal(worker.proof("b"), worker.proof(None))
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_queued(tiny_clip):
     with apply(tiny_clip.model, ARMS, root=tiny_clip.root) as on:
         worker = Embedder(tiny_clip, on)
         for bad in (torch.zeros(3, 16, 16), torch.full((3, 32, 32), float("nan"))):
-            with pytest.raises(BadRequest, match="Pixels"):
+            with pytest.raises(Invalid, match="Pixels"):
                 worker.add([Picture(pixels(1)[0]), Picture(bad)])
         assert worker.idle
 
@@ -83,7 +83,9 @@ def test_onnx_towers_answer_as_torch_does_for_every_arm(tiny_clip, home):
         worker = Embedder(tiny_clip, on, engines=engine)
         on.add("a", ARMS["a"])
         worker.prepare("a", ARMS["a"])
-        done = worker.run([*(Picture(v) for v in x), *(Picture(v, "a") for v in x), Picture(x[0], "a", 0.5)])
+        done = worker.run(
+            [*(Picture(v) for v in x), *(Picture(v, arm="a") for v in x), Picture(x[0], arm="a", strength=0.5)]
+        )
         for i in range(4):
             torch.testing.assert_close(done[i].out, want[None][i], atol=PARITY, rtol=0)
             torch.testing.assert_close(done[4 + i].out, want["a"][i], atol=PARITY, rtol=0)

@@ -4,7 +4,7 @@ import torch
 from patches.families import llm
 from patches.families.base import load_base
 from patches.families.llm.worker import Decoder, Row
-from patches.subject import PatchedModel
+from patches.subject import Subject
 from registry.errors import ConfigError, NotFound, NotReady, TooLarge
 
 
@@ -66,7 +66,7 @@ def test_eos_ends_a_row_and_is_counted_as_stop(tiny_llm):
 
 
 def test_generate_takes_texts_and_chats(tiny_llm):
-    model = PatchedModel(tiny_llm)
+    model = Subject(tiny_llm)
     out = model.generate(["abc", [{"role": "user", "content": "hi"}]], max_tokens=4)
     model.close()
     assert [type(t) for t in out] == [str, str]
@@ -131,7 +131,7 @@ def test_other_layouts_decode_like_their_own_generate(family, tiny_llm):
     base = replace(tiny_llm, model=model)
     patch = SinkEdit(SinkConfig(neurons=((1, 3), (2, 9)), damp_layers=(0,), damp_limit=2.0), {})
     prompts = [[5, 6, 7, 8, 8, 8, 8, 8], [9, 10, 11]]
-    patched = PatchedModel(base, {"a": patch})
+    patched = Subject(base, {"a": patch})
     rows = [Row(p, arm=a, max_tokens=20, ignore_eos=True) for a in (None, "a") for p in prompts]
     Decoder(base, patched.applied, slots=3).run(rows)
     for row in rows:
