@@ -42,14 +42,13 @@ class Bank:
         """The phrases that begin with a joint, by joint; those that begin a line, under ""."""
         out: dict[str, list[str]] = {}
         for p in self.phrases:
-            first = p.partition(" ")[0]
-            out.setdefault(first if first in JOINTS else "", []).append(p)
+            out.setdefault(joint(p), []).append(p)
         return {k: tuple(v) for k, v in out.items()}
 
     @cached_property
-    def words(self) -> tuple[str, ...]:
-        """Every word once, in order of appearance."""
-        return tuple(dict.fromkeys(w for line in self.lines for w in line.split()))
+    def shapes(self) -> frozenset[tuple[str, ...]]:
+        """The sequences of joints that lines of the bank have: the grammar that mutation keeps to."""
+        return frozenset(shape(line) for line in self.lines)
 
 
 def phrases(line: str) -> list[str]:
@@ -60,6 +59,17 @@ def phrases(line: str) -> list[str]:
             out.append([])
         out[-1].append(word)
     return [" ".join(p) for p in out if p]
+
+
+def joint(phrase: str) -> str:
+    """The joint a phrase begins with, or ""."""
+    first = phrase.partition(" ")[0]
+    return first if first in JOINTS else ""
+
+
+def shape(line: str) -> tuple[str, ...]:
+    """The joints of a line's phrases, in order."""
+    return tuple(joint(p) for p in phrases(line))
 
 
 def bank(lines: Iterable[str]) -> Bank:

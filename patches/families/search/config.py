@@ -58,6 +58,8 @@ class SearchConfig:
     how: Literal["shared", "official"] = "shared"
     """official: the published loop; one item at a time, the bank and all kept texts encoded again in every round, all
     candidates of a round in one stream of the language model. Kept to measure against"""
+    sound: str = ""
+    """name@digest of the audio-text model, for tasks with sounds"""
     patched: tuple[str, ...] = ()
     """roles whose base carries the patch that is sealed in the folder <role>/ of the artifact"""
     seed: int = 0

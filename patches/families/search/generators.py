@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from patches.families.search.bank import JOINTS, Bank, phrases
+from patches.families.search.bank import JOINTS, Bank, joint, phrases, shape
 from patches.families.search.config import SearchConfig
 from patches.families.search.track import Candidate
 
-TRIES = 8
+TRIES = 12
 """mutations tried for one candidate before fewer are given"""
 
 
@@ -85,10 +85,11 @@ class Ready(Proposing):
 
 @dataclass
 class Mutation(Generator):
-    """New lines from kept ones without any model: swap, insert, drop and recombine phrases and words.
+    """New lines from kept ones without any model: swap, insert, drop and recombine the bank's phrases.
 
     Parents are drawn by rank (the best of two draws), material half of the time from the kept lines, half from the
-    bank. The baseline a language model must beat, and what tests run.
+    bank; a line must have a shape (sequence of joints) that some line of the bank has, or a scorer's blind spots are
+    found before captions are. The baseline a language model must beat, and what tests run.
     """
 
     bank: Bank
@@ -129,7 +130,8 @@ class Random(Generator):
 
 
 def mutate(pool: Sequence[str], bank: Bank, rng: random.Random, words: int) -> str:
-    """One new line from lines of `pool` (best first) and phrases of the bank; "" if it came out empty."""
+    """One new line from lines of `pool` (best first) and phrases of the bank; "" if it came out in no shape that lines
+    of the bank have, says a thing twice, or is too long."""
     parent = phrases(_ranked(pool, rng))
     other = phrases(_ranked(pool, rng)) if rng.random() < 0.5 else phrases(bank.lines[rng.randrange(len(bank.lines))])
     what = rng.random()
@@ -143,7 +145,10 @@ def mutate(pool: Sequence[str], bank: Bank, rng: random.Random, words: int) -> s
         parent = parent[: rng.randint(1, len(parent))] + other[rng.randint(1, len(other)) :]
     elif len(parent) > 1:  # drop a phrase
         parent.pop(rng.randrange(1, len(parent)))
-    return " ".join(" ".join(dict.fromkeys(parent)).split()[:words])
+    line = " ".join(parent)
+    things = [p.partition(" ")[2] if joint(p) else p for p in parent]
+    twice = len(set(things)) < len(things)
+    return "" if twice or line.count(" ") >= words or shape(line) not in bank.shapes else line
 
 
 def _ranked(pool: Sequence[str], rng: random.Random) -> str:
@@ -158,15 +163,11 @@ def _joined(subject: str) -> str:
 def _like(phrase: str, other: Sequence[str], bank: Bank, rng: random.Random) -> str:
     """A phrase with the same joint: out of `other` or of the bank, or what another joint introduces there, so that what
     stands behind "of" can come to stand behind "and"."""
-    joint = _joint(phrase)
-    if joint in ("of", "and") and rng.random() < 0.5:
-        things = [p.partition(" ")[2] for p in other if _joint(p) in ("of", "and") and " " in p]
+    own = joint(phrase)
+    if own in ("of", "and") and rng.random() < 0.5:
+        things = [p.partition(" ")[2] for p in other if joint(p) in ("of", "and") and " " in p]
         if things:
-            return f"{joint} {things[rng.randrange(len(things))]}"
-    same = [p for p in other if _joint(p) == joint] or list(bank.by_joint.get(joint, (phrase,)))
+            return f"{own} {things[rng.randrange(len(things))]}"
+    same = [p for p in other if joint(p) == own] if rng.random() < 0.5 else []
+    same = same or list(bank.by_joint.get(own, (phrase,)))
     return same[rng.randrange(len(same))]
-
-
-def _joint(phrase: str) -> str:
-    first = phrase.partition(" ")[0]
-    return first if first in JOINTS else ""

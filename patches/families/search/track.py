@@ -68,9 +68,11 @@ class Track:
 
     @property
     def first(self) -> tuple[str, ...]:
-        """What round 0 scores: own lines, then the bank's, as many as the budget of calls allows."""
+        """What round 0 scores: own lines, then the bank's. A budget of calls leaves room for the rounds, but at least
+        half of it is the bank's."""
+        c = self.config
         lines = tuple(dict.fromkeys((*self.start, *self.bank.lines)))
-        return lines[: self.config.calls] if self.config.calls else lines
+        return lines[: max(c.calls // 2, c.calls - c.steps * c.ask)] if c.calls else lines
 
     @property
     def why(self) -> Why | None:
