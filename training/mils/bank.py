@@ -26,7 +26,7 @@ def lines() -> tuple[str, ...]:
     classes = worlds.imagenet_classes()
     out: dict[str, None] = {}
     for name in classes:
-        out |= dict.fromkeys(f"{start} {name}" for start in ("a picture of a", "a photo of a", "a drawing of a"))
+        out[f"a picture of a {name}"] = None
         out |= dict.fromkeys(f"a picture of a {name} on {ground}" for ground in GROUNDS)
         out[f"a picture of two {name}"] = None
     for name in atlas.load().names:

@@ -6,14 +6,14 @@ are kept out of the bank. Every function is one of (split, n, seed); the first n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from training.lab import atlas, worlds
-from training.lab.renderer import GROUNDS, Layout, choose, generator, grounds, render, things
+from training.lab.renderer import GROUNDS, Layout, choose, generator, grounds, render, take, things
 
 MOST = 400
 """scenes a split has"""
@@ -58,21 +58,30 @@ def scenes(split: str, n: int, seed: int = 0) -> Scenes:
          for pair in both]
     )  # fmt: skip
     layout = Layout(grounds(MOST, g, textures=_TEXTURES[split]), things(sprite, g))
-    few = render(_first(layout, n))
+    few = render(take(layout, torch.arange(n)))
     where = tuple(GROUNDS[k] for k in few.ground.tolist())
     return Scenes(few.image, both[:n], where)
 
 
-def _first(layout: Layout, n: int) -> Layout:
-    from training.lab.renderer import take
-
-    return take(layout, torch.arange(n))
-
-
-def clips(split: str, n: int, frames: int = 8, seed: int = 0) -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
-    """n clips (n, T, 3, 96, 96) uint8 of one thing that moves, what it is, and on which ground it does."""
-    data = worlds.actions(split, n, seed, frames=frames)
-    batch = data.read(range(n))
-    names = atlas.load().names
-    what = tuple(names[i] for i in batch.extras["concept"][:, 0].tolist())
-    return batch.image, what, tuple(GROUNDS[i] for i in batch.extras["ground"][:, 0].tolist())
+def clips(split: str, n: int, frames: int = 6, seed: int = 0) -> tuple[Tensor, tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """n clips (n, T, 3, 96, 96) uint8 whose first thing drifts through the first half of the frames and whose second
+    one through the other half, so that no frame shows both; what they are; the grounds."""
+    lab, g = atlas.load(), generator("mils/clips", split, seed)
+    both = pairs(split, seed)
+    sprite = torch.stack(
+        [torch.stack([choose(lab.pick([lab.find(name)], worlds.STYLES[split]), (1,), g)[0] for name in pair])
+         for pair in both]
+    )  # fmt: skip
+    ground = grounds(MOST, g, textures=_TEXTURES[split])
+    thing = things(sprite, g, size=(0.45, 0.7))
+    drift = (torch.rand(MOST, 2, generator=g) - 0.5) * 0.6
+    seen = []
+    for f in range(frames):
+        which = 0 if f < frames // 2 else 1
+        at = (f % (frames // 2)) / max(1, frames // 2 - 1) - 0.5
+        part = {k: v[:n, which : which + 1] for k, v in vars(thing).items()}
+        part["centre"] = (0.3 * part["centre"] + at * drift[:n, None]).clamp(-0.6, 0.6)
+        few = take(Layout(ground, thing), torch.arange(n)).grounds
+        seen.append(render(Layout(few, replace(thing, **part))).image)
+    where = tuple(GROUNDS[k] for k in ground.kind[:n].tolist())
+    return torch.stack(seen, 1), both[:n], where

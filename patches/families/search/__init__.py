@@ -4,14 +4,14 @@ Its own models are CLAPs, the scorers of sounds; CLIPs and language models come 
 """
 
 from patches.families.family import Family
-from patches.families.search.bank import Bank, bank
+from patches.families.search.bank import Bank
 from patches.families.search.config import Budget, SearchConfig
 from patches.families.search.loop import Item, Searcher
 from patches.families.search.sound import load, tiny
 from patches.families.search.table import TABLE, predict
 from patches.families.search.worker import Searching, SearchWorker
 
-__all__ = ["FAMILY", "Bank", "Budget", "Item", "SearchConfig", "SearchWorker", "Searcher", "Searching", "bank"]
+__all__ = ["FAMILY", "Bank", "Budget", "Item", "SearchConfig", "SearchWorker", "Searcher", "Searching"]
 
 FAMILY = Family(
     name="search",

@@ -224,6 +224,10 @@ class SearchWorker(Worker[Searching]):
         if not p.config.sound:
             return sees
         ref, _, digest = p.config.sound.rpartition("@")
+        if ref.startswith("sealed:"):
+            if p.folder is None:
+                raise BadArtifact("The configuration says its sound model is sealed with it, and there is no folder.")
+            ref = f"local-dir:{p.folder / ref.removeprefix('sealed:')}"
         ears = load_base(ref, "search", str(base.device))
         if ears.digest != digest:
             raise WrongBase(f"The sound model {ref} is {ears.digest[:16]}, not {digest[:16]} as when this was sealed.")
