@@ -7,8 +7,8 @@ READY := .venv/.ready
 demo: $(READY)   ## the whole path once, on a real language model: fit, log, compare, serve, ask, split, promote
 	$(PY) docs/demo.py $(ARGS)
 
-test: $(READY)   ## every test that needs no GPU and no patience
-	$(PY) -m pytest -q $(ARGS)
+test: $(READY)   ## every test that needs no GPU and no patience, one process a core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
 
 lint: $(READY)
 	.venv/bin/ruff format --check .
@@ -20,8 +20,9 @@ check: lint test ## what CI runs
 bench: $(READY)  ## base, patched and folded, interleaved; in process and over HTTP
 	$(PY) -m pytest -q tests/bench -m bench --benchmark-json=.patchbay/bench.json $(ARGS)
 
-docs: $(READY)   ## README's table of systems, from registry/systems.py
+docs: $(READY)   ## README's table of systems and the tree in docs/architecture.md, from the code
 	$(PY) -m registry.cli systems --write-readme
+	$(PY) docs/layout.py
 
 $(READY): pyproject.toml
 	python3 -m venv .venv

@@ -14,6 +14,7 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.features import SAE
 from training.data.images import Dataset
+from training.evidence import thumbnails
 
 
 @torch.inference_mode()
@@ -21,7 +22,8 @@ def make(
     base: Base, sae: SAE, site: str, data: Dataset, words: Sequence[str], *, pictures: int = 9, kept: int = 5,
     thumb: int = 48, batch: int = 32,
 ) -> Cards:  # fmt: skip
-    """The cards of every feature of `sae`, which reads `site` (B, T, D), on the pictures of `data` and against `words`.
+    """Makes a card for every feature of `sae` at `site` (B, T, D): its strongest pictures in `data`, its density, its
+    nearest words.
 
     A feature's word is read off the direct path: its decoder row through the last norm's gain and the projection, as if
     no block came after `site`; what later blocks make of it is not in there.
@@ -38,8 +40,7 @@ def make(
         top = f.max(1)
         largest.append(top.values.cpu())
         where.append(top.indices.cpu())
-        small = nnf.interpolate(part.image.float().cpu(), (thumb, thumb), mode="bilinear", antialias=True)
-        thumbs.append(small.round().clamp(0, 255).to(torch.uint8))
+        thumbs.append(thumbnails(part.image, thumb))
     most, at = torch.cat(largest), torch.cat(where)
     picture, activation, token = best(most, at, pictures)
 

@@ -14,9 +14,9 @@ clean accuracy above a floor. Sizes are for two cores and a minute or two each, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,25 +32,15 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from training.data.images import Dataset
+from training.tasks.recognition import Arm
 
 STAR = "*"
 """what stands before a class name for the learned token"""
 
 
 @dataclass(frozen=True)
-class Defence:
-    """A patch of some tower, and how class names are put into words while it is on."""
-
-    patch: Patch
-    strength: float = 1.0
-    templates: Sequence[str] = clip.TEMPLATES
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """what was fitted and chosen, as plain values"""
-
-
-@dataclass(frozen=True)
 class Pairs:
-    """n pictures of one split without and with a word of another class on them."""
+    """n pictures of one split, each without and with a word of another class written on it."""
 
     clean: Tensor
     """(n, 3, h, w) as the model takes them"""
@@ -73,7 +63,8 @@ class Pairs:
 
 
 def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
-    """Two sets that are the same but for the writing, of which `attacked` tells the `strip`."""
+    """Reads two data sets that differ only in the writing as pairs, and finds which patches the writing touches
+    (`strip`)."""
     rows = range(len(clean))
     plain, hit = clean.read(rows), attacked.read(rows)
     cover = nnf.adaptive_avg_pool2d(hit.extras["strip"].float(), tuple(base.model.visual.grid_size)).flatten(1)
@@ -84,27 +75,28 @@ def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of pictures that are called what they show."""
+    """Accuracy on clean and on attacked pictures."""
 
     clean: float
     attacked: float
 
     def worth(self, floor: float) -> float:
-        """What is chosen by: attacked if clean is not below the floor, else how far below it is."""
+        """The value by which a setting is chosen: attacked accuracy if clean accuracy reaches `floor`, else minus the
+        shortfall."""
         return self.attacked if self.clean >= floor - 1e-9 else self.clean - floor
 
 
 def score(p: Pairs, y: tuple[Tensor, Tensor], weights: Tensor) -> Score:
-    """Of unit embeddings of the clean and the attacked pictures, and a classifier (k, C)."""
+    """Accuracy of a classifier (k, C) on unit embeddings of the clean and the attacked pictures."""
     clean, attacked = (float(((e @ weights).argmax(1) == p.label).float().mean()) for e in y)
     return Score(clean, attacked)
 
 
-def judge(base: Base, p: Pairs, d: Defence | None) -> Score:
-    """The defence (None: the base alone) on these pairs."""
+def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
+    """Accuracy of a defence on these pairs; None: of the base."""
     if d is None:
         return score(p, p.y, clip.zero_shot(base, p.classes))
-    with d.patch.apply(base.model, d.strength):
+    with d.on(base):
         y = clip.embed_images(base, p.clean), clip.embed_images(base, p.attacked)
         return score(p, y, clip.zero_shot(base, p.classes, d.templates))
 
@@ -113,13 +105,13 @@ def judge(base: Base, p: Pairs, d: Defence | None) -> Score:
 
 
 def silence(heads: Sequence[tuple[int, int]], count: int) -> HeadEdit:
-    """What these of `count` heads a layer give is zero at the class token, and stays at all others."""
+    """Zeroes the output of these heads (of `count` a layer) at the class token alone."""
     return HeadEdit(HeadConfig(clip.SITES["heads"], tuple(heads), count, "zero", "cls"), {})
 
 
 @torch.no_grad()
 def looks_at_text(base: Base, p: Pairs) -> Tensor:
-    """(L, H): the class token's attention on patches with writing over that on all patches, mean over pictures."""
+    """Share of the class token's attention that falls on patches with writing, per head (L, H), mean over pictures."""
     layers = len(base.model.visual.transformer.resblocks)
     sites = [clip.site("pattern", layer) for layer in range(layers)]
     with record(base.model, sites, keep=lambda a: a[:, :, 0, 1:]) as acts:
@@ -138,7 +130,7 @@ def dyslexify(
     drop: float = 0.01,
     skips: int = 10,
     images: int = 192,
-) -> Defence:
+) -> Arm:
     """Heads in order of `looks_at_text`: one that gains less than `gain` on attacked train pictures is skipped; the end
     is a clean drop above `drop` or more than `skips` skips in a row. The last heads go again while val is below the
     floor."""
@@ -150,7 +142,7 @@ def dyslexify(
     kept: list[tuple[int, int]] = []
     skipped = 0
     for head in tqdm(order, "dyslexify", disable=None, leave=False):
-        got = judge(base, train, Defence(silence((*kept, head), count)))
+        got = judge(base, train, Arm(silence((*kept, head), count)))
         if first.clean - got.clean > drop:
             break
         if got.attacked - now.attacked < gain:
@@ -161,12 +153,12 @@ def dyslexify(
         kept, now, skipped = [*kept, head], got, 0
     about = {"heads": kept, "looks": [round(float(looks[h]), 4) for h in kept], "order": order[:16], "train": vars(now)}
     while kept:
-        d = Defence(silence(kept, count), about={**about, "heads": list(kept)})
+        d = Arm(silence(kept, count), about={**about, "heads": list(kept)})
         if judge(base, val, d).worth(floor) >= 0:
             return d
         kept.pop()
     nothing = silence([order[0]], count)  # at strength 0: no head keeps the floor
-    return Defence(nothing, 0.0, about={**about, "heads": []})
+    return Arm(nothing, 0.0, about={**about, "heads": []})
 
 
 # ---- Defense-Prefix: a token before the class name ---------------------------------------------------------------
@@ -206,7 +198,7 @@ def prefix(
     weights: tuple[float, float] = (1.0, 3.0),
     every: int = 20,
     seed: int = 0,
-) -> Defence:
+) -> Arm:
     """Cross-entropy on attacked pictures and KL to the base's prediction on clean ones, weighted 1 and 3 as published.
 
     Classes of a step are those that its pictures show or read. Adam, because steps are few; val chooses the step.
@@ -241,7 +233,7 @@ def prefix(
                 vector.grad = torch.autograd.grad(loss, vector)[0]
             opt.step()
     assert best is not None
-    return Defence(Prefix(PrefixConfig(token), {"vector": best[1]}), templates=templates, about=best[2])
+    return Arm(Prefix(PrefixConfig(token), {"vector": best[1]}), templates=templates, about=best[2])
 
 
 # ---- Materzynska et al.: a projection of the image embedding -----------------------------------------------------
@@ -278,7 +270,7 @@ def projection(
     steps: int = 200,
     every: int = 20,
     lr: float = 2e-3,
-) -> Defence:
+) -> Arm:
     """Cross-entropy over the train classes on clean and attacked pictures, and `stays` * |W^T W - I|^2 so that W stays
     near a projection. It starts at the main directions of pictures and class names. Val chooses rank, weight, step."""
     scale = clip.logit_scale(base)
@@ -305,7 +297,7 @@ def projection(
                 W.grad = torch.autograd.grad(right + stay * away, W)[0]
             opt.step()
     assert best is not None
-    return Defence(Projection(ProjectionConfig(), {"basis": best[1]}), about=best[2])
+    return Arm(Projection(ProjectionConfig(), {"basis": best[1]}), about=best[2])
 
 
 # ---- PAINT: between the weights and fine-tuned ones --------------------------------------------------------------
@@ -345,7 +337,7 @@ def interpolation(
     lr: float = 5e-5,
     shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     seed: int = 0,
-) -> Defence:
+) -> Arm:
     """The image tower is fine-tuned on attacked train pictures, the base's own classifier in front of it; val chooses
     which of `shares` of the way is gone."""
     scale, names = clip.logit_scale(base), clip.zero_shot(base, train.classes)
@@ -361,14 +353,14 @@ def interpolation(
             p.grad = grad
         opt.step()
     tuned = Tuned(TunedConfig(), {f"visual.{k}": p.detach() for k, p in tower.named_parameters()})
-    got = {a: judge(base, val, Defence(tuned, a)) for a in shares}
+    got = {a: judge(base, val, Arm(tuned, a)) for a in shares}
     best = max(shares, key=lambda a: got[a].worth(floor))
     about = {"share": best, "steps": steps, "val": {str(a): vars(s) for a, s in got.items()}}
-    return Defence(tuned, best, about=about)
+    return Arm(tuned, best, about=about)
 
 
 def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Rows of every step; each row once before any comes again."""
+    """Row numbers of every training step; every row is used once before any is used again."""
     g = torch.Generator().manual_seed(seed)
     rows: Tensor = torch.zeros(0, dtype=torch.long)
     for _ in range(steps):
@@ -378,6 +370,6 @@ def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         rows = rows[batch:]
 
 
-DEFENCES: dict[str, Callable[[Base, Pairs, Pairs, float], Defence]] = {
+DEFENCES: dict[str, Callable[[Base, Pairs, Pairs, float], Arm]] = {
     "dyslexify": dyslexify, "prefix": prefix, "projection": projection, "interpolation": interpolation,
 }  # fmt: skip

@@ -1,0 +1,92 @@
+"""What a run of clip_heads may set, and its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patches.families.clip.direct import Share
+from patches.mechanisms.heads import Mode
+from registry.config import STRICT
+from training.clip_heads.names import Endpoint
+from training.tasks.recognition import (
+    Classifier,
+)
+
+Task = Literal["typographic", "waterbirds", "celeba"]
+Judge = Literal["spectrum", "keyword", "embedding", "model"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to read, how to name it, what to take away and how to measure it."""
+
+    __pydantic_config__ = STRICT
+
+    base: str = "lab:clip"
+    """reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    device: str = "cpu"
+    seed: int = 0
+    task: Task = "typographic"
+    classifier: Classifier = "zero-shot"
+    """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
+    with the patch and served as its label set"""
+    data: str = ""
+    """Folder of the real data set; empty: its rendered twin in the lab world"""
+    layers: tuple[int, ...] = ()
+    """Layers whose heads are read; empty: all of a tower of up to 8 layers, else the last four, as published"""
+    pool: str = ""
+    """Text file of the texts heads are named by, one a line; empty: the lab's own"""
+    taxonomy: str = ""
+    """JSON object, property -> phrases; empty: the lab's own. Needed with `pool`"""
+    span_images: int = 1024
+    """Pictures from which second moments of head contributions are taken"""
+    share: Share = "own"
+    """How LayerNorm's centring is split between heads; `apportioned` as in the authors' code"""
+    texts: int = 10
+    """Texts per head (TEXTSPAN)"""
+    rank: int = 80
+    normalise_pool: bool = False
+    judge: Judge = "spectrum"
+    """Whose labels count; those of the other judges are sealed beside them, with their agreement"""
+    shuffles: int = 100
+    """Random assignments of texts to properties behind the null of judge=spectrum"""
+    endpoint: Endpoint = field(default_factory=Endpoint)
+    """Language model behind judge=model"""
+    examples: tuple[tuple[tuple[str, ...], str], ...] = ()
+    """Examples for judge=model: texts of a head and the name a person gave it; none: texts of each property are shown
+    """
+    changes: str = ""
+    """JSON list of labels that a person overrules: layer, head, label, who, why, at"""
+    ablate: tuple[str, ...] = ("text",)
+    """Properties whose heads are candidates for ablation"""
+    counts: tuple[int, ...] = (1, 2, 4, 8)
+    modes: tuple[Mode, ...] = ("mean", "zero")
+    tokens: Literal["all", "cls"] = "cls"
+    draws: int = 5
+    """Random sets of as many heads, the control"""
+    bound: float = 0.02
+    """Largest loss on val of clean accuracy (typographic) or average accuracy (groups)"""
+    gallery_images: int = 256
+    """Pictures sealed with the patch as a gallery for nearest-neighbour search"""
+    val_images: int = 384
+    test_images: int = 500
+    word: str = ""
+    """unused: tasks of this system steer to nothing; sealed recipes hold it (docs/decisions/0010)"""
+
+
+RECIPES: dict[str, Config] = {
+    "tiny": Config(
+        base="tiny", span_images=24, texts=4, counts=(1, 2), draws=2, gallery_images=12, val_images=24, test_images=24,
+        modes=("mean",), bound=1.0, shuffles=20,
+    ),
+    "lab": Config(ablate=("text",), counts=(2, 4, 8, 12), modes=("mean",), tokens="all"),
+    "waterbirds": Config(
+        task="waterbirds", classifier="probe", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls",
+    ),
+    "paper": Config(
+        base="hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K", device="cuda", task="waterbirds", span_images=5000,
+        texts=20, ablate=("location", "setting"), counts=(2, 4, 6, 8, 12), modes=("mean",), val_images=1199,
+        test_images=5794,
+    ),
+}  # fmt: skip
