@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -129,10 +130,8 @@ def test_a_deployment_carries_it_and_serves_it_without_a_store(name, pushed, tmp
         runtime = Runtime(Settings(name, pinned=tmp_path / digest[:8]))
         runtime.start()
         try:
-            assert (
-                float(runtime.call(lambda r=runtime: r.worker.proof(r.table.champion if digest != "base" else None)))
-                == want / 2
-            )
+            arm = runtime.table.champion if digest != "base" else None
+            assert float(runtime.call(partial(runtime.worker.proof, arm))) == want / 2
         finally:
             runtime.stop()
 

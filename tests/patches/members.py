@@ -144,8 +144,8 @@ LLM: dict[str, Callable[[], Patch]] = {
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
 }
 FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights")
-"""of LLM, those with a form in weights; the others are refused with what to do instead. A mean needs a bias to go to, and
-the tiny Llama has none"""
+"""of LLM, those with a form in weights; the others are refused with what to do instead. A mean needs a bias to go to,
+and the tiny Llama has none"""
 
 
 def _clip_heads(mode: str = "zero", tokens: str = "all", **tensors: torch.Tensor) -> HeadEdit:
