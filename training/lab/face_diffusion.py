@@ -41,12 +41,12 @@ class Config:
     seed: int = 0
     pictures: int = 60_000
     """drawn once, each of another person; every part is trained on them"""
-    width: int = 96
+    width: int = 64
     depth: int = 4
-    heads: int = 3
-    steps: int = 2800
+    heads: int = 2
+    steps: int = 9000
     """of the denoiser"""
-    batch: int = 256
+    batch: int = 128
     lr: float = 3e-3
     whiten: float = 0.4
     """power of a component's standard deviation that is divided out: 1 would make all latents equally large"""

@@ -110,9 +110,9 @@ def draw(people: Tensor, mouth: Tensor, ground: Tensor, r: Tensor, size: int = S
     """(n, 3, size, size) in [0, 1]; r (n, 7) in [0, 1]: clothes' colour (3), shift (2), scale, light."""
     a = {name: people[:, i] for i, name in enumerate(ATTRIBUTES)}
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    scale = (1 / (0.95 + 0.1 * r[:, 5]))[:, None, None]
-    x = ((axis[None, None, :] - (r[:, 3, None, None] - 0.5) * 0.12) * scale).expand(-1, size, size)
-    y = ((axis[None, :, None] - (r[:, 4, None, None] - 0.5) * 0.12) * scale).expand(-1, size, size)
+    scale = (1 / (0.98 + 0.04 * r[:, 5]))[:, None, None]
+    x = ((axis[None, None, :] - (r[:, 3, None, None] - 0.5) * 0.05) * scale).expand(-1, size, size)
+    y = ((axis[None, :, None] - (r[:, 4, None, None] - 0.5) * 0.05) * scale).expand(-1, size, size)
     c, both = _Canvas(_GROUND[ground], x, y, size), x.abs()
     skin = _blend(torch.tensor([[1.0, 0.87, 0.76], [0.78, 0.56, 0.40], [0.34, 0.21, 0.14]]), a["skin"])
     hair, w, has = _blend(_HAIR, a["hair"]), 0.38 + 0.20 * a["width"], 1 - a["bald"]
