@@ -7,9 +7,11 @@ Shapes: n rows, 8 x 3 x 3 latents = 9 tokens of 8 numbers, D width.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from registry.errors import BadRequest
+from patches.families.diffusion.base import INDEX, Condition, Pipe
+from patches.families.diffusion.schedule import Schedule
+from registry.errors import BadArtifact, BadRequest, NotFound
 
 CHANNELS, SIDE, PIXELS = 8, 3, 64
+WEIGHTS = "faces.safetensors"
 WORDS = ("neutral", "smiling", "open", "blue", "yellow", "green", "white", "violet")
 """what a prompt can say of the mouth (first three) and of the background"""
 LOOKS = ("beard", "glasses", "hat", "long hair", "bald")
@@ -181,7 +186,7 @@ class FaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
         self.register_buffer("variance", torch.ones(in_channels, sample_size, sample_size))
-        self.register_buffer("levels", levels())
+        self.register_buffer("levels", levels(), persistent=False)
 
     def forward(
         self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True, **_: Any
@@ -203,8 +208,82 @@ class FaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def levels(steps: int = 1000) -> Tensor:
-    """(steps,) share of signal variance kept at each timestep: the cosine schedule, as SCHEDULER computes it."""
-    from diffusers import DDIMScheduler
+    """(steps,) share of signal variance kept at each timestep: the cosine schedule that SCHEDULER names."""
+    return Schedule(SCHEDULER).alphas[:steps].clone()
 
-    scheduler = DDIMScheduler.from_config(SCHEDULER)
-    return scheduler.alphas_cumprod[:steps].clone()
+
+class Faces(Pipe):
+    """`lab:faces` as the family sees it: condition `text` (4, 64), the embedded words of a prompt."""
+
+    def __init__(self, denoiser: FaceTransformer, words: FaceWords, autoencoder: FaceLatents) -> None:
+        super().__init__()
+        self.denoiser, self.words, self.autoencoder = denoiser, words, autoencoder
+        self.given = nn.ModuleDict({"text": nn.Identity()})
+        self.schedule = Schedule(SCHEDULER)
+        c = denoiser.config
+        self.shape, self.size = (c.in_channels, c.sample_size, c.sample_size), (PIXELS, PIXELS)
+        self.conditions = {"text": (SLOTS, words.config.width)}
+        self.about = {"class": "LabFaces", "words": [*WORDS, *LOOKS]}
+
+    def forward(self, *, sample: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        out: Tensor = self.denoiser(sample, timestep, self.given["text"](condition["text"])).sample
+        return out
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """(n, 4, 64) of prompts as ids (n, 8)."""
+        out: Tensor = self.words(ids.to(self.autoencoder.mean.device))
+        return out
+
+    def text(self, prompts: Sequence[str]) -> list[Condition]:
+        return [{"text": row.cpu()} for row in self.embed(Words()(prompts))]
+
+    def image(self, pictures: Tensor) -> list[Condition]:
+        raise BadRequest("lab:faces reads words, not pictures; to draw one person again, invert a picture (w2w).")
+
+    def null(self) -> Condition:
+        return self.text([""])[0]
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        net = self.autoencoder
+        return net.encode(pictures.to(net.mean) * 2 - 1)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        net = self.autoencoder
+        return (net.decode(latents.to(net.mean)) / 2 + 0.5).clamp(0, 1)
+
+
+def read(folder: Path) -> Faces:
+    """The model in a folder that training/lab/face_diffusion.py wrote. Raises NotFound or BadArtifact."""
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise NotFound(f"{folder} has no {WEIGHTS}. Make it: python -m training.lab.face_diffusion lab {folder}")
+    about = json.loads((folder / INDEX).read_text())
+    tensors = {k: v.float() for k, v in load_file(file).items()}
+    pipe = Faces(FaceTransformer(**about["transformer"]), FaceWords(**about["words"]), FaceLatents(**about["latents"]))
+    for name, part in (("transformer", pipe.denoiser), ("words", pipe.words), ("latents", pipe.autoencoder)):
+        _fill(part, {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}, file)
+    return pipe
+
+
+def _fill(part: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        part.load_state_dict(dict(tensors))
+    except RuntimeError as e:
+        raise BadArtifact(f"{file} does not hold {type(part).__name__}: {str(e)[:200]}") from None
+
+
+def tiny(seed: int = 0) -> Faces:
+    """A random one with a latent that is not empty: for tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipe = Faces(FaceTransformer(width=32, depth=2, cross_attention_dim=32), FaceWords(32), FaceLatents(width=16))
+        nn.init.normal_(pipe.denoiser.leave.weight, std=0.2)
+        for block in pipe.denoiser.blocks:
+            nn.init.normal_(block.time.weight, std=0.05)
+        pipe.autoencoder.basis.copy_(torch.linalg.qr(torch.randn_like(pipe.autoencoder.basis)).Q)
+    return pipe
