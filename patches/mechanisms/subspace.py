@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
-from patches.patch import Edit, Inputs, Patch, Side, Weight
+from patches.engine.edits import Edit, Inputs, Side, Weight
+from patches.engine.patch import Patch
 from registry.config import STRICT
-from registry.errors import BadRequest, PatchError
+from registry.errors import Invalid, PatchError
 
 MAX_Z = 12.0
 """largest coefficient a request may give, in standard deviations of the population"""
@@ -304,33 +305,33 @@ class SubspaceEdit(Patch):
     def _attribute(self, name: str) -> int:
         if name not in self.config.attributes:
             known = ", ".join(self.config.attributes) or "none"
-            raise BadRequest(f"There is no attribute {name[:40]!r}. Attributes: {known}.")
+            raise Invalid(f"There is no attribute {name[:40]!r}. Attributes: {known}.")
         return self.config.attributes.index(name)
 
     # -- requests
 
     def point(self, ask: Ask) -> Tensor:
-        """(m,) where a request starts and moves to. Raises BadRequest for what lies outside."""
+        """(m,) where a request starts and moves to. Raises Invalid for what lies outside."""
         given = [k for k in ("coefficients", "person", "seed") if getattr(ask, k) is not None]
         if len(given) > 1:
-            raise BadRequest(f"A row starts at one place; {' and '.join(given)} are two. Give one of them.")
+            raise Invalid(f"A row starts at one place; {' and '.join(given)} are two. Give one of them.")
         z = self.tensors["z"].float().cpu()
         if ask.coefficients is not None:
             if len(ask.coefficients) > self.components:
-                raise BadRequest(f"{len(ask.coefficients)} coefficients were given; this space has {self.components}.")
+                raise Invalid(f"{len(ask.coefficients)} coefficients were given; this space has {self.components}.")
             given_z = torch.tensor(ask.coefficients)
             if bool((given_z.abs() > MAX_Z).any()):
-                raise BadRequest(f"A coefficient is beyond {MAX_Z:g} standard deviations; nothing the base can draw.")
+                raise Invalid(f"A coefficient is beyond {MAX_Z:g} standard deviations; nothing the base can draw.")
             z = F.pad(given_z, (0, self.components - len(given_z)))
         if ask.person is not None:
             members = self.tensors.get("members")
             if members is None or ask.person >= len(members):
-                raise BadRequest(f"There is no member {ask.person}; {0 if members is None else len(members)} are sealed.")
+                raise Invalid(f"There is no member {ask.person}; {0 if members is None else len(members)} are sealed.")
             z = members[ask.person].float().cpu()
         if ask.seed is not None:
             z = self.sample(1, Generator().manual_seed(ask.seed), ask.truncation)[0]
         if far := [k for k, s in ask.attributes.items() if abs(s) > MAX_STRENGTH]:
-            raise BadRequest(f"The strength of {far[0][:40]!r} is beyond {MAX_STRENGTH:g} gaps of the population.")
+            raise Invalid(f"The strength of {far[0][:40]!r} is beyond {MAX_STRENGTH:g} gaps of the population.")
         return self.on("cpu").move(z, ask.attributes)
 
     def on(self, device: torch.device | str) -> SubspaceEdit:

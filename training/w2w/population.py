@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from patches.families.diffusion.identity import denoising_target, spread
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, size, split, start
-from patches.patch import ONLY, apply
+from patches.engine.patch import ONLY, apply
 from registry.errors import BadArtifact, ConfigError, NotFound
 
 Contexts = Callable[[Tensor, Generator], Mapping[str, Tensor]]

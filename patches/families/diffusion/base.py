@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patches.bases import Base, check_device, hub_folder, slug
+from patches.families.base import Base, check_device, hub_folder, slug
 from patches.families.diffusion.schedule import Schedule
 from registry import manifest
 from registry.errors import BadRequest, NotFound

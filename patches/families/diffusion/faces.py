@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from patches.families.diffusion.base import INDEX, Condition, Pipe
 from patches.families.diffusion.schedule import Schedule
-from registry.errors import BadArtifact, BadRequest, NotFound
+from registry.errors import BadArtifact, Invalid, NotFound
 
 CHANNELS, SIDE, PIXELS = 8, 3, 64
 WEIGHTS = "faces.safetensors"
@@ -59,7 +59,7 @@ class Words:
 
     @staticmethod
     def _ids(prompt: str) -> list[int]:
-        """Raises BadRequest for a word this base never saw."""
+        """Raises Invalid for a word this base never saw."""
         words = re.findall(r"[a-z]+", prompt.lower().replace("long hair", "longhair").replace("long-haired", "longhair"))
         looks = [x.replace(" ", "") for x in LOOKS]
         out, no = [int(bool(words)), *[0] * (2 + len(LOOKS))], False
@@ -74,7 +74,7 @@ class Words:
                 k = WORDS.index(word)
                 out[1 if k < 3 else 2] = k + 1 if k < 3 else k - 2
             elif word not in _IGNORED:
-                raise BadRequest(f"lab:faces does not know the word {word[:40]!r}. Words: {', '.join(WORDS + LOOKS)}.")
+                raise Invalid(f"lab:faces does not know the word {word[:40]!r}. Words: {', '.join(WORDS + LOOKS)}.")
             no = no and word in _IGNORED
         return out
 
@@ -239,7 +239,7 @@ class Faces(Pipe):
         return [{"text": row.cpu()} for row in self.embed(Words()(prompts))]
 
     def image(self, pictures: Tensor) -> list[Condition]:
-        raise BadRequest("lab:faces reads words, not pictures; to draw one person again, invert a picture (w2w).")
+        raise Invalid("lab:faces reads words, not pictures; to draw one person again, invert a picture (w2w).")
 
     def null(self) -> Condition:
         return self.text([""])[0]

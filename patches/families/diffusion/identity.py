@@ -18,8 +18,8 @@ from torch import Generator, Tensor
 
 from patches.families.diffusion.schedule import Schedule
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, SubspaceEdit
-from patches.patch import ONLY, Applied, apply
-from registry.errors import BadRequest
+from patches.engine.patch import ONLY, Applied, apply
+from registry.errors import Invalid
 
 Forward = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], Tensor]
 """(x (K R, c, h, w), t (K R,), conditions (K R, ...), theta (K, d)) -> the denoiser's output; differentiable in theta"""
@@ -43,7 +43,7 @@ class Inversion:
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 2000 or not 1 <= self.rows <= 64:
-            raise BadRequest(f"{self.steps} steps of {self.rows} levels: an inversion takes 1 to 2000 of 1 to 64.")
+            raise Invalid(f"{self.steps} steps of {self.rows} levels: an inversion takes 1 to 2000 of 1 to 64.")
 
 
 def denoising_target(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.bases import Base
+from patches.families.base import Base
 from patches.families.diffusion import inversion, solvers
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.schedule import MAX_STEPS, SOLVERS, Schedule, noise
 from patches.families.diffusion.solvers import Program, Query
 from patches.families.worker import Job, Worker, WorkerSettings
-from patches.patch import Applied
+from patches.engine.patch import Applied
 from registry.errors import BadRequest, PatchbayError, TooLarge
 
 MAX_GUIDANCE = 50.0
