@@ -233,7 +233,7 @@ class Denoiser(Worker):
         strengths = [row.strength for _, _, row, _ in part]
         if not any(row.params for _, _, row, _ in part):
             return self.applied.rows(names, strengths)
-        return self.applied.rows(names, strengths, [row.params or None for _, _, row, _ in part])  # type: ignore[call-arg]
+        return self.applied.rows(names, strengths, [row.params for _, _, row, _ in part])
 
     def _decode(self, rows: Sequence[Denoising]) -> None:
         """Latents to pictures, those of one shape together."""
