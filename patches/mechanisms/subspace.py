@@ -336,7 +336,11 @@ class SubspaceEdit(Patch):
 
     def on(self, device: torch.device | str) -> SubspaceEdit:
         """This patch with its tensors on `device`, itself if they are there."""
-        return self if self.tensors["mean"].device == torch.device(device) else replace(self, tensors=self.to(device).tensors)
+        return (
+            self
+            if self.tensors["mean"].device == torch.device(device)
+            else replace(self, tensors=self.to(device).tensors)
+        )
 
     def params(self, ask: Ask | None, base: Any) -> dict[str, Tensor]:
         """Row parameters: theta (d,) decoded here once, not in every layer of every step."""
@@ -376,9 +380,7 @@ class SubspaceEdit(Patch):
     def weights(self) -> list[Weight]:
         c = self.config
         pairs = split(c.layers, self.decode(self.tensors["z"].float()))
-        return [
-            Weight(layer.site, _plus(dense(a, b, c.scale))) for layer, (a, b) in zip(c.layers, pairs, strict=True)
-        ]
+        return [Weight(layer.site, _plus(dense(a, b, c.scale))) for layer, (a, b) in zip(c.layers, pairs, strict=True)]
 
     def adapter(self, z: Tensor | None = None, rank: int = 0) -> dict[str, Tensor]:
         """The point z (default: the patch's own) as a plain adapter: {site}.lora_A.weight (r, in), {site}.lora_B.weight.

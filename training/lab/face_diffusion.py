@@ -61,7 +61,9 @@ class Config:
 
 
 RECIPES: dict[str, Config] = {
-    "tiny": Config(pictures=192, width=16, depth=1, heads=2, steps=4, batch=16, decoder_steps=2, judge_steps=4, test_pictures=32),
+    "tiny": Config(
+        pictures=192, width=16, depth=1, heads=2, steps=4, batch=16, decoder_steps=2, judge_steps=4, test_pictures=32,
+    ),
     "lab": Config(),
 }  # fmt: skip
 
@@ -69,7 +71,9 @@ RECIPES: dict[str, Config] = {
 def ids(p: Pictures, g: Generator | None = None, said: float = 0.3) -> Tensor:
     """(n, 8) what prompts say of pictures; with a generator parts are left out at random, all of it in 10 %."""
     looks = p.people[:, : len(BINARY)].long() + 1
-    out = torch.cat([torch.ones(len(looks), 1, dtype=torch.long), p.mouth[:, None] + 1, p.ground[:, None] + 1, looks], 1)
+    out = torch.cat(
+        [torch.ones(len(looks), 1, dtype=torch.long), p.mouth[:, None] + 1, p.ground[:, None] + 1, looks], 1
+    )
     return out if g is None else forget(out, g, said)
 
 
@@ -315,12 +319,13 @@ def write(
     """The folder of `lab:faces`: one safetensors of the base, one of the judge, config.json and card.json."""
     parts = {"transformer": net, "words": words, "latents": vae}
     tensors = {
-        f"{name}.{k}": v.half().contiguous()
-        for name, part in parts.items()
-        for k, v in part.state_dict().items()
+        f"{name}.{k}": v.half().contiguous() for name, part in parts.items() for k, v in part.state_dict().items()
     }
     save_file(tensors, out / WEIGHTS)
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k}, out / "judge.safetensors")
+    save_file(
+        {k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k},
+        out / "judge.safetensors",
+    )
     about = {
         "_class_name": "LabFaces", "words": {}, "latents": {}, "scheduler": SCHEDULER,
         "transformer": {"width": config.width, "depth": config.depth, "heads": config.heads},

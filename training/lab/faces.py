@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+
+import patches
+from registry.errors import NotFound
 
 BINARY = ("beard", "glasses", "hat", "long_hair", "bald")
 CONTINUOUS = ("skin", "hair", "width", "eyes")
@@ -25,10 +29,13 @@ GROUNDS = ("blue", "yellow", "green", "white", "violet")
 RATES = {"beard": 0.4, "glasses": 0.4, "hat": 0.3, "long_hair": 0.5, "bald": 0.25}
 """how often each binary attribute occurs; a bald person has no long hair"""
 SIZE = 64
+JUDGE = Path(patches.__file__).parent / "lab" / "faces" / "judge.safetensors"
 VERSION = 1
 """of the drawing; a base trained on another version does not know these faces"""
 
-_GROUND = torch.tensor([[0.70, 0.86, 0.97], [0.98, 0.84, 0.50], [0.68, 0.90, 0.66], [0.96, 0.96, 0.96], [0.78, 0.68, 0.90]])
+_GROUND = torch.tensor(
+    [[0.70, 0.86, 0.97], [0.98, 0.84, 0.50], [0.68, 0.90, 0.66], [0.96, 0.96, 0.96], [0.78, 0.68, 0.90]]
+)
 _HAIR = torch.tensor([[0.09, 0.07, 0.08], [0.40, 0.24, 0.12], [0.76, 0.32, 0.10], [0.95, 0.82, 0.46]])
 _FRAME, _HAT, _BRIM = (0.05, 0.05, 0.12), (0.15, 0.25, 0.58), (0.09, 0.16, 0.44)
 
@@ -179,6 +186,18 @@ class Judge(nn.Module):
     def read(self, image: Tensor, chunk: int = 256) -> Tensor:
         """(n, 9) attributes of pictures (n, 3, 64, 64) in [0, 1]."""
         return torch.cat([self(part)[0] for part in image.split(chunk)])
+
+
+@cache
+def load_judge() -> Judge:
+    """The judge that ships with lab:faces. Raises NotFound if it was not shipped."""
+    from safetensors.torch import load_file
+
+    if not JUDGE.is_file():
+        raise NotFound(f"{JUDGE} is missing. Make it: python -m training.lab.face_diffusion lab {JUDGE.parent}")
+    judge = Judge()
+    judge.load_state_dict({k: v.float() for k, v in load_file(JUDGE).items()}, strict=False)
+    return judge.eval().requires_grad_(False)
 
 
 def balanced(read: Tensor, people: Tensor) -> dict[str, float]:

@@ -74,7 +74,7 @@ RECIPES: dict[str, Config] = {
     "lab": Config(),
     "paper": Config(
         base="hf-hub:stablediffusionapi/realistic-vision-v51", device="cuda", population="published:w2w",
-        layers=("to_q", "to_v"), scale=27.0, components=(1000,), directions=("paper",), guidance=3.0, denoising_steps=50,
-        inversion=Inversion(steps=400, rows=8),
+        layers=("to_q", "to_v"), scale=27.0, components=(1000,), directions=("paper",), guidance=3.0,
+        denoising_steps=50, inversion=Inversion(steps=400, rows=8),
     ),
 }  # fmt: skip

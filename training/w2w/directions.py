@@ -27,7 +27,9 @@ def classes(labels: Tensor) -> tuple[Tensor, Tensor]:
     return labels >= high, labels <= low
 
 
-def directions(z: Tensor, labels: Tensor, std: Tensor, method: str, names: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+def directions(
+    z: Tensor, labels: Tensor, std: Tensor, method: str, names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """(k, m) unit directions, (k,) gaps, (k, 2) reach, from z (N, m) and labels (N, k).
 
     gap: how far the two classes' means lie apart along the direction; a strength of 1 moves that far. reach: smallest
@@ -40,7 +42,9 @@ def directions(z: Tensor, labels: Tensor, std: Tensor, method: str, names: Seque
         yes, no = classes(labels[:, i])
         if int(yes.sum()) < 2 or int(no.sum()) < 2:
             name = names[i] if names else str(i)
-            raise ConfigError(f"{name}: {int(yes.sum())} members with it and {int(no.sum())} without; two of each are needed.")
+            raise ConfigError(
+                f"{name}: {int(yes.sum())} members with it and {int(no.sum())} without; two of each are needed."
+            )
         apart.append(z[yes].mean(0) - z[no].mean(0))
     difference = torch.stack(apart)  # (k, m)
     d = {
@@ -67,7 +71,7 @@ def ridge(z: Tensor, y: Tensor, strength: float) -> Tensor:
 
 
 def warm_start(latents: Tensor, z: Tensor, strengths: Sequence[float] = (1, 10, 100, 1000), folds: int = 4) -> Tensor:
-    """(p + 1, m) linear map from a picture's latents (N, p) to coefficients (N, m), its penalty chosen by folds over rows."""
+    """(p + 1, m) ridge map from a picture's latents (N, p) to coefficients (N, m), its penalty chosen by folds."""
     x = torch.cat([latents, torch.ones(len(latents), 1)], 1)
     fold = torch.arange(len(x)) % folds
 
@@ -110,23 +114,28 @@ def probe_auc(
 ) -> tuple[Measure, dict[int, float]]:
     """Mean AUC of the binary attributes on held-out models, with a bootstrap interval over those models, and each."""
     said = probe(z, labels, held, held_labels)
-    each = {i: auc(said[:, i], held_labels[:, i] > 0.5) for i in binary}
+    each = {i: v for i in binary if (v := auc(said[:, i], held_labels[:, i] > 0.5)) == v}
+    if not each:  # nobody held out differs in any attribute
+        return Measure(0.5, 0.0, 1.0, 0), each
     g, means = Generator().manual_seed(0), []
     for _ in range(draws):
         k = torch.randint(0, len(held), (len(held),), generator=g)
         values = torch.tensor([auc(said[k, i], held_labels[k, i] > 0.5) for i in binary])
-        means.append(float(values.nanmean()))
+        if not bool(values.isnan().all()):
+            means.append(float(values.nanmean()))
     low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
     return Measure(sum(each.values()) / len(each), low, high, len(held)), each
 
 
-def shuffled_auc(z: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, binary: Sequence[int], draws: int = 20) -> float:
+def shuffled_auc(
+    z: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, binary: Sequence[int], draws: int = 20
+) -> float:
     """The control: mean AUC of probes fitted on labels that were dealt to other models."""
     g, out = Generator().manual_seed(1), []
     for _ in range(draws):
         said = probe(z, labels[torch.randperm(len(labels), generator=g)], held, held_labels)
-        out += [auc(said[:, i], held_labels[:, i] > 0.5) for i in binary]
-    return sum(out) / len(out)
+        out += [v for i in binary if (v := auc(said[:, i], held_labels[:, i] > 0.5)) == v]
+    return sum(out) / len(out) if out else 0.5
 
 
 def explained(said: Tensor, labels: Tensor) -> float:

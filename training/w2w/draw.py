@@ -18,7 +18,7 @@ def draw(
     pipe: Any, layers: Sequence[Layer], scale: float, theta: Tensor | None, text: Tensor, noise: Tensor, *,
     guidance: float, steps: int, both: bool = False, chunk: int = 24,
 ) -> Tensor:  # fmt: skip
-    """Pictures (n, 3, H, W) of n rows; adapter i of theta (K, d) draws rows i n / K ... (i + 1) n / K - 1; None: the base.
+    """Pictures (n, 3, H, W) of n rows; adapter i of theta (K, d) draws the i-th run of n / K rows; None: the base.
 
     text (n, L, C), noise (n, c, h, w). both: the null half of guidance goes through the adapter too, as in the paper;
     by default it is the unpatched base.
@@ -55,7 +55,9 @@ def _denoise(
     return x
 
 
-def joined(layers: Sequence[Layer], one: Tensor, other: Tensor, weight: float | Tensor = 1.0) -> tuple[tuple[Layer, ...], Tensor]:
+def joined(
+    layers: Sequence[Layer], one: Tensor, other: Tensor, weight: float | Tensor = 1.0
+) -> tuple[tuple[Layer, ...], Tensor]:
     """Two adapters as one of both ranks: the sum of their updates, the second times `weight` (K,) or a number."""
     out, layered = [], []
     w = weight[:, None, None] if isinstance(weight, Tensor) else weight

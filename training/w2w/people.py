@@ -51,10 +51,8 @@ def _drawn(config: Config, pipe: Any, which: Sequence[int]) -> People:
         g = Generator().manual_seed(config.seed * 1_000_003 + i)
         parts.append(faces.pictures(faces.identities(1, g).expand(m, -1), g))
     image = torch.stack([p.image for p in parts])
-    said = torch.stack([
-        torch.stack([torch.ones_like(p.mouth), p.mouth + 1, p.ground + 1, *[torch.zeros_like(p.mouth)] * len(faces.BINARY)], 1)
-        for p in parts
-    ]).flatten(0, 1)  # fmt: skip
+    unsaid = [torch.zeros(m, dtype=torch.long)] * len(faces.BINARY)
+    said = torch.cat([torch.stack([torch.ones_like(p.mouth), p.mouth + 1, p.ground + 1, *unsaid], 1) for p in parts])
     latents = pipe.latents(image.flatten(0, 1)).unflatten(0, (len(parts), m))
     return People(torch.stack([p.people[0] for p in parts]), image, Shots(latents, prompts(pipe, said)))
 
@@ -103,7 +101,9 @@ def _folder(config: Config, pipe: Any, which: Sequence[int]) -> People:
     for i in which:
         files = sorted(p for p in (root / names[i]).glob("*") if p.suffix.lower() in PICTURES)[: config.shots]
         if len(files) < config.shots:
-            raise ConfigError(f"{root / names[i]} has {len(files)} pictures; shots={config.shots} are asked of each person.")
+            raise ConfigError(
+                f"{root / names[i]} has {len(files)} pictures; shots={config.shots} are asked of each person."
+            )
         images.append(torch.stack([_picture(Image.open(f), width, height) for f in files]))
     image = torch.stack(images)
     latents = torch.stack([pipe.latents(x) for x in image])

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from patches.engine.patch import ONLY, apply
 from patches.families.diffusion.identity import denoising_target, spread
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, size, split, start
-from patches.engine.patch import ONLY, apply
 from registry.errors import BadArtifact, ConfigError, NotFound
 
 Contexts = Callable[[Tensor, Generator], Mapping[str, Tensor]]
@@ -136,7 +136,7 @@ class Population:
 def create(
     folder: Path, layers: Sequence[Layer], scale: float, attributes: Sequence[str], form: str = "raw"
 ) -> Population:
-    """An empty population, or the one that an interrupted run began in `folder`. Raises ConfigError if it is another."""
+    """An empty population, or the one that an interrupted run began in `folder`; ConfigError if it is another."""
     folder.mkdir(parents=True, exist_ok=True)
     made = Population(folder, tuple(layers), scale, form, tuple(attributes))
     if (folder / INDEX).is_file():
@@ -214,14 +214,16 @@ def _key(key: str, folder: Path | str) -> tuple[str, str]:
     """(module path, "A" or "B") of a key, whatever prefix and adapter name it was saved with."""
     import re
 
-    got = re.fullmatch(r"(?:base_model\.model\.|unet\.|transformer\.)?(.+)\.lora[_.]([AB])(?:\.[A-Za-z0-9_-]+)??\.weight", key)
+    got = re.fullmatch(
+        r"(?:base_model\.model\.|unet\.|transformer\.)?(.+)\.lora[_.]([AB])(?:\.[A-Za-z0-9_-]+)??\.weight", key
+    )
     if got is None:
         raise BadArtifact(f"{folder}: {key[:80]!r} is no factor of a low-rank adapter (...lora_A.weight).")
     return got[1], got[2]
 
 
 def read_folder(folder: Path) -> tuple[list[str], list[dict[str, tuple[Tensor, Tensor]]]]:
-    """(names, adapters) of the folders in `folder`, by name. Raises ConfigError if they do not adapt the same modules."""
+    """(names, adapters) of the folders in `folder`, by name; ConfigError if they do not adapt the same modules."""
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
     if len(names) < 3:
         raise ConfigError(f"{folder} holds {len(names)} adapters; a population has three or more.")
@@ -255,7 +257,9 @@ def canonical(a: Tensor, b: Tensor, rank: int, like: Tensor | None = None) -> tu
     return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
 
 
-def gather(adapters: Sequence[dict[str, tuple[Tensor, Tensor]]], form: str, rank: int = 1) -> tuple[tuple[Layer, ...], Tensor]:
+def gather(
+    adapters: Sequence[dict[str, tuple[Tensor, Tensor]]], form: str, rank: int = 1
+) -> tuple[tuple[Layer, ...], Tensor]:
     """(layers, theta (N, d)) of adapters: their factors as they are (`raw`, equal ranks), their canonical form, or the
     dense update B A (`update`), in which starts, scales and signs no longer matter."""
     sites = sorted(adapters[0])
@@ -289,13 +293,16 @@ def updates(layers: Sequence[Layer], theta: Tensor, scale: float = 1.0) -> tuple
 def read_published(folder: Path) -> dict[str, Any]:
     """The authors' released space (V.pt, mean.pt, std.pt, proj*.pt, weight_dimensions.pt), each read as tensors alone.
 
-    -> layers, theta-ordered mean (d,), sd (d,), basis (d, m), coefficients (N, m). `weight_dimensions` is an ordered dict
-    key -> ((count,), shape); keys alternate lora_A, lora_B of a module. Convert once: training.w2w.published.
+    -> layers, mean (d,), sd (d,), basis (d, m), coefficients (N, m). `weight_dimensions` is an ordered dict
+    key -> ((count,), shape) whose keys alternate lora_A, lora_B of a module.
     """
+
     def read(pattern: str) -> Any:
         file = next(iter(sorted(folder.glob(pattern))), None)
         if file is None:
-            raise NotFound(f"{folder} has no {pattern}. The published space is V, mean, std, proj and weight_dimensions.")
+            raise NotFound(
+                f"{folder} has no {pattern}. The published space is V, mean, std, proj and weight_dimensions."
+            )
         return torch.load(file, map_location="cpu", weights_only=True)
 
     dimensions = read("weight_dimensions.pt")
@@ -318,4 +325,3 @@ def read_published(folder: Path) -> dict[str, Any]:
     return {
         "layers": tuple(layers), "mean": mean.flatten(), "sd": sd.flatten(), "basis": basis, "coefficients": proj,
     }  # fmt: skip
-

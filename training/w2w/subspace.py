@@ -66,7 +66,9 @@ def moments(blocks: Blocks) -> tuple[Tensor, Tensor, int]:
     return mean.float(), torch.where(flat, torch.ones_like(sd), sd).float(), n
 
 
-def fit(blocks: Blocks, m: int, *, route: str = "auto", oversample: int = 0, power: int = 2, seed: int = 0) -> Components:
+def fit(
+    blocks: Blocks, m: int, *, route: str = "auto", oversample: int = 0, power: int = 2, seed: int = 0
+) -> Components:
     """The first m components. route: `gram`, `randomised`, or by N. Raises ConfigError for m beyond N - 1."""
     mean, sd, n = moments(blocks)
     if not 1 <= m < n:
@@ -137,4 +139,3 @@ def _transposed(blocks: Blocks, mean: Tensor, sd: Tensor, q: Tensor) -> Tensor:
         at += len(x)
     out -= mean[:, None] * q.sum(0)
     return out.div_(sd[:, None])
-

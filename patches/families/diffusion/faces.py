@@ -38,7 +38,22 @@ SCHEDULER = {
     "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True,
     "steps_offset": 0,
 }  # fmt: skip
-_IGNORED = {"a", "an", "the", "of", "on", "in", "and", "with", "person", "picture", "background", "mouth", "sks", "face"}
+_IGNORED = {
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "in",
+    "and",
+    "with",
+    "person",
+    "picture",
+    "background",
+    "mouth",
+    "sks",
+    "face",
+}
 
 
 @dataclass
@@ -60,7 +75,9 @@ class Words:
     @staticmethod
     def _ids(prompt: str) -> list[int]:
         """Raises Invalid for a word this base never saw."""
-        words = re.findall(r"[a-z]+", prompt.lower().replace("long hair", "longhair").replace("long-haired", "longhair"))
+        words = re.findall(
+            r"[a-z]+", prompt.lower().replace("long hair", "longhair").replace("long-haired", "longhair")
+        )
         looks = [x.replace(" ", "") for x in LOOKS]
         out, no = [int(bool(words)), *[0] * (2 + len(LOOKS))], False
         for word in words:
@@ -102,7 +119,9 @@ class FaceLatents(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, channels: int = CHANNELS, side: int = SIDE, width: int = 64, scaling_factor: float = 1.0) -> None:
+    def __init__(
+        self, channels: int = CHANNELS, side: int = SIDE, width: int = 64, scaling_factor: float = 1.0
+    ) -> None:
         super().__init__()
         d = channels * side * side
         self.register_buffer("mean", torch.zeros(3 * 32 * 32))
@@ -139,7 +158,10 @@ class _Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        q, k, v = (p.unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        q, k, v = (
+            p.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for p in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
