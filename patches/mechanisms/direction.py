@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from patches.patch import Act, Inputs, Patch
+from patches.engine.edits import Act, Inputs
+from patches.engine.patch import Patch
 from registry.config import STRICT
-from registry.errors import BadRequest, PatchError
+from registry.errors import Invalid, PatchError
 
 Norm = Literal["unit", "free"]
 MAX_AMOUNT = 8.0
@@ -108,11 +109,11 @@ class DirectionEdit(Patch):
         return scores.masked_fill(~fits, -torch.inf).argmax(1)
 
     def params(self, ask: DirectionAsk, base: Any) -> dict[str, Tensor]:
-        """Row parameters of a request. Raises BadRequest for a class this patch does not know."""
+        """Row parameters of a request. Raises Invalid for a class this patch does not know."""
         target = self._class(ask.target)
         source = NEAREST if ask.source is None else self._class(ask.source)
         if source != NEAREST and self.config.domains[source] != self.config.domains[target]:
-            raise BadRequest(
+            raise Invalid(
                 f"{ask.source!r} is of {self.config.domains[source]!r} and {ask.target!r} of "
                 f"{self.config.domains[target]!r}; a picture moves within one domain."
             )
@@ -120,7 +121,7 @@ class DirectionEdit(Patch):
 
     def _class(self, name: str) -> int:
         if name not in self.config.classes:
-            raise BadRequest(f"There is no class {name[:60]!r}. Classes: {', '.join(self.config.classes)}.")
+            raise Invalid(f"There is no class {name[:60]!r}. Classes: {', '.join(self.config.classes)}.")
         return self.config.classes.index(name)
 
 

@@ -75,7 +75,8 @@ class ZeroShot:
 
 def lab_judges(clip_base: Any | None = None) -> list[Judge]:
     """Both judges of the lab, over all names of the atlas."""
-    from patches.bases import clip, load_base
+    from patches.families import clip
+    from patches.families.base import load_base
     from training.lab import atlas, judge
 
     names = atlas.load().names

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patches.bases import Base, load_base
+from patches.families.base import Base, load_base
 from patches.families.diffusion.base import INDEX, Condition, Pipe
 from patches.families.diffusion.layout import config, schedule
 from patches.families.diffusion.packed import load_packed

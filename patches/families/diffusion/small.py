@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from patches.bases import Base
+from patches.families.base import Base
 from patches.families.diffusion import base as bases
 from patches.families.diffusion.layout import quiet
 from patches.families.diffusion.schedule import Schedule
@@ -30,7 +30,7 @@ def tiny(seed: int = 0) -> Base:
     """The lab's layout, 16 px: text states and an image embedding of a random CLIP."""
     from diffusers.models.embeddings import ImageProjection
 
-    from patches.bases import clip
+    from patches.families import clip
     from patches.families.diffusion.lab import build
 
     encoder = clip.tiny(seed)
