@@ -382,19 +382,16 @@ class SubspaceEdit(Patch):
         pairs = split(c.layers, self.decode(self.tensors["z"].float()))
         return [Weight(layer.site, _plus(dense(a, b, c.scale))) for layer, (a, b) in zip(c.layers, pairs, strict=True)]
 
-    def adapter(self, z: Tensor | None = None, rank: int = 0) -> dict[str, Tensor]:
-        """The point z (default: the patch's own) as a plain adapter: {site}.lora_A.weight (r, in), {site}.lora_B.weight.
+    def factors(self, z: Tensor | None = None, rank: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """The point z (default: the patch's own) as plain factors: site -> A (r, in), B (out, r), the scale inside B.
 
-        The scale is folded into B, so that alpha = r is right for every loader. A dense update is cut to `rank`
-        (0: the fewest that keep 99.99 % of each update's square).
+        A dense update is cut to `rank` (0: the fewest that keep 99.99 % of each update's square).
         """
         c, out = self.config, {}
         theta = self.decode(self.tensors["z"].float() if z is None else z)
         for layer, (a, b) in zip(c.layers, split(c.layers, theta), strict=True):
-            if not layer.a:
-                a, b = shorten(b, rank)
-            out[f"{layer.site}.lora_A.weight"] = a.contiguous().clone()
-            out[f"{layer.site}.lora_B.weight"] = (c.scale * b).contiguous()
+            a, b = (a, b) if layer.a else shorten(b, rank)
+            out[layer.site] = (a.contiguous(), (c.scale * b).contiguous())
         return out
 
 

@@ -7,6 +7,7 @@ Three sources. `train`: adapters of one base from one start, many at a time as b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from patches.engine.patch import ONLY, apply
+from patches.families.diffusion.adapters import read_adapter
 from patches.families.diffusion.identity import denoising_target, spread
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, size, split, start
 from registry.errors import BadArtifact, ConfigError, NotFound
@@ -170,50 +172,8 @@ def fill(
 # ---- reading foreign adapters ---------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """module path -> A (r, in, ...), B (out, r, ...) with alpha / r folded into B, of a peft or diffusers adapter.
-
-    Raises BadArtifact for keys that are no low-rank pairs; nothing is dropped silently.
-    """
-    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    scale: Callable[[str, int], float] = lambda site, r: 1.0  # noqa: E731
-    if config.is_file():
-        about = json.loads(config.read_text())
-        ranks, alphas = about.get("rank_pattern") or {}, about.get("alpha_pattern") or {}
-        root = about.get("use_rslora", False)
-
-        def scale(site: str, r: int) -> float:
-            alpha = next((a for k, a in alphas.items() if site.endswith(k)), about.get("lora_alpha", r))
-            declared = next((n for k, n in ranks.items() if site.endswith(k)), about.get("r", r))
-            if declared != r:
-                raise BadArtifact(f"{folder}: {site} has rank {r}, its config says {declared}.")
-            return float(alpha) / (r**0.5 if root else r)
-
-    else:
-        file = next(iter(sorted(folder.glob("*.safetensors"))), file)
-    if not file.is_file():
-        raise NotFound(f"{folder} holds no adapter_model.safetensors. Adapters are read as safetensors only.")
-    tensors = load_file(file)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        site, letter = _key(key, folder)
-        if letter in pairs.setdefault(site, {}):
-            raise BadArtifact(f"{folder}: {site} has two {letter} factors; one adapter in a file, please.")
-        pairs[site][letter] = value.float()
-    out = {}
-    for site, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise BadArtifact(f"{folder}: {site} lacks a factor, or its ranks differ.")
-        if not bool(pair["A"].isfinite().all() & pair["B"].isfinite().all()):
-            raise BadArtifact(f"{folder}: {site} holds a number that is not finite.")
-        out[site] = (pair["A"], pair["B"] * scale(site, len(pair["A"])))
-    return out
-
-
 def _key(key: str, folder: Path | str) -> tuple[str, str]:
     """(module path, "A" or "B") of a key, whatever prefix and adapter name it was saved with."""
-    import re
-
     got = re.fullmatch(
         r"(?:base_model\.model\.|unet\.|transformer\.)?(.+)\.lora[_.]([AB])(?:\.[A-Za-z0-9_-]+)??\.weight", key
     )
@@ -227,7 +187,7 @@ def read_folder(folder: Path) -> tuple[list[str], list[dict[str, tuple[Tensor, T
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
     if len(names) < 3:
         raise ConfigError(f"{folder} holds {len(names)} adapters; a population has three or more.")
-    adapters = [read_adapter(folder / n) for n in names]
+    adapters = [dict(read_adapter(folder / n).factors) for n in names]
     for name, adapter in zip(names, adapters, strict=True):
         if adapter.keys() != adapters[0].keys():
             odd = sorted(adapter.keys() ^ adapters[0].keys())[0]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from patches.families.base import Base, check_device, hub_folder, slug
 from patches.families.diffusion.schedule import Schedule
 from registry import manifest
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 SITES = {
     "text": "given.text",
@@ -77,11 +77,11 @@ class Pipe(nn.Module, ABC):
 
     @abstractmethod
     def text(self, prompts: Sequence[str]) -> list[Condition]:
-        """Conditions that ask for what the prompts say. Raises BadRequest if this model reads no text."""
+        """Conditions that ask for what the prompts say. Raises Invalid if this model reads no text."""
 
     @abstractmethod
     def image(self, pictures: Tensor) -> list[Condition]:
-        """Conditions that ask for pictures like (B, 3, H, W) in 0..1. Raises BadRequest if this model reads none."""
+        """Conditions that ask for pictures like (B, 3, H, W) in 0..1. Raises Invalid if this model reads none."""
 
     @abstractmethod
     def null(self) -> Condition:
@@ -96,9 +96,9 @@ class Pipe(nn.Module, ABC):
         raise NotImplementedError
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) of latents for pictures of (H, W). Raises BadRequest if this model makes another size only."""
+        """(c, h, w) of latents for pictures of (H, W). Raises Invalid if this model makes another size only."""
         if tuple(size) != tuple(self.size):
-            raise BadRequest(
+            raise Invalid(
                 f"This model makes pictures of {self.size[1]} x {self.size[0]}, not {size[1]} x {size[0]}."
             )
         return self.shape

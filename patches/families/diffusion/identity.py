@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from patches.engine.patch import ONLY, Applied, apply
+from patches.families.diffusion.adapters import Adapter
 from patches.families.diffusion.schedule import Schedule
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, SubspaceEdit
-from patches.engine.patch import ONLY, Applied, apply
 from registry.errors import Invalid
 
 Forward = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], Tensor]
-"""(x (K R, c, h, w), t (K R,), conditions (K R, ...), theta (K, d)) -> the denoiser's output; differentiable in theta"""
+"""(x (K R, c, h, w), t (K R,), conditions (K R, ...), theta (K, d)) -> the denoiser's output, differentiable"""
 Conditions = Callable[[int, Generator], Mapping[str, Tensor]]
 """(rows a picture, generator) -> conditions (K rows, ...) of this step"""
 
@@ -101,6 +102,11 @@ def served(applied: Applied, pipe: Any, arm: str, space: SubspaceEdit) -> Forwar
         return out
 
     return forward
+
+
+def adapter(space: SubspaceEdit, z: Tensor | None = None, rank: int = 0) -> Adapter:
+    """A point of the space as a plain adapter of the denoiser: `write_adapter` makes what peft and diffusers load."""
+    return Adapter({site.removeprefix("denoiser."): pair for site, pair in space.factors(z, rank).items()})
 
 
 def alone(pipe: Any, space: SubspaceEdit) -> tuple[Forward, Applied]:

@@ -3,7 +3,7 @@
 DDIM and fixed point end in one latent that `solvers.ddim` takes down. Edit-friendly noise, EDICT and O-BELM carry more than one
 latent, stacked along the first dimension of what they return; `down` takes each of them down again under another condition.
 Levels are the schedule's, highest first, and must stay below the last one where it is pure noise (a = 0).
-Inversion runs under the row's own condition without guidance; the way down is guided.
+Inversion runs on the base, under the row's own condition without guidance; the way down is guided and patched.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ def up(
     raise NotFound(f"There is no inversion {method[:40]!r}. Inversions: {', '.join(METHODS)}.")
 
 
+def edited(
+    schedule: Schedule, method: str, x: Tensor, levels: Sequence[int], iterations: int = 3, seed: int = 0, skip: int = 0
+) -> Program:
+    """A picture's latent x up and down again in one program: what a row's arm, condition and guidance make of it."""
+    state = yield from up(schedule, method, x, levels, iterations, seed)
+    return (yield from down(schedule, method, state, levels, skip))
+
+
 def down(schedule: Schedule, method: str, state: Tensor, levels: Sequence[int], skip: int = 0) -> Program:
     """The latent (c, h, w) that `state` (of `up`) gives under the row's condition.
 
@@ -68,7 +76,7 @@ def fixed_point(schedule: Schedule, x: Tensor, levels: Sequence[int], iterations
         y = x
         (a, s), (a2, s2) = schedule.at(to), schedule.at(t)
         for _ in range(iterations):
-            out = (yield Query(y[None], [to], guided=False))[0]
+            out = (yield Query(y[None], [to], guided=False, patched=False))[0]
             _, eps = schedule.split(y, out, to)
             y = a * (x - s2 * eps) / a2 + s * eps
         x = y
@@ -85,7 +93,7 @@ def edit_friendly(schedule: Schedule, x: Tensor, levels: Sequence[int], seed: in
     a = torch.tensor([schedule.at(t)[0] for t in levels])[:, None, None, None]
     s = torch.tensor([schedule.at(t)[1] for t in levels])[:, None, None, None]
     noisy = a * x + s * torch.randn((len(levels), *x.shape), generator=random)
-    out = yield Query(noisy, [float(t) for t in levels], guided=False)
+    out = yield Query(noisy, [float(t) for t in levels], guided=False, patched=False)
     noises = torch.zeros_like(noisy)
     for i, (t, to) in enumerate(pairwise([*levels, None])):
         assert t is not None
@@ -106,8 +114,8 @@ def edict_up(schedule: Schedule, x: Tensor, levels: Sequence[int]) -> Program:
         b = s2 - k * s
         y = (y - (1 - MIX) * x) / MIX
         x = (x - (1 - MIX) * y) / MIX
-        y = (y - b * schedule.split(x, (yield Query(x[None], [to], guided=False))[0], to)[1]) / k
-        x = (x - b * schedule.split(y, (yield Query(y[None], [to], guided=False))[0], to)[1]) / k
+        y = (y - b * schedule.split(x, (yield Query(x[None], [to], guided=False, patched=False))[0], to)[1]) / k
+        x = (x - b * schedule.split(y, (yield Query(y[None], [to], guided=False, patched=False))[0], to)[1]) / k
     return torch.stack([x, y])
 
 
@@ -137,12 +145,12 @@ def belm_up(schedule: Schedule, x: Tensor, levels: Sequence[int]) -> Program:
     sbar = [schedule.at(t)[1] / schedule.at(t)[0] for t in steps]
     before = x
     a, s = schedule.at(steps[1])
-    eps = schedule.split(x, (yield Query(x[None], [float(steps[1] or 0)], guided=False))[0], steps[1] or 0)[1]
+    eps = schedule.split(x, (yield Query(x[None], [float(steps[1] or 0)], guided=False, patched=False))[0], steps[1] or 0)[1]
     now = a * (x + (sbar[1] - sbar[0]) * eps)
     for i in range(1, len(steps) - 1):
         t = steps[i]
         assert t is not None
-        eps = schedule.split(now, (yield Query(now[None], [t], guided=False))[0], t)[1]
+        eps = schedule.split(now, (yield Query(now[None], [t], guided=False, patched=False))[0], t)[1]
         h, after = sbar[i] - sbar[i - 1], sbar[i + 1] - sbar[i]
         r = h / after
         bar, bar_before = now / schedule.at(t)[0], before / schedule.at(steps[i - 1])[0]

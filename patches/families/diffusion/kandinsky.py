@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.layout import component, config, schedule
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -49,7 +49,7 @@ class Kandinsky(Pipe):
         return out[:, : self.shape[0]]
 
     def text(self, prompts: Sequence[str]) -> list[Condition]:
-        raise BadRequest("This decoder is told an image embedding; send a picture as its condition, not words.")
+        raise Invalid("This decoder is told an image embedding; send a picture as its condition, not words.")
 
     @torch.no_grad()
     def image(self, pictures: Tensor) -> list[Condition]:
@@ -84,7 +84,7 @@ class Kandinsky(Pipe):
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
         if any(n < self.factor or n % self.factor for n in size):
-            raise BadRequest(f"Pictures of this model have sides in steps of {self.factor}, not {size[1]} x {size[0]}.")
+            raise Invalid(f"Pictures of this model have sides in steps of {self.factor}, not {size[1]} x {size[0]}.")
         return self.shape[0], size[0] // self.factor, size[1] // self.factor
 
 

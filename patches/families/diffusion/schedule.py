@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 
 SOLVERS = ("ddim", "dpm++", "unipc")
 """few-step solvers any base is sampled with; "" is the one its own pipeline names"""
@@ -71,10 +71,10 @@ class Schedule:
     def levels(self, steps: int, top: int | None = None) -> list[int]:
         """`steps` levels, highest first, as the scheduler spaces them; with `top`, evenly spaced from there down to 0.
 
-        Raises BadRequest for a number of steps beyond the schedule.
+        Raises Invalid for a number of steps beyond the schedule.
         """
         if not 1 <= steps <= len(self.alphas):
-            raise BadRequest(f"{steps} steps: a schedule of {len(self.alphas)} levels takes 1 to {len(self.alphas)}.")
+            raise Invalid(f"{steps} steps: a schedule of {len(self.alphas)} levels takes 1 to {len(self.alphas)}.")
         if top is not None:
             return [round(top - i * (top + 1) / steps) for i in range(steps)]
         from diffusers import DDIMScheduler

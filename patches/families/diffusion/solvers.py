@@ -27,6 +27,8 @@ class Query:
     t: Sequence[float]
     guided: bool = True
     """False: the row's own condition alone, whatever its guidance"""
+    patched: bool = True
+    """False: the base answers, whatever the row's arm; inversion asks so"""
 
 
 Program = Generator[Query, Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.layout import component, config, schedule
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 
 class Stable(Pipe):
@@ -50,7 +50,7 @@ class Stable(Pipe):
         return [{"text": s} for s in states]
 
     def image(self, pictures: Tensor) -> list[Condition]:
-        raise BadRequest("This model is asked in words; it reads no picture as its condition.")
+        raise Invalid("This model is asked in words; it reads no picture as its condition.")
 
     def null(self) -> Condition:
         return self.text([""])[0]
@@ -69,7 +69,7 @@ class Stable(Pipe):
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
         if any(n < self.factor or n % self.factor for n in size):
-            raise BadRequest(f"Pictures of this model have sides in steps of {self.factor}, not {size[1]} x {size[0]}.")
+            raise Invalid(f"Pictures of this model have sides in steps of {self.factor}, not {size[1]} x {size[0]}.")
         return self.shape[0], size[0] // self.factor, size[1] // self.factor
 
 

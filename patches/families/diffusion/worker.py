@@ -23,7 +23,7 @@ from patches.families.diffusion.schedule import MAX_STEPS, SOLVERS, Schedule, no
 from patches.families.diffusion.solvers import Program, Query
 from patches.families.worker import Job, Worker, WorkerSettings
 from patches.engine.patch import Applied
-from registry.errors import BadRequest, PatchbayError, TooLarge
+from registry.errors import Invalid, PatchbayError, TooLarge
 
 MAX_GUIDANCE = 50.0
 MAX_STATE = 64 << 20
@@ -54,7 +54,7 @@ class Denoising(Job):
     strength_of_edit: float = 1.0
     """how much of a started picture is noised away, as image-to-image pipelines count it: 1 is everything"""
     program: Callable[[Schedule, Denoising, tuple[int, int, int]], Program] | None = None
-    """what is run instead of `sampled`: an `Invert`, a `Regenerate`"""
+    """what is run instead of `sampled`: an `Invert`, a `Regenerate`, an `Edit`"""
     decode: bool = True
     """whether the result is turned into a picture"""
     out: Tensor | None = None
@@ -70,11 +70,11 @@ class Denoising(Job):
     run: Program | None = field(default=None, repr=False)
 
 
-class Denoiser(Worker):
+class Denoiser(Worker[Denoising]):
     """Rows of any arms in one forward."""
 
     def __init__(self, subject: Any, settings: WorkerSettings | None = None) -> None:
-        """subject: what has `base` and `applied`."""
+        """subject: what has `base` and `applied`; a Subject."""
         self.base: Base = subject.base
         self.applied: Applied = subject.applied
         self.pipe: Pipe = self.base.model
@@ -87,36 +87,32 @@ class Denoiser(Worker):
         self.waiting: deque[Denoising] = deque()
         self.running: list[Denoising] = []
 
-    @property
-    def idle(self) -> bool:
-        return not self.waiting and not self.running
-
     # ---- queueing ------------------------------------------------------------------------------------------------
 
     def check(self, jobs: Iterable[Denoising]) -> None:
-        """Raises BadRequest or TooLarge, in words, if a row cannot be run."""
+        """Raises Invalid or TooLarge, in words, if a row cannot be run."""
         for row in jobs:
             self._check(row)
 
     def _check(self, row: Denoising) -> None:
         top = min(MAX_STEPS, len(self.pipe.schedule.alphas))
         if not 1 <= row.steps <= top:
-            raise BadRequest(f"{row.steps} steps: this model takes 1 to {top}.")
+            raise Invalid(f"{row.steps} steps: this model takes 1 to {top}.")
         if row.solver not in ("", *SOLVERS):
-            raise BadRequest(f"There is no solver {row.solver[:40]!r}. Solvers: {', '.join(SOLVERS)}.")
+            raise Invalid(f"There is no solver {row.solver[:40]!r}. Solvers: {', '.join(SOLVERS)}.")
         if not abs(row.guidance) <= MAX_GUIDANCE:  # also if it is NaN
-            raise BadRequest(f"Guidance {row.guidance}: it must lie within +-{MAX_GUIDANCE:g}.")
+            raise Invalid(f"Guidance {row.guidance}: it must lie within +-{MAX_GUIDANCE:g}.")
         if not 0.0 < row.strength_of_edit <= 1.0:
-            raise BadRequest(f"Strength {row.strength_of_edit}: how much is noised away lies above 0 and up to 1.")
+            raise Invalid(f"Strength {row.strength_of_edit}: how much is noised away lies above 0 and up to 1.")
         shape = self._shape(row)
         for given in (row.condition, row.other):
             if given is None:
                 continue
             if set(given) != set(self.pipe.conditions):
-                raise BadRequest(f"This model is told {', '.join(self.pipe.conditions)}, not {', '.join(given)}.")
+                raise Invalid(f"This model is told {', '.join(self.pipe.conditions)}, not {', '.join(given)}.")
             for name, x in given.items():
                 if tuple(x.shape) != tuple(self.pipe.conditions[name]) or not bool(torch.isfinite(x).all()):
-                    raise BadRequest(
+                    raise Invalid(
                         f"The condition {name!r} must be finite numbers of shape {self.pipe.conditions[name]}, "
                         f"not {tuple(x.shape)}."
                     )
@@ -124,18 +120,12 @@ class Denoiser(Worker):
             if row.start.numel() > MAX_STATE:
                 raise TooLarge(f"A row starts from {row.start.numel()} numbers; {MAX_STATE} are allowed.")
             if tuple(row.start.shape[-3:]) != shape or not bool(torch.isfinite(row.start).all()):
-                raise BadRequest(f"A row starts from finite latents of shape {shape}, not {tuple(row.start.shape)}.")
+                raise Invalid(f"A row starts from finite latents of shape {shape}, not {tuple(row.start.shape)}.")
         if any(not bool(torch.isfinite(v).all()) for v in row.params.values() if v.is_floating_point()):
-            raise BadRequest("A row's parameters hold NaN or infinity; every number must be finite.")
+            raise Invalid("A row's parameters hold NaN or infinity; every number must be finite.")
 
     def _shape(self, row: Denoising) -> tuple[int, int, int]:
         return self.pipe.shape if row.size is None else self.pipe.shape_of(row.size)
-
-    def add(self, jobs: Iterable[Denoising]) -> None:
-        """Queue rows. Raises as `check`, queueing none."""
-        jobs = list(jobs)
-        self.check(jobs)
-        self.waiting.extend(jobs)
 
     def cancel(self, job: Denoising) -> None:
         """Stop one row now; the others do not notice."""
@@ -176,7 +166,7 @@ class Denoiser(Worker):
         except StopIteration as end:
             row.out, row.query, row.finished = end.value.float().cpu(), None, "stop"
             if not bool(torch.isfinite(row.out).all()):
-                row.finished, row.error = "failed", BadRequest(
+                row.finished, row.error = "failed", Invalid(
                     "Denoising left the range of numbers (NaN or infinity); lower guidance or strength."
                 )  # fmt: skip
         except PatchbayError as e:
@@ -229,11 +219,15 @@ class Denoiser(Worker):
 
     def _rows(self, part: Sequence[tuple[Tensor, float, Denoising, bool]]) -> Any:
         """Who gets which arm in one forward."""
-        names = [row.arm if own or row.other_patched else None for _, _, row, own in part]
-        strengths = [row.strength for _, _, row, _ in part]
-        if not any(row.params for _, _, row, _ in part):
-            return self.applied.rows(names, strengths)
-        return self.applied.rows(names, strengths, [row.params for _, _, row, _ in part])
+        rows = [row for _, _, row, _ in part]
+        names = [row.arm if self._patched(row, own) else None for _, _, row, own in part]
+        return self.applied.rows(names, [row.strength for row in rows], [row.params for row in rows])
+
+    @staticmethod
+    def _patched(row: Denoising, own: bool) -> bool:
+        """Whether the row's own half, or its other one, goes through its arm."""
+        assert row.query is not None
+        return row.query.patched and (own or row.other_patched)
 
     def _decode(self, rows: Sequence[Denoising]) -> None:
         """Latents to pictures, those of one shape together."""
@@ -299,6 +293,25 @@ class Invert:
         each = {"fixed_point": self.iterations, "edict": 2}.get(self.method, 1)
         row.stages = 1 if self.method == "edit_friendly" else each * len(self.levels)
         return inversion.up(schedule, self.method, row.start, self.levels, self.iterations, row.seed)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A row's program: a picture's latents `row.start` inverted on the base, then regenerated as the row asks."""
+
+    method: str = "fixed_point"
+    levels: tuple[int, ...] = ()
+    iterations: int = 3
+    skip: int = 0
+
+    def __call__(self, schedule: Schedule, row: Denoising, shape: tuple[int, int, int]) -> Program:
+        assert row.start is not None
+        each = {"fixed_point": self.iterations, "edict": 2}.get(self.method, 1)
+        up = 1 if self.method == "edit_friendly" else each * len(self.levels)
+        row.stages = up + (len(self.levels) - self.skip) * (2 if self.method == "edict" else 1)
+        return inversion.edited(
+            schedule, self.method, row.start, self.levels, self.iterations, row.seed, self.skip
+        )
 
 
 @dataclass(frozen=True)
