@@ -148,10 +148,12 @@ class AdapterSet(Patch):
         return type(self)(self.config, {k: v if v.requires_grad else v.to(device) for k, v in self.tensors.items()})
 
 
-def linear_layers(model: torch.nn.Module, leaves: Sequence[str], rank: int = 1) -> tuple[Layer, ...]:
-    """The Linear and Conv2d modules of `model` whose path ends in one of `leaves`, in order of their paths' places."""
+def linear_layers(model: torch.nn.Module, leaves: Sequence[str], rank: int = 1, under: str = "") -> tuple[Layer, ...]:
+    """The Linear and Conv2d modules in the submodule `under` whose path ends in one of `leaves`, in the model's order."""
     out = []
     for name, m in model.named_modules():
+        if under and not name.startswith(f"{under}."):
+            continue
         if not any(name == leaf or name.endswith("." + leaf) for leaf in leaves):
             continue
         if isinstance(m, torch.nn.Linear):

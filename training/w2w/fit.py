@@ -19,8 +19,9 @@ from registry.errors import ConfigError, Tampered, Unsealed
 from registry.home import home
 from registry.manifest import Manifest
 from training.lab import faces
-from training.w2w import directions, figures, measure, people, population, subspace
+from training.w2w import directions, measure, people, population, subspace
 from training.w2w.config import Config
+from training.w2w.figures import SHOWN, strip
 from training.w2w.population import Population
 
 EVIDENCE = "evidence.json"
@@ -30,6 +31,8 @@ MEMBERS = 4096
 """members whose coefficients are sealed with the space, to begin at and to compare with"""
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """numbers of components whose share of the variance is told"""
+EXACT = 20_000_000
+"""numbers of a basis up to which it is sealed in float32"""
 CACHED = 20_000
 """numbers of a picture's latent up to which a warm start is fitted"""
 
@@ -55,8 +58,7 @@ class Source:
 
 def adapted(config: Config, base: Base) -> tuple[Layer, ...]:
     """The layers of the denoiser whose weights a population changes."""
-    layers = linear_layers(base.model, config.layers, config.rank)
-    return tuple(x for x in layers if x.site.startswith("denoiser."))
+    return linear_layers(base.model, config.layers, config.rank, under="denoiser")
 
 
 def trained(config: Config, base: Base) -> Source:
@@ -154,7 +156,7 @@ def space(
     names = [made.attributes[i] for i in usable]
     radius = z.norm(dim=1) / z.shape[1] ** 0.5
     tensors = {
-        "mean": components.mean, "sd": components.sd, "basis": components.basis.half(), "std": components.std,
+        "mean": components.mean, "sd": components.sd, "basis": components.basis if components.basis.numel() <= EXACT else components.basis.half(), "std": components.std,
         "z": torch.zeros(z.shape[1]), "radius": torch.stack([radius.min(), radius.max()]),
         "members": z[:MEMBERS].half(),
     }  # fmt: skip
@@ -178,6 +180,7 @@ def shortened(found: subspace.Components, m: int) -> subspace.Components:
 
 def fit(config: Config, folder: Path) -> Manifest:
     """Population, components, directions; sealed as a patch whose parent is the population."""
+    folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "diffusion", config.device)
     if config.population.startswith("published:"):
         return _published(config, base, folder)
@@ -189,7 +192,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         save_file({"theta": theta.contiguous(), "labels": labels.contiguous()}, folder / HELD)
         if not config.data and not config.population and len(theta) > config.val:
             lab = measure.Lab.open(config, base, chosen, made.held, "held")
-            save_file(figures.strip(lab), folder / figures.SHOWN)
+            save_file(strip(lab), folder / SHOWN)
     return artifact.save(chosen, "w2w", folder, base=base.label, parents=[made.digest] if made.digest else [])
 
 

@@ -7,6 +7,7 @@ Three sources. `train`: adapters of one base from one start, many at a time as b
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,6 +196,8 @@ def read_folder(folder: Path) -> tuple[list[str], list[dict[str, tuple[Tensor, T
         for site, (a, b) in adapter.items():
             if (a.shape[1:], b.shape[:1]) != (adapters[0][site][0].shape[1:], adapters[0][site][1].shape[:1]):
                 raise ConfigError(f"{name}: {site} has another shape than in {names[0]}; they are of two bases.")
+            if not bool(a.isfinite().all() and b.isfinite().all()):
+                raise BadArtifact(f"{name}: {site} holds a number that is not finite.")
     return names, adapters
 
 
@@ -263,7 +266,10 @@ def read_published(folder: Path) -> dict[str, Any]:
             raise NotFound(
                 f"{folder} has no {pattern}. The published space is V, mean, std, proj and weight_dimensions."
             )
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise BadArtifact(f"{file} holds more than tensors, and nothing else of it is read.") from None
 
     dimensions = read("weight_dimensions.pt")
     layers: list[Layer] = []

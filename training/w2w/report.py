@@ -25,9 +25,10 @@ from registry.errors import ConfigError
 from registry.measure import Measure
 from training.lab import faces
 from training.lab.faces import BINARY
-from training.w2w import baselines, directions, fit, measure, population, subspace
+from training.w2w import baselines, directions, measure, population, subspace
 from training.w2w.config import Config
 from training.w2w.draw import read
+from training.w2w.fit import HELD, Source, evidence, trained
 from training.w2w.measure import Lab, identity, over_people
 
 ASKED = torch.tensor([[1, 1 + i % 3, 1 + (2 * i) % 5, 0, 0, 0, 0, 0] for i in range(4)])
@@ -37,9 +38,9 @@ ASKED = torch.tensor([[1, 1 + i % 3, 1 + (2 * i) % 5, 0, 0, 0, 0, 0] for i in ra
 def open_lab(folder: Path, config: Config, split: str = "held") -> Lab:
     """The measured people of a sealed space. Raises ConfigError if it holds none."""
     _, patch = artifact.load(folder)
-    if not (folder / fit.HELD).is_file():
+    if not (folder / HELD).is_file():
         raise ConfigError(f"{folder} holds no people that the space was not fitted to; fit with val and held people.")
-    held = load_file(folder / fit.HELD)
+    held = load_file(folder / HELD)
     base = load_base(config.base, "diffusion", config.device)
     return Lab.open(config, base, patch, (held["theta"], held["labels"]), split)  # type: ignore[arg-type]
 
@@ -47,8 +48,8 @@ def open_lab(folder: Path, config: Config, split: str = "held") -> Lab:
 def report(folder: Path, config: Config) -> dict[str, Any]:
     """Every table, name -> plain values. Raises ConfigError if the space holds no people to measure."""
     lab = open_lab(folder, config)
-    made = fit.trained(config, lab.base)
-    out: dict[str, Any] = {"people": len(lab.labels), "models": len(made.labels), "fit": fit.evidence(folder)}
+    made = trained(config, lab.base)
+    out: dict[str, Any] = {"people": len(lab.labels), "models": len(made.labels), "fit": evidence(folder)}
     tables: dict[str, Callable[[], Any]] = {
         "attributes": lambda: attributes(lab, made),
         "identity": lambda: identities(lab),
@@ -80,7 +81,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def attributes(lab: Lab, made: fit.Source) -> dict[str, Any]:
+def attributes(lab: Lab, made: Source) -> dict[str, Any]:
     """A linear probe on coefficients of held-out adapters, beside one on shuffled labels."""
     z = lab.space.tensors["members"].float()
     held = lab.space.encode(lab.theta)
@@ -165,7 +166,7 @@ def _nearest(lab: Lab, shots: population.Shots) -> Tensor:
     for at in range(0, n, 60):
         pool.append(lab.people(range(at, min(at + 60, n))).shots.latents[:, :3])
     found = baselines.nearest_person(lab, shots, torch.cat(pool))
-    return torch.cat(list(fit.trained(lab.config, lab.base).blocks()))[found]
+    return torch.cat(list(trained(lab.config, lab.base).blocks()))[found]
 
 
 def judged(lab: Lab, theta: Tensor) -> dict[str, Measure]:
@@ -235,7 +236,7 @@ def guidance(lab: Lab) -> dict[str, Any]:
     return out
 
 
-def entanglement(made: fit.Source, m: int) -> dict[str, Any]:
+def entanglement(made: Source, m: int) -> dict[str, Any]:
     """Mean |cos| between attribute directions, in weights, against the number of models; four draws each."""
     theta, out = torch.cat(list(made.blocks())), {}
     n = len(theta)
@@ -255,7 +256,7 @@ def entanglement(made: fit.Source, m: int) -> dict[str, Any]:
     return out
 
 
-def own_starts(lab: Lab, made: fit.Source) -> dict[str, Any]:
+def own_starts(lab: Lab, made: Source) -> dict[str, Any]:
     """The control of the common start: people's adapters from starts of their own, probed raw and as updates B A."""
     c, layers = lab.config, made.layers
     n = min(c.own_starts, len(made.labels))
