@@ -44,7 +44,9 @@ class Adapter:
         for name, (a, b) in self.factors.items():
             weight = getattr(modules.get(name), "weight", None)
             if weight is None:
-                raise BadArtifact(f"{where} changes {name[:80]!r}, which this denoiser does not have; it is another base's.")
+                raise BadArtifact(
+                    f"{where} changes {name[:80]!r}, which this denoiser does not have; it is another base's."
+                )
             if weight.ndim != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
                 raise BadArtifact(
                     f"{where}: {name} has {tuple(b.shape)} x {tuple(a.shape)} for a weight of {tuple(weight.shape)}; "
@@ -140,7 +142,9 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
             stock[f"unet.{name}.lora_{side}.weight"] = x.detach().cpu().contiguous()
     save_file(peft, folder / PEFT, {"format": "pt"})
     (folder / PEFT_CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    inside = {k: v for k, v in about.items() if k in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+    inside = {
+        k: v for k, v in about.items() if k in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    }
     save_file(
         stock, folder / DIFFUSERS,
         {"format": "pt", METADATA: json.dumps({f"unet.{k}": v for k, v in inside.items()}, sort_keys=True)},

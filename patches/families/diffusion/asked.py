@@ -84,7 +84,9 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
     for i, values in enumerate(frame.to_dict("records")):
         try:
             row = _row(subject.base, values, params, subject.only)
-            prepare(patch if isinstance(patch, Patch) else None, row, _said(values.get("ask")), subject.base, worker.run)
+            prepare(
+                patch if isinstance(patch, Patch) else None, row, _said(values.get("ask")), subject.base, worker.run
+            )
         except Invalid as e:
             raise type(e)(f"Row {i}: {e}") from None
         jobs.append(row)

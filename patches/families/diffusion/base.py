@@ -98,9 +98,7 @@ class Pipe(nn.Module, ABC):
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of latents for pictures of (H, W). Raises Invalid if this model makes another size only."""
         if tuple(size) != tuple(self.size):
-            raise Invalid(
-                f"This model makes pictures of {self.size[1]} x {self.size[0]}, not {size[1]} x {size[0]}."
-            )
+            raise Invalid(f"This model makes pictures of {self.size[1]} x {self.size[0]}, not {size[1]} x {size[0]}.")
         return self.shape
 
     def rows(self, sample: Tensor, timestep: Tensor, conditions: Sequence[Condition]) -> Tensor:

@@ -145,7 +145,9 @@ def belm_up(schedule: Schedule, x: Tensor, levels: Sequence[int]) -> Program:
     sbar = [schedule.at(t)[1] / schedule.at(t)[0] for t in steps]
     before = x
     a, s = schedule.at(steps[1])
-    eps = schedule.split(x, (yield Query(x[None], [float(steps[1] or 0)], guided=False, patched=False))[0], steps[1] or 0)[1]
+    eps = schedule.split(
+        x, (yield Query(x[None], [float(steps[1] or 0)], guided=False, patched=False))[0], steps[1] or 0
+    )[1]
     now = a * (x + (sbar[1] - sbar[0]) * eps)
     for i in range(1, len(steps) - 1):
         t = steps[i]

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.engine.patch import Applied
 from patches.families.base import Base
 from patches.families.diffusion import inversion, solvers
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.schedule import MAX_STEPS, SOLVERS, Schedule, noise
 from patches.families.diffusion.solvers import Program, Query
 from patches.families.worker import Job, Worker, WorkerSettings
-from patches.engine.patch import Applied
 from registry.errors import Invalid, PatchbayError, TooLarge
 
 MAX_GUIDANCE = 50.0
@@ -309,9 +309,7 @@ class Edit:
         each = {"fixed_point": self.iterations, "edict": 2}.get(self.method, 1)
         up = 1 if self.method == "edit_friendly" else each * len(self.levels)
         row.stages = up + (len(self.levels) - self.skip) * (2 if self.method == "edict" else 1)
-        return inversion.edited(
-            schedule, self.method, row.start, self.levels, self.iterations, row.seed, self.skip
-        )
+        return inversion.edited(schedule, self.method, row.start, self.levels, self.iterations, row.seed, self.skip)
 
 
 @dataclass(frozen=True)
