@@ -1,9 +1,9 @@
 """DirectionEdit: move a generator's condition from one class towards another.
 
 Counterfactuals by arithmetic in the conditioning space (arXiv 2504.08046): with class means mu_c of unit conditions,
-e' = |e| (e / |e| + amount (mu_target - mu_source)), rescaled to the old norm where the model was trained on unit conditions. The
-condition is edited as it enters the denoiser, so rows of one batch go to different classes by different amounts, and the other half of
-guidance can be the same row without the edit.
+e' = |e| (e / |e| + amount (mu_target - mu_source)), rescaled to the old norm where the model was trained on unit
+conditions. The condition is edited as it enters the denoiser, so rows of one batch go to different classes by
+different amounts, and the other half of guidance can be the same row without the edit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from registry.errors import Invalid, PatchError
 Norm = Literal["unit", "free"]
 MAX_AMOUNT = 8.0
 NEAREST = -1
-"""as a source class: the one of the target's domain, other than the target, whose mean is nearest to the row's condition.
-As a target class: the one after the nearest of all, within its domain"""
+"""as a source class: the one of the target's domain, other than the target, whose mean is nearest to the row's
+condition. As a target class: the one after the nearest of all, within its domain"""
 
 
 @dataclass(frozen=True)

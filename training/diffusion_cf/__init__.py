@@ -1,16 +1,18 @@
 """diffusion_cf: counterfactual pictures by moving a diffusion model's conditioning from one class to another.
 
-Paper: "DIFFusion", arXiv 2504.08046. Claim: with a few unpaired pictures of two classes that differ subtly, adding the difference of
-their mean image embeddings to a picture's own embedding, while its inverted noise is kept, turns it into the other class
-with little else changed; no text, no classifier in the loop. The paper's tables could not be read, so its numbers are not quoted.
+Paper: "DIFFusion", arXiv 2504.08046. Claim: with a few unpaired pictures of two classes that differ subtly, adding
+the difference of their mean image embeddings to a picture's own embedding, while its inverted noise is kept, turns
+it into the other class with little else changed; no text, no classifier in the loop. The paper's tables could not be
+read, so its numbers are not quoted.
 
     patchbay fit diffusion_cf/tiny      # a random model: seconds on a CPU
     patchbay fit diffusion_cf/lab       # lab:diffusion, six domains of drawings
     patchbay fit diffusion_cf/paper data=/folder/with/train,val,test base=local-dir:/kandinsky-2-2-decoder device=cuda
     patchbay eval REF --full            # controls, baselines, inversions, few examples, the smallest change that flips
 
-Class means come from train. The amount is chosen on val by the model's own encoder: the smallest one at which enough pictures, embedded
-again, lie nearer to the target's mean than to the source's. The judges of `evaluate` are asked by nothing else.
+Class means come from train. The amount is chosen on val by the model's own encoder: the smallest one at which enough
+pictures, embedded again, lie nearer to the target's mean than to the source's. The judges of `evaluate` are asked by
+nothing else.
 """
 
 from __future__ import annotations
@@ -84,11 +86,13 @@ class Config:
     against: Literal["source", "null"] = "source"
     """what guidance starts from: the picture's own condition, or none, as published"""
     norm: Literal["unit", "free"] = "unit"
-    """whether the moved condition gets its old length back; the authors' does not, and their model's is not of unit length"""
+    """whether the moved condition gets its old length back; the authors' does not, and their model's is not of unit
+    length"""
     amounts: tuple[float, ...] = (0.75, 1.0, 1.5)
     """in class gaps; tried on val"""
     goal: float = 0.9
-    """share of val pictures that the model's own encoder must find nearer to the target; the smallest amount that reaches it is taken"""
+    """share of val pictures that the model's own encoder must find nearer to the target; the smallest amount that
+    reaches it is taken"""
     val_images: int = 1
     """a class"""
     test_images: int = 3
@@ -112,8 +116,8 @@ RECIPES: dict[str, Config] = {
     ),
     "lab": Config(),
     "paper": Config(
-        base="hf-hub:kandinsky-community/kandinsky-2-2-decoder", device="cuda", examples=0, method="edit_friendly", levels=100,
-        guidance=4.0, against="null", norm="free", amounts=(1.0, 1.5, 2.0), val_images=20, test_images=100,
+        base="hf-hub:kandinsky-community/kandinsky-2-2-decoder", device="cuda", examples=0, method="edit_friendly",
+        levels=100, guidance=4.0, against="null", norm="free", amounts=(1.0, 1.5, 2.0), val_images=20, test_images=100,
         report_images=100, report_few=40, tune=Tune(steps=2000, batch=32),
     ),
 }  # fmt: skip
@@ -189,7 +193,8 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def choose(config: Config, editor: Editor, base: Base, known: Bank) -> list[dict[str, Any]]:
-    """What each amount does to val pictures, by the model's own encoder and by how much it changes. Ascending amounts."""
+    """What each amount does to val pictures, by the model's own encoder and by how much it changes. Ascending
+    amounts."""
     val, means = pictures(config, base, "val", config.val_images), known.means()
     conditions = editor.conditions(val.x)
     target, h = val.partner(), how(config, base)
@@ -226,8 +231,9 @@ BETTER: dict[str, Better] = {"flip": "higher", "top1": "higher"}
 
 
 def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, float | Measure]:
-    """Test pictures through the arm, each to the other class of its domain: flips and what else changed. The base gives pictures
-    back as it inverts them, so its flips are the judges' own mistakes and its change is that of the inversion."""
+    """Test pictures through the arm, each to the other class of its domain: flips and what else changed. The base
+    gives pictures back as it inverts them, so its flips are the judges' own mistakes and its change is that of the
+    inversion."""
     test = pictures(config, subject.base, "test", config.test_images)
     made = through(subject, config, test, arm)
     judges = measure.lab_judges(test.classes, config.judges) if not config.data else measure.own_judges(config, test)

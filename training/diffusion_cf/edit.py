@@ -1,4 +1,5 @@
-"""Counterfactuals of pictures: inverted once, then regenerated under moved conditions, all rows in one running batch."""
+"""Counterfactuals of pictures: inverted once, then regenerated under moved conditions, all rows in one running
+batch."""
 
 from __future__ import annotations
 
@@ -114,8 +115,9 @@ def smallest(
 ) -> tuple[Tensor, Tensor]:
     """The smallest amount in (0, top] at which each picture flips, by bisection, to top / 2^rounds.
 
-    make(indices, amounts) -> pictures; flipped(indices, pictures) -> (k,) bool. Returns amounts (n,), NaN where `top` does not flip
-    either, and the pictures at them (n, 3, H, W), at `top` where nothing flips. Assumes that flipping is monotone, which it nearly is.
+    make(indices, amounts) -> pictures; flipped(indices, pictures) -> (k,) bool. Returns amounts (n,), NaN where
+    `top` does not flip either, and the pictures at them (n, 3, H, W), at `top` where nothing flips. Assumes that
+    flipping is monotone, which it nearly is.
     """
     every = torch.arange(count)
     best = make(every, torch.full((count,), top))

@@ -31,8 +31,8 @@ class Bank:
     ) -> Tensor:
         """(m, k) mu_target - mu_source for rows of classes (m,).
 
-        without: (m,) sprites left out of the source class's mean, so that no edited picture is in its own. k, near: means over the k
-        nearest to `near` (m, k) alone (the paper's neighbour means); 0: all.
+        without: (m,) sprites left out of the source class's mean, so that no edited picture is in its own.
+        k, near: means over the k nearest to `near` (m, k) alone (the paper's neighbour means); 0: all.
         """
         out = []
         for i, (a, b) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
@@ -49,7 +49,8 @@ class Bank:
         return torch.stack(out)
 
     def few(self, count: int, seed: int) -> Bank:
-        """`count` pictures of each class, as many different sprites among them as there are. Raises nothing if there are fewer."""
+        """`count` pictures of each class, as many different sprites among them as there are. Raises nothing if there
+        are fewer."""
         g = torch.Generator().manual_seed(seed)
         keep = []
         for c in range(len(self.classes)):

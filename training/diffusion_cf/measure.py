@@ -1,9 +1,10 @@
-"""What a counterfactual is worth: does it flip, is it the class it claims to be, how much did it change, and what else moved.
+"""What a counterfactual is worth: does it flip, is it the class it claims to be, how much did it change, and what
+else moved.
 
-Two judges that no fit ever asks: a CNN over all concept names that saw neither CLIP nor a diffusion model, and the lab's CLIP by the names of
-the two classes. The second shares its image tower with the conditioning (not its text tower, which the fit does not use),
-so the first is the one to believe. Numbers are over pictures; intervals are bootstrapped over sprites, because pictures of one sprite
-are not independent.
+Two judges that no fit ever asks: a CNN over all concept names that saw neither CLIP nor a diffusion model, and the
+lab's CLIP by the names of the two classes. The second shares its image tower with the conditioning (not its text
+tower, which the fit does not use), so the first is the one to believe. Numbers are over pictures; intervals are
+bootstrapped over sprites, because pictures of one sprite are not independent.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ class Judged:
 def judged(judges: Sequence[Judge], source: Pictures, target: Tensor, made: Tensor) -> Judged:
     """Measures of counterfactuals `made` (n, 3, H, W) of `source`, meant to be of classes `target` (n,).
 
-    flip_<judge>: it says target rather than the source's class. flip_both. top1_<judge>: of all its classes it says target.
-    neither_<judge>: it says neither of the two. l1, l2, distance (the CNN's features). ground: mean change at the corners.
+    flip_<judge>: it says target rather than the source's class. flip_both. top1_<judge>: of all its classes it says
+    target. neither_<judge>: it says neither of the two. l1, l2, distance (the CNN's features). ground: mean change
+    at the corners.
     """
     out: dict[str, Tensor] = {}
     rows = torch.arange(len(made))
@@ -172,7 +174,8 @@ def paired(a: Tensor, b: Tensor, group: Tensor) -> list[float]:
 
 
 def nearest_real(train: Pictures, vectors_train: Tensor, vectors: Tensor, target: Tensor) -> Tensor:
-    """The baseline that generates nothing: for each row the train picture of its target class with the nearest condition."""
+    """The baseline that generates nothing: for each row the train picture of its target class with the nearest
+    condition."""
     near = F.normalize(vectors.flatten(1), dim=-1) @ F.normalize(vectors_train.flatten(1), dim=-1).T
     near = near.masked_fill(train.label[None] != target[:, None], -torch.inf)
     return train.x[near.argmax(1)]
@@ -196,8 +199,8 @@ class Trained:
 
 
 def own_judges(config: Any, test: Pictures, steps: int = 300) -> list[Judge]:
-    """Judges of a folder's domain: a CNN trained on its train split (no diffusion model, no CLIP in it), and nothing else
-    offline. It says what it is worth: `agreement` on test is reported with everything it judges."""
+    """Judges of a folder's domain: a CNN trained on its train split (no diffusion model, no CLIP in it), and nothing
+    else offline. It says what it is worth: `agreement` on test is reported with everything it judges."""
     from training.diffusion_cf import domains
     from training.lab import judge
 

@@ -1,4 +1,5 @@
-"""The full comparison: the shipped direction against controls, other inversions, baselines, few examples, and the smallest change.
+"""The full comparison: the shipped direction against controls, other inversions, baselines, few examples, and the
+smallest change.
 
 All on test, none of it chosen there. Every row of the main table is over the same pictures, so differences are paired.
 """
@@ -32,7 +33,8 @@ Put = Callable[[str, str, dict[str, Any]], None]
 
 
 class Bench:
-    """Test pictures of a subject with judges, directions and inverted states: what every row of the tables starts from."""
+    """Test pictures of a subject with judges, directions and inverted states: what every row of the tables starts
+    from."""
 
     def __init__(self, subject: Subject, config: Config) -> None:
         self.config, self.base = config, subject.base
@@ -124,7 +126,8 @@ def _main(b: Bench, put: Put) -> dict[str, Tensor]:
 
 
 def _controls(b: Bench, put: Put) -> None:
-    """Inversion alone, a step of equal length in a direction drawn from the sphere; the direction on the same pictures."""
+    """Inversion alone, a step of equal length in a direction drawn from the sphere; the direction on the same
+    pictures."""
     put("controls", "direction", b.judge(b.along(b.directions)).summary())
     put("controls", "inversion alone", b.judge(b.same(b.how, b.states)).summary())
     put("controls", "isotropic", b.judge(b.along(find.isotropic(b.directions, b.config.seed))).summary())
@@ -176,7 +179,8 @@ def _baselines(b: Bench, put: Put) -> None:
 
 
 def _smallest(b: Bench, put: Put) -> None:
-    """Bisection for the smallest amount at which the CNN flips, judged by CLIP; along the direction and along the control."""
+    """Bisection for the smallest amount at which the CNN flips, judged by CLIP; along the direction and along the
+    control."""
     cnn = b.judges[0]
     columns = torch.tensor([cnn.column(name) for name in b.test.classes])
 

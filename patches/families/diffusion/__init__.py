@@ -1,4 +1,5 @@
-"""Diffusion models: Stable-Diffusion- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions, adapters."""
+"""Diffusion models: Stable-Diffusion- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions,
+adapters."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert,
 from patches.families.family import Family
 
 __all__ = [
-    "FAMILY", "LAYOUTS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising", "Edit", "Invert",
-    "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png", "prepare", "read_adapter",
-    "truncated", "wrap", "write_adapter",
+    "FAMILY", "LAYOUTS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising", "Edit",
+    "Invert", "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png", "prepare",
+    "read_adapter", "truncated", "wrap", "write_adapter",
 ]  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Denoising rows of one running batch: each row with its own condition, seed, guidance, solver, steps and row parameters.
+"""Denoising rows of one running batch: each row with its own condition, seed, guidance, solver, steps and row
+parameters.
 
-A row is a program (see `solvers`) that asks for denoiser outputs. One step of the worker gathers what every running row asks,
-runs it in one forward, and hands the outputs back; so rows join and leave between steps, and rows of different arms,
-levels and solvers share a batch. Guidance asks for two outputs a latent, the row's own and the other half's:
-out = other + guidance * (own - other), and the row's parameters are given to both halves.
+A row is a program (see `solvers`) that asks for denoiser outputs. One step of the worker gathers what every running
+row asks, runs it in one forward, and hands the outputs back; so rows join and leave between steps, and rows of
+different arms, levels and solvers share a batch. Guidance asks for two outputs a latent, the row's own and the other
+half's: out = other + guidance * (own - other), and the row's parameters are given to both halves.
 """
 
 from __future__ import annotations
@@ -265,7 +266,8 @@ class Denoiser(Worker[Denoising]):
 
 
 def sampled(schedule: Schedule, row: Denoising, shape: tuple[int, int, int]) -> Program:
-    """Noise to picture; with `start`, the picture noised to a level and denoised from there (SDEdit, arXiv 2108.01073)."""
+    """Noise to picture; with `start`, the picture noised to a level and denoised from there (SDEdit, arXiv
+    2108.01073)."""
     skip = row.steps - max(1, round(row.steps * row.strength_of_edit)) if row.start is not None else 0
     fresh = noise(shape, row.seed)
     row.stages = row.steps - skip
