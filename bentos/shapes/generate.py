@@ -333,7 +333,7 @@ class Service:
                 continue
             end = line.row.finished
             if end == "failed":
-                raise NotReady("Decoding failed for this request; it is in the log. Try again.")
+                raise line.row.error or NotReady("Decoding failed for this request; it is in the log. Try again.")
             upto = len(line.row.out) - (end == "stop")  # the end token itself is no text
             if upto > line.seen:
                 line.text.push(line.row.out[line.seen : upto])
@@ -407,7 +407,8 @@ class Service:
                             line.text.end()
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
             self.desk.keep(number, twin.unit, control, treatment)
-            await self.desk.expose(request, twin, 200, start)
+            status = max([line.row.error.status for line in shadows if line.row.error], default=200)
+            await self.desk.expose(request, twin, status, start)
 
         return self.desk.later(follow())
 
