@@ -1,9 +1,9 @@
 """DirectionEdit: move a generator's condition from one class towards another.
 
 Counterfactuals by arithmetic in the conditioning space (arXiv 2504.08046): with class means mu_c of unit conditions,
-e' = |e| (e / |e| + amount (mu_target - mu_source)), rescaled to the old norm where the model was trained on unit conditions. The
-condition is edited as it enters the denoiser, so rows of one batch go to different classes by different amounts, and the other half of
-guidance can be the same row without the edit.
+e' = |e| (e / |e| + amount (mu_target - mu_source)), rescaled to the old norm where the model was trained on unit
+conditions. The condition is edited as it enters the denoiser, so rows of one batch go to different classes by
+different amounts, and the other half of guidance can be the same row without the edit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from registry.errors import Invalid, PatchError
 Norm = Literal["unit", "free"]
 MAX_AMOUNT = 8.0
 NEAREST = -1
-"""as a source class: the one of the target's domain whose mean is nearest to the row's condition"""
+"""as a source class: the one of the target's domain, other than the target, whose mean is nearest to the row's
+condition. As a target class: the one after the nearest of all, within its domain"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DirectionConfig:
     domains: tuple[str, ...]
     """of each class: the question it is an answer to; a row moves within one domain"""
     source: int = NEAREST
-    target: int = 0
+    target: int = NEAREST
     """classes of a row that says nothing"""
     amount: float = 1.0
     norm: Norm = "unit"
@@ -71,8 +72,10 @@ class DirectionEdit(Patch):
         c = self.config
         means = self.tensors["means"]
         if len(c.classes) != len(means) or len(c.domains) != len(means) or len(means) < 2:
-            raise PatchError(f"{len(means)} class means for {len(c.classes)} classes; each needs one, and two at least.")
-        if not 0 <= c.target < len(means) or not NEAREST <= c.source < len(means):
+            raise PatchError(
+                f"{len(means)} class means for {len(c.classes)} classes; each needs one, and two at least."
+            )
+        if not NEAREST <= c.target < len(means) or not NEAREST <= c.source < len(means):
             raise PatchError(f"Classes {c.source} and {c.target} of {len(means)}: there is no such class.")
 
     def edits(self) -> Sequence[Act]:
@@ -92,21 +95,33 @@ class DirectionEdit(Patch):
     def _directions(self, x: Tensor, told: Tensor) -> Tensor:
         """(B, ...) amount (mu_target - mu_source) of each row."""
         means = self.tensors["means"].to(x)
-        target = told[:, 2].long()
-        source = told[:, 1].long()
-        near = self.nearest(x, target)
-        source = torch.where(source < 0, near, source)
+        source, target = self.classes(x, told[:, 1].long(), told[:, 2].long())
         amount = told[:, 3].reshape(-1, *[1] * (means.ndim - 1))
         return amount * (means[target] - means[source])
 
-    def nearest(self, x: Tensor, target: Tensor) -> Tensor:
-        """(B,) the class of each target's domain, other than the target, whose mean has the largest cosine with x (B, ...)."""
+    def classes(self, x: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) source and target of rows x (B, ...), with every NEAREST found."""
+        scores = self.scores(x)
+        domain, after = self._domains()
+        domain, after = domain.to(x.device), after.to(x.device)
+        target = torch.where(target < 0, after[scores.argmax(1)], target)
+        fits = (domain[None] == domain[target][:, None]) & (
+            torch.arange(len(domain), device=x.device) != target[:, None]
+        )
+        return torch.where(source < 0, scores.masked_fill(~fits, -torch.inf).argmax(1), source), target
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(B, C) cosine of conditions x (B, ...) with the class means."""
         means = F.normalize(self.tensors["means"].to(x).flatten(1), dim=-1)
+        return F.normalize(x.flatten(1), dim=-1) @ means.T
+
+    def _domains(self) -> tuple[Tensor, Tensor]:
+        """(C,) number of each class's domain, and the class after it there."""
         names = {name: i for i, name in enumerate(dict.fromkeys(self.config.domains))}
-        domain = torch.tensor([names[name] for name in self.config.domains], device=x.device)
-        scores = F.normalize(x.flatten(1), dim=-1) @ means.T
-        fits = (domain[None] == domain[target][:, None]) & (torch.arange(len(means), device=x.device) != target[:, None])
-        return scores.masked_fill(~fits, -torch.inf).argmax(1)
+        own = [names[name] for name in self.config.domains]
+        members = [[j for j, d in enumerate(own) if d == i] for i in own]
+        after = [m[(m.index(i) + 1) % len(m)] for i, m in enumerate(members)]
+        return torch.tensor(own), torch.tensor(after)
 
     def params(self, ask: DirectionAsk, base: Any) -> dict[str, Tensor]:
         """Row parameters of a request. Raises Invalid for a class this patch does not know."""

@@ -1,9 +1,9 @@
 """Domains: two classes of pictures that differ subtly, split so that no drawing of test was seen in train.
 
-Six of the lab, whose classes lie near each other in the conditioning space (cosine of their means .75 or more), and any folder of a
-user's own pictures. In the lab the split is by style: hands that drew train's sprites drew none of val or test. A picture is a sprite on
-a plain ground, its size, place, side and light drawn at random, so pictures of one sprite are not independent: `sprite` says which
-one it is, and intervals are taken over sprites.
+Six of the lab, whose classes lie near each other in the conditioning space (cosine of their means .75 or more), and
+any folder of a user's own pictures. In the lab the split is by style: hands that drew train's sprites drew none of
+val or test. A picture is a sprite on a plain ground, its size, place, side and light drawn at random, so pictures of
+one sprite are not independent: `sprite` says which one it is, and intervals are taken over sprites.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def lab(split: str, per_class: int, seed: int = 0, domains: tuple[str, ...] = tu
 
 
 def draw(sprites: Tensor, g: torch.Generator) -> Tensor:
-    """(n, 3, 64, 64) in 0..1: each sprite (n, 4, 64, 64) uint8 at .85-.98 of its size, somewhere, maybe mirrored, on a light or
-    grey plain ground: the mixture the lab's diffusion model was trained on."""
+    """(n, 3, 64, 64) in 0..1: each sprite (n, 4, 64, 64) uint8 at .85-.98 of its size, somewhere, maybe mirrored, on
+    a light or grey plain ground: the mixture the lab's diffusion model was trained on."""
     n = len(sprites)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

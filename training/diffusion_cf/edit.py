@@ -1,4 +1,5 @@
-"""Counterfactuals of pictures: inverted once, then regenerated under moved conditions, all rows in one running batch."""
+"""Counterfactuals of pictures: inverted once, then regenerated under moved conditions, all rows in one running
+batch."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class Editor:
             Denoising(condition=c, start=z, seed=seed + i, program=program, decode=False)
             for i, (c, z) in enumerate(zip(conditions, x, strict=True))
         ]
-        return [row.out for row in self._run(rows, "inversion") if row.out is not None]
+        return [row.out for row in self.run(rows, "inversion") if row.out is not None]
 
     def regenerate(
         self, states: Sequence[Tensor], conditions: Sequence[Condition], moved: Sequence[Condition], how: How
@@ -68,11 +69,15 @@ class Editor:
         program = Regenerate(how.method, how.levels, how.skip)
         rows = [
             Denoising(
-                condition=m, other=c if how.against == "source" else None, guidance=how.guidance, start=s, program=program
+                condition=m,
+                other=c if how.against == "source" else None,
+                guidance=how.guidance,
+                start=s,
+                program=program,
             )
             for s, c, m in zip(states, conditions, moved, strict=True)
         ]
-        return torch.stack([r.picture for r in self._run(rows, "regeneration") if r.picture is not None])
+        return torch.stack([r.picture for r in self.run(rows, "regeneration") if r.picture is not None])
 
     def moved(self, conditions: Sequence[Condition], directions: Tensor, how: How) -> list[Condition]:
         """Conditions with `directions` (n, ...) added to the unit condition."""
@@ -80,13 +85,18 @@ class Editor:
         return [{**c, self.site: v} for c, v in zip(conditions, new, strict=True)]
 
     def along(
-        self, states: Sequence[Tensor], conditions: Sequence[Condition], directions: Tensor, amount: float | Tensor, how: How
+        self,
+        states: Sequence[Tensor],
+        conditions: Sequence[Condition],
+        directions: Tensor,
+        amount: float | Tensor,
+        how: How,
     ) -> Tensor:
         """Pictures moved by `amount` (a number or (n,)) times `directions` (n, ...)."""
         scale = torch.as_tensor(amount).reshape(-1, *[1] * (directions.ndim - 1))
         return self.regenerate(states, conditions, self.moved(conditions, scale * directions, how), how)
 
-    def _run(self, rows: list[Denoising], what: str) -> list[Denoising]:
+    def run(self, rows: list[Denoising], what: str) -> list[Denoising]:
         for i in tqdm(range(0, len(rows), ROWS), what, disable=None, leave=False):
             self.worker.run(rows[i : i + ROWS])
         for row in rows:
@@ -97,12 +107,17 @@ class Editor:
 
 
 def smallest(
-    make: Callable[[Tensor, Tensor], Tensor], flipped: Callable[[Tensor, Tensor], Tensor], count: int, top: float, rounds: int = 5
+    make: Callable[[Tensor, Tensor], Tensor],
+    flipped: Callable[[Tensor, Tensor], Tensor],
+    count: int,
+    top: float,
+    rounds: int = 5,
 ) -> tuple[Tensor, Tensor]:
     """The smallest amount in (0, top] at which each picture flips, by bisection, to top / 2^rounds.
 
-    make(indices, amounts) -> pictures; flipped(indices, pictures) -> (k,) bool. Returns amounts (n,), NaN where `top` does not flip
-    either, and the pictures at them (n, 3, H, W), at `top` where nothing flips. Assumes that flipping is monotone, which it nearly is.
+    make(indices, amounts) -> pictures; flipped(indices, pictures) -> (k,) bool. Returns amounts (n,), NaN where
+    `top` does not flip either, and the pictures at them (n, 3, H, W), at `top` where nothing flips. Assumes that
+    flipping is monotone, which it nearly is.
     """
     every = torch.arange(count)
     best = make(every, torch.full((count,), top))

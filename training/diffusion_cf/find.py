@@ -26,11 +26,13 @@ class Bank:
         """(C, k) mean of unit conditions per class, not rescaled (the paper's mu_c)."""
         return torch.stack([self.e[self.label == c].mean(0) for c in range(len(self.classes))])
 
-    def directions(self, source: Tensor, target: Tensor, without: Tensor | None = None, k: int = 0, near: Tensor | None = None) -> Tensor:
+    def directions(
+        self, source: Tensor, target: Tensor, without: Tensor | None = None, k: int = 0, near: Tensor | None = None
+    ) -> Tensor:
         """(m, k) mu_target - mu_source for rows of classes (m,).
 
-        without: (m,) sprites left out of the source class's mean, so that no edited picture is in its own. k, near: means over the k
-        nearest to `near` (m, k) alone (the paper's neighbour means); 0: all.
+        without: (m,) sprites left out of the source class's mean, so that no edited picture is in its own.
+        k, near: means over the k nearest to `near` (m, k) alone (the paper's neighbour means); 0: all.
         """
         out = []
         for i, (a, b) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
@@ -47,7 +49,8 @@ class Bank:
         return torch.stack(out)
 
     def few(self, count: int, seed: int) -> Bank:
-        """`count` pictures of each class, as many different sprites among them as there are. Raises nothing if there are fewer."""
+        """`count` pictures of each class, as many different sprites among them as there are. Raises nothing if there
+        are fewer."""
         g = torch.Generator().manual_seed(seed)
         keep = []
         for c in range(len(self.classes)):
@@ -66,7 +69,9 @@ class Bank:
 
 def bank(vectors: Tensor, pictures: Pictures) -> Bank:
     """The bank of pictures with conditions (n, ...)."""
-    return Bank(F.normalize(vectors.flatten(1), dim=-1), pictures.label, pictures.sprite, pictures.classes, pictures.domains)
+    return Bank(
+        F.normalize(vectors.flatten(1), dim=-1), pictures.label, pictures.sprite, pictures.classes, pictures.domains
+    )
 
 
 def elsewhere(b: Bank, source: Tensor, target: Tensor, directions: Tensor, seed: int) -> Tensor:

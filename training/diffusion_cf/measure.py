@@ -1,15 +1,17 @@
-"""What a counterfactual is worth: does it flip, is it the class it claims to be, how much did it change, and what else moved.
+"""What a counterfactual is worth: does it flip, is it the class it claims to be, how much did it change, and what
+else moved.
 
-Two judges that no fit ever asks: a CNN over all concept names that saw neither CLIP nor a diffusion model, and the lab's CLIP by the names of
-the two classes. The second shares its image tower with the conditioning (not its text tower, which the fit does not use),
-so the first is the one to believe. Numbers are over pictures; intervals are bootstrapped over sprites, because pictures of one sprite
-are not independent.
+Two judges that no fit ever asks: a CNN over all concept names that saw neither CLIP nor a diffusion model, and the
+lab's CLIP by the names of the two classes. The second shares its image tower with the conditioning (not its text
+tower, which the fit does not use), so the first is the one to believe. Numbers are over pictures; intervals are
+bootstrapped over sprites, because pictures of one sprite are not independent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +47,7 @@ class Network:
     def scores(self, pictures: Tensor) -> Tensor:
         from training.lab import judge
 
-        return judge.logits(self.net, pictures)
+        return judge.logits(self.net, sized(pictures))
 
     def column(self, name: str) -> int:
         return self.names.index(name)
@@ -73,15 +75,24 @@ class ZeroShot:
         return self.names.index(name)
 
 
-def lab_judges(clip_base: Any | None = None) -> list[Judge]:
-    """Both judges of the lab, over all names of the atlas."""
-    from patches.families import clip
-    from patches.families.base import load_base
+def lab_judges(classes: Sequence[str], which: Sequence[str] = ("cnn", "clip"), others: int = 188) -> list[Judge]:
+    """The lab's judges: the CNN over all names of the atlas, CLIP over `classes` and `others` more, drawn at random."""
     from training.lab import atlas, judge
 
     names = atlas.load().names
-    base = clip_base or load_base("lab:clip", "clip")
-    return [Network(judge.load(), names), ZeroShot(base, names, clip.zero_shot(base, names))]
+    out: list[Judge] = []
+    if "cnn" in which:
+        out.append(Network(judge.load(), names))
+    if "clip" in which:
+        from patches.families import clip
+        from patches.families.base import load_base
+
+        base = load_base("lab:clip", "clip")
+        rest = [n for n in names if n not in classes]
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:others].tolist()
+        asked = (*classes, *(rest[i] for i in order))
+        out.append(ZeroShot(base, asked, clip.zero_shot(base, asked)))
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +121,9 @@ class Judged:
 def judged(judges: Sequence[Judge], source: Pictures, target: Tensor, made: Tensor) -> Judged:
     """Measures of counterfactuals `made` (n, 3, H, W) of `source`, meant to be of classes `target` (n,).
 
-    flip_<judge>: it says target rather than the source's class. flip_both. top1_<judge>: of all its classes it says target.
-    neither_<judge>: it says neither of the two. l1, l2, distance (the CNN's features). ground: mean change at the corners.
+    flip_<judge>: it says target rather than the source's class. flip_both. top1_<judge>: of all its classes it says
+    target. neither_<judge>: it says neither of the two. l1, l2, distance (the CNN's features). ground: mean change
+    at the corners.
     """
     out: dict[str, Tensor] = {}
     rows = torch.arange(len(made))
@@ -130,12 +142,19 @@ def judged(judges: Sequence[Judge], source: Pictures, target: Tensor, made: Tens
     if nets := [j.net for j in judges if isinstance(j, Network)]:
         from training.lab import judge
 
-        out["distance"] = judge.distance(nets[0], made, source.x)
+        out["distance"] = judge.distance(nets[0], sized(made), sized(source.x))
     c = CORNER
     corners = torch.stack([change[..., y, x] for y in (slice(c), slice(-c, None)) for x in (slice(c), slice(-c, None))])
     out["ground"] = corners.abs().mean((0, 2, 3, 4))
     domains = tuple(source.domains[i] for i in source.label.tolist())
     return Judged(out, source.sprite, domains)
+
+
+def sized(pictures: Tensor, side: int = 64) -> Tensor:
+    """Pictures at the size the CNN was trained on."""
+    if pictures.shape[-1] == side:
+        return pictures
+    return F.interpolate(pictures, size=side, mode="bilinear", align_corners=False, antialias=True)
 
 
 def interval(v: Tensor, group: Tensor, draws: int = 1000) -> list[float]:
@@ -155,7 +174,51 @@ def paired(a: Tensor, b: Tensor, group: Tensor) -> list[float]:
 
 
 def nearest_real(train: Pictures, vectors_train: Tensor, vectors: Tensor, target: Tensor) -> Tensor:
-    """The baseline that generates nothing: for each row the train picture of its target class with the nearest condition."""
+    """The baseline that generates nothing: for each row the train picture of its target class with the nearest
+    condition."""
     near = F.normalize(vectors.flatten(1), dim=-1) @ F.normalize(vectors_train.flatten(1), dim=-1).T
     near = near.masked_fill(train.label[None] != target[:, None], -torch.inf)
     return train.x[near.argmax(1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A small CNN fitted on train pictures of a user's own domain, whose classes it alone knows."""
+
+    net: Any
+    names: tuple[str, ...]
+    name: str = "cnn"
+
+    def scores(self, pictures: Tensor) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = self.net(2 * sized(pictures) - 1)
+        return out
+
+    def column(self, name: str) -> int:
+        return self.names.index(name)
+
+
+def own_judges(config: Any, test: Pictures, steps: int = 300) -> list[Judge]:
+    """Judges of a folder's domain: a CNN trained on its train split (no diffusion model, no CLIP in it), and nothing
+    else offline. It says what it is worth: `agreement` on test is reported with everything it judges."""
+    from training.diffusion_cf import domains
+    from training.lab import judge
+
+    train = domains.folder(Path(config.data), "train", (64, 64))
+    torch.manual_seed(config.seed)
+    net = judge.network(len(test.classes))
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+    g = torch.Generator().manual_seed(config.seed)
+    net.train()
+    for _ in range(steps):
+        at = torch.randint(len(train), (min(32, len(train)),), generator=g)
+        x = train.x[at]
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
+        x = (
+            x * (0.8 + 0.4 * torch.rand(len(x), 1, 1, 1, generator=g)) + 0.05 * torch.randn(x.shape, generator=g)
+        ).clamp(0, 1)
+        loss = F.cross_entropy(net(2 * x - 1), train.label[at], label_smoothing=0.1)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return [Trained(net.eval().requires_grad_(False), test.classes)]

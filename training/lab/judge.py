@@ -1,8 +1,10 @@
-"""An independent judge of drawings: a residual CNN over the concept names of the atlas that never saw a CLIP or a diffusion model.
+"""An independent judge of drawings: a residual CNN over the concept names of the atlas that never saw a CLIP or a
+diffusion model.
 
-It was trained on rendered pictures of seven styles (one NVIDIA H100, 20 s: 1,227 steps of 512, label smoothing .1, affine jitter, noise),
-and ships in 4 bits a weight. On real sprites it is right on 98.7 % of trained styles and 58 % of the held-out one, of 1,198 names.
-Its features give the perceptual distance (`distance`); it is called the judge's distance and never LPIPS, which it is not.
+It was trained on rendered pictures of seven styles (one NVIDIA H100, 20 s: 1,227 steps of 512, label smoothing .1,
+affine jitter, noise), and ships in 4 bits a weight. On real sprites it is right on 98.7 % of trained styles and 58 %
+of the held-out one, of 1,198 names. Its features give the perceptual distance (`distance`); it is called the judge's
+distance and never LPIPS, which it is not.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class Residual(nn.Module):
 def network(classes: int = 1198) -> nn.Sequential:
     """(B, 3, 64, 64) in -1..1 -> logits (B, classes)."""
     return nn.Sequential(
-        nn.Conv2d(3, 64, 4, 2, 1), Residual(64, 64, 1), Residual(64, 64, 1), Residual(64, 128, 2), Residual(128, 128, 1),
-        Residual(128, 256, 2), Residual(256, 256, 1), Residual(256, 384, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 64, 4, 2, 1), Residual(64, 64, 1), Residual(64, 64, 1), Residual(64, 128, 2), Residual(128, 128,
+        1), Residual(128, 256, 2), Residual(256, 256, 1), Residual(256, 384, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Dropout(0.2), nn.Linear(384, classes),
     )  # fmt: skip
 
@@ -50,7 +52,8 @@ def load() -> nn.Sequential:
     """The judge that ships, in eval mode; its classes are the atlas's names in their order."""
     net = network()
     missing, unexpected = net.load_state_dict(load_packed(FOLDER), strict=False)
-    assert not unexpected and all("num_batches" in k for k in missing), (missing, unexpected)
+    assert not unexpected
+    assert all("num_batches" in k for k in missing), missing
     return net.eval().requires_grad_(False)
 
 

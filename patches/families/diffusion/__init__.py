@@ -1,10 +1,11 @@
-"""Diffusion models: Stable-Diffusion- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions, adapters."""
+"""Diffusion models: Stable-Diffusion- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions,
+adapters."""
 
 from __future__ import annotations
 
 from patches.families.base import Base
 from patches.families.diffusion.adapters import Adapter, read_adapter, truncated, write_adapter
-from patches.families.diffusion.asked import TABLE, changed, drawn, levels, png, predict, prepare
+from patches.families.diffusion.asked import LEVELS, TABLE, changed, drawn, levels, png, predict, prepare
 from patches.families.diffusion.base import LAYOUTS, SITES, Condition, Pipe, Processor, dtype_of, load, wrap
 from patches.families.diffusion.inversion import METHODS
 from patches.families.diffusion.schedule import SOLVERS, Schedule
@@ -12,9 +13,9 @@ from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert,
 from patches.families.family import Family
 
 __all__ = [
-    "FAMILY", "LAYOUTS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising", "Edit", "Invert",
-    "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png", "prepare", "read_adapter",
-    "truncated", "wrap", "write_adapter",
+    "FAMILY", "LAYOUTS", "LEVELS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising", "Edit",
+    "Invert", "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png", "prepare",
+    "read_adapter", "truncated", "wrap", "write_adapter",
 ]  # fmt: skip
 
 

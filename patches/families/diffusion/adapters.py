@@ -1,10 +1,11 @@
 """LoRA adapters of a denoiser, in and out: a peft folder, a file in diffusers' layout, and the factors between them.
 
-An `Adapter` holds, per module of the denoiser, A (r, in) and B (out, r) with the scale alpha / r already inside B, so nothing is
-lost on the way: a bare state dict given to diffusers sets alpha = r without a word, and the picture is another one.
+An `Adapter` holds, per module of the denoiser, A (r, in) and B (out, r) with the scale alpha / r already inside B,
+so nothing is lost on the way: a bare state dict given to diffusers sets alpha = r without a word, and the picture is
+another one.
 
-What is read is checked: every key must name a linear module of this denoiser with fitting shapes, and every A needs its B;
-a key that would be skipped in silence is refused. Only safetensors.
+What is read is checked: every key must name a linear module of this denoiser with fitting shapes, and every A needs
+its B; a key that would be skipped in silence is refused. Only safetensors.
 """
 
 from __future__ import annotations
@@ -39,12 +40,15 @@ class Adapter:
         return max((a.shape[0] for a, _ in self.factors.values()), default=0)
 
     def check(self, denoiser: nn.Module, where: str = "this adapter") -> None:
-        """Raises BadArtifact unless every module is one of `denoiser` with fitting shapes and every number is finite."""
+        """Raises BadArtifact unless every module is one of `denoiser` with fitting shapes and every number is
+        finite."""
         modules = dict(denoiser.named_modules())
         for name, (a, b) in self.factors.items():
             weight = getattr(modules.get(name), "weight", None)
             if weight is None:
-                raise BadArtifact(f"{where} changes {name[:80]!r}, which this denoiser does not have; it is another base's.")
+                raise BadArtifact(
+                    f"{where} changes {name[:80]!r}, which this denoiser does not have; it is another base's."
+                )
             if weight.ndim != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
                 raise BadArtifact(
                     f"{where}: {name} has {tuple(b.shape)} x {tuple(a.shape)} for a weight of {tuple(weight.shape)}; "
@@ -65,7 +69,8 @@ class Adapter:
 def read_adapter(path: Path, denoiser: nn.Module | None = None) -> Adapter:
     """An adapter from a peft folder, a folder or file in diffusers' layout. Raises NotFound, or BadArtifact as `check`.
 
-    The scale comes from adapter_config.json, from the file's metadata, from `<module>.alpha` keys, or is 1 if nobody says.
+    The scale comes from adapter_config.json, from the file's metadata, from `<module>.alpha` keys, or is 1 if nobody
+    says.
     """
     from safetensors import safe_open
 
@@ -140,7 +145,9 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
             stock[f"unet.{name}.lora_{side}.weight"] = x.detach().cpu().contiguous()
     save_file(peft, folder / PEFT, {"format": "pt"})
     (folder / PEFT_CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    inside = {k: v for k, v in about.items() if k in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+    inside = {
+        k: v for k, v in about.items() if k in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    }
     save_file(
         stock, folder / DIFFUSERS,
         {"format": "pt", METADATA: json.dumps({f"unet.{k}": v for k, v in inside.items()}, sort_keys=True)},
@@ -148,8 +155,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def truncated(adapter: Adapter, rank: int) -> Adapter:
-    """The nearest adapter of at most `rank`, in canonical form: B = U sqrt(S), A = sqrt(S) V^T of each update's SVD, the sign
-    such that the largest number of A's row is positive."""
+    """The nearest adapter of at most `rank`, in canonical form: B = U sqrt(S), A = sqrt(S) V^T of each update's SVD,
+    the sign such that the largest number of A's row is positive."""
     out = {}
     for name, (a, b) in adapter.factors.items():
         (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)

@@ -1,4 +1,5 @@
-"""Pictures by request: a prompt or a picture in, a picture out. What MLflow's table and the HTTP shape ask of a diffusion model."""
+"""Pictures by request: a prompt or a picture in, a picture out. What MLflow's table and the HTTP shape ask of a
+diffusion model."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from patches.subject import Subject
 
 TOP = 0.9
-"""of the schedule: how far up a picture is inverted. Above it a picture's own noise has little to say, and a schedule with zero
-terminal signal has none at its last level"""
+"""of the schedule: how far up a picture is inverted. Above it a picture's own noise has little to say, and a
+schedule with zero terminal signal has none at its last level"""
 LEVELS = 8
 TABLE = Table(
     takes=(
@@ -48,8 +49,8 @@ def drawn(pipe: Pipe, prompt: str, *, guidance: float = 3.0, **row: Any) -> Deno
 
 
 def changed(pipe: Pipe, picture: Tensor, *, guidance: float = 2.0, count: int = LEVELS, **row: Any) -> Denoising:
-    """A row that inverts a picture (3, H, W) in 0..1 and regenerates it under an arm, guidance starting from the picture's own
-    condition: without an arm it gives the picture back. A base that reads text alone is told nothing."""
+    """A row that inverts a picture (3, H, W) in 0..1 and regenerates it under an arm, guidance starting from the
+    picture's own condition: without an arm it gives the picture back. A base that reads text alone is told nothing."""
     told = pipe.image(picture[None])[0] if "image" in pipe.conditions else pipe.null()
     return Denoising(
         condition=told, other=told, guidance=guidance, start=pipe.latents(picture[None])[0].cpu(),
@@ -84,7 +85,9 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
     for i, values in enumerate(frame.to_dict("records")):
         try:
             row = _row(subject.base, values, params, subject.only)
-            prepare(patch if isinstance(patch, Patch) else None, row, _said(values.get("ask")), subject.base, worker.run)
+            prepare(
+                patch if isinstance(patch, Patch) else None, row, _said(values.get("ask")), subject.base, worker.run
+            )
         except Invalid as e:
             raise type(e)(f"Row {i}: {e}") from None
         jobs.append(row)

@@ -1,12 +1,12 @@
 """Diffusion models: what the worker, the patches and the fits need of one, and how a reference becomes one.
 
 References: `lab:<name>` (ship here), `hf-hub:org/name@revision` and `local-dir:path` in diffusers' own folder layout
-(`model_index.json` names the pipeline). Stable-Diffusion-1.x/2.x-class (text through cross-attention) and Kandinsky-2.2-class
-(unCLIP: an image embedding alone) pipelines are read; only safetensors, and no code of the folder.
+(`model_index.json` names the pipeline). Stable-Diffusion-1.x/2.x-class (text through cross-attention) and
+Kandinsky-2.2-class (unCLIP: an image embedding alone) pipelines are read; only safetensors, and no code of the folder.
 
-`base.model(sample=x, timestep=t, text=..., image=...)` is one evaluation of the denoiser: x (B, c, h, w) noisy latents, t (B,) levels,
-and one tensor per name of `conditions`, batched. So `root` is the model itself and rows of a batch may name arms.
-Every condition passes through `given.<name>`, which is where an edit of the conditioning sits.
+`base.model(sample=x, timestep=t, text=..., image=...)` is one evaluation of the denoiser: x (B, c, h, w) noisy
+latents, t (B,) levels, and one tensor per name of `conditions`, batched. So `root` is the model itself and rows of a
+batch may name arms. Every condition passes through `given.<name>`, which is where an edit of the conditioning sits.
 
 Shapes: B rows, (c, h, w) latents, (3, H, W) pictures in 0..1.
 """
@@ -98,9 +98,7 @@ class Pipe(nn.Module, ABC):
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of latents for pictures of (H, W). Raises Invalid if this model makes another size only."""
         if tuple(size) != tuple(self.size):
-            raise Invalid(
-                f"This model makes pictures of {self.size[1]} x {self.size[0]}, not {size[1]} x {size[0]}."
-            )
+            raise Invalid(f"This model makes pictures of {self.size[1]} x {self.size[0]}, not {size[1]} x {size[0]}.")
         return self.shape
 
     def rows(self, sample: Tensor, timestep: Tensor, conditions: Sequence[Condition]) -> Tensor:

@@ -1,9 +1,10 @@
 """From a picture to the noise that makes it: five inversions as programs, each with its own way down.
 
-DDIM and fixed point end in one latent that `solvers.ddim` takes down. Edit-friendly noise, EDICT and O-BELM carry more than one
-latent, stacked along the first dimension of what they return; `down` takes each of them down again under another condition.
-Levels are the schedule's, highest first, and must stay below the last one where it is pure noise (a = 0).
-Inversion runs on the base, under the row's own condition without guidance; the way down is guided and patched.
+DDIM and fixed point end in one latent that `solvers.ddim` takes down. Edit-friendly noise, EDICT and O-BELM carry
+more than one latent, stacked along the first dimension of what they return; `down` takes each of them down again
+under another condition. Levels are the schedule's, highest first, and must stay below the last one where it is pure
+noise (a = 0). Inversion runs on the base, under the row's own condition without guidance; the way down is guided and
+patched.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def up(
 ) -> Program:
     """The state at levels[0] that gives the latent x (c, h, w) back. Raises NotFound for an unknown method.
 
-    Returns (c, h, w) for fixed_point and ddim, (2, c, h, w) for edict and o_belm, (2 levels, c, h, w) for edit_friendly.
+    Returns (c, h, w) for fixed_point and ddim, (2, c, h, w) for edict and o_belm, (2 levels, c, h, w) for
+    edit_friendly.
     """
     if method == "fixed_point":
         return fixed_point(schedule, x, levels, iterations)
@@ -99,7 +101,8 @@ def edit_friendly(schedule: Schedule, x: Tensor, levels: Sequence[int], seed: in
         assert t is not None
         x0, eps = schedule.split(noisy[i], out[i], t)
         mean, sigma = posterior(schedule, x0, eps, t, to)
-        # the last step has no noise in DDPM; what its estimate misses is kept, or few levels would not give the picture back
+        # the last step has no noise in DDPM; what its estimate misses is kept, or few levels would not give the
+        # picture back
         noises[i] = ((x if to is None else noisy[i + 1]) - mean) / (sigma or 1.0)
     return torch.cat([noisy, noises])
 
@@ -135,8 +138,8 @@ def edict_down(schedule: Schedule, state: Tensor, levels: Sequence[int]) -> Prog
 
 
 def belm_up(schedule: Schedule, x: Tensor, levels: Sequence[int]) -> Program:
-    """O-BELM (arXiv 2410.07273): a two-step scheme that is undone exactly, one evaluation a level. Returns (2, c, h, w):
-    the latents at levels[0] and levels[1].
+    """O-BELM (arXiv 2410.07273): a two-step scheme that is undone exactly, one evaluation a level. Returns (2, c, h,
+    w): the latents at levels[0] and levels[1].
 
     In xbar = x / a, with h_i = sbar_i - sbar_(i-1) and r = h_i / h_(i+1):
     xbar_(i-1) = r^2 xbar_(i+1) + (1 - r^2) xbar_i - h_i (1 + r) eps(x_i). The first step is DDIM's.
@@ -144,8 +147,10 @@ def belm_up(schedule: Schedule, x: Tensor, levels: Sequence[int]) -> Program:
     steps = [None, *reversed(levels)]
     sbar = [schedule.at(t)[1] / schedule.at(t)[0] for t in steps]
     before = x
-    a, s = schedule.at(steps[1])
-    eps = schedule.split(x, (yield Query(x[None], [float(steps[1] or 0)], guided=False, patched=False))[0], steps[1] or 0)[1]
+    a, _ = schedule.at(steps[1])
+    eps = schedule.split(
+        x, (yield Query(x[None], [float(steps[1] or 0)], guided=False, patched=False))[0], steps[1] or 0
+    )[1]
     now = a * (x + (sbar[1] - sbar[0]) * eps)
     for i in range(1, len(steps) - 1):
         t = steps[i]

@@ -43,7 +43,8 @@ class Kandinsky(Pipe):
         self._null: Condition | None = None
 
     def forward(self, *, sample: Tensor, timestep: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, c, h, w) of latents (B, c, h, w), levels (B,) and image embeddings (B, k); a learned variance is cut off."""
+        """(B, c, h, w) of latents (B, c, h, w), levels (B,) and image embeddings (B, k); a learned variance is cut
+        off."""
         told = {"image_embeds": self.given["image"](image)}
         out: Tensor = self.denoiser(sample, timestep, None, added_cond_kwargs=told, return_dict=False)[0]
         return out[:, : self.shape[0]]
@@ -91,8 +92,8 @@ class Kandinsky(Pipe):
 def read(folder: Path, encoder: Path | None = None) -> Kandinsky:
     """The decoder in a folder of KandinskyV22Pipeline's layout.
 
-    encoder: folder with `image_encoder/` (and `image_processor/`) of the prior; default the decoder's own folder, or one
-    beside it whose name says prior instead of decoder.
+    encoder: folder with `image_encoder/` (and `image_processor/`) of the prior; default the decoder's own folder, or
+    one beside it whose name says prior instead of decoder.
     """
     from diffusers import UNet2DConditionModel, VQModel
     from transformers import CLIPVisionModelWithProjection
@@ -100,9 +101,7 @@ def read(folder: Path, encoder: Path | None = None) -> Kandinsky:
     beside = folder.with_name(folder.name.replace("decoder", "prior"))
     place = next((p for p in (encoder, folder, beside) if p is not None and (p / "image_encoder").is_dir()), None)
     if place is None:
-        raise NotFound(
-            f"{folder} has no image_encoder. Copy image_encoder/ and image_processor/ of the prior's repository into it."
-        )
+        raise NotFound(f"{folder} has no image_encoder. Copy image_encoder/ and image_processor/ of the prior into it.")
     file, look = place / "image_processor" / "preprocessor_config.json", None
     if file.is_file():
         about = json.loads(file.read_text())

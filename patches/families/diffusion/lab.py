@@ -1,11 +1,13 @@
 """lab:diffusion: a small UNet over 64 px drawings, told text states and an image embedding of the lab's CLIP.
 
-The net sees pixel_unshuffle(2 * picture - 1, 2), 12 channels at 32 x 32. Its context is 32 text states (after the text tower's last
-LayerNorm) and 4 tokens that a projection makes of 16 times the unit image embedding (the layout of IP-Adapter, arXiv 2308.06721).
+The net sees pixel_unshuffle(2 * picture - 1, 2), 12 channels at 32 x 32. Its context is 32 text states (after the
+text tower's last LayerNorm) and 4 tokens that a projection makes of 16 times the unit image embedding (the layout of
+IP-Adapter, arXiv 2308.06721).
 
-The text states are those of the CLIP it was trained with, in which the token embeddings of the start and end marks are zero. In
-`lab:clip` as it ships these two rows were fitted again, and with them the pictures are wrong (1 of 3 prompts is drawn instead of 9
-of 10). So the folder records the encoder's digest and the rows to be zeroed, holds golden states, and refuses another encoder.
+The text states are those of the CLIP it was trained with, in which the token embeddings of the start and end marks
+are zero. In `lab:clip` as it ships these two rows were fitted again, and with them the pictures are wrong (1 of 3
+prompts is drawn instead of 9 of 10). So the folder records the encoder's digest and the rows to be zeroed, holds
+golden states, and refuses another encoder.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ def build(
 
 
 def read(folder: Path) -> LabDiffusion:
-    """The model in a folder. Raises WrongBase for another encoder than it was trained with, BadArtifact for other states."""
+    """The model in a folder. Raises WrongBase for another encoder than it was trained with, BadArtifact for other
+    states."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.embeddings import ImageProjection
 

@@ -1,8 +1,9 @@
-"""Weights in few bits: integers with one float16 scale a group, so that a checkpoint of the lab is small enough to ship.
+"""Weights in few bits: integers with one float16 scale a group, so that a checkpoint of the lab is small enough to
+ship.
 
-A file `*.packed.safetensors` holds, for each tensor of two or more dimensions, `<name>` (int8, or two 4-bit numbers a uint8) and
-`<name>.scale` (float16), both over rows of the flattened tensor cut into groups; other tensors lie beside them as float16. Rounding is to the
-nearest; the largest number of a group is exact to the scale.
+A file `*.packed.safetensors` holds, for each tensor of two or more dimensions, `<name>` (int8, or two 4-bit numbers
+a uint8) and `<name>.scale` (float16), both over rows of the flattened tensor cut into groups; other tensors lie
+beside them as float16. Rounding is to the nearest; the largest number of a group is exact to the scale.
 """
 
 from __future__ import annotations

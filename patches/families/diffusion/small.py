@@ -15,15 +15,30 @@ from patches.families.diffusion.layout import quiet
 from patches.families.diffusion.schedule import Schedule
 
 COSINE = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02,
-    "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing", "clip_sample": True, "clip_sample_range": 1.0, "set_alpha_to_one": True,
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "set_alpha_to_one": True,
+}
 LINEAR = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "clip_sample": False, "set_alpha_to_one": False,
-    "steps_offset": 1, "timestep_spacing": "leading",
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 def tiny(seed: int = 0) -> Base:
@@ -83,16 +98,28 @@ def stable_folder(folder: Path, seed: int = 0) -> Any:
                 bos_token_id=98,
                 eos_token_id=99,
                 pad_token_id=99,
-            )  # fmt: skip
+            )
         )
         unet = _unet(in_channels=4, out_channels=4, cross_attention_dim=32)
-        vae = AutoencoderKL(block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=16,
-                            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16),
+            norm_num_groups=8,
+            latent_channels=4,
+            sample_size=16,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
     _stir(unet, seed)
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=_tokenizer(), unet=unet, scheduler=DDIMScheduler.from_config(LINEAR),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text,
+        tokenizer=_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler.from_config(LINEAR),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     with quiet():
         pipe.save_pretrained(folder, safe_serialization=True)
     return pipe
@@ -106,15 +133,31 @@ def kandinsky_folder(folder: Path, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=8, layers_per_block=1, block_out_channels=(16, 32),
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), norm_num_groups=8,
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_dim=32,
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn", attention_head_dim=4, encoder_hid_dim=24,
-            encoder_hid_dim_type="image_proj", addition_embed_type="image", resnet_time_scale_shift="scale_shift",
-        )  # fmt: skip
-        movq = VQModel(block_out_channels=(32, 32), latent_channels=4, num_vq_embeddings=16,
-                       down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), vq_embed_dim=4,
-                       up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), norm_type="spatial")  # fmt: skip
+            sample_size=8,
+            in_channels=4,
+            out_channels=8,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            norm_num_groups=8,
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            cross_attention_dim=32,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            attention_head_dim=4,
+            encoder_hid_dim=24,
+            encoder_hid_dim_type="image_proj",
+            addition_embed_type="image",
+            resnet_time_scale_shift="scale_shift",
+        )
+        movq = VQModel(
+            block_out_channels=(32, 32),
+            latent_channels=4,
+            num_vq_embeddings=16,
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            vq_embed_dim=4,
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            norm_type="spatial",
+        )
         encoder = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=32,
@@ -124,7 +167,7 @@ def kandinsky_folder(folder: Path, seed: int = 0) -> Any:
                 image_size=32,
                 patch_size=8,
                 projection_dim=24,
-            )  # fmt: skip
+            )
         )
     _stir(unet, seed)
     linear = {**LINEAR, "_class_name": "DDPMScheduler", "beta_schedule": "linear"}
@@ -139,10 +182,15 @@ def _unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=4,
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more,
-    )  # fmt: skip
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **more,
+    )
 
 
 def _stir(model: nn.Module, seed: int) -> None:
@@ -166,6 +214,11 @@ def _tokenizer() -> Any:
     vocab = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     vocab["<|startoftext|>"], vocab["<|endoftext|>"] = 98, 99
     return CLIPTokenizer(
-        vocab=vocab, merges=[], model_max_length=20, unk_token="<|endoftext|>", bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-    )  # fmt: skip
+        vocab=vocab,
+        merges=[],
+        model_max_length=20,
+        unk_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )

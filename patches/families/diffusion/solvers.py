@@ -1,8 +1,9 @@
 """Samplers as programs: a generator that asks for denoiser outputs and ends with latents.
 
-A program yields a `Query`, a few noisy latents with their levels, and is sent the denoiser's output for them. So it never sees a
-batch: the worker runs the queries of all rows in one forward, and rows that need different solvers, levels or numbers of
-evaluations share it. Every program here works on one row, in float32 on the CPU or wherever its latents lie.
+A program yields a `Query`, a few noisy latents with their levels, and is sent the denoiser's output for them. So it
+never sees a batch: the worker runs the queries of all rows in one forward, and rows that need different solvers,
+levels or numbers of evaluations share it. Every program here works on one row, in float32 on the CPU or wherever its
+latents lie.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def ddim(schedule: Schedule, x: Tensor, levels: Sequence[int], clip: bool = True
 def stock(
     schedule: Schedule, x: Tensor, solver: str, steps: int, skip: int = 0, seed: int = 0, start: Tensor | None = None
 ) -> Program:
-    """diffusers' own scheduler, one instance a row: DPM-Solver++ (arXiv 2211.01095), UniPC (2302.04867) or the pipeline's.
+    """diffusers' own scheduler, one instance a row: DPM-Solver++ (arXiv 2211.01095), UniPC (2302.04867) or the
+    pipeline's.
 
     x: standard normal noise (c, h, w). start: a picture's latents, noised to the level after `skip` steps instead.
     """
@@ -70,7 +72,8 @@ def stock(
 
 
 def ddpm(schedule: Schedule, x: Tensor, levels: Sequence[int], noises: Tensor) -> Program:
-    """DDIM with eta = 1 and given noises (steps, c, h, w): the way down of edit-friendly inversion (arXiv 2304.06140)."""
+    """DDIM with eta = 1 and given noises (steps, c, h, w): the way down of edit-friendly inversion (arXiv
+    2304.06140)."""
     for i, (t, to) in enumerate(pairwise([*levels, None])):
         assert t is not None
         x0, eps = schedule.split(x, (yield Query(x[None], [t]))[0], t)

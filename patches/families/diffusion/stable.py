@@ -1,4 +1,5 @@
-"""Stable-Diffusion-1.x/2.x-class pipelines: a UNet that attends to the states of a text encoder, latents of a KL autoencoder."""
+"""Stable-Diffusion-1.x/2.x-class pipelines: a UNet that attends to the states of a text encoder, latents of a KL
+autoencoder."""
 
 from __future__ import annotations
 

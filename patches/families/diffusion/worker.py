@@ -1,9 +1,10 @@
-"""Denoising rows of one running batch: each row with its own condition, seed, guidance, solver, steps and row parameters.
+"""Denoising rows of one running batch: each row with its own condition, seed, guidance, solver, steps and row
+parameters.
 
-A row is a program (see `solvers`) that asks for denoiser outputs. One step of the worker gathers what every running row asks,
-runs it in one forward, and hands the outputs back; so rows join and leave between steps, and rows of different arms,
-levels and solvers share a batch. Guidance asks for two outputs a latent, the row's own and the other half's:
-out = other + guidance * (own - other), and the row's parameters are given to both halves.
+A row is a program (see `solvers`) that asks for denoiser outputs. One step of the worker gathers what every running
+row asks, runs it in one forward, and hands the outputs back; so rows join and leave between steps, and rows of
+different arms, levels and solvers share a batch. Guidance asks for two outputs a latent, the row's own and the other
+half's: out = other + guidance * (own - other), and the row's parameters are given to both halves.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.engine.patch import Applied
 from patches.families.base import Base
 from patches.families.diffusion import inversion, solvers
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.schedule import MAX_STEPS, SOLVERS, Schedule, noise
 from patches.families.diffusion.solvers import Program, Query
 from patches.families.worker import Job, Worker, WorkerSettings
-from patches.engine.patch import Applied
 from registry.errors import Invalid, PatchbayError, TooLarge
 
 MAX_GUIDANCE = 50.0
@@ -265,7 +266,8 @@ class Denoiser(Worker[Denoising]):
 
 
 def sampled(schedule: Schedule, row: Denoising, shape: tuple[int, int, int]) -> Program:
-    """Noise to picture; with `start`, the picture noised to a level and denoised from there (SDEdit, arXiv 2108.01073)."""
+    """Noise to picture; with `start`, the picture noised to a level and denoised from there (SDEdit, arXiv
+    2108.01073)."""
     skip = row.steps - max(1, round(row.steps * row.strength_of_edit)) if row.start is not None else 0
     fresh = noise(shape, row.seed)
     row.stages = row.steps - skip
@@ -309,9 +311,7 @@ class Edit:
         each = {"fixed_point": self.iterations, "edict": 2}.get(self.method, 1)
         up = 1 if self.method == "edit_friendly" else each * len(self.levels)
         row.stages = up + (len(self.levels) - self.skip) * (2 if self.method == "edict" else 1)
-        return inversion.edited(
-            schedule, self.method, row.start, self.levels, self.iterations, row.seed, self.skip
-        )
+        return inversion.edited(schedule, self.method, row.start, self.levels, self.iterations, row.seed, self.skip)
 
 
 @dataclass(frozen=True)
