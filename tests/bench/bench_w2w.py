@@ -1,6 +1,6 @@
-"""What rows with different weights cost: eight identities in one batch beside eight pictures of one, and the alternatives.
+"""What rows with different weights cost: eight identities in one batch beside eight pictures of one, or one by one.
 
-    make bench
+make bench
 """
 
 import copy
@@ -17,7 +17,7 @@ from patches.mechanisms.subspace import Ask, linear_layers, low_rank, split, sta
 from patches.subject import Subject
 from training.w2w import subspace
 
-from ..patches.mechanisms.test_subspace import make
+from tests.patches.mechanisms.test_subspace import make
 
 pytestmark = pytest.mark.bench
 ROWS = 8
@@ -63,9 +63,7 @@ def bench_eight_identities_beside_eight_pictures_of_one(base):
     plain = Denoiser(folded)
     told = base.model.text(["a smiling person"])[0]
     none = [Denoising(condition=told, guidance=2.0, steps=10, seed=i) for i in range(ROWS)]
-    c, d, more = paired(
-        lambda: plain.run([copy.copy(r) for r in none]), lambda: worker.run(rows(base, patch, eight))
-    )
+    c, d, more = paired(lambda: plain.run([copy.copy(r) for r in none]), lambda: worker.run(rows(base, patch, eight)))
     print(f"8 pictures of the base {1e3 * c:.0f} ms, of eight identities {1e3 * d:.0f} ms, ratio {more:.3f}")
     subject.close()
     folded.close()
@@ -102,7 +100,7 @@ def bench_one_batch_beside_adapters_one_by_one(base):
 
 
 def bench_closed_forms_of_a_row():
-    """Decoded factors (two thin batched products) beside the principal basis shared by all rows, at SD 1.5's geometry."""
+    """Decoded factors (two thin batched products) beside a principal basis shared by all rows, 320 channels."""
     torch.set_num_threads(1)
     g, d, m, tokens = Generator().manual_seed(0), 320, 64, 256
     x, beta = torch.randn(ROWS, tokens, d, generator=g), torch.randn(ROWS, m, generator=g)
@@ -136,7 +134,7 @@ def bench_many_adapters_trained_at_once(base):
 
 @pytest.mark.parametrize("n", [500, 1000])
 def bench_components_of_a_large_population(n):
-    """Streaming randomised SVD at d = 99,648, m = 100, from rows made on the fly: seconds and peak memory; linear in N."""
+    """Streaming randomised SVD at d = 99,648, m = 20, rows made on the fly: seconds and peak memory, linear in N."""
     import resource
 
     torch.set_num_threads(1)

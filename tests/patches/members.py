@@ -16,6 +16,7 @@ from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate
 from patches.mechanisms.sink import SinkConfig, SinkEdit
+from patches.mechanisms.subspace import Layer, SubspaceConfig, SubspaceEdit, size
 
 D, M = 32, 48
 
@@ -86,6 +87,17 @@ def _heads(mode: str = "zero", **tensors: torch.Tensor) -> HeadEdit:
     return HeadEdit(HeadConfig(site, ((0, 1), (2, 0), (2, 3)), 4, mode), tensors)
 
 
+def _subspace() -> SubspaceEdit:
+    """A point of a random weight space over two projections of the tiny language model."""
+    layers = tuple(Layer(f"model.layers.{i}.mlp.up_proj", (1, D), (M, 1)) for i in (0, 2))
+    d, m = size(layers), 3
+    tensors = {
+        "mean": _seeded(d) * 0.5, "sd": torch.full((d,), 0.2), "basis": torch.linalg.qr(_seeded(d, m)).Q,
+        "std": torch.tensor([3.0, 2.0, 1.0]), "z": torch.tensor([1.0, -1.0, 0.5]),
+    }  # fmt: skip
+    return SubspaceEdit(SubspaceConfig(layers, 1.5), tensors)
+
+
 MECHANISMS: dict[str, Callable[[], Patch]] = {
     "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
     "sink-clip": lambda: SinkEdit(
@@ -115,6 +127,7 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "heads-zero": lambda: _heads(),
     "heads-mean": lambda: _heads("mean", value=_seeded(3, D // 4)),
     "heads-scale": lambda: _heads("scale", factor=torch.tensor([0.5, 2.0, -1.0])),
+    "subspace": _subspace,
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),

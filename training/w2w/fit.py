@@ -150,13 +150,13 @@ def space(
     components: subspace.Components, made: Source, z: Tensor, method: str, form: str = "raw", warm: Tensor | None = None
 ) -> SubspaceEdit:
     """The patch of fitted components and directions; its own point is the mean."""
-    usable = [
-        i for i in range(made.labels.shape[1]) if min(int(c.sum()) for c in directions.classes(made.labels[:, i])) >= 2
-    ]
+    apart = [directions.classes(column) for column in made.labels.T]
+    usable = [i for i, (yes, no) in enumerate(apart) if min(int(yes.sum()), int(no.sum())) >= 2]
     names = [made.attributes[i] for i in usable]
     radius = z.norm(dim=1) / z.shape[1] ** 0.5
+    basis = components.basis if components.basis.numel() <= EXACT else components.basis.half()
     tensors = {
-        "mean": components.mean, "sd": components.sd, "basis": components.basis if components.basis.numel() <= EXACT else components.basis.half(), "std": components.std,
+        "mean": components.mean, "sd": components.sd, "basis": basis.contiguous(), "std": components.std,
         "z": torch.zeros(z.shape[1]), "radius": torch.stack([radius.min(), radius.max()]),
         "members": z[:MEMBERS].half(),
     }  # fmt: skip

@@ -55,7 +55,8 @@ def base():
 def inputs(base, n, seed=0):
     g = Generator().manual_seed(seed)
     text = torch.randn(n, *base.model.conditions["text"], generator=g)
-    return {"sample": torch.randn(n, *base.model.shape, generator=g), "timestep": torch.linspace(20, 980, n), "text": text}
+    sample = torch.randn(n, *base.model.shape, generator=g)
+    return {"sample": sample, "timestep": torch.linspace(20, 980, n), "text": text}
 
 
 ASKS = [
@@ -253,10 +254,13 @@ def test_what_cannot_be_meant_is_refused_in_words(base, said, word):
         patch.params(Ask.model_validate(said), base)
 
 
-@pytest.mark.parametrize(
-    "said",
-    [{"coefficients": [float("nan")]}, {"attributes": {"beard": float("inf")}}, {"wings": 1}, {"after": 1001}, {"person": -1}],
-)
+WRONG = [
+    {"coefficients": [float("nan")]}, {"attributes": {"beard": float("inf")}}, {"wings": 1}, {"after": 1001},
+    {"person": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", WRONG, ids=str)
 def test_what_is_no_number_is_refused_before_it_reaches_the_patch(said):
     with pytest.raises(ValidationError):
         Ask.model_validate(said)
@@ -264,7 +268,8 @@ def test_what_is_no_number_is_refused_before_it_reaches_the_patch(said):
 
 def test_a_space_with_holes_is_refused(base):
     good = make(base.model)
-    for name, bad in (("std", torch.zeros(5)), ("mean", torch.zeros(3)), ("sd", torch.full_like(good.tensors["sd"], torch.nan))):
+    holes = {"std": torch.zeros(5), "mean": torch.zeros(3), "sd": torch.full_like(good.tensors["sd"], torch.nan)}
+    for name, bad in holes.items():
         with pytest.raises(PatchError):
             SubspaceEdit(good.config, {**good.tensors, name: bad})
     with pytest.raises(PatchError, match="needs the tensors"):
@@ -280,7 +285,7 @@ def test_inversion_finds_coefficients_that_explain_a_latent_better_and_leaves_th
     forward, on = identity.alone(base.model, patch)
     z = identity.invert(
         patch, base.model.schedule, forward, latents, lambda rows, g: {"text": text.expand(2 * rows, *text.shape)},
-        Inversion(steps=30, rows=8), on_step=lambda step, loss, z: losses.append(loss),
+        Inversion(steps=16, rows=8), on_step=lambda step, loss, z: losses.append(loss),
     )  # fmt: skip
     on.revert()
     assert z.shape == (2, 5)
@@ -294,8 +299,10 @@ def test_inversion_through_a_serving_arm_equals_inversion_alone(base):
     text = base.model.null()["text"]
 
     def run(forward):
-        how = Inversion(steps=4, rows=3)
-        return identity.invert(patch, base.model.schedule, forward, latents, lambda rows, g: {"text": text.expand(rows, *text.shape)}, how)  # fmt: skip
+        def told(rows, g):
+            return {"text": text.expand(rows, *text.shape)}
+
+        return identity.invert(patch, base.model.schedule, forward, latents, told, Inversion(steps=4, rows=3))
 
     with apply(base.model, {"a": patch}) as on:
         through = run(identity.served(on, base.model, "a", patch))
@@ -324,4 +331,6 @@ def test_adapters_side_by_side_equal_each_by_itself(base):
 def test_a_module_that_is_not_there_is_named(base):
     with pytest.raises(PatchError, match="to_z"):
         linear_layers(base.model, ("to_z",))
-    assert subspace.start(linear_layers(base.model, ("to_v",)), 3).equal(subspace.start(linear_layers(base.model, ("to_v",)), 3))
+    layers = linear_layers(base.model, ("to_v",))
+    assert subspace.start(layers, 3).equal(subspace.start(layers, 3))
+    assert not subspace.start(layers, 3).equal(subspace.start(layers, 4))
