@@ -179,7 +179,7 @@ def start(layers: Sequence[Layer], seed: int = 0) -> Tensor:
 # ---- the space ---------------------------------------------------------------------------------------------------
 
 
-class Ask(BaseModel):
+class Point(BaseModel):
     """What one request may say: where in the space its row is, and how far it moves along attributes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -224,7 +224,7 @@ class SubspaceEdit(Patch):
     """
 
     Config = SubspaceConfig
-    Ask = Ask
+    Ask = Point
     config: SubspaceConfig
 
     def __post_init__(self) -> None:
@@ -312,7 +312,7 @@ class SubspaceEdit(Patch):
 
     # -- requests
 
-    def point(self, ask: Ask) -> Tensor:
+    def point(self, ask: Point) -> Tensor:
         """(m,) where a request starts and moves to. Raises Invalid for what lies outside."""
         given = [k for k in ("coefficients", "person", "seed") if getattr(ask, k) is not None]
         if len(given) > 1:
@@ -344,9 +344,9 @@ class SubspaceEdit(Patch):
             else replace(self, tensors=self.to(device).tensors)
         )
 
-    def params(self, ask: Ask | None, base: Any) -> dict[str, Tensor]:
+    def params(self, ask: Point | None, base: Any) -> dict[str, Tensor]:
         """Row parameters: theta (d,) decoded here once, not in every layer of every step."""
-        ask = Ask() if ask is None else ask
+        ask = Point() if ask is None else ask
         here = self.tensors["mean"].device
         theta = self.decode(self.point(ask).to(here))
         return self.row(theta, ask.after)
@@ -365,6 +365,7 @@ class SubspaceEdit(Patch):
             if theta is None:
                 return split(c.layers, default)
             said = inputs.row("said")
+            assert said is not None
             theta = torch.where(said > 0, theta, default.to(theta))
             return [(a, b) for a, b in split(c.layers, theta)]
 
@@ -405,7 +406,9 @@ def _live(inputs: Inputs) -> Tensor | None:
     t = torch.as_tensor(inputs["timestep"], device=after.device).reshape(-1)
     if len(t) > 1 and inputs.at is not None:
         t = t[inputs.at]
-    after = torch.where(inputs.row("said") > 0, after, torch.full_like(after, float(START)))
+    said = inputs.row("said")
+    assert said is not None
+    after = torch.where(said > 0, after, torch.full_like(after, float(START)))
     return (t.to(after) <= after[:, 0]).to(after)
 
 

@@ -13,11 +13,10 @@ from torch import Generator
 from patches.engine.patch import ONLY, apply
 from patches.families.base import load_base
 from patches.families.diffusion import Denoiser, Denoising
-from patches.mechanisms.subspace import Ask, linear_layers, low_rank, split, start
+from patches.mechanisms.subspace import Point, linear_layers, low_rank, split, start
 from patches.subject import Subject
-from training.w2w import subspace
-
 from tests.patches.mechanisms.test_subspace import make
+from training.w2w import subspace
 
 pytestmark = pytest.mark.bench
 ROWS = 8
@@ -56,7 +55,7 @@ def bench_eight_identities_beside_eight_pictures_of_one(base):
     patch = make(base.model, m=64)
     subject = Subject(base, {"a": patch})
     worker = Denoiser(subject)
-    one, eight = [Ask(seed=3)] * ROWS, [Ask(seed=i) for i in range(ROWS)]
+    one, eight = [Point(seed=3)] * ROWS, [Point(seed=i) for i in range(ROWS)]
     a, b, ratio = paired(lambda: worker.run(rows(base, patch, one)), lambda: worker.run(rows(base, patch, eight)))
     print(f"\n8 pictures of one {1e3 * a:.0f} ms, of eight identities {1e3 * b:.0f} ms, ratio {ratio:.3f}")
     folded = Subject(patch.at(patch.point(one[0])) and base)  # the same base without arms: what no patch costs
@@ -76,7 +75,7 @@ def bench_one_batch_beside_adapters_one_by_one(base):
     patch = make(base.model, m=64)
     subject = Subject(base, {"a": patch})
     worker = Denoiser(subject)
-    asks = [Ask(seed=i) for i in range(ROWS)]
+    asks = [Point(seed=i) for i in range(ROWS)]
     net = {x.site: base.model.get_submodule(x.site) for x in patch.config.layers}
     bare = Subject(base)
     alone = Denoiser(bare)

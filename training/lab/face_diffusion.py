@@ -108,7 +108,7 @@ def real(image: Tensor) -> Tensor:
 @torch.no_grad()
 def latents(image: Tensor, whiten: float) -> FaceLatents:
     """The linear latent of pictures (n, 3, 64, 64) in [0, 1]; its decoder is untrained."""
-    out = FaceLatents()
+    out: FaceLatents = FaceLatents()
     d = len(out.scale)
     x = torch.cat([F.avg_pool2d(real(part) * 2 - 1, 2).flatten(1) for part in image[:20_000].split(1024)])
     mean = x.mean(0)
@@ -137,7 +137,7 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - min(0.995, (1 + i) / (10 + i)))
+            torch._foreach_lerp_(average, list(parameters), 1 - min(0.995, (1 + i) / (10 + i)))
         log.append(value.item())
     return log, average
 
@@ -268,7 +268,8 @@ def _show(net: Any, words: Any, vae: FaceLatents, x: Tensor, g: Generator) -> Te
 def make(config: Config, out: Path) -> dict[str, Any]:
     """Draw, train, measure, write. Returns the card."""
     out.mkdir(parents=True, exist_ok=True)
-    clock, spent = time.process_time(), {}
+    clock = time.process_time()
+    spent: dict[str, float] = {}
 
     def lap(name: str) -> None:
         spent[name] = round(time.process_time() - clock - sum(spent.values()), 1)
@@ -317,7 +318,7 @@ def write(
     numbers: dict[str, Any], spent: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """The folder of `lab:faces`: one safetensors of the base, one of the judge, config.json and card.json."""
-    parts = {"transformer": net, "words": words, "latents": vae}
+    parts: dict[str, nn.Module] = {"transformer": net, "words": words, "latents": vae}
     tensors = {
         f"{name}.{k}": v.half().contiguous() for name, part in parts.items() for k, v in part.state_dict().items()
     }

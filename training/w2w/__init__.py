@@ -21,10 +21,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from patches.mechanisms.subspace import SubspaceEdit
 from patches.subject import Subject
 from registry.measure import Measure
 from training.w2w import measure
 from training.w2w.config import RECIPES, Config
+from training.w2w.draw import read
 from training.w2w.figures import figures
 from training.w2w.fit import HELD, evidence, fit
 from training.w2w.measure import Lab, identity
@@ -41,6 +43,7 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     """
     assert subject.folder is not None
     space = subject.arms["patch"]
+    assert isinstance(space, SubspaceEdit)
     if not (subject.folder / HELD).is_file():
         on = 0.0 if arm is None else 1.0
         return {
@@ -56,7 +59,7 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     else:
         image = lab.draw(lab.theta, per, 3)
         told = measure.edits(lab, [config.strength], control=False)[config.strength]
-    shown = identity(measure.read(lab.judge, image, per), lab.labels)
+    shown = identity(read(lab.judge, image, per), lab.labels)
     return {
         "quality/identity_top1": shown["top1"], "quality/identity_top5": shown["top5"],
         "quality/attributes_right": shown["binary_right"], "target/flip": told["flip"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
         begun = time.process_time()
         out[name] = table()
         seconds[name] = round(time.process_time() - begun, 1)
-    return plain({**out, "cpu_seconds": seconds})
+    told: dict[str, Any] = plain({**out, "cpu_seconds": seconds})
+    return told
 
 
 def plain(value: Any) -> Any:
@@ -238,21 +240,22 @@ def guidance(lab: Lab) -> dict[str, Any]:
 
 def entanglement(made: Source, m: int) -> dict[str, Any]:
     """Mean |cos| between attribute directions, in weights, against the number of models; four draws each."""
-    theta, out = torch.cat(list(made.blocks())), {}
+    theta = torch.cat(list(made.blocks()))
+    out: dict[str, Any] = {}
     n = len(theta)
     for count in sorted({x for x in (25, 50, 100, 200, 400, n) if x <= n}):
         cosines = []
         for seed in range(1 if count == n else 4):
             k = torch.randperm(n, generator=Generator().manual_seed(seed))[:count]
             part = theta[k]
-            found = subspace.fit(lambda part=part: iter([part]), min(m, 32, count - 1))
+            found = subspace.fit(partial(iter, [part]), min(m, 32, count - 1))
             try:
                 d, _, _ = directions.directions(found.encode(part), made.labels[k], found.std, "mean")
             except ConfigError:  # an attribute that these few all share
                 continue
             cosines.append(directions.mutual_cosine((d * found.std) @ found.basis.T))
         if cosines:
-            out[count] = {"mean |cos|": sum(cosines) / len(cosines), "draws": len(cosines)}
+            out[str(count)] = {"mean |cos|": sum(cosines) / len(cosines), "draws": len(cosines)}
     return out
 
 
@@ -275,7 +278,7 @@ def own_starts(lab: Lab, made: Source) -> dict[str, Any]:
     for name, theta in (("common start", common), ("own starts", torch.cat(parts))):
         for form in ("raw", "update"):
             x = theta if form == "raw" else population.updates(layers, theta, c.scale)[1]
-            found = subspace.fit(lambda x=x: iter([x[:cut]]), min(32, cut - 1))
+            found = subspace.fit(partial(iter, [x[:cut]]), min(32, cut - 1))
             auc, _ = directions.probe_auc(
                 found.encode(x[:cut]), made.labels[:cut], found.encode(x[cut:]), made.labels[cut:n], binary, draws=200
             )

@@ -59,7 +59,9 @@ class Words:
 
     @staticmethod
     def _ids(prompt: str) -> list[int]:
-        words = re.findall(r"[a-z]+", prompt.lower().replace("long hair", "longhair").replace("long-haired", "longhair"))
+        words = re.findall(
+            r"[a-z]+", prompt.lower().replace("long hair", "longhair").replace("long-haired", "longhair")
+        )
         looks = [x.replace(" ", "") for x in LOOKS]
         out, no = [int(bool(words)), *[0] * (2 + len(LOOKS))], False
         for word in words:
@@ -78,7 +80,7 @@ class Words:
 class FaceWords(ModelMixin, ConfigMixin):
     """Embed prompts' ids (n, 8) as the four tokens (n, 4, width) that the transformer reads."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         sizes = (2, 4, 6)
@@ -97,7 +99,7 @@ class FaceLatents(ModelMixin, ConfigMixin):
     Pictures are (n, 3, 64, 64) in [-1, 1] as diffusers' autoencoders have them.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
     def __init__(
         self, channels: int = CHANNELS, side: int = SIDE, width: int = 64, scaling_factor: float = 1.0
     ) -> None:
@@ -174,7 +176,7 @@ class FaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     fixed skip and the network learns what is not Gaussian.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
     def __init__(
         self, in_channels: int = CHANNELS, sample_size: int = SIDE, width: int = 64, depth: int = 4, heads: int = 2,
         cross_attention_dim: int = 64,
@@ -283,8 +285,9 @@ def tiny(seed: int = 0) -> Faces:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipe = Faces(FaceTransformer(width=32, depth=2, cross_attention_dim=32), FaceWords(32), FaceLatents(width=16))
-        nn.init.normal_(pipe.denoiser.leave.weight, std=0.2)
-        for block in pipe.denoiser.blocks:
+        net: Any = pipe.denoiser
+        nn.init.normal_(net.leave.weight, std=0.2)
+        for block in net.blocks:
             nn.init.normal_(block.time.weight, std=0.05)
         pipe.autoencoder.basis.copy_(torch.linalg.qr(torch.randn_like(pipe.autoencoder.basis)).Q)
     return pipe

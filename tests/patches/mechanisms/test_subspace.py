@@ -16,7 +16,7 @@ from patches.mechanisms import subspace
 from patches.mechanisms.subspace import (
     AdapterSet,
     AdapterSetConfig,
-    Ask,
+    Point,
     Layer,
     SubspaceConfig,
     SubspaceEdit,
@@ -60,8 +60,8 @@ def inputs(base, n, seed=0):
 
 
 ASKS = [
-    Ask(), Ask(coefficients=[1.0, -2.0]), Ask(person=3), Ask(seed=5), Ask(seed=5, attributes={"beard": 2.0}),
-    Ask(person=1, attributes={"beard": -1.0, "hat": 0.5}), Ask(coefficients=[0.0] * 5), Ask(seed=6, truncation=0.5),
+    Point(), Point(coefficients=[1.0, -2.0]), Point(person=3), Point(seed=5), Point(seed=5, attributes={"beard": 2.0}),
+    Point(person=1, attributes={"beard": -1.0, "hat": 0.5}), Point(coefficients=[0.0] * 5), Point(seed=6, truncation=0.5),
 ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_rows_that_say_nothing_are_at_the_patchs_own_point_beside_rows_that_say_
     patch = make(base.model)
     x = inputs(base, 3)
     with torch.no_grad(), apply(base.model, {"a": patch}) as on:
-        with on.rows(["a", "a", None], params=[{}, patch.params(Ask(seed=1), base), {}]):
+        with on.rows(["a", "a", None], params=[{}, patch.params(Point(seed=1), base), {}]):
             mixed = base.model(**x)
         with on.rows(["a"] * 3):
             own = base.model(**x)
@@ -114,7 +114,7 @@ def test_any_unet_is_edited_and_a_fold_equals_its_rows(name):
     g = Generator().manual_seed(0)
     x = {k: torch.randn(2, *s, generator=g) for k, s in base.model.conditions.items()}
     x |= {"sample": torch.randn(2, *base.model.shape, generator=g), "timestep": torch.tensor([500.0, 20.0])}
-    asks = [Ask(seed=1), Ask(seed=2)]
+    asks = [Point(seed=1), Point(seed=2)]
     with torch.no_grad(), apply(base.model, {"a": patch}) as on:
         with on.rows(["a", "a"], params=[patch.params(a, base) for a in asks]):
             rows = base.model(**x)
@@ -144,7 +144,7 @@ def test_the_worker_draws_each_row_as_it_would_alone_and_leaves_the_null_half_to
 def test_delayed_injection_is_the_base_above_its_timestep_and_the_edit_below(base):
     patch = make(base.model)
     x = inputs(base, 4)  # timesteps 20, 340, 660, 980
-    told = [patch.params(Ask(seed=1, after=t), base) for t in (1000, 500, 500, 500)]
+    told = [patch.params(Point(seed=1, after=t), base) for t in (1000, 500, 500, 500)]
     with torch.no_grad(), apply(base.model, {"a": patch}) as on:
         with on.rows(["a"] * 4, params=told):
             got = base.model(**x)
@@ -164,7 +164,7 @@ def test_an_exported_point_draws_the_same_in_stock_diffusers_and_peft(tmp_path):
     small.stable_folder(folder)
     base = load_base(f"local-dir:{folder}", "diffusion")
     patch = make(base.model, ("to_q", "to_v"), scale=27.0)
-    z = patch.point(Ask(seed=3)) * 0.3
+    z = patch.point(Point(seed=3)) * 0.3
     diffusion.write_adapter(identity.adapter(patch, z), tmp_path / "adapter")
     g = Generator().manual_seed(0)
     x, c = torch.randn(1, *base.model.shape, generator=g), torch.randn(1, *base.model.conditions["text"], generator=g)
@@ -251,7 +251,7 @@ def test_samples_stay_as_far_out_as_the_population_and_truncation_draws_them_in(
 def test_what_cannot_be_meant_is_refused_in_words(base, said, word):
     patch = make(base.model)
     with pytest.raises(Invalid, match=word):
-        patch.params(Ask.model_validate(said), base)
+        patch.params(Point.model_validate(said), base)
 
 
 WRONG = [
@@ -263,7 +263,7 @@ WRONG = [
 @pytest.mark.parametrize("said", WRONG, ids=str)
 def test_what_is_no_number_is_refused_before_it_reaches_the_patch(said):
     with pytest.raises(ValidationError):
-        Ask.model_validate(said)
+        Point.model_validate(said)
 
 
 def test_a_space_with_holes_is_refused(base):
