@@ -149,7 +149,7 @@ class AdapterSet(Patch):
 
 
 def linear_layers(model: torch.nn.Module, leaves: Sequence[str], rank: int = 1, under: str = "") -> tuple[Layer, ...]:
-    """The Linear and Conv2d modules in the submodule `under` whose path ends in one of `leaves`, in the model's order."""
+    """Linear and Conv2d modules of the submodule `under` whose path ends in one of `leaves`, in the model's order."""
     out = []
     for name, m in model.named_modules():
         if under and not name.startswith(f"{under}."):
