@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.engine.isolate import fail, isolate, not_finite
 from patches.engine.patch import Applied
 from patches.families.base import Base
 from patches.families.diffusion import inversion, solvers
@@ -24,7 +25,7 @@ from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.schedule import MAX_STEPS, SOLVERS, Schedule, noise
 from patches.families.diffusion.solvers import Program, Query
 from patches.families.worker import Job, Worker, WorkerSettings
-from registry.errors import Invalid, PatchbayError, TooLarge
+from registry.errors import Failed, Invalid, PatchbayError, TooLarge
 
 MAX_GUIDANCE = 50.0
 MAX_STATE = 64 << 20
@@ -143,35 +144,51 @@ class Denoiser(Worker[Denoising]):
 
     @torch.inference_mode()
     def step(self) -> list[Denoising]:
-        """One forward for every running row, after waiting ones joined; returns the rows that took part."""
+        """One forward for every running row, after waiting ones joined; returns the rows that took part. One that makes
+        it raise, or leaves the range of numbers, fails alone."""
         while self.waiting and len(self.running) < self.settings.slots:
             row = self.waiting.popleft()
-            row.run = (row.program or sampled)(self.pipe.schedule, row, self._shape(row))
             self.running.append(row)
-            self._advance(row, None)
-        rows = [row for row in self.running if row.query is not None]
-        for row, out in zip(rows, self._answer(rows), strict=True):
-            row.stage += 1
-            self._advance(row, out)
+            self._begin(row)
+        isolate([row for row in self.running if row.query is not None], self._advance, _weight)
         done, self.running = [r for r in self.running if r.finished], [r for r in self.running if not r.finished]
-        self._decode([r for r in done if r.finished == "stop" and r.decode])
+        isolate([r for r in done if r.finished == "stop" and r.decode], self._decode, _weight)
         for row in done:
             row.run = row.query = None
         return [*done, *self.running]
 
-    def _advance(self, row: Denoising, out: Tensor | None) -> None:
+    def _begin(self, row: Denoising) -> None:
+        """Start a row's program up to its first query."""
+        try:
+            row.run = (row.program or sampled)(self.pipe.schedule, row, self._shape(row))
+        except PatchbayError as e:
+            fail(row, e)
+        else:
+            self._send(row, None)
+
+    def _advance(self, rows: Sequence[Denoising]) -> None:
+        """Answer every row's query and let its program go on."""
+        for row, out in zip(rows, self._answer(rows), strict=True):
+            assert row.query is not None
+            halves = 2 if row.query.guided and row.guidance != 1.0 else 1
+            row.evaluations += halves * len(row.query.x)
+            row.stage += 1
+            self._send(row, out)
+
+    def _send(self, row: Denoising, out: Tensor | None) -> None:
         """Send a row's outputs to its program; it asks again or is finished."""
         assert row.run is not None
         try:
             row.query = row.run.send(out) if out is not None else next(row.run)
         except StopIteration as end:
-            row.out, row.query, row.finished = end.value.float().cpu(), None, "stop"
-            if not bool(torch.isfinite(row.out).all()):
-                row.finished, row.error = "failed", Invalid(
-                    "Denoising left the range of numbers (NaN or infinity); lower guidance or strength."
-                )  # fmt: skip
-        except PatchbayError as e:
-            row.query, row.finished, row.error = None, "failed", e
+            row.out, row.query = end.value.float().cpu(), None
+            if bool(torch.isfinite(row.out).all()):
+                row.finished = "stop"
+            else:
+                fail(row, not_finite(row.arm, "latents"))
+        except Exception as e:  # a program's own fault is its row's
+            row.query = None
+            fail(row, e if isinstance(e, PatchbayError) else Failed(f"This row failed ({type(e).__name__}: {e})."))
 
     def _answer(self, rows: Sequence[Denoising]) -> list[Tensor]:
         """(n, c, h, w) for each row's query, guidance done."""
@@ -181,7 +198,6 @@ class Denoiser(Worker[Denoising]):
             assert row.query is not None
             halves = (True, False) if row.query.guided and row.guidance != 1.0 else (True,)
             flat += [(x, t, row, own) for own in halves for x, t in zip(row.query.x, row.query.t, strict=True)]
-            row.evaluations += len(halves) * len(row.query.x)
         outs = self._forward(flat)
         answers, at = [], 0
         for row in rows:
@@ -249,10 +265,14 @@ class Denoiser(Worker[Denoising]):
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Outputs (2, c, h, w) for fixed latents under an arm: equal for equal behaviour, bit for bit."""
+        """Outputs (2, c, h, w) for fixed latents under an arm: equal for equal behaviour, bit for bit. Raises Failed if
+        they are not finite."""
         x, t = noise((2, *self.pipe.shape), 0), torch.tensor([999.0, 1.0]).clamp(max=len(self.pipe.schedule.alphas) - 1)
         with self.applied.rows([arm] * 2, [strength] * 2):
-            return self.pipe.rows(x, t, [self._told()] * 2).cpu()
+            out = self.pipe.rows(x, t, [self._told()] * 2).cpu()
+        if not bool(out.isfinite().all()):
+            raise not_finite(arm, "outputs")
+        return out
 
     def _told(self) -> Condition:
         """A condition that is nobody's null: fixed waves."""
@@ -260,6 +280,11 @@ class Denoiser(Worker[Denoising]):
             name: torch.sin(torch.arange(1.0, 1.0 + x.numel())).reshape(x.shape) if x.is_floating_point() else x
             for name, x in self.null.items()
         }
+
+
+def _weight(row: Denoising) -> float:
+    """How much memory a row's forward asks for, in latents."""
+    return float(row.query.x.numel()) if row.query is not None else 1.0
 
 
 # ---- what rows run -----------------------------------------------------------------------------------------------

@@ -140,8 +140,8 @@ async def test_a_bad_row_is_refused_in_words_and_its_neighbour_is_drawn(service)
                 assert words in one["error"]["message"]
         assert got[-1]["b64_json"]
         for body, code in (
-            ({"prompt": " "}, 400), ({"prompt": "a", "size": "9000x9000"}, 413), ({"prompt": "a", "size": "24x24"}, 400),
-            ({"prompt": "a", "n": 99}, 400), ({"prompt": "a", "response_format": "url"}, 400),
+            ({"prompt": " "}, 400), ({"prompt": "a", "size": "9000x9000"}, 413), ({"prompt": "a", "size": "24x24"},
+            400), ({"prompt": "a", "n": 99}, 400), ({"prompt": "a", "response_format": "url"}, 400),
             ({"prompt": "a", "patchbay": {"steps": 10**6}}, 400), ({"prompt": "a", "patchbay": {"strength": 1e9}}, 400),
         ):  # fmt: skip
             assert (await post(s, "/v1/images/generations", **body)).status_code == code, body
@@ -153,7 +153,9 @@ async def test_base_stands_beside_patched_and_progress_is_told(service):
         body = {"prompt": "cat", "patchbay": {"compare": True, "steps": 4, "seed": 1}}
         got = (await post(s, "/v1/images/generations", **body)).json()
         assert [x["arm"] for x in got["data"]] == ["base", "champion"]
-        assert pixels(got["data"][0]["b64_json"]).tolist() == pixels(got["data"][1]["b64_json"]).tolist()  # no image told
+        assert (
+            pixels(got["data"][0]["b64_json"]).tolist() == pixels(got["data"][1]["b64_json"]).tolist()
+        )  # no image told
         events = (await post(s, "/v1/images/generations", **body, stream=True)).text
         assert events.count("image_generation.progress") > 2
         assert events.count("event: image_generation.completed") == 2
