@@ -64,7 +64,12 @@ def evaluate(args: argparse.Namespace) -> Says:
     ]
     table = _table(("metric", "base", "patched", "difference", "n", "better"), rows)
     plain = {side: {k: asdict(m) for k, m in metrics.items()} for side, metrics in got.sides.items()}
-    return Says(table, metrics=plain, run=pushed.run_id)
+    if not args.full:
+        return Says(table, metrics=plain, run=pushed.run_id)
+    full = run.report(folder, args.words, args.device)
+    store.push(folder, tables=full.tables, figures=full.figures)
+    shown = [table, *(f"\n{name}\n{_columns(columns)}" for name, columns in full.tables.items())]
+    return Says("\n".join(shown), metrics=plain, run=pushed.run_id, tables=full.tables)
 
 
 def push(args: argparse.Namespace) -> Says:
@@ -303,6 +308,12 @@ def _measure(m: Any) -> str:
     return f"{m.value:.4g}" + (f" [{m.low:.3g}, {m.high:.3g}]" if m.low is not None else "")
 
 
+def _columns(columns: dict[str, list[Any]]) -> str:
+    """A table given by its columns; those with nothing in them are left out."""
+    some = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
+    return _table(tuple(some), list(zip(*some.values(), strict=True)))
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def text(cell: Any) -> str:
         return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
@@ -384,6 +395,7 @@ def parser() -> argparse.ArgumentParser:
         help="what to try (the challenger); 0.1 for 10 %%, more ramps, 0 stops; settings of the experiment",
     )  # fmt: skip
     made["eval"].add_argument("--device", default="cpu")
+    made["eval"].add_argument("--full", action="store_true", help="the whole report: controls, baselines, tables")
     made["list"].add_argument("system", nargs="?")
     made["compare"].add_argument("a", **ref)
     made["compare"].add_argument("b", **ref)

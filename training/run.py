@@ -1,7 +1,7 @@
-"""The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, push.
+"""The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, report in full.
 
-A job gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(model, config, arm)`; it may give
-`figures(folder, results)`. Everything else about running is here, once.
+A system gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(subject, config, arm)`; it may give
+`figures(folder, results)` and `report(folder, config)`. Everything else about running is here, once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,26 @@ from patches.engine.patch import ONLY
 from patches.subject import Subject
 from registry import config as configs
 from registry import manifest
-from registry.errors import BadArtifact, NotFound
+from registry.errors import NotFound
 from registry.home import home
 from registry.manifest import Manifest
 from registry.measure import Measure, measures
 from registry.systems import System, system
-
-RECIPE = "recipe.json"
-"""lies in every artifact: which recipe made it, with which config, so that it can be measured the same way again"""
-
+from training.evidence import RECIPE, recipe_of, table
 
 SIDES = {"base": None, "patched": ONLY}
 """side -> arm of the subject"""
+
+
+@dataclass(frozen=True)
+class Full:
+    """A system's whole report of one artifact: with its controls, its baselines, and what else was asked."""
+
+    manifest: Manifest
+    tables: dict[str, dict[str, list[Any]]]
+    """name -> columns: what, value, low, high, n"""
+    figures: dict[str, Any]
+    """name -> matplotlib Figure"""
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,10 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
     about = manifest.read(folder)
     row = system(about.system)
     job = row.load_job()
-    if RECIPE not in about.files:
-        raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
-    sealed = json.loads((folder / RECIPE).read_text())
-    config = configs.override(configs.parse(job.Config, sealed["config"]), words)
+    sealed = recipe_of(folder, about)
+    config = configs.override(sealed.config, words)
+    data = (sealed.name.replace("/", "-"), manifest.digest_of(asdict(config))[:16])
+    config = _on(config, device)
     given = getattr(config, "base", "") if not row.roles else ""
     model = Subject.load(folder, given or None, device)
     try:
@@ -99,8 +107,28 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
     draw = getattr(job, "figures", None)
     values = {side: {name: m.value for name, m in metrics.items()} for side, metrics in sides.items()}
     figures = draw(folder, values) if draw else {}
-    data = (sealed["recipe"].replace("/", "-"), manifest.digest_of(asdict(config))[:16])
     return Measured(about, sides, data, figures)
+
+
+def report(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Full:
+    """Everything the system says of a sealed artifact: what its claim in the table of systems comes from.
+
+    Raises NotFound if the system gives no report.
+    """
+    about = manifest.read(folder)
+    job = system(about.system).load_job()
+    if not hasattr(job, "report"):
+        raise NotFound(f"{about.system} has no report beyond its metrics. Leave --full out.")
+    config = _on(configs.override(recipe_of(folder, about).config, words), device)
+    _seed(getattr(config, "seed", 0))
+    parts = job.report(folder, config)
+    drawn = {name: part for name, part in parts.items() if hasattr(part, "savefig")}
+    return Full(about, {name: table(part) for name, part in parts.items() if name not in drawn}, drawn)
+
+
+def _on(config: Any, device: str) -> Any:
+    """A config whose data are drawn where the model is; which device a fit ran on says nothing of this machine."""
+    return replace(config, device=device) if hasattr(config, "device") else config
 
 
 def _seed(seed: int) -> None:
