@@ -27,7 +27,7 @@ class Config:
     """of every picture, for people from a folder"""
     form: str = "raw"
     """what the space is made of: factors as trained (`raw`), their `canonical` form, or the dense `update`"""
-    people: int = 600
+    people: int = 360
     """whose adapters span the space"""
     val: int = 60
     """further people, on whom components and direction are chosen"""
@@ -40,13 +40,13 @@ class Config:
     rank: int = 1
     scale: float = 1.0
     """alpha / r"""
-    steps: int = 200
+    steps: int = 160
     rows: int = 4
     """pictures of each person in a step"""
     lr: float = 3e-2
     shard: int = 60
     """adapters trained together and sealed in one file"""
-    components: tuple[int, ...] = (32, 64, 128)
+    components: tuple[int, ...] = (32, 64)
     """candidates for m; chosen on val"""
     directions: tuple[str, ...] = ("mean", "paper", "orthogonal")
     """candidates for how attributes' directions are found; chosen on val"""
@@ -61,7 +61,7 @@ class Config:
     """drawn of each person when identities are judged"""
     inversion: Inversion = field(default_factory=Inversion)
     slider_steps: int = 150
-    own_starts: int = 160
+    own_starts: int = 120
     """people of the control whose adapters have starts of their own"""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patches import artifact
+from patches.evidence import write_evidence
 from patches.families.base import Base, load_base
-from patches.mechanisms.subspace import Layer, SubspaceConfig, SubspaceEdit, linear_layers, start
+from patches.mechanisms.subspace import Layer, SubspaceConfig, SubspaceEdit, linear_layers
 from registry import manifest
 from registry.errors import ConfigError, Tampered, Unsealed
 from registry.home import home
 from registry.manifest import Manifest
+from training.choose import Offer, best
 from training.lab import faces
 from training.w2w import directions, measure, people, population, subspace
 from training.w2w.config import Config
 from training.w2w.figures import SHOWN, strip
 from training.w2w.population import Population
 
-EVIDENCE = "evidence.json"
 HELD = "held.safetensors"
 """theta and labels of people who are not in the space: val, then held"""
 MEMBERS = 4096
@@ -186,7 +186,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         return _published(config, base, folder)
     made = source(config, base)
     chosen, trace = _choose(config, base, made)
-    (folder / EVIDENCE).write_bytes(manifest.canonical(trace))
+    write_evidence(folder, trace)
     if made.held is not None:
         theta, labels = made.held
         save_file({"theta": theta.contiguous(), "labels": labels.contiguous()}, folder / HELD)
@@ -197,48 +197,42 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def _choose(config: Config, base: Base, made: Source) -> tuple[SubspaceEdit, dict[str, Any]]:
-    """Number of components and kind of direction, by flips on val less what a random direction of equal norm flips."""
+    """Number of components and kind of direction: on val, flips of the asked attribute less those of a random direction
+    of equal norm, less what others flip beyond theirs. Without people to judge on: the first of each."""
     most, z = components_of(made, max(config.components))
     warm = _warm(config, base, made, z)
-    offers: list[dict[str, Any]] = []
-    best: tuple[float, SubspaceEdit] | None = None
     judged = made.held is not None and config.val > 0 and not config.data and not config.population
+    offers: list[Offer[SubspaceEdit]] = []
     for m in sorted({min(m, z.shape[1]) for m in config.components}):
         for method in config.directions:
-            patch = space(
-                shortened(most, m), made, z[:, :m], method, config.form, None if warm is None else warm[:, :m]
-            )
-            offer: dict[str, Any] = {"components": m, "direction": method}
+            short = None if warm is None else warm[:, :m]
+            patch = space(shortened(most, m), made, z[:, :m], method, config.form, short)
+            row: dict[str, Any] = {"components": m, "direction": method, "worth": 0.0}
             if judged:
                 assert made.held is not None
                 lab = measure.Lab.open(config, base, patch, made.held, "val")
-                if method == config.directions[0]:
-                    offer["auc"] = _probe(made, z[:, :m], lab)
-                edited = measure.edits(lab, [config.strength], pictures=2)[config.strength]
-                offer |= {
-                    k: round(float(edited[k]), 4) for k in ("flip", "random_flip", "other_flip", "random_other_flip")
-                }
-                offer["score"] = round(
-                    offer["flip"] - offer["random_flip"] - max(0.0, offer["other_flip"] - offer["random_other_flip"]), 4
-                )
-            score = offer.get("score", 0.0)
-            if best is None or score > best[0]:
-                best = (score, patch)
-                chosen = {"components": m, "direction": method}
-            offers.append(offer)
-    assert best is not None
+                row |= _judged(made, z[:, :m], lab)
+            offers.append(Offer(patch, row, size=m))
+    chosen = best(offers, within=0.02) if judged else offers[-1]
     trace = {
-        "models": len(z), "numbers": len(most.mean), "chosen": chosen, "offers": offers,
+        "models": len(z), "numbers": len(most.mean), "chosen": chosen.row, "offers": [o.row for o in offers],
         "share": {str(k): round(float(most.share[k - 1]), 4) for k in SHARES if k <= len(most.share)},
-        "warm": warm is not None, "attributes": list(best[1].config.attributes),
+        "warm": warm is not None, "attributes": list(chosen.what.config.attributes),
     }  # fmt: skip
-    return best[1], trace
+    return chosen.what, trace
 
 
-def _probe(made: Source, z: Tensor, lab: Any) -> float:
+def _judged(made: Source, z: Tensor, lab: measure.Lab) -> dict[str, float]:
+    """What a candidate does on val."""
+    strength = lab.config.strength
+    got = measure.edits(lab, [strength], pictures=2)[strength]
+    keys = ("flip", "random_flip", "other_flip", "random_other_flip")
+    flip, random, other, random_other = (float(got[k].value) for k in keys)
     binary = [i for i, a in enumerate(made.attributes) if a in faces.BINARY]
     auc, _ = directions.probe_auc(z, made.labels, lab.space.encode(lab.theta), lab.labels, binary, draws=2)
-    return round(float(auc.value), 4)
+    out = {"flip": flip, "random_flip": random, "other_flip": other, "random_other_flip": random_other}
+    out |= {"auc": float(auc.value), "worth": flip - random - max(0.0, other - random_other)}
+    return {k: round(v, 4) for k, v in out.items()}
 
 
 def _warm(config: Config, base: Base, made: Source, z: Tensor) -> Tensor | None:
@@ -270,23 +264,8 @@ def _published(config: Config, base: Base, folder: Path) -> Manifest:
     layers = tuple(replace(x, site=_site(base, x.site)) for x in told["layers"])
     made = Source(layers, config.scale, names, lambda: iter(()), labels, "", None)
     patch = space(found, made, beta / std, config.directions[0], "raw")
-    (folder / EVIDENCE).write_bytes(
-        manifest.canonical(
-            {
-                "models": len(beta),
-                "numbers": len(found.mean),
-                "chosen": {"components": m, "direction": config.directions[0]},
-            }
-        )
+    chosen = {"components": m, "direction": config.directions[0]}
+    write_evidence(
+        folder, {"models": len(beta), "numbers": len(found.mean), "chosen": chosen, "attributes": list(names)}
     )
     return artifact.save(patch, "w2w", folder, base=base.label)
-
-
-def evidence(folder: Path) -> dict[str, Any]:
-    out: dict[str, Any] = json.loads((folder / EVIDENCE).read_text())
-    return out
-
-
-def common_start(layers: tuple[Layer, ...], seed: int) -> Tensor:
-    """(d,) the start of a population; other seeds give the starts of the control."""
-    return start(layers, seed)

@@ -18,69 +18,55 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from patches import artifact
-from patches.families.base import load_base
 from patches.families.diffusion.identity import alone, invert
-from patches.mechanisms.subspace import start
+from patches.mechanisms.subspace import SubspaceEdit, start
 from registry.errors import ConfigError
 from registry.measure import Measure
+from training.evidence import Draft, Opened, open_patch
 from training.lab import faces
 from training.lab.faces import BINARY
 from training.w2w import baselines, directions, measure, population, subspace
 from training.w2w.config import Config
 from training.w2w.draw import read
-from training.w2w.fit import HELD, Source, evidence, trained
+from training.w2w.fit import HELD, Source, trained
 from training.w2w.measure import Lab, identity, over_people
 
 ASKED = torch.tensor([[1, 1 + i % 3, 1 + (2 * i) % 5, 0, 0, 0, 0, 0] for i in range(4)])
 """prompts (4, 8) that inverted people are drawn under: mouths and backgrounds that their picture did not show"""
 
 
-def open_lab(folder: Path, config: Config, split: str = "held") -> Lab:
+def open_lab(folder: Path, config: Config, split: str = "held") -> tuple[Opened, Lab]:
     """The measured people of a sealed space. Raises ConfigError if it holds none."""
-    _, patch = artifact.load(folder)
+    opened = open_patch(folder, config.base, config.device)
     if not (folder / HELD).is_file():
         raise ConfigError(f"{folder} holds no people that the space was not fitted to; fit with val and held people.")
+    assert isinstance(opened.patch, SubspaceEdit)
     held = load_file(folder / HELD)
-    base = load_base(config.base, "diffusion", config.device)
-    return Lab.open(config, base, patch, (held["theta"], held["labels"]), split)  # type: ignore[arg-type]
+    return opened, Lab.open(config, opened.base, opened.patch, (held["theta"], held["labels"]), split)
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Every table, name -> plain values. Raises ConfigError if the space holds no people to measure."""
-    lab = open_lab(folder, config)
+    """Every table by its name. Parts are kept on disk as they come; words of the command line may shorten them."""
+    opened, lab = open_lab(folder, config)
     made = trained(config, lab.base)
-    out: dict[str, Any] = {"people": len(lab.labels), "models": len(made.labels), "fit": evidence(folder)}
+    draft = Draft(opened.about)
+    draft.keep("fit", value=dict(opened.fitted))
     tables: dict[str, Callable[[], Any]] = {
         "attributes": lambda: attributes(lab, made),
         "identity": lambda: identities(lab),
         "edits": lambda: edit_table(lab),
-        "inversion": lambda: inversion(lab),
+        "inversion": lambda: inversion(lab, made),
         "samples": lambda: samples(lab),
         "guidance": lambda: guidance(lab),
         "entanglement": lambda: entanglement(made, lab.space.components),
         "own_starts": lambda: own_starts(lab, made),
         "other_style": lambda: other_style(lab),
     }
-    seconds = {}
     for name, table in tables.items():
         begun = time.process_time()
-        out[name] = table()
-        seconds[name] = round(time.process_time() - begun, 1)
-    told: dict[str, Any] = plain({**out, "cpu_seconds": seconds})
-    return told
-
-
-def plain(value: Any) -> Any:
-    """The same with every Measure as a list value, low, high, n."""
-    if isinstance(value, Measure):
-        ends = [value.low, value.high, value.n] if value.low is not None else [value.n] if value.n is not None else []
-        return [round(float(v), 4) for v in (value.value, *ends)]
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, float):
-        return round(value, 4)
-    return value
+        draft.keep(name, value=table())
+        draft.keep("cpu_seconds", name, value=round(time.process_time() - begun, 1))
+    return draft
 
 
 def attributes(lab: Lab, made: Source) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def fitted(lab: Lab, latents: Tensor, contexts: Callable[[int, Generator], dict[
         on.revert()
 
 
-def inversion(lab: Lab) -> dict[str, Any]:
+def inversion(lab: Lab, made: Source) -> dict[str, Any]:
     """One picture of each person -> the person, judged on four other pictures under other prompts."""
     own = lab.people()
     m = own.shots.latents.shape[1]
@@ -157,18 +143,18 @@ def inversion(lab: Lab) -> dict[str, Any]:
         "coefficients, begun at the mean": lambda: lab.space.decode(fitted(lab, latents, contexts, warm=False)),
         "ridge guess alone": lambda: lab.space.decode(lab.space.warm(latents)),
         "one-picture adapter": lambda: baselines.one_picture(lab, own.shots),
-        "nearest training person": lambda: _nearest(lab, own.shots),
+        "nearest training person": lambda: _nearest(lab, own.shots, made),
         "mean model": lambda: lab.space.decode(torch.zeros(len(lab.labels), lab.space.components)),
     }
     return {name: judged(lab, make()) for name, make in ways.items()}
 
 
-def _nearest(lab: Lab, shots: population.Shots) -> Tensor:
+def _nearest(lab: Lab, shots: population.Shots, made: Source) -> Tensor:
     pool, n = [], lab.config.people
     for at in range(0, n, 60):
         pool.append(lab.people(range(at, min(at + 60, n))).shots.latents[:, :3])
     found = baselines.nearest_person(lab, shots, torch.cat(pool))
-    return torch.cat(list(trained(lab.config, lab.base).blocks()))[found]
+    return torch.cat(list(made.blocks()))[found]
 
 
 def judged(lab: Lab, theta: Tensor) -> dict[str, Measure]:
