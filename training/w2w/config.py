@@ -27,7 +27,7 @@ class Config:
     """of every picture, for people from a folder"""
     form: str = "raw"
     """what the space is made of: factors as trained (`raw`), their `canonical` form, or the dense `update`"""
-    people: int = 360
+    people: int = 500
     """whose adapters span the space"""
     val: int = 60
     """further people, on whom components and direction are chosen"""
@@ -40,7 +40,7 @@ class Config:
     rank: int = 1
     scale: float = 1.0
     """alpha / r"""
-    steps: int = 160
+    steps: int = 120
     rows: int = 4
     """pictures of each person in a step"""
     lr: float = 3e-2
