@@ -1,7 +1,8 @@
 """The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, report in full.
 
 A system gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(subject, config, arm)`; it may give
-`figures(folder, results)` and `report(folder, config)`. Everything else about running is here, once.
+`figures(folder, results)`, one set or {"base": ..., "patched": ...}, and `report(folder, config)`. Everything else
+about running is here, once.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Measured:
     """"base" and "patched" -> metric -> what was measured"""
     dataset: tuple[str, str]
     """name, digest of the config that chose the data"""
-    figures: dict[str, Any]
-    """name -> matplotlib Figure"""
+    figures: dict[str, dict[str, Any]]
+    """"base" and "patched" -> name -> matplotlib Figure; the same names, for they are shown side by side"""
 
 
 def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
@@ -88,8 +89,11 @@ def fit(name: str, words: Iterable[str] = ()) -> Path:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Measured:
-    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms."""
+def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Measured:
+    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms.
+
+    device: by default the one it was fitted on, which its config names.
+    """
     about = manifest.read(folder)
     row = system(about.system)
     job = row.load_job()
@@ -98,7 +102,7 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
     data = (sealed.name.replace("/", "-"), manifest.digest_of(asdict(config))[:16])
     config = _on(config, device)
     given = getattr(config, "base", "") if not row.roles else ""
-    model = Subject.load(folder, given or None, device)
+    model = Subject.load(folder, given or None, str(device or getattr(config, "device", "cpu")))
     try:
         _seed(getattr(config, "seed", 0))
         sides = {side: measures(job.evaluate(model, config, arm)) for side, arm in SIDES.items()}
@@ -106,11 +110,11 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
         model.close()
     draw = getattr(job, "figures", None)
     values = {side: {name: m.value for name, m in metrics.items()} for side, metrics in sides.items()}
-    figures = draw(folder, values) if draw else {}
+    figures = _by_side(draw(folder, values)) if draw else _by_side({})
     return Measured(about, sides, data, figures)
 
 
-def report(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Full:
+def report(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Full:
     """Everything the system says of a sealed artifact: what its claim in the table of systems comes from.
 
     Raises NotFound if the system gives no report.
@@ -126,9 +130,16 @@ def report(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Full
     return Full(about, {name: table(part) for name, part in parts.items() if name not in drawn}, drawn)
 
 
-def _on(config: Any, device: str) -> Any:
-    """A config whose data are drawn where the model is; which device a fit ran on says nothing of this machine."""
-    return replace(config, device=device) if hasattr(config, "device") else config
+def _on(config: Any, device: str | None) -> Any:
+    """A config whose data are drawn where the model is. None: where it was fitted."""
+    return replace(config, device=device) if device and hasattr(config, "device") else config
+
+
+def _by_side(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a job drew, for each side: as it says, or one set that shows both and stands on both."""
+    if figures.keys() == SIDES.keys():
+        return figures
+    return {side: figures for side in SIDES}
 
 
 def _seed(seed: int) -> None:
