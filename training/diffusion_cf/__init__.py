@@ -160,10 +160,13 @@ def fit(config: Config, folder: Path) -> Manifest:
     """Class means from train, the amount chosen on val by the model's own encoder, sealed as a DirectionEdit."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "diffusion", config.device)
+    tuned: dict[str, Tensor] = {}
     if config.tune.steps:
         from training.diffusion_cf.tuning import tune
 
-        tune(config.tune, base, pictures(config, base, "train", config.examples), folder, config.seed)
+        adapter = tune(config.tune, base, pictures(config, base, "train", config.examples), folder, config.seed)
+        for name, (a, b) in adapter.factors.items():
+            tuned |= {f"a.denoiser.{name}": a.contiguous(), f"b.denoiser.{name}": b.contiguous()}
     with apply(base.model, {}, root=base.root) as on:
         editor = Editor(_Bare(base, on))
         train, known = learned(config, editor, base)
@@ -187,7 +190,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     (folder / "evidence.json").write_bytes(canonical(json.loads(json.dumps(evidence))))
     edit = DirectionEdit(
         DirectionConfig("given.image", known.classes, known.domains, amount=float(best["amount"]), norm=config.norm),
-        {"means": means.contiguous()},
+        {"means": means.contiguous(), **tuned},
     )
     return artifact.save(edit, "diffusion_cf", folder, base=base.label)
 

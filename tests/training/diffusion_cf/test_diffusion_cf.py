@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as Pillow
 
+from patches import artifact
+from patches.engine.patch import ONLY, apply
 from patches.families import diffusion
+from patches.families.diffusion import Denoiser, Denoising
 from registry.errors import ConfigError, NotFound
 from training import run
 from training.diffusion_cf import RECIPES, domains, find, measure
@@ -175,3 +178,16 @@ def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
     assert again.factors.keys() == adapter.factors.keys()
     changed = {k for k, v in base.model.denoiser.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"{k}.weight" for k in adapter.factors}
+
+
+def test_a_tuned_domain_is_served_with_its_adapter(home):
+    folder = run.fit("diffusion_cf/tiny", ["tune.steps=2", "tune.rate=0.01"])
+    _, patch = artifact.load(folder)
+    base = diffusion.tiny(0)
+    told = {**base.model.null(), "image": torch.ones(24) / 24**0.5}
+    with apply(base.model, {ONLY: patch}, root=base.root) as on:
+        rows = [Denoising(condition=told, steps=2, arm=ONLY, params={"class": torch.tensor([1.0, 0, 1, 0])})]
+        rows.append(Denoising(condition=told, steps=2))
+        Denoiser(type("S", (), {"base": base, "applied": on})()).run(rows)
+        assert on.unreached() == []
+    assert not torch.allclose(rows[0].out, rows[1].out, atol=1e-5)
