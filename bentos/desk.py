@@ -33,6 +33,8 @@ from bentos import playground
 from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
 from bentos.runtime.arms import Choice, Table, choose, other
+from patches.engine.patch import Patch
+from patches.families.worker import Job
 from registry.ab import experiment as experiments
 from registry.ab.events import Kept
 from registry.ab.experiment import CONTROL, TREATMENT
@@ -60,6 +62,8 @@ class Extra(BaseModel):
     """how much of the patch; 0 is exactly the base"""
     compare: bool = False
     """answer with the base and with the chosen arm, side by side"""
+    ask: dict[str, Any] | None = None
+    """what this request says to the arm's mechanism; its own schema says what that may be"""
 
 
 class Outcome(BaseModel):
@@ -119,6 +123,21 @@ class Desk:
         """Raises Forbidden if base and patched side by side are wanted by a token without that scope."""
         if wanted and "compare" not in request.state.token.scopes:
             raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
+
+    async def prepare(self, jobs: Sequence[Job], ask: dict[str, Any] | None) -> None:
+        """Let jobs say what a request asks of their arm's mechanism; jobs of the base say nothing.
+
+        The shape does not know what is in `ask`. Raises BadRequest naming the field, Invalid if the arm takes nothing.
+        """
+        if ask is None:
+            return
+        for job in jobs:
+            arm = self.runtime.subject.arms.get(job.arm) if job.arm is not None else None
+            if arm is None:
+                continue
+            if not isinstance(arm, Patch) or arm.Ask is None:
+                raise BadRequest(f"patchbay.ask: {type(arm).__name__} takes nothing from a request; leave it out.")
+            await asyncio.to_thread(arm.prepare, job, parse(arm.Ask, ask), self.runtime.base, self.runtime.run)
 
     def table(self) -> Table:
         if self.runtime.problem or self.runtime.table is None:  # not `ill`: that looks at threads, and is for probes

@@ -12,6 +12,7 @@ here is a warning (page, log, metric). No thread ends by an exception, and `ill`
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from bentos.runtime.arms import Table
 from bentos.runtime.judge import Judge
 from bentos.runtime.settings import CARRIED, Settings, check
 from bentos.runtime.threads import Watch
-from bentos.runtime.worker import Counts, Loop
+from bentos.runtime.worker import CALL_S, Counts, Loop
 from patches.engine.isolate import named
 from patches.engine.patch import Patch
 from patches.families.base import Base, load_base
@@ -160,6 +161,29 @@ class Runtime:
         if self.problem:
             raise NotReady(f"The service is not ready: {self.problem}")
         self.loop.submit(jobs)
+
+    def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """Run jobs to their end and wait, from a thread that may. Raises the error of the first that failed."""
+        left, done = len(jobs), threading.Event()
+
+        def count(job: Any) -> None:
+            nonlocal left
+            if job.finished:
+                left -= 1
+                if left <= 0:
+                    done.set()
+
+        for job in jobs:
+            job.on_step = count
+        self.submit(jobs)
+        if not done.wait(CALL_S):
+            for job in jobs:
+                self.cancel(job)
+            raise NotReady(f"No answer within {CALL_S:g} s; it was given up.")
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return jobs
 
     def cancel(self, job: Any) -> None:
         """Stop a job; its neighbours do not notice."""

@@ -150,6 +150,7 @@ class Service:
                 assert entries[0].refused is not None
                 raise entries[0].refused
             twin = self.desk.twin(choice)
+            await self.desk.prepare([e.job for e in entries if e.job is not None], ask.patchbay.ask)
             await pictures.embed(self.runtime, [p for e in entries for p in (e.job, e.beside) if p is not None])
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)

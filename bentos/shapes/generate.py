@@ -243,6 +243,7 @@ class Service:
         named = headers(table, choice)
         shadow = None
         try:
+            await self.desk.prepare([line.row for line in lines], ask.patchbay.ask)
             self.runtime.submit([line.row for line in lines])
             if (twin := self.desk.twin(choice)) is not None:
                 shadow = self._shadow(request, ask, prompts, tokens, twin, lines)
@@ -446,6 +447,8 @@ class _About:
                 one["text"] = echoed + text
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
+            if line.row.told:
+                one["patchbay"] = line.row.told
             choices.append(one)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
