@@ -63,8 +63,8 @@ class DirectionAsk(BaseModel):
 
 @dataclass(frozen=True)
 class DirectionEdit(Patch):
-    """tensors: means (C, ...) of unit conditions, one per class; of a tuned domain also `a.<site>` (r, in) and `b.<site>`
-    (out, r), a low-rank update of the denoiser that rows of this arm are drawn with."""
+    """tensors: means (C, ...) of unit conditions, one per class; of a tuned domain also `a.<site>` (r, in) and
+    `b.<site>` (out, r), a low-rank update of the denoiser that rows of this arm are drawn with."""
 
     Config = DirectionConfig
     Ask = DirectionAsk

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patches import artifact
-from patches.engine.patch import ONLY, apply
+from patches.engine.patch import apply
 from patches.families.base import Base, load_base
 from patches.families.diffusion import METHODS, Denoising, Edit, levels
 from patches.mechanisms.direction import DirectionConfig, DirectionEdit
@@ -271,8 +271,3 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
     from training.diffusion_cf.report import full
 
     return full(folder, config)
-
-
-def arm_of(subject: Subject) -> str:
-    """The name of the only arm."""
-    return subject.only or ONLY

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patches.families.diffusion import levels
 from patches.subject import Subject
+from registry.measure import Better, Measure
 from training.diffusion_cf import Config, find, how, learned, measure, pictures
 from training.diffusion_cf.edit import Editor, How, smallest
 from training.diffusion_cf.figures import strips
@@ -86,15 +87,12 @@ class Bench:
 
 
 def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
-    """{"tables": {name: {row: {measure: [value, low, high, n]}}}, "figures": {name: Figure}}.
-
-    say: told each row when it is there.
-    """
+    """{name: {row: {measure: Measure}}, "strips": Figure}. say: told each row when it is there."""
     subject = Subject.load(folder, config.base, config.device)
     tables: dict[str, dict[str, Any]] = {}
 
     def put(table: str, row: str, value: dict[str, Any]) -> None:
-        tables.setdefault(table, {})[row] = value
+        tables.setdefault(table, {})[row] = {k: _measure(k, v) for k, v in value.items() if v}
         if say is not None:
             say(f"{table}: {row}", value)
 
@@ -106,7 +104,7 @@ def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]
             part(few, put)
     finally:
         subject.close()
-    return {"tables": tables, "figures": {"strips": strips(bench.test, bench.target, shown)}}
+    return {**tables, "strips": strips(bench.test, bench.target, shown)}
 
 
 def _main(b: Bench, put: Put) -> dict[str, Tensor]:
@@ -202,17 +200,9 @@ def _smallest(b: Bench, put: Put) -> None:
         put("smallest change that flips the CNN", name, row)
 
 
-def table(rows: dict[str, Any], columns: tuple[str, ...]) -> str:
-    """A table as Markdown, intervals in brackets."""
-    out = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        out.append(f"| {name} | " + " | ".join(_cell(row.get(c)) for c in columns) + " |")
-    return "\n".join(out)
-
-
-def _cell(value: list[float] | None) -> str:
-    if not value:
-        return ""
-    if len(value) < 3:
-        return f"{value[0]:.3g}"
-    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+def _measure(name: str, value: list[float]) -> Measure:
+    """[value, low, high, n], or [value] alone, as a Measure."""
+    better: Better = "higher" if name.startswith(("flip", "top1", "cosine")) else "lower"
+    if len(value) < 4:
+        return Measure(float(value[0]))
+    return Measure(value[0], value[1], value[2], int(value[3]), better)
