@@ -19,9 +19,11 @@ from torch import Tensor
 from patches.families.diffusion import levels
 from patches.subject import Subject
 from registry.measure import Better, Measure
-from training.diffusion_cf import Config, find, how, learned, measure, pictures
+from training.diffusion_cf import find, judges
+from training.diffusion_cf.config import Config
 from training.diffusion_cf.edit import Editor, How, smallest
 from training.diffusion_cf.figures import strips
+from training.diffusion_cf.rows import how, learned, pictures
 
 FEW = (2, 5, 10, 50)
 """examples a class"""
@@ -43,9 +45,7 @@ class Bench:
         self.train, self.bank = learned(config, self.editor, subject.base)
         self.test = pictures(config, subject.base, "test", config.report_images)
         self.judges = (
-            measure.own_judges(config, self.test)
-            if config.data
-            else measure.lab_judges(self.test.classes, config.judges)
+            judges.own_judges(config, self.test) if config.data else judges.lab_judges(self.test.classes, config.judges)
         )
         arm = subject.arms.get(subject.only) if subject.only else None
         self.amount: float = arm.config.amount if arm is not None else 1.0  # type: ignore[union-attr]
@@ -68,9 +68,9 @@ class Bench:
         out.elsewhere = self.elsewhere[keep]
         return out
 
-    def judge(self, made: Tensor) -> measure.Judged:
+    def judge(self, made: Tensor) -> judges.Judged:
         """Measures of what was made of the test pictures."""
-        return measure.judged(self.judges, self.test, self.target, made)
+        return judges.judged(self.judges, self.test, self.target, made)
 
     def inverted(self, h: How) -> list[Tensor]:
         """States of the test pictures."""
@@ -86,7 +86,7 @@ class Bench:
         return self.editor.regenerate(states, self.conditions, self.conditions, replace(h, guidance=1.0))
 
 
-def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
+def report(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
     """{name: {row: {measure: Measure}}, "strips": Figure}. say: told each row when it is there."""
     subject = Subject.load(folder, config.base, config.device)
     tables: dict[str, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]
         bench = Bench(subject, config)
         shown = _main(bench, put)
         few = bench.few(config.report_few)
-        for part in (_controls, _baselines, _examples, _inversions, _smallest):
+        for part in (_controls, _examples, _baselines, _inversions, _smallest):
             part(few, put)
     finally:
         subject.close()
@@ -110,7 +110,7 @@ def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]
 def _main(b: Bench, put: Put) -> dict[str, Tensor]:
     """The direction at the shipped amount, and a step of its length towards a class of another domain."""
     shown: dict[str, Tensor] = {}
-    judged: dict[str, measure.Judged] = {}
+    judged: dict[str, judges.Judged] = {}
     for name, d in (("direction", b.directions), (CONTROL, b.elsewhere)):
         shown[name] = b.along(d)
         judged[name] = b.judge(shown[name])
@@ -118,7 +118,7 @@ def _main(b: Bench, put: Put) -> dict[str, Tensor]:
         put("by domain", name, judged[name].by_domain("flip_both"))
     put("main", "originals", b.judge(b.test.x).summary())
     keys = [k for k in ("flip_both", "top1_cnn", "l1") if k in judged["direction"].values]
-    pair = {k: measure.paired(judged["direction"].values[k], judged[CONTROL].values[k], b.test.sprite) for k in keys}
+    pair = {k: judges.paired(judged["direction"].values[k], judged[CONTROL].values[k], b.test.sprite) for k in keys}
     put("main", "direction - control", pair)
     return shown
 
@@ -136,7 +136,7 @@ def _examples(b: Bench, put: Put) -> None:
     for count in FEW:
         d = b.bank.few(count, b.config.seed).directions(b.test.label, b.target)
         row = b.judge(b.along(d)).summary()
-        row["cosine"] = measure.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
+        row["cosine"] = judges.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
         put("examples a class", str(count), row)
 
 
@@ -154,7 +154,7 @@ def _inversions(b: Bench, put: Put) -> None:
         states = b.inverted(h)
         row = b.judge(b.along(b.directions, h, states)).summary()
         row["evaluations"] = [(b.editor.evaluations - before) / len(b.test)]
-        row["reconstruction"] = measure.interval((b.same(h, states) - b.test.x).abs().flatten(1).mean(1), b.test.sprite)
+        row["reconstruction"] = judges.interval((b.same(h, states) - b.test.x).abs().flatten(1).mean(1), b.test.sprite)
         put("inversions", name, row)
     null = replace(b.how, guidance=4.0, against="null")
     put("inversions", "fixed point, guidance 4 from nothing", b.judge(b.along(b.directions, null)).summary())
@@ -172,7 +172,7 @@ def _baselines(b: Bench, put: Put) -> None:
         made = b.editor.regenerate(b.states, b.conditions, told, b.how)
         put("baselines", "class-name prompt instead of it", b.judge(made).summary())
     vectors = b.editor.vectors(b.editor.conditions(b.train.x))
-    near = measure.nearest_real(b.train, vectors, b.editor.vectors(b.conditions), b.target)
+    near = judges.nearest_real(b.train, vectors, b.editor.vectors(b.conditions), b.target)
     put("baselines", "nearest real picture", b.judge(near).summary())
 
 
@@ -196,7 +196,7 @@ def _smallest(b: Bench, put: Put) -> None:
         amounts, made = smallest(make, flipped, len(b.test), TOP, ROUNDS)
         row = b.judge(made).summary()
         found = ~amounts.isnan()
-        row["amount"] = measure.interval(amounts[found], b.test.sprite[found]) if bool(found.any()) else []
+        row["amount"] = judges.interval(amounts[found], b.test.sprite[found]) if bool(found.any()) else []
         put("smallest change that flips the CNN", name, row)
 
 

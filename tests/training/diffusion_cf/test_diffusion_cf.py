@@ -15,10 +15,9 @@ from patches.families import diffusion
 from patches.families.diffusion import Denoiser, Denoising
 from registry.errors import ConfigError, NotFound
 from training import run
-from training.diffusion_cf import RECIPES, domains, find, measure
+from training.diffusion_cf import RECIPES, domains, find, judges, report
 from training.diffusion_cf.domains import Pictures
 from training.diffusion_cf.edit import smallest
-from training.diffusion_cf.report import full
 from training.lab import atlas, judge
 
 
@@ -129,7 +128,7 @@ def test_measures_count_flips_misses_and_change():
     source = Pictures(x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2]), ("a", "b"), ("p", "p"))
     made = x.clone()
     made[:, 0, 0, 0] = torch.tensor([0.1, 0.0, 0.0, 0.2])
-    got = measure.judged([Fixed()], source, source.partner(), made)
+    got = judges.judged([Fixed()], source, source.partner(), made)
     assert got.values["flip_cnn"].tolist() == [1, 0, 1, 0]
     assert got.values["neither_cnn"].tolist() == [0, 0, 0, 1]
     value, low, high, n = got.summary()["flip_both"]
@@ -156,7 +155,7 @@ def test_the_tiny_recipe_reports_everything(home):
     evidence = json.loads((folder / "evidence.json").read_text())
     assert evidence["classes"] == ["leopard", "tiger", "lemon", "tangerine"]
     rows = []
-    got = full(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
+    got = report(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
     assert {"main", "controls", "baselines", "examples a class", "inversions"} <= got.keys()
     assert got.pop("strips").axes
     assert len(rows) == sum(len(t) for t in got.values())
@@ -165,13 +164,13 @@ def test_the_tiny_recipe_reports_everything(home):
 
 
 def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
-    from training.diffusion_cf import Tune
+    from training.diffusion_cf.config import Tune
     from training.diffusion_cf.tuning import tune
 
     base = diffusion.tiny(0)
     before = {k: v.clone() for k, v in base.model.denoiser.state_dict().items()}
     train = domains.lab("train", 2, domains=("cats",))
-    train = Pictures(measure.sized(train.x, 16), train.label, train.sprite, train.classes, train.domains)
+    train = Pictures(judges.sized(train.x, 16), train.label, train.sprite, train.classes, train.domains)
     adapter = tune(Tune(steps=3, batch=2, rate=1e-2), base, train, tmp_path, 0)
     again = diffusion.read_adapter(tmp_path / "adapter", base.model.denoiser)
     assert again.factors.keys() == adapter.factors.keys()
