@@ -60,7 +60,7 @@ def rows(base, arms, different=True):
                 arm=arm,
                 decode=False,
                 params=said if arm is not None else {},
-            )  # fmt: skip
+            )
         )
     return out
 
