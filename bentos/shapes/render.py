@@ -76,9 +76,10 @@ class Service(Inverting):
     async def edits(self, request: Request, ask: Edits) -> Response:
         """Pictures changed by the arm, and by the prompt if it says something."""
         many = [i.get("data") if isinstance(i, dict) else i for i in ask.images]
-        if not all(isinstance(data, str) for data in many):
+        files = [data for data in many if isinstance(data, str)]
+        if len(files) < len(many):
             raise BadRequest("images: each must be a picture's file, or {data: base64}.")
-        x = await asyncio.to_thread(lambda: [drawing.picture_of(self.runtime, data) for data in many])
+        x = await asyncio.to_thread(lambda: [drawing.picture_of(self.runtime, data) for data in files])
         words = ask.prompt if ask.prompt.strip() and "text" in self.pipe.conditions else ""
         how = ask.patchbay
 
@@ -312,7 +313,7 @@ class Service(Inverting):
                     "mechanism": type(patch).__name__, "names": takes, "inverts": self.fits(patch),
                     "ask": patch.Ask.model_json_schema() if patch.Ask is not None else None,
                 }  # fmt: skip
-        out = {"size": list(self.pipe.size), "conditions": sorted(self.pipe.conditions), "arms": arms}
+        out: dict[str, Any] = {"size": list(self.pipe.size), "conditions": sorted(self.pipe.conditions), "arms": arms}
         return answer({**out, "patchbay": facts(table, None)})
 
     # ---- inversion -----------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ CORNER = 6
 class Judge(Protocol):
     """Scores of pictures over classes."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its measures are called after."""
 
     def scores(self, pictures: Tensor) -> Tensor:
         """(n, M) for pictures (n, 3, H, W); M classes of the judge's own."""
@@ -68,7 +70,7 @@ class ZeroShot:
         x = F.interpolate(pictures, size=v.image_size, mode="bilinear", align_corners=False)
         mean, std = (torch.tensor(m)[:, None, None] for m in (self.base.processor.mean, self.base.processor.std))
         with torch.no_grad():
-            e = torch.cat([F.normalize(v(part), dim=-1) for part in ((x - mean) / std).split(64)])
+            e = torch.cat([F.normalize(v(part), dim=-1) for part in torch.split((x - mean) / std, 64)])
         return e @ self.weights
 
     def column(self, name: str) -> int:
@@ -159,7 +161,7 @@ def sized(pictures: Tensor, side: int = 64) -> Tensor:
 
 def interval(v: Tensor, group: Tensor, draws: int = 1000) -> list[float]:
     """Mean of (n,), its 95 % bootstrap interval over groups (n,), n."""
-    ids, at = group.unique(return_inverse=True)
+    ids, at = torch.unique(group, return_inverse=True)
     totals = torch.zeros(len(ids)).index_add_(0, at, v.float())
     counts = torch.zeros(len(ids)).index_add_(0, at, torch.ones(len(v)))
     picks = torch.randint(len(ids), (draws, len(ids)), generator=torch.Generator().manual_seed(0))
@@ -220,6 +222,6 @@ def own_judges(config: Any, test: Pictures, steps: int = 300) -> list[Judge]:
         ).clamp(0, 1)
         loss = F.cross_entropy(net(2 * x - 1), train.label[at], label_smoothing=0.1)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return [Trained(net.eval().requires_grad_(False), test.classes)]
