@@ -6,8 +6,7 @@ import asyncio
 import base64
 import contextlib
 import io
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image as Pillow
@@ -16,9 +15,7 @@ from torch import Tensor
 
 from bentos.desk import DEADLINE_S
 from bentos.runtime import Runtime
-from bentos.runtime.arms import Choice
 from patches.engine.patch import Patch
-from patches.families import diffusion
 from patches.families.diffusion import Denoising
 from patches.families.pictures import read
 from registry.errors import NotReady, PatchbayError, TooLarge
@@ -57,23 +54,6 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 async def told(runtime: Runtime, work: Callable[[], Any]) -> Any:
     """What the base's encoders say, on the thread that owns the base."""
     return await asyncio.to_thread(runtime.call, work)
-
-
-async def say(runtime: Runtime, row: Denoising, choice: Choice, ask: Mapping[str, Any] | None) -> None:
-    """Make a row say what a request says to the mechanism of its arm. Raises Invalid for what it does not take."""
-    if not ask:
-        return
-
-    def run(jobs: Sequence[Denoising]) -> Sequence[Denoising]:
-        done = threading.Event()
-        for job in jobs:
-            job.on_step = lambda _: done.set() if all(j.finished for j in jobs) else None
-        runtime.submit(jobs)
-        if not done.wait(DEADLINE_S):
-            raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.")
-        return jobs
-
-    await asyncio.to_thread(diffusion.prepare, patch_of(runtime, choice.arm), row, ask, runtime.base, run)
 
 
 async def made(

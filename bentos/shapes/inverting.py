@@ -84,11 +84,11 @@ class Inverting(jobs.Service):
             running.tell(step / ask["steps"], best)
 
         def work() -> Tensor:
-            forward = served(self.runtime.subject.applied, self.pipe, arm, patch)  # type: ignore[arg-type]
+            forward = served(self.runtime.subject.applied, self.pipe, arm, patch)
             how = Inversion(steps=ask["steps"], seed=ask["seed"])
             told = lambda rows, _: {k: v.expand(rows, *v.shape) for k, v in null.items()}  # noqa: E731
             with torch.inference_mode(False), torch.enable_grad():
-                fit: Tensor = invert(patch, self.pipe.schedule, forward, latents.clone(), told, how, on_step=on_step)  # type: ignore[arg-type]
+                fit: Tensor = invert(patch, self.pipe.schedule, forward, latents.clone(), told, how, on_step=on_step)
             return fit
 
         fitting = asyncio.ensure_future(asyncio.to_thread(work))

@@ -76,9 +76,10 @@ class Service(Inverting):
     async def edits(self, request: Request, ask: Edits) -> Response:
         """Pictures changed by the arm, and by the prompt if it says something."""
         many = [i.get("data") if isinstance(i, dict) else i for i in ask.images]
-        if not all(isinstance(data, str) for data in many):
+        files = [data for data in many if isinstance(data, str)]
+        if len(files) < len(many):
             raise BadRequest("images: each must be a picture's file, or {data: base64}.")
-        x = await asyncio.to_thread(lambda: [drawing.picture_of(self.runtime, data) for data in many])
+        x = await asyncio.to_thread(lambda: [drawing.picture_of(self.runtime, data) for data in files])
         words = ask.prompt if ask.prompt.strip() and "text" in self.pipe.conditions else ""
         how = ask.patchbay
 
@@ -109,9 +110,7 @@ class Service(Inverting):
             entries = [*(Entry("base", row) for row in rows(choice, None)), *entries]
         if len(entries) > MAX_ROWS:
             raise TooLarge(f"{len(entries)} pictures are more than {MAX_ROWS}; ask for fewer at once.")
-        for e in entries:
-            if e.row is not None and e.label != "base":
-                await drawing.say(self.runtime, e.row, choice, ask.patchbay.ask)
+        await self.desk.prepare([e.row for e in entries if e.row is not None], ask.patchbay.ask)
         about = {"created": int(time.time()), "model": self.desk.model(choice), "patchbay": facts(table, choice)}
         if ask.stream:
             self.runtime.worker.check([e.row for e in entries if e.row is not None])
@@ -179,13 +178,12 @@ class Service(Inverting):
             await self.desk.expose(request, choice, status if work.done() and not work.cancelled() else 499, start)
 
     async def _shadow(
-        self, request: Request, twin: Choice, rows: Any, entries: list[Entry], ask: Mapping[str, Any] | None
+        self, request: Request, twin: Choice, rows: Any, entries: list[Entry], ask: dict[str, Any] | None
     ) -> None:
         """The treatment's pictures beside the control's, after the caller has theirs."""
         start = time.perf_counter()
         beside = rows(twin, twin.arm)
-        for row in beside:
-            await drawing.say(self.runtime, row, twin, ask)
+        await self.desk.prepare(beside, ask)
         await drawing.made(self.runtime, beside)
         mine = [e.row.picture for e in entries if e.row is not None and e.label != "base"]
         shown = [[drawing.coded(self.runtime, p) for p in many if p is not None] for many in
@@ -224,7 +222,7 @@ class Service(Inverting):
                 condition=condition, arm=choice.arm, strength=one.strength, seed=one.seed, steps=one.steps,
                 guidance=one.guidance, solver=one.solver,
             )  # fmt: skip
-            await drawing.say(self.runtime, row, choice, one.ask)
+            await self.desk.prepare([row], one.ask)
             self.runtime.worker.check([row])
         except PatchbayError as e:
             return Entry(choice.label, refused=e)
@@ -256,7 +254,7 @@ class Service(Inverting):
             else:
                 said = _with(said or {}, ask.sweep.name, value)
             row = begun.row(choice.arm, strength)
-            await drawing.say(self.runtime, row, choice, said)
+            await self.desk.prepare([row], said)
             rows.append(row)
         entries = [Entry(choice.label, row) for row in rows]
         await self._draw(request, entries, table, choice, start)
@@ -280,7 +278,7 @@ class Service(Inverting):
         table, choice = self.desk.choice(request, ask.model, ask.user)
         begun = await self._begin(request, ask)
         base, row = begun.row(None, 1.0), begun.row(choice.arm, ask.strength)
-        await drawing.say(self.runtime, row, choice, ask.ask)
+        await self.desk.prepare([row], ask.ask)
         entries = [Entry("base", base), Entry(choice.label, row)]
         await self._draw(request, entries, table, choice, start)
         data = [self._shown(e, True) for e in entries]
@@ -315,7 +313,7 @@ class Service(Inverting):
                     "mechanism": type(patch).__name__, "names": takes, "inverts": self.fits(patch),
                     "ask": patch.Ask.model_json_schema() if patch.Ask is not None else None,
                 }  # fmt: skip
-        out = {"size": list(self.pipe.size), "conditions": sorted(self.pipe.conditions), "arms": arms}
+        out: dict[str, Any] = {"size": list(self.pipe.size), "conditions": sorted(self.pipe.conditions), "arms": arms}
         return answer({**out, "patchbay": facts(table, None)})
 
     # ---- inversion -----------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ class Drawing(Extra):
     """How a picture is drawn, beside who draws it."""
 
     model_config = Lenient
-    ask: dict[str, Any] | None = None
-    """what the arm's mechanism is told; `GET /v1/render` has its schema"""
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 10
     guidance: Annotated[float, Field(ge=-20.0, le=20.0)] | None = None
     """default 3 for prompts, 2 for changes of a picture"""

@@ -8,7 +8,7 @@ different amounts, and the other half of guidance can be the same row without th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from patches.engine.edits import Act, Inputs
+from patches.engine.edits import Act, Edit, Inputs, Side
 from patches.engine.patch import Patch
 from registry.config import STRICT
 from registry.errors import Invalid, PatchError
@@ -63,7 +63,8 @@ class DirectionAsk(BaseModel):
 
 @dataclass(frozen=True)
 class DirectionEdit(Patch):
-    """tensors: means (C, ...) of unit conditions, one per class."""
+    """tensors: means (C, ...) of unit conditions, one per class; of a tuned domain also `a.<site>` (r, in) and
+    `b.<site>` (out, r), a low-rank update of the denoiser that rows of this arm are drawn with."""
 
     Config = DirectionConfig
     Ask = DirectionAsk
@@ -78,8 +79,13 @@ class DirectionEdit(Patch):
         if not NEAREST <= c.target < len(means) or not NEAREST <= c.source < len(means):
             raise PatchError(f"Classes {c.source} and {c.target} of {len(means)}: there is no such class.")
 
-    def edits(self) -> Sequence[Act]:
-        return [Act(self.config.site, self._fn)]
+    def edits(self) -> Sequence[Edit]:
+        tuned = [name.removeprefix("a.") for name in self.tensors if name.startswith("a.")]
+        return [Act(self.config.site, self._fn), *(Side(site, self._update(site)) for site in tuned)]
+
+    def _update(self, site: str) -> Callable[[Tensor, Inputs], Tensor]:
+        a, b = self.tensors[f"a.{site}"], self.tensors[f"b.{site}"]
+        return lambda x, _: F.linear(F.linear(x, a.to(x)), b.to(x))
 
     def _fn(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Conditions x (B, ...) moved, each by what its row says."""

@@ -46,7 +46,7 @@ class Editor:
 
     def conditions(self, pictures: Tensor, batch: int = 64) -> list[Condition]:
         """What the model is told to make pictures like (n, 3, H, W)."""
-        return [c for part in pictures.split(batch) for c in self.pipe.image(part)]
+        return [c for part in torch.split(pictures, batch) for c in self.pipe.image(part)]
 
     def vectors(self, conditions: Sequence[Condition]) -> Tensor:
         """(n, ...) the condition that is moved."""

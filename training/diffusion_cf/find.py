@@ -82,13 +82,16 @@ def elsewhere(b: Bank, source: Tensor, target: Tensor, directions: Tensor, seed:
         other = [c for c, d in enumerate(b.domains) if d != b.domains[a]]
         c = other[int(torch.randint(len(other), (1,), generator=g))] if other else int(target[i])
         out.append(means[c] - means[a])
-    return F.normalize(torch.stack(out), dim=-1) * directions.norm(dim=-1, keepdim=True)
+    made: Tensor = F.normalize(torch.stack(out), dim=-1) * directions.norm(dim=-1, keepdim=True)
+    return made
 
 
 def isotropic(directions: Tensor, seed: int) -> Tensor:
     """A second control: directions (m, k) of equal norm drawn from the sphere."""
     g = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(directions.shape, generator=g), dim=-1) * directions.norm(dim=-1, keepdim=True)
+    drawn = F.normalize(torch.randn(directions.shape, generator=g), dim=-1)
+    made: Tensor = drawn * directions.norm(dim=-1, keepdim=True)
+    return made
 
 
 def shrunk(b: Bank, source: int, target: int, weight: float = 0.1) -> Tensor:

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from patches.families.diffusion import levels
 from patches.subject import Subject
-from training.diffusion_cf import Config, find, how, learned, measure, pictures
+from registry.measure import Better, Measure
+from training.diffusion_cf import find, judges
+from training.diffusion_cf.config import Config
 from training.diffusion_cf.edit import Editor, How, smallest
 from training.diffusion_cf.figures import strips
+from training.diffusion_cf.rows import how, learned, pictures
 
 FEW = (2, 5, 10, 50)
 """examples a class"""
@@ -42,9 +45,7 @@ class Bench:
         self.train, self.bank = learned(config, self.editor, subject.base)
         self.test = pictures(config, subject.base, "test", config.report_images)
         self.judges = (
-            measure.own_judges(config, self.test)
-            if config.data
-            else measure.lab_judges(self.test.classes, config.judges)
+            judges.own_judges(config, self.test) if config.data else judges.lab_judges(self.test.classes, config.judges)
         )
         arm = subject.arms.get(subject.only) if subject.only else None
         self.amount: float = arm.config.amount if arm is not None else 1.0  # type: ignore[union-attr]
@@ -67,9 +68,9 @@ class Bench:
         out.elsewhere = self.elsewhere[keep]
         return out
 
-    def judge(self, made: Tensor) -> measure.Judged:
+    def judge(self, made: Tensor) -> judges.Judged:
         """Measures of what was made of the test pictures."""
-        return measure.judged(self.judges, self.test, self.target, made)
+        return judges.judged(self.judges, self.test, self.target, made)
 
     def inverted(self, h: How) -> list[Tensor]:
         """States of the test pictures."""
@@ -85,16 +86,13 @@ class Bench:
         return self.editor.regenerate(states, self.conditions, self.conditions, replace(h, guidance=1.0))
 
 
-def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
-    """{"tables": {name: {row: {measure: [value, low, high, n]}}}, "figures": {name: Figure}}.
-
-    say: told each row when it is there.
-    """
+def report(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
+    """{name: {row: {measure: Measure}}, "strips": Figure}. say: told each row when it is there."""
     subject = Subject.load(folder, config.base, config.device)
     tables: dict[str, dict[str, Any]] = {}
 
     def put(table: str, row: str, value: dict[str, Any]) -> None:
-        tables.setdefault(table, {})[row] = value
+        tables.setdefault(table, {})[row] = {k: _measure(k, v) for k, v in value.items() if v}
         if say is not None:
             say(f"{table}: {row}", value)
 
@@ -102,17 +100,17 @@ def full(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]
         bench = Bench(subject, config)
         shown = _main(bench, put)
         few = bench.few(config.report_few)
-        for part in (_controls, _baselines, _examples, _inversions, _smallest):
+        for part in (_controls, _examples, _baselines, _inversions, _smallest):
             part(few, put)
     finally:
         subject.close()
-    return {"tables": tables, "figures": {"strips": strips(bench.test, bench.target, shown)}}
+    return {**tables, "strips": strips(bench.test, bench.target, shown)}
 
 
 def _main(b: Bench, put: Put) -> dict[str, Tensor]:
     """The direction at the shipped amount, and a step of its length towards a class of another domain."""
     shown: dict[str, Tensor] = {}
-    judged: dict[str, measure.Judged] = {}
+    judged: dict[str, judges.Judged] = {}
     for name, d in (("direction", b.directions), (CONTROL, b.elsewhere)):
         shown[name] = b.along(d)
         judged[name] = b.judge(shown[name])
@@ -120,7 +118,7 @@ def _main(b: Bench, put: Put) -> dict[str, Tensor]:
         put("by domain", name, judged[name].by_domain("flip_both"))
     put("main", "originals", b.judge(b.test.x).summary())
     keys = [k for k in ("flip_both", "top1_cnn", "l1") if k in judged["direction"].values]
-    pair = {k: measure.paired(judged["direction"].values[k], judged[CONTROL].values[k], b.test.sprite) for k in keys}
+    pair = {k: judges.paired(judged["direction"].values[k], judged[CONTROL].values[k], b.test.sprite) for k in keys}
     put("main", "direction - control", pair)
     return shown
 
@@ -138,7 +136,7 @@ def _examples(b: Bench, put: Put) -> None:
     for count in FEW:
         d = b.bank.few(count, b.config.seed).directions(b.test.label, b.target)
         row = b.judge(b.along(d)).summary()
-        row["cosine"] = measure.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
+        row["cosine"] = judges.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
         put("examples a class", str(count), row)
 
 
@@ -156,7 +154,7 @@ def _inversions(b: Bench, put: Put) -> None:
         states = b.inverted(h)
         row = b.judge(b.along(b.directions, h, states)).summary()
         row["evaluations"] = [(b.editor.evaluations - before) / len(b.test)]
-        row["reconstruction"] = measure.interval((b.same(h, states) - b.test.x).abs().flatten(1).mean(1), b.test.sprite)
+        row["reconstruction"] = judges.interval((b.same(h, states) - b.test.x).abs().flatten(1).mean(1), b.test.sprite)
         put("inversions", name, row)
     null = replace(b.how, guidance=4.0, against="null")
     put("inversions", "fixed point, guidance 4 from nothing", b.judge(b.along(b.directions, null)).summary())
@@ -174,7 +172,7 @@ def _baselines(b: Bench, put: Put) -> None:
         made = b.editor.regenerate(b.states, b.conditions, told, b.how)
         put("baselines", "class-name prompt instead of it", b.judge(made).summary())
     vectors = b.editor.vectors(b.editor.conditions(b.train.x))
-    near = measure.nearest_real(b.train, vectors, b.editor.vectors(b.conditions), b.target)
+    near = judges.nearest_real(b.train, vectors, b.editor.vectors(b.conditions), b.target)
     put("baselines", "nearest real picture", b.judge(near).summary())
 
 
@@ -198,21 +196,13 @@ def _smallest(b: Bench, put: Put) -> None:
         amounts, made = smallest(make, flipped, len(b.test), TOP, ROUNDS)
         row = b.judge(made).summary()
         found = ~amounts.isnan()
-        row["amount"] = measure.interval(amounts[found], b.test.sprite[found]) if bool(found.any()) else []
+        row["amount"] = judges.interval(amounts[found], b.test.sprite[found]) if bool(found.any()) else []
         put("smallest change that flips the CNN", name, row)
 
 
-def table(rows: dict[str, Any], columns: tuple[str, ...]) -> str:
-    """A table as Markdown, intervals in brackets."""
-    out = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        out.append(f"| {name} | " + " | ".join(_cell(row.get(c)) for c in columns) + " |")
-    return "\n".join(out)
-
-
-def _cell(value: list[float] | None) -> str:
-    if not value:
-        return ""
-    if len(value) < 3:
-        return f"{value[0]:.3g}"
-    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+def _measure(name: str, value: list[float]) -> Measure:
+    """[value, low, high, n], or [value] alone, as a Measure."""
+    better: Better = "higher" if name.startswith(("flip", "top1", "cosine")) else "lower"
+    if len(value) < 4:
+        return Measure(float(value[0]))
+    return Measure(value[0], value[1], value[2], int(value[3]), better)

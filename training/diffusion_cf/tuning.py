@@ -60,7 +60,7 @@ def tune(config: Any, base: Base, train: Pictures, folder: Path, seed: int) -> A
         want = a * noise - s * x if pipe.schedule.prediction == "v_prediction" else noise
         loss = F.mse_loss(pipe.rows(a * x + s * noise, t.float(), told), want)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     adapter = Adapter({n: (s.a.detach().clone(), s.scale * s.b.detach()) for n, s in sides.items()})
     for name, side in sides.items():

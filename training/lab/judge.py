@@ -60,7 +60,7 @@ def load() -> nn.Sequential:
 @torch.no_grad()
 def logits(net: nn.Module, pictures: Tensor, batch: int = 64) -> Tensor:
     """(B, classes) for pictures (B, 3, 64, 64) in 0..1."""
-    return torch.cat([net(2 * x - 1) for x in pictures.split(batch)])
+    return torch.cat([net(2 * x - 1) for x in torch.split(pictures, batch)])
 
 
 @torch.no_grad()

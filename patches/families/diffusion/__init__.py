@@ -14,8 +14,8 @@ from patches.families.family import Family
 
 __all__ = [
     "FAMILY", "LAYOUTS", "LEVELS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising",
-    "Edit", "Invert", "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png", "prepare",
-    "read_adapter", "truncated", "wrap", "write_adapter",
+    "Edit", "Invert", "Pipe", "Processor", "Regenerate", "Schedule", "changed", "drawn", "levels", "load", "png",
+    "prepare", "read_adapter", "truncated", "wrap", "write_adapter",
 ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class Adapter:
         """Add the updates to the weights of `denoiser`, in place: use a copy."""
         self.check(denoiser)
         for name, (a, b) in self.factors.items():
-            weight = denoiser.get_submodule(name).weight
+            weight = denoiser.get_parameter(f"{name}.weight")
             weight += strength * (b @ a).to(weight)
 
 

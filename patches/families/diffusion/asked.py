@@ -97,7 +97,7 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
 
 def _row(base: Base, values: Mapping[str, Any], params: Mapping[str, Any], arm: str | None) -> Denoising:
     prompt, image = (v if isinstance(v := values.get(k), str) and v else None for k in ("prompt", "image"))
-    how = {"arm": arm, "strength": float(params["strength"]), "seed": int(params["seed"])}
+    how: dict[str, Any] = {"arm": arm, "strength": float(params["strength"]), "seed": int(params["seed"])}
     if image is not None:
         return changed(base.model, base.processor.image(read(image)), **how)
     if prompt is None:

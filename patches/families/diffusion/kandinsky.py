@@ -107,7 +107,7 @@ def read(folder: Path, encoder: Path | None = None) -> Kandinsky:
         about = json.loads(file.read_text())
         size = about.get("crop_size", about.get("size"))
         size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
-        look = {"size": int(size), "mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
+        look = {"size": int(str(size)), "mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
     return Kandinsky(
         component(UNet2DConditionModel, folder / "unet"),
         component(VQModel, folder / "movq"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FILE = "model.packed.safetensors"
+KEY = "packed"
 
 
 def pack(state: Mapping[str, Tensor], file: Path, bits: int = 8, group: int = 0) -> None:
@@ -36,7 +37,8 @@ def pack(state: Mapping[str, Tensor], file: Path, bits: int = 8, group: int = 0)
         whole = (rows / scale.float()).round().clamp(-top, top).to(torch.int8)
         out[f"{name}.scale"] = scale[:, 0].contiguous()
         out[name] = whole.contiguous() if bits == 8 else _pairs(whole)
-    save_file(out, file, {"bits": str(bits), "group": str(group), "shapes": json.dumps(shapes)})
+    about = {"bits": bits, "group": group, "shapes": shapes}
+    save_file(out, file, {KEY: json.dumps(about, sort_keys=True)})  # one key: the order of several is not fixed
 
 
 def load_packed(folder: Path) -> dict[str, Tensor]:
@@ -45,9 +47,8 @@ def load_packed(folder: Path) -> dict[str, Tensor]:
 
     out: dict[str, Tensor] = {}
     with safe_open(folder / FILE, "pt") as f:
-        about = f.metadata() or {}
-        shapes = json.loads(about.get("shapes", "{}"))
-        bits = int(about.get("bits", "8"))
+        about = json.loads((f.metadata() or {}).get(KEY, "{}"))
+        shapes, bits = about.get("shapes", {}), int(about.get("bits", 8))
         for name in f.keys():  # noqa: SIM118
             if name.removesuffix(".scale") in shapes and name.endswith(".scale"):
                 continue

@@ -91,7 +91,10 @@ class Schedule:
         kind = name.get(solver) if solver else str(self.config.get("_class_name", "DDIMScheduler"))
         if kind is None or not kind.endswith("Scheduler") or not hasattr(diffusers, kind):
             raise NotFound(f"There is no solver {solver[:40]!r}. Solvers: {', '.join(SOLVERS)}.")
-        more = {"dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2}, "unipc": {"solver_order": 2}}
+        more: dict[str, dict[str, Any]] = {
+            "dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+            "unipc": {"solver_order": 2},
+        }
         made = getattr(diffusers, kind).from_config(dict(self.config), **more.get(solver, {}))
         made.set_timesteps(steps)
         return made

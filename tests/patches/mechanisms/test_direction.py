@@ -28,11 +28,9 @@ def edit(norm="unit", **more):
 def conditions(base, patch, e, params=None, strengths=None, names=None):
     """(n, k) what the denoiser is told."""
     seen = []
-    hook = base.model.given["image"].register_forward_hook(lambda _, __, out: seen.append(out))
     n = len(e)
     told = {"text": base.model.null()["text"].expand(n, -1, -1), "image": e}
     with apply(base.model, {ONLY: patch}, root=base.root) as on:
-        hook.remove()
         hook = base.model.given["image"].register_forward_hook(lambda _, __, out: seen.append(out))
         with on.rows(names or [ONLY] * n, strengths, params):
             base.model(sample=torch.zeros(n, *base.model.shape), timestep=torch.full((n,), 500.0), **told)

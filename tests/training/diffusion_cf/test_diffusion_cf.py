@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as Pillow
 
+from patches import artifact
+from patches.engine.patch import ONLY, apply
 from patches.families import diffusion
+from patches.families.diffusion import Denoiser, Denoising
 from registry.errors import ConfigError, NotFound
 from training import run
-from training.diffusion_cf import RECIPES, domains, find, measure
+from training.diffusion_cf import RECIPES, domains, find, judges, report
 from training.diffusion_cf.domains import Pictures
 from training.diffusion_cf.edit import smallest
-from training.diffusion_cf.report import full, table
 from training.lab import atlas, judge
 
 
@@ -126,7 +128,7 @@ def test_measures_count_flips_misses_and_change():
     source = Pictures(x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2]), ("a", "b"), ("p", "p"))
     made = x.clone()
     made[:, 0, 0, 0] = torch.tensor([0.1, 0.0, 0.0, 0.2])
-    got = measure.judged([Fixed()], source, source.partner(), made)
+    got = judges.judged([Fixed()], source, source.partner(), made)
     assert got.values["flip_cnn"].tolist() == [1, 0, 1, 0]
     assert got.values["neither_cnn"].tolist() == [0, 0, 0, 1]
     value, low, high, n = got.summary()["flip_both"]
@@ -153,25 +155,37 @@ def test_the_tiny_recipe_reports_everything(home):
     evidence = json.loads((folder / "evidence.json").read_text())
     assert evidence["classes"] == ["leopard", "tiger", "lemon", "tangerine"]
     rows = []
-    got = full(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
-    assert {"main", "controls", "baselines", "examples a class", "inversions"} <= got["tables"].keys()
-    assert len(rows) == sum(len(t) for t in got["tables"].values())
-    assert "| direction |" in table(got["tables"]["main"], ("flip_both", "l1"))
-    assert got["figures"]["strips"].axes
-    exact = got["tables"]["inversions"]
-    assert exact["EDICT"]["reconstruction"][0] < 1e-3 < exact["DDIM"]["reconstruction"][0]
+    got = report(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
+    assert {"main", "controls", "baselines", "examples a class", "inversions"} <= got.keys()
+    assert got.pop("strips").axes
+    assert len(rows) == sum(len(t) for t in got.values())
+    exact = got["inversions"]
+    assert exact["EDICT"]["reconstruction"].value < 1e-3 < exact["DDIM"]["reconstruction"].value
 
 
 def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
-    from training.diffusion_cf import Tune
+    from training.diffusion_cf.config import Tune
     from training.diffusion_cf.tuning import tune
 
     base = diffusion.tiny(0)
     before = {k: v.clone() for k, v in base.model.denoiser.state_dict().items()}
     train = domains.lab("train", 2, domains=("cats",))
-    train = Pictures(measure.sized(train.x, 16), train.label, train.sprite, train.classes, train.domains)
+    train = Pictures(judges.sized(train.x, 16), train.label, train.sprite, train.classes, train.domains)
     adapter = tune(Tune(steps=3, batch=2, rate=1e-2), base, train, tmp_path, 0)
     again = diffusion.read_adapter(tmp_path / "adapter", base.model.denoiser)
     assert again.factors.keys() == adapter.factors.keys()
     changed = {k for k, v in base.model.denoiser.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"{k}.weight" for k in adapter.factors}
+
+
+def test_a_tuned_domain_is_served_with_its_adapter(home):
+    folder = run.fit("diffusion_cf/tiny", ["tune.steps=2", "tune.rate=0.01"])
+    _, patch = artifact.load(folder)
+    base = diffusion.tiny(0)
+    told = {**base.model.null(), "image": torch.ones(24) / 24**0.5}
+    with apply(base.model, {ONLY: patch}, root=base.root) as on:
+        rows = [Denoising(condition=told, steps=2, arm=ONLY, params={"class": torch.tensor([1.0, 0, 1, 0])})]
+        rows.append(Denoising(condition=told, steps=2))
+        Denoiser(type("S", (), {"base": base, "applied": on})()).run(rows)
+        assert on.unreached() == []
+    assert not torch.allclose(rows[0].out, rows[1].out, atol=1e-5)
