@@ -204,7 +204,9 @@ def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, omit: flo
         optimiser.step()
         log.append(said.item())
         if step % 200 == 199 or step == steps - 1:
-            _say(f"{kind} {step + 1}/{steps} loss {sum(log[-200:]) / len(log[-200:]):.3f} cpu {time.process_time():.0f} s")
+            _say(
+                f"{kind} {step + 1}/{steps} loss {sum(log[-200:]) / len(log[-200:]):.3f} cpu {time.process_time():.0f} s"
+            )
     model.requires_grad_(False).eval()
     return log
 
@@ -376,7 +378,9 @@ def project(model: lab.LabVLM, config: Config, store: Pieces) -> list[float]:
         said = F.cross_entropy(model.lm_head(h[:, TILES:-1][answer]), ids[answer])
         loss = said
         if config.named:  # depth 0 of the lens, as a loss
-            loss = loss + config.named * F.cross_entropy(model.lm_head(inner.norm(tokens)).flatten(0, 1), shown.flatten())
+            loss = loss + config.named * F.cross_entropy(
+                model.lm_head(inner.norm(tokens)).flatten(0, 1), shown.flatten()
+            )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(p.parameters(), 1.0)
@@ -442,7 +446,13 @@ def run(config: Config, folder: Path, recipe: str = "", test: int = 400) -> dict
 def measure(model: lab.LabVLM, clip: Any, tower: str, n: int) -> dict[str, Any]:
     """The gates, and captions of every kind of test scene (twemoji, never seen by the projector)."""
     out: dict[str, Any] = {f"reads {k}": reads(model, k) for k in ("loose", "biased", "alone")}
-    for split, kind, share_of in (("val", "alone", 0.75), ("test", "alone", 1.0), ("test", "neutral", 0.75), ("test", "pair", 0.25), ("held", "alone", 0.25)):
+    for split, kind, share_of in (
+        ("val", "alone", 0.75),
+        ("test", "alone", 1.0),
+        ("test", "neutral", 0.75),
+        ("test", "pair", 0.25),
+        ("held", "alone", 0.25),
+    ):
         seen = features(tower, split, max(4, int(n * share_of)), 0, kind)
         said = mentions(caption(model, model.projector(seen.tiles)))
         out[f"{split} {kind}"] = scores(said, objects(seen.things), seen.head)

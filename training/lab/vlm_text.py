@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from patches.families.vlm.lab import BOS, EOS, MARKS, PAD
+from patches.families.vlm.lab import EOS, MARKS, PAD
 from training.lab.renderer import GROUNDS
 from training.lab.worlds import COMPANY, PAIRS, _cast, company_classes
 

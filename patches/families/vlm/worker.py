@@ -202,4 +202,3 @@ def _key(pixels: Mapping[str, Tensor]) -> str:
         digest.update(name.encode() + repr(tuple(v.shape)).encode())
         digest.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-

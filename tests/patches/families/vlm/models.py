@@ -83,7 +83,9 @@ def idefics3(smol: bool = False) -> tuple[Any, Any]:
     if smol:  # its own processor wants num2words, for the numbers of video frames; what it writes is Idefics3's
         model = tf.SmolVLMForConditionalGeneration(tf.SmolVLMConfig(**about))
         pictures = tf.SmolVLMImageProcessor(**size)
-        return model, tf.Idefics3Processor(image_processor=pictures, tokenizer=tokenizer(), image_seq_len=4, chat_template=chat)
+        return model, tf.Idefics3Processor(
+            image_processor=pictures, tokenizer=tokenizer(), image_seq_len=4, chat_template=chat
+        )
     pictures = tf.Idefics3ImageProcessor(**size)
     hub = tf.Idefics3Processor(image_processor=pictures, tokenizer=tokenizer(), image_seq_len=4, chat_template=chat)
     return tf.Idefics3ForConditionalGeneration(tf.Idefics3Config(**about)), hub
@@ -99,9 +101,13 @@ def qwen(five: bool = False) -> tuple[Any, Any]:
     if five:
         vision = dict(depth=2, hidden_size=24, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
                       out_hidden_size=32, fullatt_block_indexes=[1], window_size=16)  # fmt: skip
-        model = tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids))
+        model = tf.Qwen2_5_VLForConditionalGeneration(
+            tf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
+        )
     else:
-        vision = dict(depth=2, embed_dim=24, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2)
+        vision = dict(
+            depth=2, embed_dim=24, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4, spatial_merge_size=2
+        )
         model = tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(vision_config=vision, text_config=text, **ids))
     pictures = tf.Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=16 * 16, max_pixels=32 * 32)
     made = tf.Qwen2_5_VLProcessor if five else tf.Qwen2VLProcessor
@@ -113,14 +119,18 @@ def qwen(five: bool = False) -> tuple[Any, Any]:
 
 
 def instructblip() -> tuple[Any, Any]:
-    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    vision = dict(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
     query = dict(vocab_size=200, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                  encoder_hidden_size=24, cross_attention_frequency=1)  # fmt: skip
     config = tf.InstructBlipConfig(vision_config=vision, qformer_config=query, text_config=_llama().to_dict(),
                                    num_query_tokens=6, image_token_index=_id("<image>"))  # fmt: skip
     pictures = tf.BlipImageProcessor(size={"height": 32, "width": 32})
     words, asked = tokenizer(marks=False), tokenizer(marks=False)
-    hub = tf.InstructBlipProcessor(image_processor=pictures, tokenizer=words, qformer_tokenizer=asked, num_query_tokens=6)
+    hub = tf.InstructBlipProcessor(
+        image_processor=pictures, tokenizer=words, qformer_tokenizer=asked, num_query_tokens=6
+    )
     return tf.InstructBlipForConditionalGeneration(config), hub
 
 
