@@ -31,13 +31,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from bentos import playground
-from bentos.arms import Choice, Table, choose, other
 from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
-from registry import experiment as experiments
+from bentos.runtime.arms import Choice, Table, choose, other
+from registry.ab import experiment as experiments
+from registry.ab.experiment import CONTROL, TREATMENT
+from registry.ab.ledger import Ledger
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError
-from registry.experiment import CONTROL, TREATMENT
-from registry.ledger import Ledger
 from registry.systems import System, system
 
 DEADLINE_S = 300.0
@@ -302,8 +302,9 @@ ROUTES: tuple[Call, ...] = (
 
 def shapes(row: System) -> list[Any]:
     """The modules that answer for a system. Raises NotFound if none of its shapes is written yet."""
-    here = Path(__file__).parent
-    found = [importlib.import_module(f"bentos.{s}") for s in row.services if (here / f"{s}.py").is_file()]
+    here = Path(__file__).parent / "shapes"
+    there = [s for s in row.services if here.joinpath(*s.split(".")).with_suffix(".py").is_file()]
+    found = [importlib.import_module(f"bentos.shapes.{s}") for s in there]
     if not found:
         raise NotFound(f"{row.name} is served as {' and '.join(row.services)}, which is not written yet.")
     return found

@@ -100,7 +100,7 @@ def background(stack: ExitStack, name: str, command: list[str], **env: str) -> s
 
 def show_failure(base: Any, prompts: dict[str, list[int]]) -> dict[str, str]:
     """What the model says after many copies of a word."""
-    from patches.decode import Decoder, Row
+    from patches.families.llm.worker import Decoder, Row
 
     rows = [Row(ids, max_tokens=20, ignore_eos=True) for ids in prompts.values()]
     Decoder(base).run(rows)
@@ -128,7 +128,7 @@ def run(stack: ExitStack, once: bool) -> None:
 
     step("1. A real language model fails to repeat a word")
     with out.status("loading SmolLM2-135M (the first time it is converted from its wheel)"):
-        from patches.bases import load_base
+        from patches.families.base import load_base
         from training import attention_sink as job
         from training.data import text
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from patches.patch import Patch
+from patches.engine.patch import Patch
 from registry import config, manifest
 from registry.errors import BadArtifact
 from registry.manifest import Manifest

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, NotFound, PatchbayError
+from registry.errors import ConfigError, Invalid, NotFound, PatchbayError
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +56,15 @@ def evaluate(args: argparse.Namespace) -> Says:
     run, store = importlib.import_module("training.run"), _store()
     folder = store.pull(_digest(args.ref))
     got = run.evaluate(folder, args.words, args.device)
-    metrics = {"base": got.base, "patched": got.patched}
-    pushed = store.push(folder, metrics=metrics, dataset=got.dataset, figures=got.figures)
-    rows = [(k, got.base[k], got.patched[k], got.patched[k] - got.base[k]) for k in sorted(got.base)]
-    return Says(_table(("metric", "base", "patched", "difference"), rows), metrics=metrics, run=pushed.run_id)
+    pushed = store.push(folder, metrics=got.sides, dataset=got.dataset, figures=got.figures)
+    base, patched = got.sides["base"], got.sides["patched"]
+    rows = [
+        (k, _measure(base[k]), _measure(patched[k]), patched[k].value - base[k].value, patched[k].n, patched[k].better)
+        for k in sorted(base)
+    ]
+    table = _table(("metric", "base", "patched", "difference", "n", "better"), rows)
+    plain = {side: {k: asdict(m) for k, m in metrics.items()} for side, metrics in got.sides.items()}
+    return Says(table, metrics=plain, run=pushed.run_id)
 
 
 def push(args: argparse.Namespace) -> Says:
@@ -109,7 +114,7 @@ def compare(args: argparse.Namespace) -> Says:
 
 def split(args: argparse.Namespace) -> Says:
     """begin a production A/B of an artifact against the champion; a larger share ramps it, 0 stops it"""
-    ledgers, experiments = _ledger(), importlib.import_module("registry.experiment")
+    ledgers, experiments = _ledger(), importlib.import_module("registry.ab.experiment")
     name = args.system
     ref, share, words = _split_words(args.words)
     ledger = ledgers.Ledger()
@@ -133,15 +138,15 @@ def split(args: argparse.Namespace) -> Says:
 
 def report(args: argparse.Namespace) -> Says:
     """the live experiment: effect with an always-valid interval, guardrails, verdict"""
-    ledgers, experiments = _ledger(), importlib.import_module("registry.experiment")
-    events = importlib.import_module("registry.events")
+    ledgers, experiments = _ledger(), importlib.import_module("registry.ab.experiment")
+    events = importlib.import_module("registry.ab.events")
     entries = [e for e in ledgers.Ledger().history(args.system, 50) if e.experiment]
     if not entries:
         raise NotFound(f"{args.system} has had no experiment. Begin one: patchbay split {args.system} REF 0.1")
     experiment = experiments.load(entries[0].experiment)
     with events.Events() as log:
         decision = experiments.judge(experiment, log.summary(experiment))
-        drawn = importlib.import_module("registry.report").picture(experiment, log.trajectory(experiment))
+        drawn = importlib.import_module("registry.ab.picture").picture(experiment, log.trajectory(experiment))
     file = importlib.import_module("registry.home").home() / "reports" / f"{experiment.name}.png"
     file.parent.mkdir(exist_ok=True)
     drawn.savefig(file, dpi=110)
@@ -238,7 +243,7 @@ def _store() -> Any:
 
 
 def _ledger() -> Any:
-    return importlib.import_module("registry.ledger")
+    return importlib.import_module("registry.ab.ledger")
 
 
 def _manifest(folder: Path | str) -> Any:
@@ -269,6 +274,11 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
 
 
+def _measure(m: Any) -> str:
+    """A measured number with its 95 % interval, if it has one."""
+    return f"{m.value:.4g}" + (f" [{m.low:.3g}, {m.high:.3g}]" if m.low is not None else "")
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def text(cell: Any) -> str:
         return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
@@ -290,12 +300,17 @@ def _write_readme() -> Says:
 
 
 def readme_table() -> str:
-    """The table of systems as README shows it."""
-    lines = ["| system | what it does | paper | measured |", "|---|---|---|---|"]
+    """The table of systems as README shows it: one claim a row, with its control and n."""
+    lines = ["| system | claim | base | patched | control | n | artifact |", "|---|---|---|---|---|---|---|"]
     for row in SYSTEMS.values():
-        link = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        status = "planned" if row.planned else row.measured or "**ready**"
-        lines.append(f"| `{row.name}` | {row.title} | {link} | {status} |")
+        name = f"`{row.name}` ([{row.paper}](https://arxiv.org/abs/{row.paper}))<br>{row.title}"
+        if (c := row.claim) is None:
+            lines.append(f"| {name} | {'planned' if row.planned else 'not measured yet'} | | | | | |")
+            continue
+        metric = c.metric + (f"<br>{c.beside}" if c.beside else "")
+        control = f"{c.show(c.control)} ({c.what_control})"
+        numbers = f"{c.show(c.base)} | **{c.show(c.patched)}** | {control} | {c.n:,} | `{c.digest}`"
+        lines.append(f"| {name} | {metric} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -372,7 +387,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
     try:
         said = VERBS[args.verb](args)
-    except ConfigError as e:
+    except (ConfigError, Invalid) as e:
         print(e, file=sys.stderr)
         return 2
     except PatchbayError as e:

@@ -2,11 +2,12 @@
 
     PatchbayError
     ├── ConfigError        a config field does not exist, is missing, or does not fit
-    ├── BadRequest         what a caller sent cannot be answered            (HTTP 400)
+    ├── Invalid            a value that cannot be used, wherever it came from    (HTTP 400, exit status 2)
     │   ├── TooLarge       it is beyond a stated limit                      (HTTP 413)
-    │   ├── Unauthorised   no token, or one we do not know                  (HTTP 401)
-    │   ├── Forbidden      a known token without the scope                  (HTTP 403)
-    │   └── TooMany        more than the rate or the queue allows           (HTTP 429)
+    │   └── BadRequest     what a caller sent over HTTP cannot be answered  (HTTP 400)
+    │       ├── Unauthorised   no token, or one we do not know              (HTTP 401)
+    │       ├── Forbidden      a known token without the scope              (HTTP 403)
+    │       └── TooMany        more than the rate or the queue allows       (HTTP 429)
     ├── NotFound           a reference, system, alias or digest we do not have   (HTTP 404)
     ├── Conflict           someone else was first; read again and decide again   (HTTP 409)
     ├── NotReady           the service or the device is not what was declared    (HTTP 503)
@@ -40,13 +41,17 @@ class ConfigError(PatchbayError):
     status = 400
 
 
-class BadRequest(PatchbayError):
-    """What a caller sent cannot be answered; the message names the value and what would do."""
+class Invalid(PatchbayError):
+    """A value cannot be used; the message names it and what would do."""
 
     status = 400
 
 
-class TooLarge(BadRequest):
+class BadRequest(Invalid):
+    """What a caller sent over HTTP cannot be answered; the message names the value and what would do."""
+
+
+class TooLarge(Invalid):
     """A body, a prompt or a count is beyond the stated limit."""
 
     status = 413

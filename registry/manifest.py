@@ -23,7 +23,11 @@ from typing import Any, Literal, get_args
 from registry.errors import BadArtifact, ConfigError, Linked, Outside, Oversize, Tampered, Unsealed, WrongBase
 
 NAME = "manifest.json"
-Kind = Literal["patch", "model", "report"]
+Kind = Literal["patch", "model", "search", "finding", "report"]
+"""a finding is something to read, and was called report in schema 1"""
+SCHEMA = 2
+ROLE = "base"
+"""the role of the one base that most artifacts have"""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -38,8 +42,8 @@ class Manifest:
 
     kind: Kind
     system: str
-    base: str
-    """name@digest of the model this was made from; empty for a model trained from nothing"""
+    bases: dict[str, str]
+    """role -> name@digest of the models this was made from; empty for a model trained from nothing"""
     config: dict[str, Any]
     files: dict[str, str]
     """relative path -> sha256"""
@@ -47,16 +51,29 @@ class Manifest:
     """safetensors path -> tensor name -> [dtype, shape]"""
     parents: list[str] = field(default_factory=list)
     """digests of the artifacts this one was made from: an SAE, a subspace, a data set"""
-    schema: int = 1
+    schema: int = SCHEMA
 
     @property
     def digest(self) -> str:
         """64 hex digits: the identity of the artifact."""
-        return digest_of(asdict(self))
+        return digest_of(self.plain())
+
+    @property
+    def base(self) -> str:
+        """name@digest of the base that patches go on; of the first role where there are several; "" if none."""
+        return self.bases.get(ROLE) or next(iter(self.bases.values()), "")
 
     @property
     def base_digest(self) -> str:
+        """64 hex digits of that base."""
         return self.base.rpartition("@")[2]
+
+    def plain(self) -> dict[str, Any]:
+        """What manifest.json says. Schema 1 knew one base; its words are kept, for the digest is over them."""
+        out = asdict(self)
+        if self.schema == 1:
+            out["base"] = out.pop("bases").get(ROLE, "")
+        return out
 
 
 def canonical(value: Any) -> bytes:
@@ -76,16 +93,24 @@ def digest_of(value: Any) -> str:
 
 
 def write(folder: Path, **about: Any) -> Manifest:
-    """Seal `folder`: hash what is in it, then put the manifest there in one rename."""
+    """Seal `folder`: hash what is in it, then put the manifest there in one rename.
+
+    about: fields of `Manifest`; `base` in place of `bases` where there is one base.
+    """
     names = _walk(folder)
+    said = json.loads(canonical(about))
+    base = said.pop("base", "")
+    said.setdefault("bases", {ROLE: base} if base else {})
+    # the oldest schema that can say it, so that what was sealed before is the same artifact when it is made again
+    old = said["bases"].keys() <= {ROLE} and said["kind"] in ("patch", "model", "report")
     manifest = Manifest(
         files={name: sha256(folder / name) for name in names},
         tensors={name: _tensors(folder / name) for name in names if name.endswith(".safetensors")},
-        **json.loads(canonical(about)),
+        **{"schema": 1 if old else SCHEMA, **said},
     )
     part = folder / f".{NAME}.part"
     with part.open("wb") as f:
-        f.write(canonical(asdict(manifest)))
+        f.write(canonical(manifest.plain()))
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, folder / NAME)
@@ -132,14 +157,21 @@ def _parse(folder: Path) -> Manifest:
         raise Unsealed(f"{folder} has no {NAME}: it was never sealed. Run the fit again.") from None
     except ValueError:
         raise Tampered(f"{file} is not JSON. Pull the artifact again.") from None
-    known = {f.name for f in fields(Manifest)}
-    if not isinstance(about, dict) or set(about) - known or {"kind", "system", "base", "config", "files"} - set(about):
+    schema = about.get("schema", 1) if isinstance(about, dict) else 1
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise Tampered(f"{file} is of schema {schema}, and this patchbay reads up to {SCHEMA}. Update patchbay.")
+    key = "base" if schema == 1 else "bases"
+    known = {f.name for f in fields(Manifest)} - {"bases"} | {key}
+    if not isinstance(about, dict) or set(about) - known or {"kind", "system", key, "config", "files"} - set(about):
         raise Tampered(f"{file} does not have the keys of a manifest ({', '.join(sorted(known))}).")
+    if schema == 1:
+        about = {**about, "bases": {ROLE: about["base"]} if about["base"] else {}, "schema": 1}
+        del about["base"]
     manifest = Manifest(**about)
     if manifest.kind not in get_args(Kind):
         raise Tampered(f"{file} says kind {str(manifest.kind)[:40]!r}; it must be one of {', '.join(get_args(Kind))}.")
-    if not isinstance(manifest.files, dict) or not isinstance(manifest.config, dict):
-        raise Tampered(f"{file}: files and config must be objects.")
+    if not all(isinstance(part, dict) for part in (manifest.files, manifest.config, manifest.bases)):
+        raise Tampered(f"{file}: files, config and bases must be objects.")
     for name in manifest.files:
         _inside(folder, name)
     return manifest

@@ -6,7 +6,8 @@ Rows hold strings, not imports, so listing them costs no torch. README's table i
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,21 +16,56 @@ from registry.errors import NotFound
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What a system achieves, as one number with its control; `patchbay eval REF --full` makes it again."""
+
+    metric: str
+    """what was measured, on which model and data"""
+    base: float
+    patched: float
+    control: float
+    what_control: str
+    """what was done instead for the control"""
+    n: int
+    digest: str
+    """of the artifact, 16 hex digits"""
+    percent: bool = True
+    """shares are shown as percent"""
+    beside: str = ""
+    """what else was measured of the same artifact: what it costs, where something simpler is better"""
+
+    def show(self, value: float) -> str:
+        """A number as the table shows it."""
+        return f"{100 * value:.3g} %" if self.percent else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
 class System:
-    """One system: a paper's method under its one name, `training/<name>.py`."""
+    """One system: a paper's method under its one name, the package `training/<name>`."""
 
     name: str
     title: str
     paper: str
     """arXiv number, or where it was published"""
-    families: tuple[str, ...]
-    """patches/bases/<family>.py"""
+    family: str
+    """patches/families/<family>"""
     patch: str | None
     """module:Class of the mechanism; None for systems that edit nothing (a search) or are models themselves"""
     services: tuple[str, ...]
-    """bentos/<shape>.py"""
-    measured: str = ""
-    """the claim as a number on a model anybody can have, for README's table; docs/LOG.md has n and interval"""
+    """bentos/shapes/<shape>.py, a dot for each folder"""
+    claim: Claim | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """role -> family of each base, for a search over several; else there is one base"""
+
+    @property
+    def bases(self) -> Mapping[str, str]:
+        """role -> family of every base."""
+        return self.roles or {"base": self.family}
+
+    @property
+    def role(self) -> str:
+        """The role of the base that is named when only one is."""
+        return next(iter(self.bases))
 
     @property
     def job(self) -> str:
@@ -38,7 +74,7 @@ class System:
     @property
     def planned(self) -> bool:
         """The row is here, the job is not written yet."""
-        return not (Path(__file__).parent.parent / "training" / f"{self.name}.py").is_file()
+        return not (Path(__file__).parent.parent / "training" / self.name).is_dir()
 
     def load_job(self) -> ModuleType:
         """The training module. Raises NotFound while it is planned."""
@@ -61,34 +97,38 @@ class System:
 
 _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
-           "2504.08729", ("clip",), "patches.features:FeatureEdit", ("classify", "explain"),
-           "lab:clip under a wrong written word (2,000 unseen pictures and words): right on 5 %, patched 49 % "
-           "(a blank strip alone: 53 %); says the word 57 %, patched 2.5 %; clean - .6 points (random features: right "
-           "4 %, says it 56 %, clean - 4.6)"),
+           "2504.08729", "clip", "patches.mechanisms.features:FeatureEdit", ("classify", "explain.features"),
+           Claim("lab:clip right under a wrong written word", .048, .487, .039, "random features", 2000,
+                 "71a76e194d79f75f", beside="says the word 56.6 % -> 2.5 %; clean accuracy - 0.6 points; a blank strip "
+                 "alone leaves 53 %; simpler defences reach more here: a learned prefix 69 %, a projection 63 %")),
     System("clip_heads", "Name, measure and ablate the attention heads of CLIP",
-           "2409.06579", ("clip",), "patches.heads:HeadEdit", ("heads", "classify"),
-           "lab:clip without its eight text heads (500 unseen pictures): says a wrong written word 51 %, patched 1 %; "
-           "right 5 %, patched 48 %; clean - 3.6 points (eight random heads: says it 39 %, right 4 %, clean - 11)"),
+           "2409.06579", "clip", "patches.mechanisms.heads:HeadEdit", ("explain.heads", "classify"),
+           Claim("lab:clip says a wrong written word", .51, .01, .39, "eight random heads away", 500,
+                 "4c1ec700fc97c735",
+                 beside="right 5 % -> 48 % (control 4 %); clean accuracy - 3.6 points (control - 11)")),
     System("second_order", "Read and edit CLIP's neurons through their second-order effects",
-           "2406.04341", ("clip",), "patches.neurons:NeuronEdit", ("neurons", "classify"),
-           "lab things found by what neurons add to their names: mIoU .64 (raw activations .41, heads' direct effects "
-           ".69; 300 pictures), in 1 / 8,300 of the paper code's time; no defence: says a wrong word 51 %, patched 50"),
+           "2406.04341", "clip", "patches.mechanisms.neurons:NeuronEdit", ("explain.neurons", "classify"),
+           Claim("mIoU of lab things found by what neurons add to their names", .41, .64, .69,
+                 "direct effects of heads, which are better", 300,
+                 "75f51114344cb5a0", percent=False,
+                 beside="base: raw activations; no defence: says a wrong word 51 %, patched 50 %")),
     System("attention_sink", "Find why a language model fails to repeat a word, and patch it",
-           "2503.08908", ("llm",), "patches.sink:SinkEdit", ("generate",),
-           "SmolLM2-135M predicts a word once more after 1,024 copies: base 28 %, patched 90 % (50 words, chat); "
-           "perplexity x 1.000"),
+           "2503.08908", "llm", "patches.mechanisms.sink:SinkEdit", ("generate",),
+           Claim("SmolLM2-135M says a word once more after 1,024 copies (chat)", .28, .90, .25,
+                 "five random neurons of the same layers (n = 16)", 50, "b5b50e4fd8bd6c76",
+                 beside="perplexity x 1.000")),
     System("vlm_erasure", "Erase hallucinated objects from a vision-language model's image features",
-           "2410.02762", ("vlm",), "patches.erase:EraseEdit", ("generate",)),
+           "2410.02762", "vlm", "patches.mechanisms.erase:EraseEdit", ("generate",)),
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
-           "2501.18096", ("clip", "llm"), None, ("caption",)),
+           "2501.18096", "search", None, ("caption",), roles={"scorer": "clip", "generator": "llm"}),
     System("toto", "Autoregressive video pre-training on visual tokens",
-           "2501.05453", ("video",), None, ("embed",)),
+           "2501.05453", "video", None, ("embed",)),
     System("videomae", "VideoMAE pre-trained on synthetic video",
-           "2410.24213", ("video",), None, ("embed",)),
+           "2410.24213", "video", None, ("embed",)),
     System("w2w", "Sample, edit and invert in the weight space of customised diffusion models",
-           "2406.09413", ("diffusion",), "patches.subspace:SubspaceEdit", ("render",)),
+           "2406.09413", "diffusion", "patches.mechanisms.subspace:SubspaceEdit", ("render",)),
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",
-           "2504.08046", ("diffusion",), "patches.direction:DirectionEdit", ("render",)),
+           "2504.08046", "diffusion", "patches.mechanisms.direction:DirectionEdit", ("render",)),
 )  # fmt: skip
 
 SYSTEMS: dict[str, System] = {row.name: row for row in _ROWS}

@@ -42,7 +42,7 @@ def loopback_only(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_llm():
     """A random Llama with a tokenizer; tests must leave it bit for bit as it was."""
-    from patches.bases import llm
+    from patches.families import llm
 
     return llm.tiny()
 
@@ -50,7 +50,7 @@ def tiny_llm():
 @pytest.fixture(scope="session")
 def tiny_clip():
     """A random CLIP with both towers and a tokenizer; tests must leave it bit for bit as it was."""
-    from patches.bases import clip
+    from patches.families import clip
 
     return clip.tiny()
 

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.bases import clip, load_base
-from patches.decode import Decoder, Row
-from patches.embed import Embedder, Picture
-from patches.patch import Weight, apply
+from patches.engine.edits import Weight
+from patches.engine.patch import apply
+from patches.families import clip
+from patches.families.base import load_base
+from patches.families.clip.worker import Embedder, Picture
+from patches.families.llm.worker import Decoder, Row
 from registry.systems import SYSTEMS
+from tests.patches.members import MECHANISMS
 from training import run
 from training.lab import clip as lab
 
 from .far import FAR, There
-from .patches.mechanisms import MECHANISMS
 
 IDS = torch.randint(3, 90, (4, 14), generator=torch.Generator().manual_seed(1))
 IDS[:, 6:12] = IDS[:, 6:7]

@@ -19,18 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from patches.bases import load_base
-from patches.patch import ONLY
-from patches.patched import PatchedModel
+from patches.engine.patch import ONLY
+from patches.subject import Subject
 from registry import config as configs
 from registry import manifest
 from registry.errors import BadArtifact, NotFound
 from registry.home import home
 from registry.manifest import Manifest
+from registry.measure import Measure, measures
 from registry.systems import System, system
 
 RECIPE = "recipe.json"
 """lies in every artifact: which recipe made it, with which config, so that it can be measured the same way again"""
+
+
+SIDES = {"base": None, "patched": ONLY}
+"""side -> arm of the subject"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Measured:
     """One artifact and its base, by the same metrics on the same data."""
 
     manifest: Manifest
-    base: dict[str, float]
-    patched: dict[str, float]
+    sides: dict[str, dict[str, Measure]]
+    """"base" and "patched" -> metric -> what was measured"""
     dataset: tuple[str, str]
     """name, digest of the config that chose the data"""
     figures: dict[str, Any]
@@ -85,17 +89,18 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str = "cpu") -> Me
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
     config = configs.override(configs.parse(job.Config, sealed["config"]), words)
-    base = load_base(getattr(config, "base", "") or about.base.rpartition("@")[0], row.families[0], device)
-    model = PatchedModel.load(folder, base)
+    given = getattr(config, "base", "") if not row.roles else ""
+    model = Subject.load(folder, given or None, device)
     try:
         _seed(getattr(config, "seed", 0))
-        results = {arm: job.evaluate(model, config, arm) for arm in (None, ONLY)}
+        sides = {side: measures(job.evaluate(model, config, arm)) for side, arm in SIDES.items()}
     finally:
         model.close()
     draw = getattr(job, "figures", None)
-    figures = draw(folder, {"base": results[None], "patched": results[ONLY]}) if draw else {}
+    values = {side: {name: m.value for name, m in metrics.items()} for side, metrics in sides.items()}
+    figures = draw(folder, values) if draw else {}
     data = (sealed["recipe"].replace("/", "-"), manifest.digest_of(asdict(config))[:16])
-    return Measured(about, results[None], results[ONLY], data, figures)
+    return Measured(about, sides, data, figures)
 
 
 def _seed(seed: int) -> None:

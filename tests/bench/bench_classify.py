@@ -24,16 +24,17 @@ import torch.nn.functional as nnf
 from PIL import Image
 
 from patches import artifact
-from patches.bases import Base, clip, load_base
-from patches.embed import Embedder, Picture
-from patches.features import SAE, edit
-from patches.onnx import PARITY, prepared
-from patches.patch import Patch, apply
-from registry import ledger as ledgers
+from patches.engine.patch import Patch, apply
+from patches.families import clip
+from patches.families.base import Base, load_base
+from patches.families.clip.towers import PARITY, prepared
+from patches.families.clip.worker import Embedder, Picture
+from patches.mechanisms.features import SAE, edit
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 
-from .conftest import DEVICE, Subject, pushed
+from .conftest import DEVICE, Benched, pushed
 from .interleave import interleave, ratio
 from .load import Load, load
 from .server import Server, running
@@ -67,7 +68,7 @@ class Eyes:
     system: str
 
     def about(self, benchmark: Any, **more: Any) -> None:
-        Subject(self.base, self.patches["patched"], None, self.system).about(benchmark, **more)
+        Benched(self.base, self.patches["patched"], None, self.system).about(benchmark, **more)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,6 @@ def expected(eyes: Eyes) -> dict[str, list[str]]:
         worker = Embedder(eyes.base, on)
         out = {}
         for name in ("base", "base again", *eyes.patches):
-            done = worker.run([Picture(v, name if name in eyes.patches else None) for v in x])
+            done = worker.run([Picture(v, arm=name if name in eyes.patches else None) for v in x])
             out[name] = [LABELS[int((p.out @ weights).argmax())] for p in done]  # type: ignore[operator]
     return out

@@ -8,9 +8,9 @@ import resource
 import pytest
 import torch
 
-from patches.decode import Decoder, Row
-from patches.patch import apply
-from patches.sink import SinkConfig, SinkEdit
+from patches.engine.patch import apply
+from patches.families.llm.worker import Decoder, Row
+from patches.mechanisms.sink import SinkConfig, SinkEdit
 
 from .interleave import interleave, ratio
 

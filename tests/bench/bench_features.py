@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from patches.bases import clip, load_base
-from patches.features import SAE, edit
-from patches.read import record
-from training.sae import Dictionary, SAEConfig, _step, across_rows
-from training.steerability import after_last_block, probabilities
+from patches.engine.read import record
+from patches.families import clip
+from patches.families.base import load_base
+from patches.mechanisms.features import SAE, edit
+from training.clip_sae.dictionary import Dictionary, SAEConfig, _step, across_rows
+from training.clip_sae.steerability import after_last_block, probabilities
 
 from .interleave import interleave, ratio
 

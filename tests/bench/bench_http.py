@@ -21,12 +21,13 @@ import pytest
 
 from patches import artifact
 from patches.export import export
-from patches.patched import PatchedModel
-from registry import ledger as ledgers
+from patches.families import llm
+from patches.subject import Subject
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 
-from .conftest import TINY, Subject
+from .conftest import TINY, Benched
 from .floor import InProcess
 from .interleave import interleave, ratio
 from .load import Load, load, memory_mb
@@ -56,7 +57,7 @@ class Variant:
         return {**about, "temperature": 0, "ignore_eos": True}
 
 
-def seal(subject: Subject, patch: Any) -> str:
+def seal(subject: Benched, patch: Any) -> str:
     """A patch as the store would have brought it here."""
     folder = home() / "artifacts" / "part"
     about = artifact.save(patch, subject.system, folder, base=subject.base.label)
@@ -65,7 +66,7 @@ def seal(subject: Subject, patch: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def variants(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Variant]]:
+def variants(subject: Benched, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Variant]]:
     """base and patched on one server; a patch that folds with hooks on it too, and folded on a second one."""
     with pytest.MonkeyPatch.context() as env, contextlib.ExitStack() as stack:
         env.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("home")))
@@ -94,21 +95,21 @@ def variants(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def texts(subject: Subject, variants: dict[str, Variant]) -> dict[str, list[str]]:
+def texts(subject: Benched, variants: dict[str, Variant]) -> dict[str, list[str]]:
     """What every variant must answer: each prompt decoded by itself, in this process, by the same arm."""
     arms = {"patched": subject.patch} | ({"foldable": subject.foldable} if subject.foldable else {})
-    model = PatchedModel(subject.base, arms)
+    model = Subject(subject.base, arms)
     out = {}
     for arm in {v.arm for v in variants.values()}:
         chats = [[{"role": "user", "content": text}] for text in TEXTS]
-        out[str(arm)] = [model.generate([c], TOKENS, arm=arm, ignore_eos=True)[0] for c in chats]
+        out[str(arm)] = [llm.generate(model, [c], TOKENS, arm=arm, ignore_eos=True)[0] for c in chats]
     model.close()
     assert len({tuple(v) for v in out.values()}) == len(out), "the arms do not differ on these prompts"
     return out
 
 
 @pytest.mark.parametrize("callers", CALLS)
-def bench_http(subject: Subject, variants, texts, benchmark, callers: int) -> None:
+def bench_http(subject: Benched, variants, texts, benchmark, callers: int) -> None:
     """Closed loop with `callers` callers: tokens/s, p50, p99, CPU-ms per request, peak memory; equal answers."""
     loads: dict[str, list[Load]] = {name: [] for name in variants}
 
@@ -155,7 +156,7 @@ def bench_http(subject: Subject, variants, texts, benchmark, callers: int) -> No
     assert all(n <= 0.05 * calls for n in unequal.values())
 
 
-def bench_cold_start(subject: Subject, benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def bench_cold_start(subject: Benched, benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds from the start of the process to /readyz and to the first answer; base alone, and with a patch."""
     times: dict[str, list[tuple[float, float, float]]] = {"base": [], "patched": []}
 
@@ -183,13 +184,13 @@ def bench_http_cost(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     floor: the least Starlette that can do it. uvicorn, bentoml: the service. In process, `batch`: as many chats at once
     as there are callers, which is what the service can do and the floor cannot.
     """
-    from patches.bases.llm import tiny
-    from patches.sink import SinkEdit
+    from patches.families.llm import tiny
+    from patches.mechanisms.sink import SinkEdit
 
     monkeypatch.setenv("PATCHBAY_HOME", str(tmp_path))
     monkeypatch.setenv("PATCHBAY_BASE", "tiny")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    subject = Subject(tiny(), SinkEdit(TINY, {}), None, "attention_sink")
+    subject = Benched(tiny(), SinkEdit(TINY, {}), None, "attention_sink")
     ledgers.promote(Ledger(), subject.system, seal(subject, subject.patch))
     here, calls = InProcess(), 256
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from training.omp import pursue
+from training.second_order.omp import pursue
 
 from .interleave import interleave, ratio
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from open_clip import get_model_config
 
-from patches import heatmap
-from patches.bases import Base, clip, load_base
-from patches.direct import Lens
-from patches.second_order import Moments, lens, look, scalars
-from training import textspan
+from patches.families import clip
+from patches.families.base import Base, load_base
+from patches.families.clip import maps as heatmap
+from patches.families.clip.direct import Lens
+from patches.families.clip.second_order import Moments, lens, look, scalars
+from training.tasks import textspan
 
-from .conftest import DEVICE, Subject
+from .conftest import DEVICE, Benched
 from .interleave import interleave, ratio
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
@@ -77,7 +78,7 @@ def bench_readers(benchmark, name):
     out = {k: ratio(t, times["forward"]) for k, t in times.items()}
     rate = {k: count / sorted(t)[len(t) // 2] for k, t in times.items()}
     benchmark.pedantic(variants["heads"], rounds=1)
-    Subject(base, None, None, "clip_heads").about(
+    Benched(base, None, None, "clip_heads").about(
         benchmark, batch=count, ratios={k: vars(v) for k, v in out.items()}, images_per_s=rate, peak_gb=memory_gb()
     )
     print(f"\n{name} on {DEVICE}, {count} pictures at once, peak {memory_gb():.2f} GB")

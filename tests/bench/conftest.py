@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.bases import Base, load_base
-from patches.bases.llm import tiny
-from patches.patch import Patch
-from patches.sink import SinkConfig, SinkEdit
+from patches.engine.patch import Patch
+from patches.families.base import Base, load_base
+from patches.families.llm import tiny
+from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry import store
 from registry.errors import NotFound, PatchError
 from registry.systems import system
@@ -25,7 +25,7 @@ TINY = SinkConfig(neurons=((0, 1), (1, 5), (2, 7)), damp_layers=(0,))
 
 
 @dataclass(frozen=True)
-class Subject:
+class Benched:
     """A base and a patch on it."""
 
     base: Base
@@ -71,16 +71,16 @@ def pushed(shape: str) -> tuple[Base, Patch, str] | None:
 
 
 @pytest.fixture(scope="session")
-def subject() -> Subject:
+def subject() -> Benched:
     torch.set_num_threads(2)
     if found := pushed("generate"):
-        return Subject(found[0], found[1], foldable(found[1]), found[2])
+        return Benched(found[0], found[1], foldable(found[1]), found[2])
     try:
         base, config = load_base("pypi:smollm2", "llm", DEVICE), SMOLLM
     except NotFound:
         base, config = tiny(), TINY
     patch = SinkEdit(config, {})
-    return Subject(base, patch, foldable(patch), "attention_sink")
+    return Benched(base, patch, foldable(patch), "attention_sink")
 
 
 def foldable(patch: Patch) -> Patch | None:

@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from patches.bases import llm
-from patches.decode import Decoder, Row
-from patches.patched import PatchedModel
+from patches.families import llm
+from patches.families.llm.worker import Decoder, Row
+from patches.subject import Subject
 
 
 class InProcess:
@@ -17,7 +17,7 @@ class InProcess:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self.model = PatchedModel(llm.tiny())
+        self.model = Subject(llm.tiny())
         self.decoder = Decoder(self.model.base, self.model.applied)
 
     def __call__(self, *bodies: bytes) -> list[bytes]:

@@ -16,10 +16,10 @@ from bentos.desk import application
 from bentos.http import Tokens
 from bentos.runtime import Runtime, Settings
 from patches import artifact
-from patches.sink import SinkConfig, SinkEdit
-from registry import ledger as ledgers
+from patches.mechanisms.sink import SinkConfig, SinkEdit
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 
 SYSTEM = "attention_sink"
 CONFIGS = (
@@ -102,7 +102,7 @@ def dictionary(seed: int = 0, features: int = 40, width: int = 32):
     """Random features of the tiny CLIP that fire now and then."""
     import torch
 
-    from patches.features import SAE
+    from patches.mechanisms.features import SAE
 
     g = torch.Generator().manual_seed(seed)
     W = torch.nn.functional.normalize(torch.randn(features, width, generator=g), dim=1)
@@ -114,11 +114,11 @@ def seal_features(base, features, seed: int = 0, cards: bool = True, width: int 
     import tempfile
     from pathlib import Path
 
-    from patches.bases import clip
-    from patches.cards import save_cards
-    from patches.features import edit, save_sae
-    from patches.label_set import save_label_set
-    from training import cards as making
+    from patches.evidence.feature_cards import save_cards
+    from patches.evidence.label_set import save_label_set
+    from patches.families import clip
+    from patches.mechanisms.features import edit, save_sae
+    from training.clip_sae import cards as making
     from training.lab import worlds
 
     site = clip.site("block", 1)
@@ -161,11 +161,11 @@ def neuron_cards(base, layers=(0, 1)):
     """Cards of the tiny CLIP's neurons, from 12 pictures and five words."""
     import torch
 
-    from patches.bases import clip
-    from patches.neuron_cards import Layer, NeuronCards
-    from patches.second_order import directions, lens, look, scalars
+    from patches.evidence.neuron_cards import Layer, NeuronCards
+    from patches.families import clip
+    from patches.families.clip.second_order import directions, lens, look, scalars
     from training.lab import worlds
-    from training.omp import atoms, pursue
+    from training.second_order.omp import atoms, pursue
 
     words = ("cat", "dog", "sun", "ink", "sea", "red fox")
     images = worlds.WORLDS["imagenet"]("train", 12, 0).read(range(12)).image
@@ -185,9 +185,9 @@ def seal_neurons(base, neurons, layer: int = 1, cards: bool = True) -> str:
     import tempfile
     from pathlib import Path
 
-    from patches.neuron_cards import save_neurons
-    from patches.neurons import replace_effects
-    from patches.second_order import lens
+    from patches.evidence.neuron_cards import save_neurons
+    from patches.families.clip.second_order import lens
+    from patches.mechanisms.neurons import replace_effects
 
     part, made = Path(tempfile.mkdtemp(dir=home())), neuron_cards(base)
     if cards:

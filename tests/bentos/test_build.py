@@ -15,9 +15,9 @@ from bentos.build import build, pins, sources
 from bentos.desk import application
 from bentos.runtime import CARRIED, Runtime, Settings
 from patches import artifact
-from patches.bases import clip
-from patches.patched import PatchedModel
-from patches.sink import SinkEdit
+from patches.families import clip, llm
+from patches.mechanisms.sink import SinkEdit
+from patches.subject import Subject
 from registry import manifest
 from registry.errors import Conflict, NotFound, NotReady, Tampered, WrongBase
 from registry.home import home as place
@@ -50,15 +50,19 @@ def test_a_bento_for_pictures_holds_its_shapes_its_dictionary_and_its_engine(hom
     digest = seal_features(tiny_clip, range(7))
     built = build(PICTURES, digest)
     assert {
-        "bentos/classify.py",
-        "bentos/explain.py",
-        "patches/features.py",
-        "patches/onnx.py",
+        "bentos/shapes/classify.py",
+        "bentos/shapes/explain/features.py",
+        "patches/mechanisms/features.py",
+        "patches/families/clip/towers.py",
     } <= built.contents.keys()
     assert {
         f"{CARRIED.name}/{f}" for f in ("sae/cfg.json", "sae/sae_weights.safetensors", "cards.json")
     } <= built.contents.keys()
-    assert not built.contents.keys() & {"bentos/generate.py", "patches/sink.py", "patches/bases/llm.py"}
+    assert not built.contents.keys() & {
+        "bentos/shapes/generate.py",
+        "patches/mechanisms/sink.py",
+        "patches/families/llm/base.py",
+    }
     pinned = (built.folder / "contents.json").read_text()
     assert "open_clip_torch==" in pinned.replace("open-clip-torch", "open_clip_torch")
     assert "onnxruntime" in pinned
@@ -80,13 +84,23 @@ def test_a_bento_holds_what_it_runs_the_sealed_folder_and_nothing_else(digest):
     files = {f for f in files if "__pycache__" not in f}  # another test may have served this Bento already
     assert files == {*built.contents, "bentofile.yaml"}
     assert manifest.read(built.bento / "src" / CARRIED.name, digest=digest).system == SYSTEM
-    for name in ("bentos/service.py", "bentos/generate.py", "bentos/playground/index.html", "patches/sink.py"):
+    for name in (
+        "bentos/service.py",
+        "bentos/shapes/generate.py",
+        "bentos/playground/index.html",
+        "patches/mechanisms/sink.py",
+    ):
         assert (built.bento / "src" / name).read_bytes() == (ROOT / name).read_bytes()
     tops = {f.partition("/")[0] for f in files}
     assert tops == {"bentos", "patches", "registry", "carried", "bentofile.yaml"}
     # a Bento has no store to ask, no command line, no other family's base and no other mechanism
-    others = {"registry/store.py", "registry/cli.py", "patches/bases/clip.py", "patches/features.py"}
-    assert not files & {*others, "patches/onnx.py", "bentos/classify.py"}
+    others = {
+        "registry/store/__init__.py",
+        "registry/cli.py",
+        "patches/families/clip/base.py",
+        "patches/mechanisms/features.py",
+    }
+    assert not files & {*others, "patches/families/clip/towers.py", "bentos/shapes/classify.py"}
     assert "mlflow" not in (built.bento / "env" / "python" / "requirements.txt").read_text()
 
 
@@ -249,9 +263,9 @@ def test_a_bento_of_the_base_serves_the_base_and_holds_it_to_its_digest(home, ti
 
 def answers_alone(base, digest):
     """What base and patch answer to PROMPT in process."""
-    model = PatchedModel(base, {digest: SinkEdit(CONFIGS[0], {})})
+    model = Subject(base, {digest: SinkEdit(CONFIGS[0], {})})
     try:
-        answers = {arm: model.generate([PROMPT], max_tokens=16, arm=arm)[0] for arm in (None, digest)}
+        answers = {arm: llm.generate(model, [PROMPT], max_tokens=16, arm=arm)[0] for arm in (None, digest)}
     finally:
         model.close()
     assert answers[None] != answers[digest]

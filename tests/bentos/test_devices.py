@@ -4,9 +4,8 @@ import asyncio
 
 import pytest
 
+from tests.bentos.shapes.test_classify import coded, picture
 from tests.far import FAR
-
-from .test_classify import coded, picture
 
 ONE = {"data": coded(picture(0))}
 BOTH = {"images": [ONE, {"data": coded(picture(1))}]}

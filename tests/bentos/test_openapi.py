@@ -16,14 +16,14 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, status_co
 from bentos.desk import ROUTES, application, calls, openapi
 from bentos.http import Tokens
 from bentos.runtime import Settings
-from registry import experiment as experiments
-from registry import ledger as ledgers
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 from registry.systems import system
+from tests.bentos.shapes.test_classify import coded, picture
 
 from .conftest import CONFIGS, HEADS, NEURONS, PICTURES, SYSTEM, seal, seal_features, seal_heads, seal_neurons
-from .test_classify import coded, picture
 
 PNG = coded(picture())
 

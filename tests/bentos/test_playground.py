@@ -10,12 +10,12 @@ import pytest
 
 from bentos.desk import calls, openapi
 from bentos.playground import INDEX, page, policy
-from registry import ledger as ledgers
-from registry.ledger import Ledger
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from registry.systems import SYSTEMS, system
+from tests.bentos.shapes.test_classify import coded, picture
 
 from .conftest import HEADS, NEURONS, PICTURES, SYSTEM, seal_heads, serving
-from .test_classify import coded, picture
 
 HTML = INDEX.read_text(encoding="utf-8")
 SERVED = (SYSTEM, PICTURES, HEADS, NEURONS)
@@ -227,7 +227,7 @@ def test_an_answer_that_has_begun_is_continued(service):
 
 def test_the_page_reads_an_arm_and_its_experiment_from_headers(service):
     """What the page shows beside an answer, and sends back as the unit it judges."""
-    from registry import experiment as experiments
+    from registry.ab import experiment as experiments
 
     async def work():
         async with service() as s:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bentos.runtime import Runtime, Settings
-from registry import experiment as experiments
-from registry import ledger as ledgers
 from registry import store
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
 from registry.errors import NotReady
 
 SYSTEM = "attention_sink"

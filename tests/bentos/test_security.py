@@ -6,8 +6,8 @@ import json
 import pytest
 
 from bentos.desk import serve
-from bentos.generate import MAX_TOKENS
 from bentos.http import MAX_BODY_BYTES, Tokens
+from bentos.shapes.generate import MAX_TOKENS
 from registry.errors import ConfigError
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

@@ -22,11 +22,11 @@ import httpx
 import openai
 import pytest
 
-from registry import experiment as experiments
-from registry import ledger as ledgers
-from registry.experiment import CONTROL, TREATMENT
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
+from registry.ab.experiment import CONTROL, TREATMENT
+from registry.ab.ledger import Ledger
 from registry.home import home
-from registry.ledger import Ledger
 from tests.bench.server import Server, running
 
 from .conftest import CONFIGS, SYSTEM, seal

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from patches import artifact
-from patches.decode import Decoder, Row
-from patches.patch import ONLY, Weight, apply
+from patches.engine.edits import Weight
+from patches.engine.patch import ONLY, apply
+from patches.families.llm.worker import Decoder, Row
 from registry.errors import PatchError
 from registry.systems import SYSTEMS
-
-from .mechanisms import MECHANISMS
+from tests.patches.members import MECHANISMS
 
 IDS = torch.randint(3, 90, (4, 14), generator=torch.Generator().manual_seed(1))
 IDS[:, 6:12] = IDS[:, 6:7]  # repeats, so that damping has something to damp

@@ -3,9 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patches import artifact
-from patches.bases import llm
 from patches.export import _check_parity, _logits, _probe, export
-from patches.sink import SinkConfig, SinkEdit
+from patches.families import llm
+from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry import cli, manifest
 from registry.errors import Conflict, PatchError, WrongBase
 from registry.home import home as place

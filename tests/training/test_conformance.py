@@ -62,9 +62,10 @@ def test_the_same_recipe_gives_the_same_digest(name, fits, monkeypatch, tmp_path
 @pytest.mark.parametrize("name", READY)
 def test_base_and_patched_are_measured_by_the_same_finite_metrics(name, fits):
     got = run.evaluate(fits(name))
-    assert got.base.keys() == got.patched.keys()
-    assert got.base
-    assert all(math.isfinite(v) for v in (*got.base.values(), *got.patched.values()))
-    assert all(key.split("/")[0] in ("quality", "target", "offtarget") for key in got.base)
+    base, patched = got.sides["base"], got.sides["patched"]
+    assert base.keys() == patched.keys()
+    assert base
+    assert all(math.isfinite(m.value) for m in (*base.values(), *patched.values()))
+    assert all(key.split("/")[0] in ("quality", "target", "offtarget") for key in base)
     assert got.figures
     assert all(isinstance(f, Figure) for f in got.figures.values())

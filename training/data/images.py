@@ -42,7 +42,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from registry import manifest
-from registry.errors import BadRequest, NotFound, NotReady, TooLarge
+from registry.errors import Invalid, NotFound, NotReady, TooLarge
 
 BATCH = 64
 SIZE = 224
@@ -131,14 +131,14 @@ def celeba(
     spurious: str = "Male",
 ) -> Dataset:
     """CelebA by one attribute. Extras: `attributes` (B, 40) bool, `place` (B,) the spurious one, `group` 2 * label +
-    place. Raises NotFound for a missing file or attribute, BadRequest for a row that is not as long as the first."""
+    place. Raises NotFound for a missing file or attribute, Invalid for a row that is not as long as the first."""
     root = _folder(folder)
     rows = [line.split() for line in _text(root / "list_attr_celeba.txt").splitlines()]
     if len(rows) < 3:
-        raise BadRequest(f"{root / 'list_attr_celeba.txt'} has no row after its count and its names.")
+        raise Invalid(f"{root / 'list_attr_celeba.txt'} has no row after its count and its names.")
     names, rows = rows[1], rows[2:]
     if odd := next((r for r in rows if len(r) != len(names) + 1), None):
-        raise BadRequest(f"list_attr_celeba.txt: the row of {odd[:1]} has {len(odd) - 1} values, not {len(names)}.")
+        raise Invalid(f"list_attr_celeba.txt: the row of {odd[:1]} has {len(odd) - 1} values, not {len(names)}.")
     if bad := [a for a in (target, spurious) if a not in names]:
         raise NotFound(f"CelebA here has no attribute {bad[0]!r:.40}. It has: {', '.join(names)}.")
     part = dict(line.split() for line in _text(root / "list_eval_partition.txt").splitlines() if line.strip())
@@ -162,9 +162,7 @@ def waterbirds(folder: str | Path, split: str = "test", size: int = SIZE) -> Dat
         label, place = (torch.tensor([int(r[k]) for r in rows], dtype=torch.int64) for k in ("y", "place"))
         files = [root / r["img_filename"] for r in rows]
     except (KeyError, ValueError, TypeError) as e:
-        raise BadRequest(
-            f"{root / 'metadata.csv'} needs img_filename, y, split and place in every row ({e})."
-        ) from None
+        raise Invalid(f"{root / 'metadata.csv'} needs img_filename, y, split and place in every row ({e}).") from None
     extras = {"place": place, "group": 2 * label + place}
     return _files("waterbirds", split, ("landbird", "waterbird"), root, files, label, extras, size)
 
@@ -175,7 +173,7 @@ def rta(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
     files = _pictures(root)
     found = [re.fullmatch(r"label=(.+?)_text=(.+)", f.stem) for f in files]
     if odd := next((f for f, m in zip(files, found, strict=True) if m is None), None):
-        raise BadRequest(f"{odd} is not called label=X_text=Y; a typographic set is read from its file names.")
+        raise Invalid(f"{odd} is not called label=X_text=Y; a typographic set is read from its file names.")
     return _typographic("rta", split, root, files, [m.groups() for m in found if m], size)
 
 
@@ -188,9 +186,7 @@ def disentangling(folder: str | Path, split: str = "test", size: int = SIZE) -> 
     try:
         about = {k: (v["true object"], v["typographic attack label"]) for k, v in json.loads(file.read_text()).items()}
     except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise BadRequest(
-            f"{file} does not say 'true object' and 'typographic attack label' per picture ({e})."
-        ) from None
+        raise Invalid(f"{file} does not say 'true object' and 'typographic attack label' per picture ({e}).") from None
     return _typographic("disentangling", split, root, [root / k for k in about], list(about.values()), size)
 
 
@@ -214,7 +210,7 @@ def scam(folder: str | Path, split: str = "test", size: int = SIZE, variant: str
     for i, file in enumerate(files):
         parquet = pq.ParquetFile(file)
         if missing := {"image", "id", "object_label", "attack_word"} - set(parquet.schema_arrow.names):
-            raise BadRequest(f"{file} has no column {', '.join(sorted(missing))}, so it is not SCAM's.")
+            raise Invalid(f"{file} has no column {', '.join(sorted(missing))}, so it is not SCAM's.")
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=["id", "object_label", "attack_word"]).to_pylist()
             for j, r in enumerate(table):
@@ -281,11 +277,11 @@ def _gtsegs(file: Path, split: str, size: int) -> Dataset:
         try:
             return h5py.File(file, "r")
         except OSError as e:
-            raise BadRequest(f"{file.name} is no HDF5 file ({e}); get it again.") from None
+            raise Invalid(f"{file.name} is no HDF5 file ({e}); get it again.") from None
 
     with open_file() as f:
         if "value/img" not in f or "value/gt" not in f:
-            raise BadRequest(f"{file.name} has no value/img and value/gt, so it is not ImageNet-Segmentation.")
+            raise Invalid(f"{file.name} has no value/img and value/gt, so it is not ImageNet-Segmentation.")
         count = int(f["value/img"].shape[0])
 
     def read(rows: Tensor) -> Batch:
@@ -318,7 +314,7 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def picture(source: Path | bytes, name: str = "") -> Image.Image:
-    """An upright RGB picture. Raises BadRequest or TooLarge, naming it, for what is no single, whole, sane picture."""
+    """An upright RGB picture. Raises Invalid or TooLarge, naming it, for what is no single, whole, sane picture."""
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -326,11 +322,11 @@ def picture(source: Path | bytes, name: str = "") -> Image.Image:
             if width * height > LARGEST:
                 raise TooLarge(f"{name} has {width} x {height} pixels; at most {LARGEST // 10**6} million are read.")
             if min(width, height) < SMALLEST:
-                raise BadRequest(f"{name} is {width} x {height} pixels; the shorter edge must have {SMALLEST}.")
+                raise Invalid(f"{name} is {width} x {height} pixels; the shorter edge must have {SMALLEST}.")
             if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise BadRequest(f"{name} is animated ({frames} frames); save the frame you mean.")
+                raise Invalid(f"{name} is animated ({frames} frames); save the frame you mean.")
             if image.mode not in _MODES:
-                raise BadRequest(f"{name} stores its pixels as {image.mode}; save it with 8 bits a channel.")
+                raise Invalid(f"{name} stores its pixels as {image.mode}; save it with 8 bits a channel.")
             image.load()
             whole = ImageOps.exif_transpose(image)
     except FileNotFoundError:
@@ -338,9 +334,9 @@ def picture(source: Path | bytes, name: str = "") -> Image.Image:
     except Image.DecompressionBombError as e:
         raise TooLarge(f"{name}: {e}") from None
     except UnidentifiedImageError:
-        raise BadRequest(f"{name} is no picture of a known format, or its head is damaged.") from None
+        raise Invalid(f"{name} is no picture of a known format, or its head is damaged.") from None
     except (OSError, SyntaxError, ValueError) as e:  # what Pillow's decoders raise for broken files
-        raise BadRequest(f"{name} cannot be read to its end ({e}); get the file again.") from None
+        raise Invalid(f"{name} cannot be read to its end ({e}); get the file again.") from None
     if whole.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in whole.info:
         clear = whole.convert("RGBA")
         white = Image.new("RGBA", clear.size, "white")
@@ -399,7 +395,7 @@ def _files(
     listing = hashlib.sha256()
     for f, y in zip(files, label.tolist(), strict=True):
         if not f.resolve().is_relative_to(inside):
-            raise BadRequest(f"{f} leads out of {root}; a data set's pictures lie inside its folder.")
+            raise Invalid(f"{f} leads out of {root}; a data set's pictures lie inside its folder.")
         if not f.is_file():
             raise NotFound(f"There is no {f}, which the data set names.")
         listing.update(f"{f.relative_to(root).as_posix()} {f.stat().st_size} {y}\n".encode())
@@ -443,10 +439,10 @@ def _number(split: str) -> int:
     """What CelebA and Waterbirds call a split."""
     order = ("train", "val", "test")
     if split not in order:
-        raise BadRequest(f"split={split!r:.40} must be one of {', '.join(order)}.")
+        raise Invalid(f"split={split!r:.40} must be one of {', '.join(order)}.")
     return order.index(split)
 
 
 def _test_only(name: str, split: str) -> None:
     if split != "test":
-        raise BadRequest(f"{name} has only the split test, so that nothing is chosen on it. Fit and choose elsewhere.")
+        raise Invalid(f"{name} has only the split test, so that nothing is chosen on it. Fit and choose elsewhere.")

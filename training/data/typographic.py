@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from registry.errors import BadRequest
+from registry.errors import Invalid
 from training.data.images import Batch, Dataset
 
 FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -28,13 +28,13 @@ def written(data: Dataset, word: Literal["none", "blank", "own", "wrong"] = "wro
     """`data` with a word on every picture; the same seed writes the same word at the same place whatever `word` is.
 
     Extras added: `word` (names), `word_label` (B,), -1 where nothing is to be read, and `strip` (B, H, W) bool, what
-    the writing covers. Raises BadRequest for a data set of one class.
+    the writing covers. Raises Invalid for a data set of one class.
     """
     if word not in ("none", "blank", "own", "wrong"):
-        raise BadRequest(f"word={word!r:.40} must be none, blank, own or wrong.")
+        raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
     classes = data.classes
     if len(classes) < 2:
-        raise BadRequest(f"{data.name} has one class, so there is no wrong word to write.")
+        raise Invalid(f"{data.name} has one class, so there is no wrong word to write.")
 
     def read(rows: Tensor) -> Batch:
         batch = data.read(rows)

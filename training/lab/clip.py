@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from patches.bases import Base, check_device, clip
+from patches.families import clip
+from patches.families.base import Base, check_device
 from registry import config as configs
 from registry import manifest
 from registry.config import STRICT

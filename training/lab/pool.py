@@ -1,7 +1,7 @@
 """The pool of texts for the lab world: what a head of `lab:clip` may be about, in words that model has read.
 
 A small grammar over the atlas' names, so the pool is made, not stored: about 1,900 sentences, each about one property
-by construction. Any other .txt can take its place (training/textspan.py: read_pool). Print it with
+by construction. Any other .txt can take its place (training/tasks/textspan.py: read_pool). Print it with
 
     python -m training.lab.pool > pool.txt
 """

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patches.bases import Base, clip
+from patches.families import clip
+from patches.families.base import Base
 from training.data.images import Batch, Dataset
 from training.lab import atlas, worlds
 from training.lab.pool import COLOURED, coloured

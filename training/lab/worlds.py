@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from registry.errors import BadRequest, NotFound
+from registry.errors import Invalid, NotFound
 from training.data.images import Batch, Dataset
 from training.lab import atlas
 from training.lab.renderer import (
@@ -166,7 +166,7 @@ def typographic(
     word_label, top-1 is over all classes. Every split's classes, and so its words, are its own.
     """
     if word not in ("none", "blank", "own", "wrong"):
-        raise BadRequest(f"word={word!r:.40} must be none, blank, own or wrong.")
+        raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
     lab, classes = atlas.load(), typographic_classes(split)
     fonts = tuple(fonts or (tuple(FONTS)[:3] if split in ("train", "val") else FONTS))
     if odd := [f for f in fonts if f not in FONTS]:
@@ -367,7 +367,7 @@ def actions(
     Extras have the frames side by side where a picture has one: `box` (B, T, 4), `mask` (B, T, H, W).
     """
     if frames < 2:
-        raise BadRequest(f"frames={frames}: a clip needs at least two.")
+        raise Invalid(f"frames={frames}: a clip needs at least two.")
     lab = atlas.load()
     g = _start("actions", split, n, seed)
     label = _shuffled(torch.arange(n) % len(MOTIONS), g)
@@ -406,9 +406,9 @@ WORLDS: dict[str, Callable[..., Dataset]] = {
 
 def _start(name: str, split: str, n: int, seed: int) -> Generator:
     if split not in SPLITS:
-        raise BadRequest(f"split={split!r:.40} must be one of {', '.join(SPLITS)}.")
+        raise Invalid(f"split={split!r:.40} must be one of {', '.join(SPLITS)}.")
     if not 1 <= n <= 10_000_000:
-        raise BadRequest(f"n={n} must be between 1 and 10 million.")
+        raise Invalid(f"n={n} must be between 1 and 10 million.")
     return generator(name, split, n, seed)
 
 

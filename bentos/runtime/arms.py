@@ -1,0 +1,96 @@
+"""Who gets what: a request's wish and the routing table give an arm. Pure; one table is valid for one instant.
+
+A wish is `base | champion | challenger | sha256:<digest or 8 hex digits of it> | auto`, in the header X-Patchbay-Arm
+or in the field `model` (which may also be the base's name, the system's, or system@champion). `auto`, or nothing, means
+the live experiment, if there is one, which assigns the unit; else the champion.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+
+from registry.ab.experiment import CONTROL, TREATMENT, Arm, Experiment, assign
+from registry.ab.ledger import BASE
+from registry.errors import BadRequest, NotFound
+
+UNIT = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What may be asked for. Replaced whole when the ledger moves; a request keeps the one it began with."""
+
+    system: str
+    base: str
+    """name of the base"""
+    base_digest: str
+    champion: str
+    """digest, or "base" """
+    challenger: str | None
+    experiment: Experiment | None
+    loaded: frozenset[str]
+    """digests that are arms now"""
+    head: str
+    """hash of the ledger entry this follows"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One request's arm."""
+
+    label: str
+    """base, champion, challenger, control, treatment or digest: as answers say it"""
+    digest: str
+    """digest, or "base" """
+    experiment: Experiment | None = None
+    """set if this answer is an exposure"""
+    side: Arm | None = None
+    unit: str | None = None
+
+    @property
+    def arm(self) -> str | None:
+        """Name of the arm on the base; None for the base itself."""
+        return None if self.digest == BASE else self.digest
+
+
+def choose(table: Table, wish: str | None, unit: str | None) -> Choice:
+    """The arm for a wish. Raises NotFound naming what can be asked for, BadRequest for a unit that cannot be one."""
+    if unit is not None and not UNIT.fullmatch(unit):
+        raise BadRequest(f"unit {unit[:40]!r} must be 1 to 128 printable characters without spaces.")
+    name = (wish or "auto").strip()
+    for prefix in (table.system, table.base):
+        if name == prefix:
+            name = "auto" if prefix == table.system else BASE
+        elif name.startswith(prefix + "@"):
+            name = name[len(prefix) + 1 :]
+    if name == "auto":
+        x = table.experiment
+        if x is None:
+            return Choice("champion", table.champion)
+        unit = unit or secrets.token_hex(8)
+        side = CONTROL if x.mode == "shadow" else assign(x, unit)
+        return Choice(side, x.arm_digest(side), x, side, unit)
+    if name == BASE:
+        return Choice(BASE, BASE)
+    if name == "champion":
+        return Choice("champion", table.champion)
+    if name == "challenger" and table.challenger is not None:
+        return Choice("challenger", table.challenger)
+    prefix = name.removeprefix("sha256:")
+    if re.fullmatch(r"[0-9a-f]{8,64}", prefix):
+        found = [d for d in table.loaded if d.startswith(prefix)]
+        if len(found) == 1:
+            return Choice(f"sha256:{found[0][:16]}", found[0])
+        if found:
+            raise BadRequest(f"sha256:{prefix} fits several loaded patches; write more digits.")
+    can = ["auto", BASE, "champion", *(["challenger"] if table.challenger else [])]
+    can += [f"sha256:{d[:16]}" for d in sorted(table.loaded)]
+    raise NotFound(f"There is no model or arm {name[:80]!r} here. There are: {', '.join(can)}.")
+
+
+def other(choice: Choice) -> Choice:
+    """The arm a shadow decodes beside the control."""
+    assert choice.experiment is not None
+    return Choice(TREATMENT, choice.experiment.treatment, choice.experiment, TREATMENT, choice.unit)

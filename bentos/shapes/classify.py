@@ -1,0 +1,220 @@
+"""The shape `classify`: pictures against labels in words, zero-shot, or against the label set that was sealed with a
+patch; every picture of a batch may name its own arm.
+
+`/v1/classify`, JSON or a multipart form. Base and patched side by side with `patchbay.compare`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import Response
+from torch import Tensor
+
+from bentos.desk import Desk, Extra, Strict, facts, headers
+from bentos.http import Call, answer, parse, told
+from bentos.runtime import Runtime
+from bentos.runtime.arms import UNIT, Choice, Table
+from bentos.shapes import pictures
+from bentos.shapes.pictures import Image, Images
+from patches.evidence import label_set
+from patches.evidence.label_set import LabelSet
+from patches.families import clip
+from patches.families.clip.worker import Picture
+from registry.ab.ledger import BASE
+from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
+
+MAX_LABELS, MAX_TEMPLATES, MAX_TEXTS = 1000, 80, 8000
+"""texts: labels x templates"""
+KEPT_NUMBERS, KEPT_SETS = 4 << 20, 64
+"""of classifiers kept, together: 16 MB; of label sets"""
+
+Label = Annotated[str, Field(max_length=200, pattern=r"\S")]
+Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
+Templates = Annotated[list[Annotated[str, Field(max_length=200, pattern=r"\{\}")]], Field(min_length=1, max_length=80)]
+
+
+class Classify(BaseModel):
+    """POST /v1/classify"""
+
+    model_config = Strict
+    images: Images
+    labels: Labels | None = None
+    """by default the label set sealed with the patch that is asked for, else with the champion or the challenger"""
+    templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
+    """{} is where the label goes; embeddings are averaged over templates"""
+    top: Annotated[int, Field(ge=1, le=MAX_LABELS)] = 5
+    """how many labels to tell of"""
+    model: Annotated[str, Field(max_length=200)] | None = None
+    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    """the unit of an experiment: printable, without spaces"""
+    patchbay: Extra = Field(default_factory=Extra)
+
+
+@dataclass
+class Entry:
+    """One picture of a request: what became of it."""
+
+    choice: Choice
+    job: Picture | None = None
+    beside: Picture | None = None
+    """the same picture for the base, if both are wanted"""
+    refused: PatchbayError | None = None
+
+
+class Classifiers:
+    """Zero-shot classifiers (k, C), times the logit scale, on the CPU; the latest are kept. Of the worker's thread."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.kept: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
+        self.sealed: OrderedDict[str, LabelSet | None] = OrderedDict()
+        """by digest; None for an artifact without"""
+
+    async def carried(self, table: Table, choice: Choice) -> tuple[LabelSet, str]:
+        """The label set of the patch that was chosen, else of the champion, else of the challenger, and the digest of
+        that patch. Raises BadRequest if none of them carries one."""
+        for digest in (choice.digest, table.champion, table.challenger):
+            if digest and digest != BASE and (found := await asyncio.to_thread(self._read, digest)) is not None:
+                return found, digest
+        raise BadRequest("labels: none are given, and no patch that is served here carries a label set. Name some.")
+
+    def _read(self, digest: str) -> LabelSet | None:
+        if digest not in self.sealed:
+            folder, base = self.runtime.folder(digest), self.runtime.base
+            found: LabelSet | None = None
+            if (folder / label_set.FILE).is_file():
+                found = label_set.load_label_set(folder)
+                if len(found.weights) != base.model.visual.proj.shape[1]:
+                    raise BadArtifact(f"The label set of sha256:{digest[:16]} is none of {base.name}.")
+                found = LabelSet(found.labels, clip.logit_scale(base) * found.weights)
+            self.sealed[digest] = found
+            while len(self.sealed) > KEPT_SETS:
+                self.sealed.popitem(last=False)
+        return self.sealed[digest]
+
+    async def of(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Raises BadRequest for doubled labels, TooLarge for more than MAX_TEXTS texts."""
+        if len(labels) * len(templates) > MAX_TEXTS:
+            raise TooLarge(f"{len(labels)} labels x {len(templates)} templates are more than {MAX_TEXTS} texts.")
+        key = (tuple(labels), tuple(templates))
+        found = self.kept.get(key)
+        if found is not None:  # nobody waits for the worker when there is nothing to do
+            return found
+        made: Tensor = await asyncio.to_thread(self.runtime.call, lambda: self._make(*key))
+        return made
+
+    @torch.inference_mode()
+    def _make(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+        base = self.runtime.base
+        engine = self.runtime.worker.engines.get(None)
+        tower = partial(engine, "text") if engine is not None else None
+        made = clip.logit_scale(base) * clip.zero_shot(base, labels, templates, tower).cpu()
+        self.kept[labels, templates] = made
+        while len(self.kept) > 1 and sum(w.numel() for w in self.kept.values()) > KEPT_NUMBERS:
+            self.kept.popitem(last=False)
+        return made
+
+
+class Service:
+    """The routes, for one desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.runtime = desk, desk.runtime
+        self.classifiers = desk.shared(Classifiers)
+
+    async def classify(self, request: Request, ask: Classify) -> Response:
+        start = time.perf_counter()
+        table, choice = self.desk.choice(request, ask.model, ask.user)
+        self.desk.check_compare(request, ask.patchbay.compare)
+        try:
+            by, sealed = await self._label_set(table, choice, ask)
+            entries = await asyncio.to_thread(
+                lambda: [self._entry(request, ask, choice, values) for values in ask.images]
+            )
+            if all(e.refused for e in entries):
+                assert entries[0].refused is not None
+                raise entries[0].refused
+            twin = self.desk.twin(choice)
+            await pictures.embed(self.runtime, [p for e in entries for p in (e.job, e.beside) if p is not None])
+        except PatchbayError as e:
+            await self.desk.expose(request, choice, e.status, start)
+            raise
+        await self.desk.expose(request, choice, 200, start)
+        results = [self._result(i, e, by, ask.top) for i, e in enumerate(entries)]
+        if twin is not None:
+            self.desk.later(self._shadow(request, twin, entries, results, by))
+        out = {"object": "classification", "model": self.desk.model(choice), "results": results}
+        if sealed:
+            out["label_set"] = f"sha256:{sealed[:16]}"
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def _label_set(self, table: Table, choice: Choice, ask: Classify) -> tuple[LabelSet, str]:
+        """What pictures are told apart by, times the logit scale, and the digest of the patch that carries it."""
+        if ask.labels is None:
+            return await self.classifiers.carried(table, choice)
+        return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
+
+    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any) -> Entry:
+        try:
+            image = parse(Image, values)
+            if image.model is not None:
+                choice = self.desk.choice(request, image.model, ask.user)[1]
+                if choice.experiment is not None:
+                    raise BadRequest("images: a picture's own model cannot be auto; name that for the whole request.")
+            x = pictures.pixels(self.runtime, image.data)
+        except PatchbayError as e:
+            return Entry(choice, refused=e)
+        job = Picture(x, arm=choice.arm, strength=ask.patchbay.strength)
+        return Entry(choice, job, Picture(x) if ask.patchbay.compare else None)
+
+    def _result(self, index: int, entry: Entry, by: LabelSet, top: int) -> dict[str, Any]:
+        if entry.refused is not None:
+            return {"index": index, **told(entry.refused)}
+        assert entry.job is not None
+        out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
+        out |= scores(entry.job, by, top)
+        return out | {"base": scores(entry.beside, by, top)} if entry.beside is not None else out
+
+    async def _shadow(
+        self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], by: LabelSet
+    ) -> None:
+        """The treatment's answers beside the control's, after the caller has theirs."""
+        start = time.perf_counter()
+        jobs = {
+            i: Picture(e.job.pixels, arm=twin.arm, strength=e.job.strength)
+            for i, e in enumerate(entries)
+            if e.job is not None
+        }
+        await pictures.embed(self.runtime, list(jobs.values()))
+        control = [results[i]["label"] for i in jobs]
+        treatment = [scores(p, by, 1)["label"] for p in jobs.values()]
+        self.desk.keep(request.state.number, twin.unit, control, treatment)
+        await self.desk.expose(request, twin, 200, start)
+
+
+def scores(picture: Picture, by: LabelSet, top: int) -> dict[str, Any]:
+    """The best label, and the `top` best with their probabilities."""
+    assert picture.out is not None
+    return best(by.logits(picture.out[None])[0].softmax(0), by.classes, top)
+
+
+def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:
+    """The best label of probabilities p (C,), and the `top` best with theirs."""
+    values, at = p.topk(min(top, len(labels)))
+    shown = [{"label": labels[i], "probability": x} for i, x in zip(at.tolist(), values.tolist(), strict=True)]
+    return {"label": shown[0]["label"], "scores": shown}
+
+
+ROUTES: tuple[Call, ...] = (
+    Call("POST", "/v1/classify", "classify", "classify", Classify, pictures.MAX_BODY_BYTES, files="images"),
+)

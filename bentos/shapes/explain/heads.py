@@ -1,0 +1,440 @@
+"""The shape `heads`: what each attention head adds to a picture's embedding, where, and to which other pictures.
+
+`/v1/explain/decompose`, `/v1/explain/heads`, `/v1/explain/heads/{head}`, `/v1/explain/segment`,
+`/v1/explain/neighbours`, `/v1/explain/gallery`. Names of heads and a first gallery are those sealed with a patch; a
+caller's own gallery is sealed under its digest, which is its only name: no path comes from a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import Response
+from torch import Tensor
+
+from bentos.desk import Desk, Strict, facts, headers
+from bentos.http import ANY, Call, answer, parse, told
+from bentos.runtime import Runtime
+from bentos.runtime.arms import Choice
+from bentos.shapes import pictures
+from bentos.shapes.pictures import Image, Images
+from patches import artifact
+from patches.engine.patch import apply
+from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery
+from patches.families import clip
+from patches.families.clip import maps as heatmap
+from patches.families.clip.direct import Lens
+from patches.families.clip.maps import Threshold
+from patches.families.pictures import read
+from registry import manifest
+from registry.ab.ledger import BASE
+from registry.errors import BadRequest, Conflict, NotFound, PatchbayError, TooLarge
+from registry.home import home
+
+MAX_TEXTS, MAX_HEADS, MAX_TOP, MAX_SIDE = 64, 256, 64, 512
+MAX_GALLERY, MAX_GALLERIES, KEPT = 4096, 64, 3
+"""pictures of one uploaded gallery, uploaded galleries on this machine, galleries in memory"""
+
+Text = Annotated[str, Field(max_length=200, pattern=r"\S")]
+Name = Annotated[str, Field(max_length=200)]
+HeadName = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
+"""layer.head, both from 0"""
+Heads = Annotated[list[HeadName], Field(min_length=1, max_length=MAX_HEADS)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Format = Literal["floats", "rle", "png"]
+
+
+class Decompose(BaseModel):
+    """POST /v1/explain/decompose"""
+
+    model_config = Strict
+    image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
+    texts: Annotated[list[Text], Field(max_length=MAX_TEXTS)] = Field(default_factory=list)
+    """to tell contributions as parts of the cosine with each; without them as lengths"""
+    level: Literal["layer", "head"] = "head"
+    share: Literal["own", "apportioned"] = "own"
+    vectors: bool = False
+    """tell the heads' contributions themselves, (L, H, k) as float16 in base64"""
+    model: Name | None = None
+    """the patch it is read under; by default the champion"""
+    compare: bool = False
+    """tell the same of the base beside it"""
+
+
+class Segment(BaseModel):
+    """POST /v1/explain/segment"""
+
+    model_config = Strict
+    image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
+    text: Text
+    against: Text | None = None
+    """contrastive: where the picture is rather the text than this"""
+    heads: Heads | None = None
+    """by default all"""
+    threshold: Threshold = "otsu"
+    """of what speaks for the text; mean: the protocol of the literature, which takes half of every picture"""
+    format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
+    side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
+    """pixels of mask and overlay"""
+    model: Name | None = None
+
+
+class Neighbours(BaseModel):
+    """POST /v1/explain/neighbours: by exactly one of image and text; in heads, or all heads of a property."""
+
+    model_config = Strict
+    image: Annotated[dict[str, Any] | None, Field(json_schema_extra=Image.model_json_schema())] = None
+    text: Text | None = None
+    heads: Heads | None = None
+    property: Name | None = None
+    metric: Metric = "centred"
+    top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 8
+    gallery: Digest | None = None
+    """an uploaded one; by default that sealed with the patch"""
+    thumbs: bool = True
+    model: Name | None = None
+
+
+class Upload(BaseModel):
+    """POST /v1/explain/gallery"""
+
+    model_config = Strict
+    images: Images
+    names: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=pictures.MAX_IMAGES)] | None = None
+    """of the images; by default their numbers"""
+    gallery: Digest | None = None
+    """add to this one: what comes back is a new gallery whose parent it is"""
+    model: Name | None = None
+
+
+def _lens(runtime: Runtime) -> Lens:
+    return Lens(runtime.base)
+
+
+class Service:
+    """The routes, for one desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.runtime = desk, desk.runtime
+        self.kept: OrderedDict[str, Gallery] = OrderedDict()
+        self.about: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.sealing = asyncio.Lock()
+
+    # ---- one picture ---------------------------------------------------------------------------------------------
+
+    async def decompose(self, request: Request, ask: Decompose) -> Response:
+        table, choice = self.desk.choice(request, ask.model or "champion")
+        self.desk.check_compare(request, ask.compare)
+        x = await self._pixels(ask.image)
+
+        def look(digest: str) -> dict[str, Any]:
+            lens = self.desk.shared(_lens)
+            with self._patched(digest):
+                parts = lens.read(x[None], share=ask.share)
+            per = parts.norm[:, None]
+            heads, mlps, bias, rest = (c[0] / per[0] for c in (parts.heads, parts.mlps, parts.bias, parts.rest))
+            if ask.texts:
+                T = clip.embed_texts(lens.base, ask.texts).T
+                said = [(c @ T).tolist() for c in (heads.sum(1) if ask.level == "layer" else heads, mlps, bias)]
+            else:
+                said = [c.norm(dim=-1).tolist() for c in (heads.sum(1) if ask.level == "layer" else heads, mlps, bias)]
+            out: dict[str, Any] = dict(zip(("heads", "mlps", "bias"), said, strict=True))
+            out |= {"rest": float(rest.abs().max()), "norm": float(parts.norm), "sigma": float(parts.sigma)}
+            if ask.texts:
+                out["cosine"] = ((parts.y[0] / per[0]) @ T).tolist()
+            if ask.vectors:
+                raw = heads.half().cpu().contiguous().numpy().tobytes()
+                out["vectors"] = {"shape": list(heads.shape), "float16": base64.b64encode(raw).decode()}
+            return out
+
+        out: dict[str, Any] = {"object": "decomposition", "level": ask.level, "share": ask.share, "texts": ask.texts}
+        out |= await self._call(look, choice.digest)
+        if ask.compare and choice.digest != BASE:
+            out["base"] = await self._call(look, BASE)
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def segment(self, request: Request, ask: Segment) -> Response:
+        table, choice = self.desk.choice(request, ask.model or "champion")
+        heads = [_head(h) for h in ask.heads] if ask.heads else None
+        x = await self._pixels(ask.image)
+
+        def look() -> Tensor:
+            lens = self.desk.shared(_lens)
+            if heads:
+                _check_heads(lens, heads)
+            texts = clip.embed_texts(lens.base, [ask.text, *([ask.against] if ask.against else [])])
+            with self._patched(choice.digest):
+                return heatmap.grid(lens, x[None], texts, heads)[0].cpu()
+
+        grids = await self._call(look)  # (1 or 2, g, g)
+        shown = grids[0] - grids[1] if len(grids) == 2 else grids[0]
+        out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
+        picture = self.runtime.base.processor.shown(x)
+        out |= await asyncio.to_thread(heatmap.drawn, picture, shown, ask.threshold, ask.side, ask.format)
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    # ---- names of heads ------------------------------------------------------------------------------------------
+
+    async def heads(self, request: Request, _: None) -> Response:
+        """Every head's label and first texts; ?label=... for those of one label. Metrics of the naming beside them."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        found = await asyncio.to_thread(self._found, choice.digest)
+        wanted = request.query_params.get("label")
+        rows = [h for h in found["heads"] if wanted is None or h["label"] == wanted]
+        if wanted is not None and not rows:
+            names = sorted({h["label"] for h in found["heads"]})
+            raise NotFound(f"No head is called {wanted[:40]!r}. Labels: {', '.join(names)}.")
+        data = [
+            {**{k: h[k] for k in ("layer", "head", "label", "source", "score", "p", "explained")},
+             "texts": [t["text"] for t in h["texts"][:3]]}
+            for h in rows
+        ]  # fmt: skip
+        out = {"object": "list", "data": data, "properties": found["properties"], "metrics": found["metrics"]}
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def head(self, request: Request, _: None) -> Response:
+        """All that is known of one head, `layer.head`."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        found = await asyncio.to_thread(self._found, choice.digest)
+        name = request.path_params["head"]
+        rows = [h for h in found["heads"] if f"{h['layer']}.{h['head']}" == name]
+        if not rows:
+            first, last = found["heads"][0], found["heads"][-1]
+            raise NotFound(
+                f"There is no head {name[:20]!r}; heads are layer.head, here {first['layer']}.{first['head']} to "
+                f"{last['layer']}.{last['head']}."
+            )
+        out = {"object": "head", **rows[0], "properties": found["properties"]}
+        out["trail"] = [t for t in found["trail"] if (t["layer"], t["head"]) == (rows[0]["layer"], rows[0]["head"])]
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    # ---- galleries -----------------------------------------------------------------------------------------------
+
+    async def neighbours(self, request: Request, ask: Neighbours) -> Response:
+        table, choice = self.desk.choice(request, ask.model or "champion")
+        if (ask.image is None) == (ask.text is None):
+            raise BadRequest("Give exactly one of image and text to look for.")
+        if (ask.heads is None) == (ask.property is None):
+            raise BadRequest("Give exactly one of heads and property to look in.")
+        heads = [_head(h) for h in ask.heads] if ask.heads else await self._of(choice, ask.property or "")
+        gallery = await self._gallery(choice.digest, ask.gallery)
+        gallery.place(heads)
+        x = await self._pixels(ask.image) if ask.image is not None else None
+
+        def look() -> Tensor:
+            lens = self.desk.shared(_lens)
+            if x is None:
+                return clip.embed_texts(lens.base, [ask.text or ""])[0].cpu()
+            parts = lens.read(x[None])
+            given = parts.heads[0, list(gallery.layers)] / parts.norm[0]
+            return gallery.ask(given.cpu(), heads, ask.metric)
+
+        query = await self._call(look)
+        rows, scores = await asyncio.to_thread(gallery.nearest, query, heads, ask.top, ask.metric)
+        data = []
+        for i, score in zip(rows.tolist(), scores.tolist(), strict=True):
+            data.append({"picture": i, "name": gallery.names[i], "score": score})
+            if ask.thumbs:
+                data[-1]["png"] = heatmap.png(gallery.thumbs[i])
+        out = {"object": "neighbours", "data": data, "heads": [f"{a}.{b}" for a, b in heads], "metric": ask.metric}
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def galleries(self, request: Request, _: None) -> Response:
+        """What there is to look in: the gallery sealed with a patch, and uploaded ones by digest."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        data = [{"gallery": d.name} for d in sorted(_place().iterdir()) if re.fullmatch("[0-9a-f]{64}", d.name)]
+        out: dict[str, Any] = {"object": "list", "data": data, "sealed": None}
+        if choice.digest != BASE:
+            try:
+                own = await self._gallery(choice.digest, None)
+                out["sealed"] = {"pictures": len(own), "layers": list(own.layers), "kept": own.kept}
+            except NotFound:
+                pass
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def upload(self, request: Request, ask: Upload) -> Response:
+        """Pictures into a sealed gallery. A picture that cannot be read is refused for itself; the others stay."""
+        table, choice = self.desk.choice(request, ask.model or "champion")
+        if ask.names is not None and len(ask.names) != len(ask.images):
+            raise BadRequest(f"names: there are {len(ask.names)} names for {len(ask.images)} images.")
+        before = await self._gallery(choice.digest, ask.gallery) if ask.gallery else None
+        have = len(before) if before else 0
+        if have + len(ask.images) > MAX_GALLERY:
+            raise TooLarge(f"{have} + {len(ask.images)} pictures are more than the {MAX_GALLERY} of a gallery.")
+        like = before or await self._gallery(choice.digest, None)
+        rows, refused = await asyncio.to_thread(self._readable, ask.images)
+        if not rows:
+            raise BadRequest(f"No picture could be read. The first: {refused[0]['error']['message']}")
+        names = [ask.names[i] if ask.names else str(have + i) for i, _, _ in rows]
+
+        def look() -> Gallery:
+            lens = self.desk.shared(_lens)
+            batches: Iterator[tuple[Tensor, Tensor, Sequence[str]]] = (
+                (x[None], small[None], [name]) for (_, x, small), name in zip(rows, names, strict=True)
+            )
+            made = make(lens, batches, like.layers, like.basis)
+            return joined(before, made) if before else made
+
+        made = await self._call(look)
+        async with self.sealing:
+            digest = await asyncio.to_thread(self._seal, made, ask.gallery)
+        out = {"object": "gallery", "gallery": digest, "pictures": len(made), "added": len(rows), "refused": refused}
+        return answer({**out, "kept": made.kept, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def forget(self, request: Request, _: None) -> Response:
+        """Delete an uploaded gallery."""
+        digest = request.path_params["gallery"]
+        folder = _uploaded(digest)
+        async with self.sealing:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+        self.kept.pop(digest, None)
+        return answer({"object": "gallery", "gallery": digest, "deleted": True})
+
+    # ---- their parts ---------------------------------------------------------------------------------------------
+
+    async def _call(self, work: Any, *args: Any) -> Any:
+        """work(*args) in the worker's thread, between batches, without gradients."""
+
+        def run() -> Any:
+            with torch.no_grad():
+                return work(*args)
+
+        return await asyncio.to_thread(self.runtime.call, run)
+
+    async def _pixels(self, image: dict[str, Any]) -> Tensor:
+        return await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, image).data))
+
+    def _patched(self, digest: str) -> Any:
+        """The base with this patch on, for the forward inside."""
+        if digest == BASE:
+            return nullcontext()
+        _, patch = artifact.load(self.runtime.folder(digest), digest=digest)
+        base = self.runtime.base
+        return apply(base.model, {"patch": patch.to(base.device)}, root=base.root)
+
+    def _found(self, digest: str) -> dict[str, Any]:
+        """What was read off the heads when the patch was fitted. Raises NotFound if it was not."""
+        if digest == BASE:
+            raise NotFound("The base's heads have no names; name a patch as `model`, or promote one.")
+        if digest not in self.about:
+            file = self.runtime.folder(digest) / "heads.json"
+            if not file.is_file():
+                raise NotFound(f"sha256:{digest[:16]} carries no names of heads.")
+            self.about[digest] = json.loads(file.read_text())
+            while len(self.about) > KEPT:
+                self.about.popitem(last=False)
+        return self.about[digest]
+
+    async def _of(self, choice: Choice, name: str) -> list[tuple[int, int]]:
+        found = await asyncio.to_thread(self._found, choice.digest)
+        heads = [(h["layer"], h["head"]) for h in found["heads"] if h["label"] == name]
+        if not heads:
+            names = sorted({h["label"] for h in found["heads"]})
+            raise NotFound(f"No head is called {name[:40]!r}. Labels: {', '.join(names)}.")
+        return heads[:MAX_HEADS]
+
+    async def _gallery(self, digest: str, uploaded: str | None) -> Gallery:
+        key = uploaded or digest
+        if key not in self.kept:
+            if uploaded is None and digest == BASE:
+                raise NotFound("The base has no gallery; name a patch as `model`, or upload one.")
+            self.kept[key] = await asyncio.to_thread(self._read, digest, uploaded)
+            while len(self.kept) > KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+    def _read(self, digest: str, uploaded: str | None) -> Gallery:
+        if uploaded is None:
+            return load_gallery(self.runtime.folder(digest) / "gallery")
+        folder = _uploaded(uploaded)
+        manifest.read(folder, digest=uploaded, base=self.runtime.base.digest)
+        return load_gallery(folder)
+
+    def _readable(self, images: Sequence[Any]) -> tuple[list[tuple[int, Tensor, Tensor]], list[dict[str, Any]]]:
+        """(number, as the processor makes it, small uint8) of the pictures that can be read; why others cannot."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        rows, refused = [], []
+        for i, image in enumerate(images):
+            try:
+                picture = read(parse(Image, image).data)
+            except PatchbayError as e:
+                refused.append({"index": i, **told(e)})
+                continue
+            x = self.runtime.base.processor.image(picture)[0]
+            picture.thumbnail((256, 256))
+            rows.append((i, x, pil_to_tensor(picture)))
+        return rows, refused
+
+    def _seal(self, made: Gallery, parent: str | None) -> str:
+        """The digest it is kept under. Raises Conflict if too many are kept."""
+        place = _place()
+        part = Path(tempfile.mkdtemp(dir=place, prefix=".part-"))
+        try:
+            save_gallery(made, part)
+            about = manifest.write(
+                part, kind="report", system=self.runtime.settings.system, base=self.runtime.base.label,
+                config={"pictures": len(made)}, parents=[parent] if parent else [],
+            )  # fmt: skip
+            if not (place / about.digest).exists():
+                if sum(not d.name.startswith(".") for d in place.iterdir()) >= MAX_GALLERIES:
+                    raise Conflict(f"There are {MAX_GALLERIES} uploaded galleries already; delete one first.")
+                part.rename(place / about.digest)
+            return about.digest
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _place() -> Path:
+    place = home() / "galleries"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _uploaded(digest: str) -> Path:
+    """Where an uploaded gallery lies. Raises NotFound for anything that is not the digest of one."""
+    folder = _place() / digest if re.fullmatch("[0-9a-f]{64}", digest) else None
+    if folder is None or not folder.is_dir():
+        raise NotFound(f"There is no uploaded gallery {digest[:64]!r}; see GET /v1/explain/gallery.")
+    return folder
+
+
+def _head(name: str) -> tuple[int, int]:
+    layer, _, head = name.partition(".")
+    return int(layer), int(head)
+
+
+def _check_heads(lens: Lens, heads: Sequence[tuple[int, int]]) -> None:
+    if odd := [h for h in heads if h[0] >= lens.layers or h[1] >= lens.heads]:
+        raise BadRequest(
+            f"heads: there is no head {odd[0][0]}.{odd[0][1]}; layers are 0 to {lens.layers - 1}, heads 0 to "
+            f"{lens.heads - 1}."
+        )
+
+
+ROUTES: Sequence[Call] = (
+    Call("POST", "/v1/explain/decompose", "decompose", "explain", Decompose, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/segment", "segment", "explain", Segment, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/neighbours", "neighbours", "explain", Neighbours, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/gallery", "upload", "explain", Upload, pictures.MAX_BODY_BYTES, "images"),
+    Call("DELETE", "/v1/explain/gallery/{gallery}", "forget", "explain"),
+    Call("GET", "/v1/explain/gallery", "galleries", ANY),
+    Call("GET", "/v1/explain/heads", "heads", ANY),
+    Call("GET", "/v1/explain/heads/{head}", "head", ANY),
+)

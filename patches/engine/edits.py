@@ -1,0 +1,109 @@
+"""Edits are values: what a patch does at one site, and the inputs of the forward it may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from patches.engine.rows import Group
+
+V = TypeVar("V")
+
+
+class Inputs(Mapping[str, Any]):
+    """Keyword inputs of the base's current forward, as the rows of one arm see them, and `past_length`. Read only."""
+
+    def __init__(self, kwargs: Mapping[str, Any], previous: Inputs | None = None) -> None:
+        self.kwargs, self.previous = kwargs, previous
+        self.memo: dict[Any, Any] = {}
+        self.at: Tensor | slice | None = None
+        """the rows of the batch these inputs are narrowed to; None: all"""
+        self.group: Group | None = None
+        """what was said of these rows; None: nothing"""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.kwargs[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kwargs)
+
+    def __len__(self) -> int:
+        return len(self.kwargs)
+
+    def once(self, derive: Callable[[Inputs], Tensor]) -> Tensor:
+        """derive(inputs of all rows) (B, ...), computed once per forward however many ask, narrowed to these rows."""
+        if derive not in self.memo:
+            whole = Inputs(self.kwargs)
+            whole.memo = self.memo
+            self.memo[derive] = derive(whole)
+        value: Tensor = self.memo[derive]
+        return value if self.at is None else value[self.at]
+
+    def once_here(self, derive: Callable[[Inputs], V]) -> V:
+        """derive(these inputs), computed once per forward and set of rows, for a patch that asks at many sites."""
+        key = (derive, id(self.at))
+        if key not in self.memo:
+            self.memo[key] = derive(self)
+        value: V = self.memo[key]
+        return value
+
+    def row(self, name: str) -> Tensor | None:
+        """Row parameter `name` of these rows (rows, ...), None if none of them has it.
+
+        Stacked once per call. Parameters of different lengths are padded with zeros to the longest; a row without the
+        parameter is all zeros. So a parameter is best a list of things of which zero means none.
+        """
+        return None if self.group is None else self.group.parameter(name)
+
+    def narrow(self, group: Group) -> Inputs:
+        """These inputs as the rows of `group` see them."""
+        if group.at is None and not group.params:
+            return self
+        out = Inputs(self.kwargs)
+        out.memo, out.at, out.group = self.memo, group.at, group
+        return out
+
+
+@dataclass(frozen=True)
+class Act:
+    """Rewrite the activation entering or leaving the module at `site`: fn(x (B, ...), inputs) -> (B, ...)."""
+
+    site: str
+    fn: Callable[[Tensor, Inputs], Tensor]
+    where: Literal["input", "output"] = "output"
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Add to the attention logits of the module at `site`: fn(inputs) -> (B, 1 or heads, T, K), None for nothing.
+
+    The module must take the keyword `attention_mask`, additive or boolean (B or 1, 1, T, K), or None for causal.
+    """
+
+    site: str
+    fn: Callable[[Inputs], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Add to what leaves the module at `site`: fn(what enters it (B, ...), inputs) -> (B, ...) like its output.
+
+    A low-rank weight edit in the form that rows of one batch can differ in: fn = lambda x, _: (x @ A.T) @ B.T.
+    """
+
+    site: str
+    fn: Callable[[Tensor, Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Replace parameters of the module at `site`: fn({"weight": W, ...}) -> the ones that change."""
+
+    site: str
+    fn: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+Edit = Act | Bias | Side | Weight

@@ -1,0 +1,342 @@
+"""A patch is a value: a config, fitted tensors, and the edits they make to a base model.
+
+`apply` puts any number of patches ("arms") on one copy of a base; each row of a batch names the arm it
+wants, and only the rows that use an arm pay for it. Reverting restores what was saved; it never computes
+an inverse. Everything that belongs to one call (its inputs, which row wants which arm) lives in a
+ContextVar, so threads cannot give each other the wrong arm.
+Shapes: B batch rows, T tokens, K keys, D width, "..." whatever the site carries after B.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, final
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from patches.engine.edits import Act, Bias, Edit, Inputs, Side, Weight
+from patches.engine.rows import Group, add_bias, shaped, span, strengths
+from patches.engine.weights import module_at, put_weight
+from registry.errors import Invalid, PatchError
+
+ONLY = "patch"
+"""name of the arm when a single patch is applied by itself"""
+
+
+@dataclass(frozen=True)
+class Patch(ABC):
+    """A mechanism: subclasses give `Config` and `edits`, and nothing about hooks, rows or files."""
+
+    Config: ClassVar[type[Any]]
+    Ask: ClassVar[type[BaseModel] | None] = None
+    """what one request may say to this mechanism; None: nothing"""
+    config: Any
+    tensors: Mapping[str, Tensor]
+
+    @abstractmethod
+    def edits(self) -> Sequence[Edit]:
+        """What this patch does to the base, in order."""
+
+    def weights(self) -> Sequence[Weight]:
+        """The same patch as weight edits alone, where the maths allows it."""
+        edits = self.edits()
+        weights = [e for e in edits if isinstance(e, Weight)]
+        if weights and len(weights) == len(edits):
+            return weights
+        raise PatchError(f"{type(self).__name__} has no weight form, so it cannot be folded; serve it with hooks.")
+
+    def params(self, ask: Any, base: Any) -> dict[str, Tensor]:
+        """Row parameters that say what an `Ask` says, for rows on `base` (a Base)."""
+        del ask, base
+        raise Invalid(f"{type(self).__name__} takes nothing from a request; leave `ask` out.")
+
+    def prepare(self, job: Any, ask: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> None:
+        """Make `job` (a worker's Job) say what a checked `ask` says; mechanisms that must look first override it.
+
+        run: decodes, embeds or denoises other jobs on the same worker and waits for them.
+        """
+        del run
+        job.params = self.params(ask, base)
+
+    @final
+    def apply(self, model: nn.Module, strength: float = 1.0, root: str = "") -> Applied:
+        """This patch alone on `model`, for every row unless `rows` says otherwise. Undo with `revert` or `with`."""
+        return apply(model, {ONLY: self}, strength, root)
+
+    @final
+    def fold(self, model: nn.Module, strength: float = 1.0) -> nn.Module:
+        """A copy of the base with the patch in its weights: no hooks, so it exports and compiles.
+
+        Costs the memory of a second base. Raises PatchError if the base carries hooks of ours.
+        """
+        if any(getattr(p, "_edits", None) for p in model.parameters()) or vars(model).get("_applied"):
+            raise PatchError("This base carries an applied patch; revert it before folding another.")
+        weights, out = self.weights(), deepcopy(model)
+        for e in weights:
+            put_weight(module_at(out, e.site), e, strength)
+        return out
+
+    def to(self, device: torch.device | str) -> Patch:
+        """The same patch with its tensors on `device`."""
+        return type(self)(self.config, {k: v.to(device) for k, v in self.tensors.items()})
+
+
+_INPUTS: ContextVar[Inputs | None] = ContextVar("inputs of the current forward", default=None)
+_GROUPS: ContextVar[Mapping[int, tuple[int, tuple[Group, ...]]]] = ContextVar("rows of each Applied", default={})  # noqa: B039
+
+
+@dataclass
+class Applied:
+    """Patches on a model: the one mutable object. `rows` chooses per call, `revert` takes everything off."""
+
+    model: nn.Module
+    strength: float
+    arms: dict[str, dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
+    """arm -> (site, kind) -> edit; replaced whole when arms come and go, never changed in place"""
+    hooked: set[tuple[str, str]] = field(default_factory=set)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(arm, site) -> forwards in which the edit ran"""
+    undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    @cached_property
+    def device(self) -> torch.device | None:
+        """Where the model lies; row parameters are brought there."""
+        return next((p.device for p in self.model.parameters()), None)
+
+    def revert(self) -> None:
+        """Take off what this application put on, last first. Raises PatchError if a later patch is in the way."""
+        while self.undo:
+            self.undo[-1]()  # stays on the stack if it refuses, so revert can be tried again
+            self.undo.pop()
+        self.arms, self.hooked = {}, set()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.revert()
+
+    def add(self, name: str, patch: Patch) -> None:
+        """One more arm. Calls in flight keep the arms they started with. Raises PatchError, changing nothing."""
+        edits = list(patch.edits())
+        if any(isinstance(e, Weight) for e in edits):
+            raise PatchError(
+                f"{type(patch).__name__} edits weights, and rows of one batch share the weights: "
+                "apply it alone, or fold it and serve the copy."
+            )
+        if name in self.arms:
+            raise PatchError(f"There is an arm {name!r} already; remove it first.")
+        depth = len(self.undo)
+        table: dict[tuple[str, str], Act | Bias | Side] = {}
+        try:
+            for e in edits:
+                assert not isinstance(e, Weight)
+                key = (e.site, e.where if isinstance(e, Act) else type(e).__name__.lower())
+                if key in table:
+                    raise PatchError(f"{type(patch).__name__} edits {key} twice; make it one edit.")
+                table[key] = e
+                if key not in self.hooked:
+                    self.undo.append(self._hook(*key))
+                    self.hooked = self.hooked | {key}
+        except BaseException:
+            while len(self.undo) > depth:
+                self.undo.pop()()
+            raise
+        self.arms = {**self.arms, name: table}
+
+    def remove(self, name: str) -> None:
+        """One arm less; hooks that no arm uses any more stay until `revert` and cost nothing."""
+        self.arms = {k: v for k, v in self.arms.items() if k != name}
+
+    @contextmanager
+    def rows(
+        self,
+        names: Sequence[str | None],
+        strength: Sequence[float] | None = None,
+        params: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Iterator[None]:
+        """Within this block and this thread, row i of a batch uses arm names[i] (None: the base).
+
+        params: what each row says to its mechanism, by name (`Inputs.row`). A batch may hold k times as many rows
+        (beams, guidance): each name then stands for k neighbours.
+        """
+        table: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            if name is not None and (strength is None or strength[i] != 0.0):
+                table.setdefault(name, []).append(i)
+        if unknown := table.keys() - self.arms.keys():
+            raise PatchError(f"There is no arm {sorted(unknown)[0]!r}. Arms: {', '.join(self.arms) or 'none'}.")
+        said = params if params is not None and any(params) else None
+        groups = tuple(
+            Group(
+                name, span(rows, len(names)), strengths(rows, strength),
+                tuple(said[i] for i in rows) if said else (), device=self.device,
+            )
+            for name, rows in table.items()
+        )  # fmt: skip
+        token = _GROUPS.set({**_GROUPS.get(), id(self): (len(names), groups)})
+        try:
+            yield
+        finally:
+            _GROUPS.reset(token)
+
+    def unreached(self) -> list[str]:
+        """Sites of arms that no forward has passed through: a patch that does nothing where it was meant to."""
+        return sorted({f"{arm}:{site}" for arm, t in self.arms.items() for site, _ in t if not self.calls[arm, site]})
+
+    def _groups(self, batch: int) -> tuple[Group, ...]:
+        if id(self) not in _GROUPS.get():
+            # a patch applied by itself means every row; several arms mean nobody until rows are named
+            return (Group(ONLY, None, self.strength),) if self.strength and ONLY in self.arms else ()
+        count, groups = _GROUPS.get()[id(self)]
+        if count == batch or not groups:
+            return groups
+        beams, rest = divmod(batch, count)
+        if rest:
+            raise PatchError(f"rows names {count} rows, but the batch has {batch}; name every row once.")
+        return tuple(g.widened(beams) for g in groups)
+
+    def _hook(self, site: str, kind: str) -> Callable[[], Any]:
+        module = module_at(self.model, site)
+        key = (site, kind)
+        if kind == "bias":
+
+            def bias(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+                total = self._bias(key, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+                if total is None:
+                    return None
+                return args, {**kwargs, "attention_mask": add_bias(kwargs.get("attention_mask"), total)}
+
+            return module.register_forward_pre_hook(bias, with_kwargs=True).remove
+        if kind == "side":
+
+            def side(_: nn.Module, args: Any, out: Any) -> Any:
+                if isinstance(out, tuple):
+                    return (self._side(key, args[0], out[0]), *out[1:])
+                return self._side(key, args[0], out)
+
+            return module.register_forward_hook(side).remove
+        if kind == "input":
+
+            def before(_: nn.Module, args: Any) -> Any:
+                return (self._act(key, args[0]), *args[1:])
+
+            return module.register_forward_pre_hook(before).remove
+
+        def after(_: nn.Module, __: Any, out: Any) -> Any:
+            return (self._act(key, out[0]), *out[1:]) if isinstance(out, tuple) else self._act(key, out)
+
+        return module.register_forward_hook(after).remove
+
+    def _act(self, key: tuple[str, str], x: Tensor) -> Tensor:
+        out = x
+        for group in self._groups(x.shape[0]):
+            edit = self.arms.get(group.arm, {}).get(key)
+            if not isinstance(edit, Act):
+                continue
+            self.calls[group.arm, key[0]] += 1
+            part = x if group.at is None else x[group.at]
+            new = edit.fn(part, self._inputs().narrow(group))
+            if isinstance(group.strength, Tensor) or group.strength != 1.0:
+                new = part + shaped(group.strength, x) * (new - part)
+            if group.at is None:
+                out = new
+                continue
+            if out is x:
+                out = x.clone()
+            out[group.at] = new
+        return out
+
+    def _side(self, key: tuple[str, str], x: Tensor, y: Tensor) -> Tensor:
+        out = y
+        for group in self._groups(x.shape[0]):
+            edit = self.arms.get(group.arm, {}).get(key)
+            if not isinstance(edit, Side):
+                continue
+            self.calls[group.arm, key[0]] += 1
+            part = x if group.at is None else x[group.at]
+            more = shaped(group.strength, y) * edit.fn(part, self._inputs().narrow(group))
+            if group.at is None:
+                out = y + more
+                continue
+            if out is y:
+                out = y.clone()
+            out[group.at] += more
+        return out
+
+    def _bias(self, key: tuple[str, str], x: Tensor) -> Tensor | None:
+        total: Tensor | None = None
+        for group in self._groups(x.shape[0]):
+            edit = self.arms.get(group.arm, {}).get(key)
+            if not isinstance(edit, Bias):
+                continue
+            self.calls[group.arm, key[0]] += 1
+            new = edit.fn(self._inputs().narrow(group))
+            if new is None:
+                continue
+            new = new.to(x.dtype) * shaped(group.strength, new)
+            if group.at is None:
+                return new
+            if total is None:
+                total = x.new_zeros(x.shape[0], *new.shape[1:])
+            total[group.at] = new
+        return total
+
+    @staticmethod
+    def _inputs() -> Inputs:
+        inputs = _INPUTS.get()
+        if inputs is None:
+            raise PatchError("The base was called below its root, so its inputs are unknown; call the model itself.")
+        return inputs
+
+
+def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, root: str = "") -> Applied:
+    """Put patches on one copy of `model`; if one edit fails, all are undone.
+
+    `root`: the module whose keyword inputs the edits read ("" for the model itself). A single arm called "patch"
+    holds for every row with `strength`; otherwise `rows` says who gets what. Weight edits need a single arm.
+    """
+    on = Applied(model, strength)
+    top = module_at(model, root)
+
+    def enter(_: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
+        # a cache grows while the forward runs, so how long it was has to be read here
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        _INPUTS.set(Inputs({**kwargs, "past_length": past}, _INPUTS.get()))
+
+    def leave(*_: Any) -> None:
+        current = _INPUTS.get()
+        _INPUTS.set(current.previous if current else None)
+
+    on.undo.append(top.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    on.undo.append(top.register_forward_hook(leave, always_call=True).remove)
+    vars(model)["_applied"] = vars(model).get("_applied", 0) + 1
+    on.undo.append(lambda: vars(model).update(_applied=vars(model)["_applied"] - 1))
+    try:
+        for name, patch in arms.items():
+            edits = list(patch.edits())
+            weights = [e for e in edits if isinstance(e, Weight)]
+            if not weights:
+                on.add(name, patch)
+                continue
+            if len(arms) > 1 or len(weights) != len(edits):
+                raise PatchError(
+                    f"{type(patch).__name__} edits weights, and rows of one batch share the weights: "
+                    "apply it alone, or fold it and serve the copy."
+                )
+            for e in weights:
+                on.undo.append(put_weight(module_at(model, e.site), e, strength))
+    except BaseException:
+        on.revert()
+        raise
+    return on

@@ -1,0 +1,191 @@
+"""A gallery: what every head adds to the embeddings of N pictures, small enough to keep and exact to search.
+
+Per head the contributions c (k,) are stored as fp16 coordinates on the head's own main directions: c = mean + code @
+basis. Every question is one product with all pictures, in blocks, and an exact top-k; there is no index to be wrong.
+The five analyses of CLIP-InterpreT, arXiv 2409.06579, ask a gallery three ways (by a property's heads, by a picture in
+one head, by a text in one head); its authors' code compares raw contributions, which share a large constant, so a few
+pictures are everybody's neighbours (`hubness`). `centred` takes the gallery's mean away.
+
+Files of a sealed folder: gallery.safetensors, gallery.json. Shapes: N pictures, L layers, H heads, r directions, k
+joint space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patches.families.clip.direct import Lens, Share
+from registry.errors import Invalid, NotFound
+
+TENSORS, ABOUT = "gallery.safetensors", "gallery.json"
+Metric = Literal["centred", "cosine", "raw"]
+BLOCK = 4096
+"""pictures whose vectors of the joint space exist at a time"""
+KEEP, DIRECTIONS = 0.99, 64
+"""variance of a head that its directions keep, and the most of them"""
+THUMB = 48
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """N pictures as heads see them."""
+
+    layers: tuple[int, ...]
+    basis: Tensor
+    """(L, H, r, k) orthonormal rows, zero where a head needs fewer than r"""
+    mean: Tensor
+    """(L, H, k) of these pictures"""
+    code: Tensor
+    """(N, L, H, r) float16"""
+    thumbs: Tensor
+    """(N, 3, s, s) uint8"""
+    names: tuple[str, ...]
+    kept: float
+    """share of these pictures' variance that the codes keep, over all heads"""
+
+    def __len__(self) -> int:
+        return len(self.code)
+
+    def place(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(layer, head) -> where they are stored. Raises NotFound naming what there is."""
+        H = self.code.shape[2]
+        if not heads:
+            raise Invalid("heads is empty; name at least one (layer, head).")
+        for layer, head in heads:
+            if layer not in self.layers or not 0 <= head < H:
+                raise NotFound(
+                    f"This gallery has no head {layer}.{head}; layers {', '.join(map(str, self.layers))}, "
+                    f"heads 0 to {H - 1}."
+                )
+        return [(self.layers.index(layer), head) for layer, head in heads]
+
+    def vectors(self, heads: Sequence[tuple[int, int]], rows: slice | Tensor, centred: bool) -> Tensor:
+        """(n, k) float32 mean over heads of the contributions to pictures `rows`."""
+        at = self.place(heads)
+        total = sum(self.code[rows, i, h].float() @ self.basis[i, h].float() for i, h in at)
+        assert isinstance(total, Tensor)
+        if not centred:
+            total = total + torch.stack([self.mean[i, h] for i, h in at]).sum(0)
+        return total / len(at)
+
+    def nearest(
+        self, query: Tensor, heads: Sequence[tuple[int, int]], top: int, metric: Metric = "centred"
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (top,) and their scores, best first: <query, mean over heads of c>. Exact.
+
+        query (k,): a text's embedding, or what the same heads add to another picture (`ask`).
+        """
+        scores = []
+        q = query.float() / (query.float().norm().clamp_min(1e-12) if metric == "cosine" else 1.0)
+        for i in range(0, len(self), BLOCK):
+            v = self.vectors(heads, slice(i, i + BLOCK), metric != "raw")
+            scores.append(v @ q / (v.norm(dim=1).clamp_min(1e-12) if metric == "cosine" else 1.0))
+        best = torch.cat(scores).topk(min(top, len(self)))
+        return best.indices, best.values
+
+    def ask(self, given: Tensor, heads: Sequence[tuple[int, int]], metric: Metric = "centred") -> Tensor:
+        """(k,) the query that another picture is, of what all heads of `layers` add to its unit embedding (L, H, k).
+
+        As it would be stored, so that a picture of the gallery is its own nearest.
+        """
+        total = torch.zeros(self.mean.shape[-1])
+        for i, h in self.place(heads):
+            B, mean = self.basis[i, h].float(), self.mean[i, h]
+            total += (given[i, h].float() - mean) @ B.T @ B + (mean if metric == "raw" else 0.0)
+        return total / len(heads)
+
+    def hubness(self, heads: Sequence[tuple[int, int]], metric: Metric, top: int = 8, most: int = 2000) -> float:
+        """Skew of how often a picture is among the first `top` of the others (of the first `most`): 0 is even."""
+        n = min(len(self), most)
+        v = self.vectors(heads, slice(0, n), metric != "raw")
+        v = torch.nn.functional.normalize(v, dim=1) if metric == "cosine" else v
+        near = (v @ v.T).fill_diagonal_(-torch.inf).topk(min(top, n - 1), 1).indices
+        count = near.flatten().bincount(minlength=n).float()
+        return float(((count - count.mean()) / count.std().clamp_min(1e-9)).pow(3).mean())
+
+
+@torch.no_grad()
+def make(
+    lens: Lens, batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]], layers: Sequence[int], basis: Tensor,
+    share: Share = "own",
+) -> Gallery:  # fmt: skip
+    """A gallery of pictures (as the processor makes them, as uint8 of any size, names), batch by batch.
+
+    basis (L, H, r, k): each head's directions (`directions`). Raises Invalid if there is no picture.
+    """
+    lens.check(layers)
+    codes, thumbs, names = [], [], []
+    total = torch.zeros(basis.shape[0], basis.shape[1], basis.shape[3], dtype=torch.float64)
+    square = 0.0
+    B = basis.float().cpu()
+    for x, picture, name in batches:
+        parts = lens.read(x, share=share)
+        c = (parts.heads[:, list(layers)] / parts.norm[:, None, None, None]).float().cpu()
+        codes.append(torch.einsum("blhk,lhrk->blhr", c, B))
+        total += c.double().sum(0)
+        square += float(c.double().square().sum())
+        small = torch.nn.functional.interpolate(picture.float().cpu(), (THUMB, THUMB), mode="bilinear", antialias=True)
+        thumbs.append(small.round().clamp(0, 255).to(torch.uint8))
+        names += list(name)
+    if not codes:
+        raise Invalid("A gallery needs at least one picture.")
+    code = torch.cat(codes)
+    mean = total / len(code)
+    middle = code.mean(0)
+    variance = square / len(code) - float(mean.square().sum())
+    kept = float((code - middle).double().square().sum()) / len(code) / max(variance, 1e-300)
+    return Gallery(
+        tuple(layers), B, mean.float(), (code - middle).half(), torch.cat(thumbs), tuple(names), min(kept, 1.0)
+    )
+
+
+@torch.no_grad()
+def directions(covariance: Tensor, keep: float = KEEP, most: int = DIRECTIONS) -> Tensor:
+    """(L, H, r, k) main directions of heads' covariances (L, H, k, k) that keep that share of each one's variance."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    part = values.cumsum(-1) / values.sum(-1, keepdim=True).clamp_min(1e-300)
+    need = ((part < keep).sum(-1) + 1).clamp_max(min(most, values.shape[-1]))  # (L, H)
+    r = int(need.max())
+    basis = vectors.mT[..., :r, :].float()
+    return basis * (torch.arange(r) < need[..., None].cpu()).to(basis)[..., None]
+
+
+def save_gallery(g: Gallery, folder: Path) -> None:
+    """Write `g` into `folder`; what seals the folder seals it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {n: getattr(g, n).contiguous() for n in ("basis", "mean", "code", "thumbs")}
+    save_file(tensors, folder / TENSORS)
+    about = {"layers": list(g.layers), "names": list(g.names), "kept": g.kept}
+    (folder / ABOUT).write_text(json.dumps(about))
+
+
+def load_gallery(folder: Path) -> Gallery:
+    """Raises NotFound if there is none."""
+    if not (folder / TENSORS).is_file():
+        raise NotFound("This artifact carries no gallery; fit it again with gallery_images, or upload one.")
+    about = json.loads((folder / ABOUT).read_text())
+    return Gallery(
+        tuple(about["layers"]), **load_file(folder / TENSORS), names=tuple(about["names"]), kept=about["kept"]
+    )
+
+
+def joined(one: Gallery, two: Gallery) -> Gallery:
+    """Both galleries as one, about their common mean. Raises Invalid if their directions differ."""
+    if one.layers != two.layers or not torch.equal(one.basis, two.basis):
+        raise Invalid("The galleries have other heads or directions, so they cannot be joined.")
+    n, m = len(one), len(two)
+    mean = (one.mean * n + two.mean * m) / (n + m)
+    code = torch.cat(
+        [g.code.float() + torch.einsum("lhk,lhrk->lhr", g.mean - mean, g.basis.float()) for g in (one, two)]
+    ).half()
+    kept = (one.kept * n + two.kept * m) / (n + m)
+    return Gallery(one.layers, one.basis, mean, code, torch.cat([one.thumbs, two.thumbs]), one.names + two.names, kept)

@@ -1,0 +1,75 @@
+"""Embedding images and texts with a CLIP base, and zero-shot classifiers made of texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patches.families.base import Base
+from registry.errors import Invalid
+
+TEMPLATES = ("a picture of a {}", "a photo of a {}", "a drawing of a {}")
+
+
+# ---- embeddings ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed_images(base: Base, images: Any, batch: int = 64) -> Tensor:
+    """(N, k) float32 of unit norm, on the base's device. Patches that are applied to the model act.
+
+    images: as `Processor.image` takes them, or its result. Inside `Applied.rows`, batch must hold all of them.
+    """
+    many = images if isinstance(images, Tensor | Sequence) else [images]
+    out = []
+    for i in range(0, len(many), batch):
+        x = many[i : i + batch]
+        x = x if isinstance(x, Tensor) and x.is_floating_point() else base.processor.image(x)
+        x = x.to(base.device, base.model.visual.proj.dtype)
+        out.append(base.model(image=x)["image_features"].float())
+    if not out:
+        raise Invalid("There is no image to embed; give at least one.")
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def embed_texts(
+    base: Base, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch: int = 256,
+    tower: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """(N, k) float32 of unit norm: each text in each template, embeddings averaged and normalised again.
+
+    tower: what embeds token ids (B, context) -> (B, k) instead of the base's own. Raises Invalid for no text or a
+    template without {}.
+    """
+    if not texts or isinstance(texts, str):
+        raise Invalid(f"Texts must be a list with at least one string, not {texts!r:.60}.")
+    if bad := [t for t in templates if "{}" not in t]:
+        raise Invalid(f"Template {bad[0][:60]!r} has no {{}} where the text goes.")
+    own = lambda ids: base.model(text=ids)["text_features"]  # noqa: E731
+    filled = [t.replace("{}", text) for text in texts for t in templates]
+    parts = [
+        (tower or own)(base.processor.text(filled[i : i + batch]).to(base.device)).float()
+        for i in range(0, len(filled), batch)
+    ]
+    return F.normalize(torch.cat(parts).unflatten(0, (len(texts), -1)).mean(1), dim=-1)
+
+
+def zero_shot(
+    base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES,
+    tower: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises Invalid for doubled labels."""
+    if double := next((x for x, n in Counter(labels).items() if n > 1), None):
+        raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
+    return embed_texts(base, labels, templates, tower=tower).T
+
+
+def logit_scale(base: Base) -> float:
+    """What cosines are multiplied by before the softmax; 100 for most trained models."""
+    return float(base.model.logit_scale.detach().exp())

@@ -1,0 +1,139 @@
+"""Pictures and labels in, the best label and its probability out: what MLflow asks of a CLIP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image as Pillow
+
+from patches.evidence.label_set import FILE, LabelSet, load_label_set
+from patches.families.clip.embeddings import TEMPLATES, logit_scale, zero_shot
+from patches.families.clip.worker import Picture, made
+from patches.families.family import Column, Table
+from patches.families.pictures import opened, read
+from patches.families.worker import WorkerSettings
+from registry.errors import Invalid
+
+if TYPE_CHECKING:
+    from patches.subject import Subject
+
+FOLDER = "PATCHBAY_PICTURES"
+"""environment variable: the folder under which pictures may be named by path; unset, a path is refused, since a table
+may come from a request"""
+EXAMPLE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAABlklEQVR42hXRURVEIQhFUSMYgQhGMAIRiGCEE8EIRiACEYhABCLM"
+    "G7/ZrMt1jMEcyGAN9kAHNjgDBnfwBj6IQQ5q0IMxJnMikzXZE53Y5EyY3Mmb+CQmOalJzw8IUxBhCVtQwYQjIFzhCS6EkEIJLR9Y"
+    "zIUs1mIvdGGLs2BxF2/hi1jkoha9PrCZG9mszd7oxjZnw+Zu3sY3sclNbXp/QJmKKEvZiiqmHAXlKk9xJZRUSmn9gDENMZaxDTXM"
+    "OAbGNZ7hRhhplNH2gcM8yGEd9kEPdjgHDvfwDn6IQx7q0OcD/wK/Sr4jv9hfkG/1N/x/Fx44BCQU9Pc94zIvclmXfdGLXc79j9/L"
+    "u/glLnmpS98PPOZDHuuxH/qwx3n/5ffxHv6IRz7q0e8DznTEWc521DHn+D/KdZ7jTjjplNP+gWAGEqxgBxpYcOIf/AYv8CCCDCro"
+    "+EAyE0lWshNNLDn5P/MmL/Ekkkwq6fxAMQspVrELLaw49S/lFq/wIoosquj6QDMbaVazG22sOf2v8Dav8SaabKrp5geIAnAQC3Nf"
+    "wAAAAABJRU5ErkJggg=="
+)
+
+TABLE = Table(
+    takes=(
+        Column("image", "string", EXAMPLE),
+        Column("labels", "string", '["cat", "pizza"]', required=False),
+    ),
+    gives=(Column("label", "string", "cat"), Column("probability", "double", 0.9)),
+    params={"strength": ("double", 1.0)},
+)
+
+
+def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
+    """A DataFrame of label and probability, one row per row of `frame`.
+
+    image: bytes, base64, or a path below $PATCHBAY_PICTURES; labels: a list, or a JSON list, or nothing for the label
+    set that was sealed with the patch. Raises Invalid naming the row.
+    """
+    import pandas as pd
+
+    if "image" not in frame.columns:
+        raise Invalid(f"The table has no column 'image'; it has {', '.join(map(str, frame.columns))[:80]}.")
+    rows = [_row(i, values) for i, values in enumerate(frame.to_dict("records"))]
+    sets: dict[tuple[str, ...], LabelSet] = {}
+    for labels, _ in rows:
+        if labels not in sets:
+            sets[labels] = _label_set(subject, labels)
+    pixels = [subject.base.processor.image(picture)[0] for _, picture in rows]
+    jobs = [Picture(x, arm=subject.only, strength=float(params["strength"])) for x in pixels]
+    made(subject, WorkerSettings()).run(jobs)
+    out = []
+    for (labels, _), job in zip(rows, jobs, strict=True):
+        assert job.out is not None
+        p = sets[labels].logits(job.out[None])[0].softmax(0)
+        at = int(p.argmax())
+        out.append({"label": sets[labels].classes[at], "probability": float(p[at])})
+    return pd.DataFrame(out)
+
+
+def _row(index: int, values: Mapping[str, Any]) -> tuple[tuple[str, ...], Pillow.Image]:
+    try:
+        return _labels(values.get("labels")), _picture(values["image"])
+    except Invalid as e:
+        raise type(e)(f"Row {index}: {e}") from None
+
+
+def _picture(value: Any) -> Pillow.Image:
+    if isinstance(value, Pillow.Image):
+        return value.convert("RGB")
+    if isinstance(value, bytes | bytearray):
+        return opened(bytes(value))
+    if isinstance(value, Path) or (isinstance(value, str) and _named(value) is not None):
+        file = value if isinstance(value, Path) else _named(value)
+        assert file is not None
+        return opened(file.read_bytes())
+    if isinstance(value, str):
+        return read(value)
+    raise Invalid(f"image must be bytes, base64 or a path, not {type(value).__name__}.")
+
+
+def _named(value: str) -> Path | None:
+    """The file that a text names below $PATCHBAY_PICTURES; None for what is no such path."""
+    folder = os.environ.get(FOLDER)
+    if not folder or len(value) > 4096:
+        return None
+    root = Path(folder).resolve()
+    file = (root / value).resolve()
+    try:
+        return file if file.is_relative_to(root) and file.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    if value is None or (isinstance(value, float) and value != value):  # pandas says NaN for nothing
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Invalid(f"labels are no JSON list: {value[:60]!r}.") from None
+    if not isinstance(value, Sequence) and hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or len(value) < 2 or not all(isinstance(v, str) for v in value):
+        raise Invalid(f"labels must be a list of at least two texts, not {value!r:.60}.")
+    return tuple(value)
+
+
+@torch.inference_mode()
+def _label_set(subject: Subject, labels: tuple[str, ...]) -> LabelSet:
+    """What pictures are told apart by, times the logit scale."""
+    scale = logit_scale(subject.base)
+    if labels:
+        return LabelSet(labels, (scale * zero_shot(subject.base, labels, TEMPLATES)).cpu())
+    if subject.folder is None or not (subject.folder / FILE).is_file():
+        raise Invalid("There is no column 'labels', and no label set was sealed with this model. Name some labels.")
+    found = load_label_set(subject.folder)
+    return LabelSet(found.labels, scale * found.weights)
+
+
+def example() -> bytes:
+    """The bytes of the example picture."""
+    return base64.b64decode(EXAMPLE)

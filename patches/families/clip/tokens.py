@@ -1,0 +1,123 @@
+"""Tokenizers of CLIP text towers: what a folder brings, and compact ones made for a small vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from registry import manifest
+from registry.errors import NotFound
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------
+
+
+def compact_tokenizer(texts: Iterable[str]) -> Any:
+    """CLIP's own tokenizer cut down to the words of `texts`, as a transformers tokenizer that `save_pretrained` keeps.
+
+    A known word splits into the pieces the full tokenizer gives; any other word is one <unk>. Merges on the way to a
+    known word are all kept, so the full tokenizer's choice is always there, and the cheapest merge stays the cheapest.
+    """
+    import regex
+    from open_clip.tokenizer import SimpleTokenizer
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    full = SimpleTokenizer()
+    words = sorted({w for text in texts for w in full.pat.findall(full.clean_fn(text))})
+    merges: set[tuple[str, str]] = set()
+    pieces: set[str] = set()
+    for word in words:
+        parts = [full.byte_encoder[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        pieces.update(parts)
+        while pairs := [p for p in itertools.pairwise(parts) if p in full.bpe_ranks]:
+            best = min(pairs, key=full.bpe_ranks.__getitem__)
+            merges.add(best)
+            joined: list[str] = []
+            for part in parts:
+                if joined and not joined[-1].endswith("</w>") and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+            pieces.update(parts)
+    order = ["<pad>", "<unk>", *sorted(pieces, key=full.encoder.__getitem__)]
+    inner = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(order)},
+            merges=sorted(merges, key=full.bpe_ranks.__getitem__),
+            unk_token="<unk>",
+            fuse_unk=True,
+            end_of_word_suffix="</w>",
+        )
+    )
+    letters = "|".join(regex.escape(w) for w in words if w.isalpha())
+    inner.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(
+                Regex(rf"(?<![\p{{L}}'])(?!(?:{letters})(?!\p{{L}}))\p{{L}}+"), "\N{REPLACEMENT CHARACTER}"
+            ),
+        ]
+    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return _with_ends(inner)
+
+
+def _letters(vocab: int) -> Any:
+    """A transformers tokenizer whose tokens are single characters."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    words = ["<pad>", "<unk>", *(chr(c) for c in range(32, 128))][: vocab - 2]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return _with_ends(inner)
+
+
+def _with_ends(inner: Any) -> Any:
+    """The tokenizer with CLIP's marks around a text; the end has the highest id, which is how CLIP pools it."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    start, end = "<start_of_text>", "<end_of_text>"
+    inner.add_special_tokens(["<pad>", "<unk>", start, end])
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(w, inner.token_to_id(w)) for w in (start, end)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", bos_token=start, eos_token=end
+    )
+
+
+def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> tuple[Callable[[list[str]], Tensor], str]:
+    """The tokenizer a config asks for, and what names it in a digest."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    context, more = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
+    if not text_cfg.get("hf_tokenizer_name"):
+        return SimpleTokenizer(context_length=context, **more), f"open_clip {manifest.digest_of(more)[:8]}"
+    files = [folder / f for f in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / f).is_file()]
+    if not files:
+        raise NotFound(
+            f"The text tower wants the tokenizer {text_cfg['hf_tokenizer_name'][:60]!r}, and {folder} has none. Put "
+            "its tokenizer.json and tokenizer_config.json beside the weights."
+        )
+    tokenizer = HFTokenizer(
+        str(folder), context_length=context, tokenizer_mode=text_cfg.get("tokenizer_mode"), **{"use_fast": True, **more}
+    )
+    return tokenizer, manifest.digest_of([more, *(manifest.sha256(f) for f in files)])

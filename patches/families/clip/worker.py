@@ -1,0 +1,134 @@
+"""Batches of pictures, each with its own arm, on one copy of a CLIP.
+
+`Embedder` is a Worker: add jobs, call `step` until `idle`. One belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from patches.engine.patch import Applied, Patch
+from patches.families.base import Base, load_base
+from patches.families.worker import Job, Worker, WorkerSettings
+from registry.errors import Invalid
+
+if TYPE_CHECKING:
+    from patches.subject import Subject
+
+Engine = Callable[[str, Tensor], Tensor]
+"""("image", (B, 3, H, W)) or ("text", ids (B, context)) -> unit features (B, k) on the CPU"""
+
+
+@dataclass(eq=False)
+class Picture(Job):
+    """One picture to be embedded; `Embedder` fills `out`."""
+
+    pixels: Tensor
+    """(3, H, W) as the base's processor gives it"""
+    out: Tensor | None = None
+    """(k,) float32 of unit norm, on the CPU"""
+
+
+class Embedder(Worker[Picture]):
+    """Pictures of any arms in one forward."""
+
+    def __init__(
+        self, base: Base, applied: Applied, slots: int = 32,
+        engines: Callable[[str | None, Patch | None], Engine] | None = None,
+    ) -> None:  # fmt: skip
+        """engines: (arm, its patch) -> what embeds pictures of that arm at full strength instead of torch; the towers
+        in ONNX Runtime."""
+        self.base, self.applied, self.slots, self.make_engine = base, applied, slots, engines
+        self.engines: dict[str | None, Engine] = {}
+        self.prepare(None)
+        self.waiting: deque[Picture] = deque()
+        self.running: list[Picture] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting
+
+    def prepare(self, arm: str | None, patch: Patch | None = None) -> None:
+        """Make an arm's engine, if there are any; may take seconds, so not on the thread that steps."""
+        if self.make_engine is not None:
+            self.engines = {**{k: v for k, v in self.engines.items() if k is None or k in self.applied.arms},
+                            arm: self.make_engine(arm, patch)}  # fmt: skip
+
+    def check(self, pictures: Iterable[Picture]) -> None:
+        """Raises Invalid if one is not of the model's size, or not finite."""
+        want = (3, *self.base.processor.size)
+        for p in pictures:
+            if tuple(p.pixels.shape) != want or not bool(p.pixels.isfinite().all()):
+                raise Invalid(f"Pixels must be finite numbers of shape {want}, not {tuple(p.pixels.shape)}.")
+
+    def cancel(self, picture: Picture) -> None:
+        """Do not embed a picture that waits."""
+        if not picture.finished:
+            picture.finished = "cancelled"
+            self.waiting.remove(picture)
+
+    @torch.inference_mode()
+    def step(self) -> list[Picture]:
+        """One forward of up to `slots` pictures; returns them."""
+        self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
+        if not self.running:
+            return []
+        by_engine: dict[Engine | None, list[Picture]] = {}
+        for p in self.running:
+            by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
+        for engine, pictures in by_engine.items():
+            x = torch.stack([p.pixels for p in pictures])
+            for picture, out in zip(
+                pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True
+            ):
+                picture.out, picture.finished = out, "stop"
+        done, self.running = self.running, []
+        return done
+
+    def _torch(self, x: Tensor, pictures: Sequence[Picture]) -> Tensor:
+        x = x.to(self.base.device, self.base.model.visual.proj.dtype)
+        with self.applied.rows([p.arm for p in pictures], [p.strength for p in pictures], [p.params for p in pictures]):
+            y: Tensor = self.base.model(image=x)["image_features"]
+        return y.float().cpu()
+
+    def reset(self) -> None:
+        """Forget what is queued; engines stay."""
+        self.waiting.clear()
+        self.running = []
+
+    def probe(self, arm: str | None) -> Picture:
+        """A picture that any model can embed."""
+        return Picture(_pattern(self.base), arm=arm)
+
+    @torch.inference_mode()
+    def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
+        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit."""
+        x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
+        with self.applied.rows([arm], [strength]):
+            out: Tensor = self.base.model(image=x)["image_features"]
+        return out
+
+
+def made(subject: Subject, settings: WorkerSettings) -> Embedder:
+    """The worker of a CLIP; with a provider, arms at full strength run in ONNX Runtime."""
+
+    def engine(arm: str | None, patch: Patch | None) -> Engine:
+        from patches.families.clip.towers import prepared
+
+        fresh = load_base(subject.base.ref, subject.base.family)  # a copy that nobody has hooks on
+        return prepared(fresh, settings.provider, patch, digest=arm or "")
+
+    return Embedder(subject.base, subject.applied, settings.slots, engine if settings.provider else None)
+
+
+def _pattern(base: Base) -> Tensor:
+    """(3, H, W) stripes and a gradient: no two patches alike."""
+    h, w = base.processor.size
+    y, x = torch.linspace(-2, 2, h)[:, None], torch.linspace(-2, 2, w)
+    return torch.stack([y + 0 * x, (9 * x).sin() + 0 * y, (5 * x * y).cos()])

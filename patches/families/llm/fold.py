@@ -1,0 +1,62 @@
+"""Folding a patch into a language model's checkpoint in transformers' layout; read back and checked, then sealed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.engine.patch import Patch
+from patches.families.base import Base
+from patches.families.llm.base import load
+from registry import manifest
+from registry.errors import PatchError
+from registry.manifest import Manifest
+
+PARITY = 1e-5
+"""the largest difference of a logit between hooked and folded, as a part of the largest logit (or of 1, if larger)"""
+
+
+def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
+    """Write `base` with `patch` in its weights to `folder` and seal it. Takes the memory of three bases.
+
+    Raises PatchError if the patch has no weight form, or if what was written does not answer as the hooked base does.
+    """
+    folded: Any = patch.fold(base.model)
+    ids = _probe(base)
+    with patch.apply(base.model, root=base.root):
+        want = _logits(base, ids)
+    folded.save_pretrained(folder)
+    base.processor.save_pretrained(folder)
+    del folded
+    _check_parity(load(f"local-dir:{folder}"), ids, want)
+    return manifest.write(
+        folder, kind="model", system=about.system, base=about.base, config=about.config, parents=[about.digest]
+    )
+
+
+def _probe(base: Base) -> Tensor:
+    """(3, 24) ids: words at random, and one of them repeated, for patches that only repeats wake."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, base.model.config.vocab_size, (3, 24), generator=random)
+    ids[2, 4:] = ids[2, 4]
+    return ids.to(base.device)
+
+
+@torch.inference_mode()
+def _logits(base: Base, ids: Tensor) -> Tensor:
+    out: Tensor = base.model(input_ids=ids).logits.float()
+    return out
+
+
+def _check_parity(written: Base, ids: Tensor, want: Tensor) -> None:
+    got = _logits(replace(written, model=written.model.to(ids.device)), ids)
+    worst = float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
+    if not worst <= PARITY:  # also if it is NaN
+        raise PatchError(
+            f"The folded checkpoint differs from the hooked base by {worst:.1e} of its largest logit; {PARITY:.0e} is "
+            "allowed, so it was not written. Serve the patch with hooks."
+        )

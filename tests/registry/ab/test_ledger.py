@@ -1,0 +1,164 @@
+import json
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import BASE, Ledger
+from registry.errors import Conflict, NotFound, Tampered
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "ledger.db")
+
+
+def trial(treatment, control=BASE):
+    return experiments.plain(experiments.begin("clip_sae", control=control, treatment=treatment, share=0.1))
+
+
+def test_a_fresh_system_has_the_base_as_champion(ledger):
+    assert ledger.head("clip_sae") is None
+    assert ledgers.challenge(ledger, "clip_sae", A).champion == BASE
+
+
+def test_promote_then_roll_back_walks_back_through_champions(ledger):
+    for digest in (A, B, C):
+        ledgers.promote(ledger, "clip_sae", digest)
+    assert [ledgers.rollback(ledger, "clip_sae").champion for _ in range(3)] == [B, A, BASE]
+    with pytest.raises(NotFound, match="nothing to roll back"):
+        ledgers.rollback(ledger, "clip_sae")
+
+
+def test_after_a_roll_back_a_promotion_starts_from_there(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    ledgers.promote(ledger, "clip_sae", B)
+    ledgers.rollback(ledger, "clip_sae")
+    ledgers.promote(ledger, "clip_sae", C)
+    assert ledgers.rollback(ledger, "clip_sae").champion == A
+
+
+def test_rolling_back_a_running_experiment_keeps_the_champion(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    ledgers.split(ledger, "clip_sae", trial(B, A))
+    entry = ledgers.rollback(ledger, "clip_sae", evidence={"why": "worse"})
+    assert (entry.champion, entry.challenger, entry.experiment) == (A, None, None)
+    assert entry.evidence == {"why": "worse"}
+
+
+def test_one_live_experiment_per_system(ledger):
+    ledgers.split(ledger, "clip_sae", trial(A))
+    with pytest.raises(Conflict, match="already runs"):
+        ledgers.split(ledger, "clip_sae", trial(B))
+    ledgers.stop(ledger, "clip_sae")
+    ledgers.split(ledger, "clip_sae", trial(B))
+
+
+def test_the_control_must_be_the_champion(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    with pytest.raises(Conflict, match="not the champion"):
+        ledgers.split(ledger, "clip_sae", trial(B))
+
+
+def test_a_ramp_only_grows(ledger):
+    ledgers.split(ledger, "clip_sae", trial(A))
+    assert ledgers.ramp(ledger, "clip_sae", 0.5).experiment["share"] == 0.5
+    with pytest.raises(Conflict, match="take the treatment from units"):
+        ledgers.ramp(ledger, "clip_sae", 0.2)
+
+
+def test_what_was_live_at_a_time(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    time.sleep(0.02)
+    between = time.time()
+    time.sleep(0.02)
+    ledgers.promote(ledger, "clip_sae", B)
+    assert ledger.live_at("clip_sae", between).champion == A
+    assert ledger.live_at("clip_sae", time.time()).champion == B
+    assert ledger.live_at("clip_sae", 0.0) is None
+
+
+def test_who_read_an_old_head_is_refused(ledger):
+    old = ledgers.challenge(ledger, "clip_sae", A)
+    ledgers.promote(ledger, "clip_sae", B)
+    with pytest.raises(Conflict, match="decided first"):
+        ledgers.promote(ledger, "clip_sae", A, expect=old.hash)
+
+
+def test_of_many_threads_exactly_one_wins(ledger):
+    head = ledgers.challenge(ledger, "clip_sae", A)
+    won, lost = [], []
+
+    def race(digest):
+        try:
+            won.append(ledgers.promote(ledger, "clip_sae", digest, expect=head.hash))
+        except Conflict:
+            lost.append(digest)
+
+    threads = [threading.Thread(target=race, args=(f"{i:064x}",)) for i in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert (len(won), len(lost)) == (1, 15)
+
+
+def test_of_two_processes_exactly_one_wins(ledger):
+    head = ledgers.challenge(ledger, "clip_sae", A)
+    code = (
+        "import sys; from registry import ledger as l; from registry.errors import Conflict\n"
+        "book = l.Ledger(sys.argv[1]); sys.stdin.readline()\n"
+        "try: l.promote(book, 'clip_sae', sys.argv[2], expect=sys.argv[3]); print('won')\n"
+        "except Conflict: print('lost')"
+    )
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(ledger.path), digest, head.hash],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for digest in (B, C)
+    ]  # fmt: skip
+    for r in racers:
+        r.stdin.write("go\n")
+        r.stdin.flush()
+    said = sorted(r.communicate(timeout=60)[0].strip() for r in racers)
+    assert said == ["lost", "won"]
+
+
+def test_the_file_refuses_to_be_rewritten(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    db = sqlite3.connect(ledger.path)
+    for statement in ("UPDATE entries SET champion = 'x'", "DELETE FROM entries"):
+        with pytest.raises(sqlite3.IntegrityError, match="append only"):
+            db.execute(statement)
+
+
+def test_tampering_around_the_triggers_is_found(ledger):
+    ledgers.promote(ledger, "clip_sae", A)
+    ledgers.promote(ledger, "clip_sae", B)
+    assert ledger.verify() == 2
+    db = sqlite3.connect(ledger.path)
+    db.execute("DROP TRIGGER no_update")
+    db.execute("UPDATE entries SET champion = ? WHERE seq = 1", (C,))
+    db.commit()
+    with pytest.raises(Tampered, match="Entry 1"):
+        ledger.verify("clip_sae")
+
+
+def test_what_is_no_digest_is_refused(ledger):
+    with pytest.raises(NotFound, match="neither a digest"):
+        ledgers.promote(ledger, "clip_sae", "clip_sae@challenger")
+
+
+def test_an_experiment_survives_the_ledger(ledger):
+    made = experiments.begin("clip_sae", control=BASE, treatment=A, share=0.25, words=["margin=0.02", "mode=shadow"])
+    ledgers.split(ledger, "clip_sae", experiments.plain(made))
+    assert experiments.load(ledger.head("clip_sae").experiment) == made
+    assert json.dumps(ledger.head("clip_sae").experiment)

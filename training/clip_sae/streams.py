@@ -1,0 +1,100 @@
+"""Pictures as one layer sees them, recorded once: what comes after an edit is run again without what comes before.
+
+Shapes: n pictures, T tokens (the class token first), D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from patches.engine.edits import Act, Inputs
+from patches.engine.read import upto
+from patches.evidence.label_set import LabelSet
+from patches.families import clip
+from patches.families.base import Base
+from patches.mechanisms.features import FeatureEdit
+from training.clip_sae.steerability import rest
+from training.data.images import Dataset
+from training.tasks.recognition import Answers, Asked, other_of
+
+Hook = Literal["block", "mlp"]
+"""where a layer is read: the stream after it (resid_post), or what its MLP adds (mlp_out)"""
+
+
+class Layered(Asked, Protocol):
+    """What is read of a job's config."""
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def hook(self) -> Hook: ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """n pictures at one layer: everything after it can be run again without what comes before."""
+
+    x: Tensor
+    """(n, T, D) at the site"""
+    z: Tensor
+    """(n, T, D) after the block; x itself if that is the site"""
+    label: Tensor
+    other: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def rows(self, at: Tensor) -> Stream:
+        x = self.x[at]
+        return Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
+
+    def parts(self, size: int = 32) -> Iterator[Stream]:
+        for i in range(0, len(self), size):
+            at = slice(i, i + size)
+            x = self.x[at]
+            yield Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
+
+
+@torch.no_grad()
+def streams(base: Base, config: Layered, data: Dataset) -> dict[int, Stream]:
+    """The set at each candidate layer; all layers in one forward, which ends at the last of them."""
+    sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
+    kept: dict[str, list[Tensor]] = {}
+    label, other = [], []
+    wanted = list(dict.fromkeys(s for layer in sorted(sites) for s in sites[layer]))
+    for batch in data.batches(32):
+        pixels = base.processor.image(batch.image).to(base.device, base.model.visual.proj.dtype)
+        for name, x in upto(base.model, wanted, image=pixels).items():
+            kept.setdefault(name, []).append(x.float())
+        label.append(batch.label)
+        other.append(other_of(config, data, batch))
+    whole = {name: torch.cat(x) for name, x in kept.items()}
+    about = torch.cat(label), torch.cat(other)
+    return {layer: Stream(whole[site], whole[block], *about) for layer, (site, block) in sites.items()}
+
+
+def finish(base: Base, layer: int, part: Stream, x: Tensor, by: LabelSet) -> Tensor:
+    """(n, C) logits if x stood at the site."""
+    y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
+    return by.logits(nnf.normalize(y, dim=1), clip.logit_scale(base))
+
+
+@torch.no_grad()
+def answers(base: Base, layer: int, stream: Stream, by: LabelSet, change: Callable[[Tensor], Tensor]) -> Answers:
+    """As `ask`, from a stream, with what stands at the site changed: (n, T, D) -> (n, T, D)."""
+    logits = torch.cat([finish(base, layer, part, change(part.x), by) for part in stream.parts()])
+    return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
+
+
+def applied(patch: FeatureEdit) -> Callable[[Tensor], Tensor]:
+    """The patch's own rewriting of its site, outside of a forward."""
+    (act,) = patch.edits()
+    assert isinstance(act, Act)
+    fn, nothing = act.fn, Inputs({})
+    return lambda x: fn(x, nothing)

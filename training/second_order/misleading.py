@@ -1,0 +1,220 @@
+"""Pictures that mislead by what else is on them: words mined from neurons, drawn beside the thing, out of lab sprites.
+
+Gandelsman, Efros, Steinhardt, arXiv 2406.04341, section 5.1: neurons are polysemous, so words that have nothing to do
+with a class may speak for it. For a pair (true, wrong), words are mined (`neuron_cards.mine`), pictures of the
+true class are made that show them, and one counts as a success if CLIP prefers the wrong class. The paper generates
+pictures from text; here they are composed of sprites (or the ground, if the word is one), so what is on them is known
+and the filter is a rule instead of somebody's eye. Beside it, each with as many words and pictures:
+
+- `random neurons`: as many neurons drawn by chance, same mining;
+- `indirect`: the neurons with the largest effect on the answer by gradient x (activation - mean) (first order), same
+  mining; the paper takes such neurons' own indirect effects for directions, which needs a forward per neuron;
+- `similar words`: the pool's texts nearest to the wrong class; no neurons;
+- `random words` and `nothing`: floors.
+
+Rates before the filter are of pictures from words that were not filtered for synonyms, and of all of them; rates after
+it are of the pictures among them that pass (`passes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from tqdm import tqdm
+
+from patches.evidence.neuron_cards import MINE_NEURONS, SYNONYM, NeuronCards, Reader, mine
+from patches.families import clip
+from patches.families.base import Base
+from training.data.images import Dataset
+from training.lab import atlas, worlds
+from training.lab.renderer import BRICK, GROUNDS, Layout, Scene, generator, grounds, render, things
+
+WAYS = ("second order", "random neurons", "indirect", "similar words", "random words", "nothing")
+VISIBLE = 0.6
+"""share of the true thing that must be seen"""
+
+
+@dataclass(frozen=True)
+class Drawable:
+    """Texts of a pool that the lab can draw."""
+
+    concept: dict[str, int]
+    ground: dict[str, int]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], styles: Sequence[str]) -> Drawable:
+        lab = atlas.load()
+        columns = [lab.styles.index(s) for s in styles]
+        there = (lab.table[:, columns] >= 0).any(1).tolist()
+        names = {n: i for i, n in enumerate(lab.names) if there[i]}
+        return cls({t: names[t] for t in texts if t in names}, {t: GROUNDS.index(t) for t in texts if t in GROUNDS})
+
+    def __contains__(self, text: str) -> bool:
+        return text in self.concept or text in self.ground
+
+
+def words_for(
+    reader: Reader, way: str, true: str, wrong: str, can: Drawable, count: int, seed: int, images: Tensor | None = None,
+    neurons: int = MINE_NEURONS,
+) -> list[str]:  # fmt: skip
+    """At most `count` words that a way finds, not filtered for synonyms of the wrong class; never the true class or
+    the wrong one by its own name. images: (B, 3, h, w) for `indirect`."""
+    cards, base = reader.cards, reader.base
+    t, w = clip.embed_texts(base, [true, wrong], clip.TEMPLATES)
+    neurons = min(neurons, sum(len(one.told) for one in cards.layers.values()))
+    names = {true, wrong}
+    if way == "similar words":
+        middle = cards.pool.mean(0)
+        near = nnf.normalize(cards.pool - middle, dim=1) @ nnf.normalize(w - middle, dim=0)
+        found = [cards.texts[j] for j in near.argsort(descending=True, stable=True).tolist()]
+    elif way == "random words":
+        order = torch.randperm(len(cards.texts), generator=generator("words", true, wrong, seed))
+        found = [cards.texts[j] for j in order.tolist()]
+    else:
+        chosen = None
+        if way == "random neurons":
+            chosen = drawn(cards, neurons, generator("neurons", true, wrong, seed))
+        elif way == "indirect":
+            assert images is not None
+            chosen = indirect(reader, images, t, w, neurons)
+        mined, _ = mine(cards, t, w, neurons, len(cards.texts), (), 2.0, 0, chosen)
+        found = [m.text for m in mined]
+    return [x for x in found if x in can and x not in names][:count]
+
+
+def drawn(cards: NeuronCards, count: int, g: torch.Generator) -> list[tuple[int, Tensor]]:
+    """(layer, neurons): as many as `count`, by chance."""
+    places = [(number, n) for number, one in cards.layers.items() for n in range(len(one.told))]
+    picked = [places[i] for i in torch.randperm(len(places), generator=g)[:count].tolist()]
+    return [
+        (number, torch.tensor([n for at, n in picked if at == number], dtype=torch.long)) for number in cards.layers
+    ]
+
+
+def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count: int) -> list[tuple[int, Tensor]]:
+    """(layer, neurons) with the largest first-order effect of mean-ablation on <y, wrong - true> / |y|, by its mean
+    absolute value over pictures."""
+    base, layers = reader.base, list(reader.cards.layers)
+    blocks = base.model.visual.transformer.resblocks
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept[layer] = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            return (kept[layer], *args[1:])
+
+        return hook
+
+    handles = [blocks[layer].mlp.c_proj.register_forward_pre_hook(keep(layer)) for layer in layers]
+    scores = dict.fromkeys(layers, torch.zeros(()))
+    try:
+        for part in torch.split(base.processor.image(images), 16):
+            with torch.enable_grad():
+                y = base.model(image=part.to(base.device))["image_features"] @ (wrong - true)
+                slopes = torch.autograd.grad(y.sum(), [kept[layer] for layer in layers])
+            for layer, slope in zip(layers, slopes, strict=True):
+                away = kept[layer].detach() - reader.cards.layers[layer].rest
+                scores[layer] = scores[layer] + (slope * away).sum(1).abs().sum(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = torch.cat([scores[layer] for layer in layers])
+    chosen = torch.zeros(len(whole), dtype=torch.bool)
+    chosen[whole.topk(count).indices.cpu()] = True
+    sizes = [len(scores[layer]) for layer in layers]
+    return [(layer, c.nonzero()[:, 0]) for layer, c in zip(layers, torch.split(chosen, sizes), strict=True)]
+
+
+def compose(
+    true: str, words: Sequence[str], can: Drawable, n: int, styles: Sequence[str], g: torch.Generator
+) -> tuple[Scene, Scene, list[list[str]]]:
+    """n pictures of the true class with two of the words each, the same ones without them, and the words on each."""
+    lab = atlas.load()
+
+    def sprite(concept: int) -> int:
+        pool = lab.pick([concept], styles)
+        return int(pool[torch.randint(len(pool), (1,), generator=g)])
+
+    thing = torch.tensor([[sprite(lab.find(true)), -1, -1] for _ in range(n)])
+    with_words = thing.clone()
+    ground = grounds(n, g)
+    kind, shown = ground.kind.clone(), []
+    for i in range(n):
+        few = [words[j] for j in torch.randperm(len(words), generator=g)[:2].tolist()]
+        for place, word in enumerate(few, 1):
+            if word in can.ground:
+                kind[i] = can.ground[word]
+            else:
+                with_words[i, place] = sprite(can.concept[word])
+        shown.append(few)
+    stuff = things(with_words, g)
+    # a brick wall is cut at whole bricks only, so a ground that changes keeps a corner that fits every kind
+    corner = ground.corner // BRICK * BRICK
+    with_scene = render(Layout(replace(ground, kind=kind, corner=corner), stuff))
+    alone = render(Layout(replace(ground, corner=corner), replace(stuff, sprite=thing)))
+    return with_scene, alone, shown
+
+
+def passes(scene: Scene, alone: Scene, shown: Sequence[Sequence[str]], wrong: str, near: set[str]) -> Tensor:
+    """(n,) bool: enough of the true thing is seen, and nothing on the picture says the wrong class: a word in common
+    with its name, or a text as near to it as a synonym (`near`)."""
+    seen = scene.mask[:, 0].sum((1, 2)) / alone.mask[:, 0].sum((1, 2)).clamp_min(1)
+    name = set(wrong.split())
+    clean = torch.tensor([not any(set(w.split()) & name or w in near for w in few) for few in shown])
+    return (seen >= VISIBLE) & clean
+
+
+def synonyms(cards: NeuronCards, text: Tensor, at: float = SYNONYM) -> set[str]:
+    """Texts of the pool whose cosine with `text` (k,), both less the pool's mean, is `at` or more."""
+    middle = cards.pool.mean(0)
+    near = nnf.normalize(cards.pool - middle, dim=1) @ nnf.normalize(text - middle, dim=0) >= at
+    return {cards.texts[j] for j in near.nonzero()[:, 0].tolist()}
+
+
+def class_pairs(data: Dataset, count: int, seed: int) -> list[tuple[str, str]]:
+    """Pairs of classes, drawn by the seed; no class twice."""
+    order = torch.randperm(len(data.classes), generator=generator("pairs", seed)).tolist()
+    return [(data.classes[order[2 * i]], data.classes[order[2 * i + 1]]) for i in range(count)]
+
+
+@torch.no_grad()
+def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
+    """(n,) bool: the wrong class has the larger logit."""
+    weights = clip.zero_shot(base, [true, wrong])
+    return (clip.embed_images(base, images) @ weights).argmax(1).cpu() == 1
+
+
+def attack(
+    reader: Reader, pairs: int = 8, n: int = 40, words: int = 8, seed: int = 0, split: str = "test"
+) -> dict[str, Any]:
+    """Every way on every pair, before and after the filter: successes, pictures, words."""
+    data = worlds.WORLDS["imagenet"](split, 64, seed)
+    styles = worlds.STYLES[split]
+    can, cards = Drawable.of(reader.cards.texts, styles), reader.cards
+    images = data.read(range(min(len(data), 32))).image
+    rows: list[dict[str, Any]] = []
+    total = {way: [0, 0, 0, 0] for way in WAYS}
+    for true, wrong in tqdm(class_pairs(data, pairs, seed), "pairs", disable=None, leave=False):
+        near = synonyms(cards, clip.embed_texts(reader.base, [wrong], clip.TEMPLATES)[0])
+        row: dict[str, Any] = {"true": true, "wrong": wrong}
+        for way in WAYS:
+            found = [] if way == "nothing" else words_for(reader, way, true, wrong, can, words, seed, images)
+            scene, alone, shown = compose(true, found, can, n, styles, generator("compose", true, wrong, seed))
+            hit = prefers(reader.base, scene.image, true, wrong)
+            kept = passes(scene, alone, shown, wrong, near)
+            got = [int(hit.sum()), len(hit), int((hit & kept).sum()), int(kept.sum())]
+            total[way] = [a + b for a, b in zip(total[way], got, strict=True)]
+            row[way] = {"before": got[:2], "after": got[2:], "words": found}
+        rows.append(row)
+    summary = {
+        way: {
+            "before": round(a / max(b, 1), 4), "n_before": b, "after": round(c / max(d, 1), 4), "n_after": d,
+        }
+        for way, (a, b, c, d) in total.items()
+    }  # fmt: skip
+    return {"ways": summary, "pairs": rows, "pictures": n, "words": words}

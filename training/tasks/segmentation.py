@@ -1,0 +1,191 @@
+"""How well maps find the thing: direct effects of heads, neurons, raw attention and a map that finds nothing, on one
+table.
+
+Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one, its map less
+the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean.
+Beside it half-way between its least and its largest, as arXiv 2406.04341 cuts, and Otsu's threshold, as services cut.
+Pixel accuracy, mean intersection over union of thing and ground, mean average precision; and how often the map is
+highest in the thing. Ways:
+
+- `direct effects`: what all heads add to the class, by the patch they read (2310.05916); of the last four layers;
+- `raw attention`: the class token's, mean over heads, of the last layer or of all;
+- `neurons, raw`: activations of the 200 neurons whose direction says the class most (2406.04341, as published); times
+  their sign; times how much they say it;
+- `neurons, effect` (ours): what all neurons add to the class through later heads, by the patch they fire at.
+
+Of the lab two tables: single things, and one of three things, asked for by its name. A picture of one thing is found by
+looking at all, whatever was asked; among several only a map that answers the question can find the one.
+
+    python -m training.tasks.segmentation lab:clip REPORT.json                        # the lab's masks
+    python -m training.tasks.segmentation lab:clip REPORT.json --neurons FOLDER  # and the neurons of a second_order fit
+    python -m training.tasks.segmentation open-clip:ViT-L-14/laion2b_s32b_b82k REPORT.json --data FOLDER NAMES.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from tqdm import tqdm
+
+from patches.evidence.neuron_cards import Reader, Vote, load_neurons, segment
+from patches.families import clip
+from patches.families.base import Base, load_base
+from patches.families.clip import maps as heatmap
+from patches.families.clip.direct import Lens
+from patches.families.clip.maps import Threshold
+from training.data.images import READERS, Dataset
+from training.lab import worlds
+from training.tasks.textspan import read_pool
+
+CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half", ", cut by Otsu": "otsu"}
+"""what a row's name ends with -> where its map is cut"""
+VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
+
+Way = Callable[[Tensor, Tensor], Tensor]
+"""pictures as the processor makes them (B, 3, h, w), classes (B,) -> maps (B, g, g), 0 for nothing"""
+
+
+def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
+    """Per picture (B,) of a map that is cut: pixel accuracy, intersection over union of thing and ground, and mean.
+
+    got (B, g, g) maps, mask (B, S, S) bool.
+    """
+    cut = heatmap.mask(got, threshold, mask.shape[-1])
+    out = {"accuracy": (cut == mask).float().mean((1, 2))}
+    for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
+        out[name] = (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
+    return {**out, "iou": (out["thing"] + out["ground"]) / 2}
+
+
+def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Per picture (B,) of a map wherever it is cut: average precision; is its highest point in the thing."""
+    full = heatmap.resized(got, mask.shape[-1])
+    pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
+    return {
+        "precision": torch.stack([average_precision(x, m) for x, m in pairs]),
+        "pointing": mask.flatten(1).gather(1, full.flatten(1).argmax(1, keepdim=True))[:, 0].float(),
+    }
+
+
+def average_precision(score: Tensor, right: Tensor) -> Tensor:
+    """Mean over right pixels of the share of right ones among those that score at least as high."""
+    order = score.argsort(descending=True)
+    hit = right[order].float()
+    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+    return (precision * hit).sum() / hit.sum().clamp_min(1)
+
+
+def ways(lens: Lens, weights: Tensor, reader: Reader | None = None, count: int = 200) -> dict[str, Way]:
+    """name -> way. weights (k, C): a classifier; count: neurons that vote."""
+    mean = weights.mean(1)
+
+    def direct(x: Tensor, which: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        T = weights[:, which].T - mean  # (B, k)
+        heads = None if layers is None else [(i, h) for i in layers for h in range(lens.heads)]
+        made = [heatmap.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))]
+        return torch.stack(made).clamp_min(0)
+
+    def neurons(x: Tensor, which: Tensor, vote: Vote) -> Tensor:
+        assert reader is not None
+        said, place = torch.unique(which, return_inverse=True)
+        texts = weights.T[said]
+        # as the direct way: what all classes share says nothing of where this one is. Voters are chosen by the class
+        texts = texts - mean if vote == "effect" else nnf.normalize(texts, dim=1)
+        maps = segment(reader, x, texts, count, vote)[torch.arange(len(x)), place]
+        return maps.clamp_min(0) if vote == "effect" else maps
+
+    last = range(max(0, lens.layers - 4), lens.layers)
+    out: dict[str, Way] = {
+        "direct effects": direct,
+        "direct effects, last four layers": lambda x, which: direct(x, which, last),
+        "raw attention, last layer": lambda x, _: heatmap.attention(lens, x),
+        "raw attention, all layers": lambda x, _: heatmap.attention(lens, x, range(lens.layers)),
+    }
+    if reader is not None:
+        count = min(count, sum(len(one.told) for one in reader.cards.layers.values()))
+        out |= {f"neurons, {vote}": partial(neurons, vote=vote) for vote in VOTES}
+    side = lens.base.model.visual.grid_size
+    return {**out, "nothing is found": lambda x, _: x.new_ones(len(x), *side)}
+
+
+def table(
+    base: Base,
+    data: Dataset,
+    classes: Sequence[str],
+    batch: int = 16,
+    named: bool = False,
+    reader: Reader | None = None,
+) -> dict[str, dict[str, Any]]:
+    """way and cut -> score -> [mean, half of a 95 % interval, n].
+
+    named: the map of each picture's own label is asked for, not of the class that is predicted.
+    """
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    weights = clip.zero_shot(base, classes)
+    how = ways(Lens(base), weights, reader)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for part in tqdm(data.batches(batch), data.name, total=-(-len(data) // batch), disable=None, leave=False):
+            there = part.extras["mask"].flatten(1).any(1)
+            yield part.image[there], part.extras["mask"][there], part.label[there]
+
+    for image, mask, label in batches():
+        x = base.processor.image(image).to(base.device)
+        which = label.to(x.device) if named else (clip.embed_images(base, x, batch=len(x)) @ weights).argmax(1)
+        for name, make in how.items():
+            got, there = make(x, which).cpu(), mask.cpu()
+            same = order(got, there)
+            for ending, cut in CUTS.items():
+                row = found.setdefault(name + ending, {})
+                for key, value in {**scores(got, there, cut), **same}.items():
+                    row.setdefault(key, []).append(value)
+    out: dict[str, dict[str, Any]] = {}
+    for name, columns in found.items():
+        for key, parts in columns.items():
+            v = torch.cat(parts)
+            half = 1.96 * float(v.std()) / len(v) ** 0.5
+            out.setdefault(name, {})[key] = [round(float(v.mean()), 4), round(half, 4), len(v)]
+    return out
+
+
+def lab(base: Base, split: worlds.Split, n: int, seed: int = 0, reader: Reader | None = None) -> dict[str, Any]:
+    """The lab's two tables."""
+    single, crowd = worlds.imagenet(split, n, seed), worlds.coco(split, n, seed)
+    return {
+        "single things": table(base, single, worlds.imagenet_classes(), reader=reader),
+        "one of three things": table(base, crowd, worlds.coco_classes(), named=True, reader=reader),
+    }
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.tasks.segmentation")
+    parser.add_argument("base", help="reference of a CLIP")
+    parser.add_argument("report", type=Path, help="JSON file to write")
+    parser.add_argument("--neurons", type=Path, help="folder of a second_order fit")
+    parser.add_argument("--data", nargs=2, metavar=("FOLDER", "NAMES"), help="ImageNet-Seg's layout, and class names")
+    asked = parser.parse_args(words)
+    base = load_base(asked.base, "clip")
+    base.model.requires_grad_(False)
+    reader = Reader.of(base, load_neurons(asked.neurons)) if asked.neurons else None
+    if asked.data:
+        folder, names = asked.data
+        tables = {"things": table(base, READERS["imagenet_seg"](folder), read_pool(names), reader=reader)}
+    else:
+        tables = lab(base, "test", 300, reader=reader)
+    asked.report.write_text(json.dumps(tables, indent=1))
+    for title, got in tables.items():
+        for name, row in got.items():
+            sys.stdout.write(f"{title}, {name}: {row}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

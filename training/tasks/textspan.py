@@ -1,0 +1,177 @@
+"""TEXTSPAN: which texts span what an attention head adds to the embedding. Needs second moments only.
+
+Gandelsman, Efros, Steinhardt, arXiv 2310.05916, algorithm 1. Per head, with C (N, k) what it adds to N unit embeddings:
+the pool R (M, k) is projected on the head's own directions, then again and again the text along which C varies most is
+taken and its direction removed from C and from every text. All of it is a function of n, sum c and sum c c^T, so
+pictures are streamed and the cost of the rest does not depend on how many there were:
+
+    G = sum c c^T = B' S B,  Z = B (G / n - mu mu^T) B^T,  R' = R B^T
+    j = argmax_j R'_j Z R'_j^T,  u = R'_j / |R'_j|,  share = u Z u^T / tr,  Q = 1 - u^T u,  R' <- R' Q,  Z <- Q Z Q
+
+Texts are not normalised after the projection: one that the head can hardly say should not win. The head's own
+directions are at most `RANK`, and only those that are more than rounding; with `own` means
+(`families.clip.direct`) a head has at most e of them.
+
+Shapes: k joint space, M texts, L layers, H heads, m texts per head, r directions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from patches.families.clip.direct import Lens, Share
+from registry.errors import Invalid, NotFound
+
+RANK = 80
+"""directions of a head that are kept, as published"""
+ROUNDING = 1e-6
+"""singular values below this part of the largest are rounding, and what they point at is chance"""
+CONSTANT = 1e-12
+"""a head whose variance is below this part of its second moment says the same of every picture"""
+MAX_TEXTS = 200_000
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What heads added to n unit embeddings: all that is kept of them."""
+
+    count: int
+    sum: Tensor
+    """(L, H, k) float64"""
+    square: Tensor
+    """(L, H, k, k) float64: sum of c c^T"""
+    layers: tuple[int, ...]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count
+
+    def covariance(self, layer: int, head: int) -> Tensor:
+        """(k, k) of the layer at this place in `layers`."""
+        mean = self.mean[layer, head]
+        return self.square[layer, head] / self.count - torch.outer(mean, mean)
+
+
+def moments(
+    lens: Lens, batches: Iterable[Tensor], layers: Sequence[int], unit: bool = True, share: Share = "own"
+) -> Moments:
+    """Of pictures as the processor makes them, batch by batch. unit: of embeddings of unit norm (published).
+
+    Memory: L H k^2 doubles, whatever the number of pictures. Raises Invalid for fewer than two.
+    """
+    lens.check(layers)
+    at = list(layers)
+    k = lens.readout.map.shape[1]
+    total = torch.zeros(len(at), lens.heads, k, dtype=torch.float64, device=lens.base.device)
+    square = torch.zeros(len(at), lens.heads, k, k, dtype=torch.float64, device=lens.base.device)
+    count = 0
+    for x in batches:
+        parts = lens.read(x, share=share)
+        c = (parts.heads[:, at] / (parts.norm[:, None, None, None] if unit else 1.0)).double()
+        total += c.sum(0)
+        square += torch.einsum("blhk,blhm->lhkm", c, c)
+        count += len(c)
+    if count < 2:
+        raise Invalid(f"A head's variance needs at least two pictures; there were {count}.")
+    return Moments(count, total, square, tuple(at))
+
+
+@dataclass(frozen=True)
+class Span:
+    """The texts of one head, best first."""
+
+    layer: int
+    head: int
+    texts: tuple[int, ...]
+    """rows of the pool"""
+    share: tuple[float, ...]
+    """of the head's variance that each adds"""
+    rank: int
+    """directions the head has"""
+    variance: float
+    """trace of its covariance"""
+    random: float
+    """share that as many texts drawn from the pool explain: what `sum(share)` is to be held against"""
+
+
+@torch.no_grad()
+def spans(
+    seen: Moments, pool: Tensor, count: int = 10, rank: int = RANK, normalise_pool: bool = False, draws: int = 8
+) -> list[Span]:
+    """Every head's texts out of a pool of unit embeddings (M, k). Fewer than `count` if a head has fewer directions.
+
+    normalise_pool: texts at unit norm after the projection on the head's directions, so that long ones do not win.
+    """
+    if not 1 <= count <= len(pool):
+        raise Invalid(f"count={count}: a pool of {len(pool)} texts gives 1 to {len(pool)} per head.")
+    g = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(len(pool), generator=g)[:count] for _ in range(draws)]
+    R = pool.double().to(seen.square)
+    heads = range(seen.sum.shape[1])
+    return [
+        _span(seen, n, layer, h, R, count, rank, normalise_pool, drawn)
+        for n, layer in enumerate(seen.layers)
+        for h in heads
+    ]
+
+
+def basis(square: Tensor, rank: int) -> Tensor:
+    """(r, k) the main directions of a head's second moments (k, k), largest first; none of them rounding."""
+    values, vectors = torch.linalg.eigh(square)
+    kept = min(rank, int((values > ROUNDING**2 * values[-1].clamp_min(1e-300)).sum()))
+    kept_vectors: Tensor = vectors[:, len(values) - kept :].flip(1).T
+    return kept_vectors
+
+
+def _span(
+    seen: Moments, n: int, layer: int, head: int, R: Tensor, count: int, rank: int, normalise: bool,
+    drawn: Sequence[Tensor],
+) -> Span:  # fmt: skip
+    B = basis(seen.square[n, head], rank)
+    covariance = seen.covariance(n, head)
+    Z = B @ covariance @ B.T
+    R = R @ B.T  # (M, r)
+    if normalise:
+        R = torch.nn.functional.normalize(R, dim=1)
+    total = float(covariance.trace())
+    if total <= CONSTANT * float(seen.square[n, head].trace() / seen.count) or not len(B):
+        return Span(layer, head, (), (), len(B), max(total, 0.0), 0.0)
+    chance = 0.0
+    for rows in drawn:
+        Q = torch.linalg.qr(R[rows].T)[0]
+        chance += float((Q.T @ Z @ Q).trace()) / total / len(drawn)
+    texts: list[int] = []
+    share: list[float] = []
+    least = 1e-9 * float(R.square().sum(1).max())
+    while len(texts) < min(count, len(B)):
+        worth = ((R @ Z) * R).sum(1)
+        worth[R.square().sum(1) <= least] = -1.0  # nothing is left of it but rounding
+        j = int(worth.argmax())
+        if float(worth[j]) <= 0:
+            break
+        u = R[j] / R[j].norm()
+        texts.append(j)
+        share.append(float(u @ Z @ u) / total)
+        R = R - torch.outer(R @ u, u)
+        half = Z - torch.outer(u, u @ Z)
+        Z = half - torch.outer(half @ u, u)
+    return Span(layer, head, tuple(texts), tuple(share), len(B), total, chance)
+
+
+def read_pool(file: str | Path) -> tuple[str, ...]:
+    """The lines of a .txt, stripped, empty and doubled ones left out. Raises NotFound or Invalid."""
+    path = Path(file).expanduser()
+    if path.suffix != ".txt" or not path.is_file():
+        raise NotFound(f"There is no pool of texts {path}. Give a .txt with one text a line.")
+    try:
+        lines = tuple(dict.fromkeys(x for line in path.read_text("utf-8").splitlines() if (x := line.strip())))
+    except UnicodeDecodeError as e:
+        raise Invalid(f"{path.name} is not UTF-8 ({e.reason} at byte {e.start}).") from None
+    if not 2 <= len(lines) <= MAX_TEXTS:
+        raise Invalid(f"{path.name} has {len(lines)} different texts; a pool has 2 to {MAX_TEXTS}.")
+    return lines
