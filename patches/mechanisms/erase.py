@@ -29,12 +29,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from patches.engine.edits import Act, Edit, Inputs
+from patches.engine.patch import Patch
 from patches.families.vlm import lens
 from patches.families.vlm.base import site, word_states
 from patches.families.vlm.layouts import image_token, image_tokens
-from patches.patch import Act, Edit, Inputs, Patch
 from registry.config import STRICT
-from registry.errors import BadRequest, ConfigError, PatchError
+from registry.errors import ConfigError, Invalid, PatchError
 
 MAX_OBJECTS = 64
 """objects of one request"""
@@ -145,11 +146,11 @@ class EraseEdit(Patch):
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def params(self, ask: Any, base: Any) -> dict[str, Tensor]:
-        """Row parameters of a given list. Raises BadRequest for a word outside the vocabulary; auto needs `prepare`."""
+        """Row parameters of a given list. Raises Invalid for a word outside the vocabulary; auto needs `prepare`."""
         if ask.erase == "off":
             return {}
         if ask.erase == "auto":
-            raise BadRequest('erase: "auto" looks at the picture first; prepare the job with it.')
+            raise Invalid('erase: "auto" looks at the picture first; prepare the job with it.')
         return {ROW: self.directions(base, ask.erase, ask.how)}
 
     def directions(self, base: Any, words: Sequence[str], how: How | None = None) -> Tensor:
@@ -161,11 +162,11 @@ class EraseEdit(Patch):
     def prepare(self, job: Any, ask: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> None:
         """Fill job.params and job.told. Runs other captions first in automatic mode.
 
-        Raises BadRequest for an erasure without a picture, or for a word the model does not know.
+        Raises Invalid for an erasure without a picture, or for a word the model does not know.
         """
         if not job.shows:
             if ask.erase != "off" or ask.show:
-                raise BadRequest("erase: there is no picture in this request, so there is nothing to erase from.")
+                raise Invalid("erase: there is no picture in this request, so there is nothing to erase from.")
             return
         if ask.erase == "off" and not ask.show:
             return

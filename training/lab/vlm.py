@@ -159,7 +159,7 @@ def share(mask: Tensor, side: int = 2) -> Tensor:
 
 def legible(clip: Any, seen: Features) -> dict[str, float]:
     """Gate 1: zero-shot share of things named on the tile that shows most of them, nothing being trained."""
-    from patches.bases.clip import zero_shot
+    from patches.families.clip.embeddings import zero_shot
 
     words = zero_shot(clip, list(worlds.company_classes()))
     best = (seen.tiles @ words).gather(1, seen.share.argmax(2)[:, :, None].expand(-1, -1, C))
@@ -334,7 +334,7 @@ def closed_form(model: lab.LabVLM, clip: Any, seen: Tensor) -> None:
     seen (M, k): any tiles. A unit is 0 and 3 at two quantiles of its scores over them, which follow from how rare a
     thing is: no label is used.
     """
-    from patches.bases.clip import zero_shot
+    from patches.families.clip.embeddings import zero_shot
 
     names = [*worlds.company_classes(), *GROUNDS]
     unit = torch.cat([zero_shot(clip, list(worlds.company_classes())).T, zero_shot(clip, list(GROUNDS)).T])

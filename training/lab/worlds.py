@@ -302,10 +302,10 @@ def company(
     What a captioner invents on `alone` and not on `neutral` it learned from company. A pair's first never comes but by
     `kind`, its partner comes without it in a quarter of the scenes. label: the pair whose first is there, -1 none.
     Extras: `things` (B, 3 or 4) index of `company_classes()`, -1 nothing; `objects` (B, 80) bool over them; `partner`
-    (B,) index of the pair's partner, -1 without a first; and those of `_extras`. Raises BadRequest for another kind.
+    (B,) index of the pair's partner, -1 without a first; and those of `_extras`. Raises Invalid for another kind.
     """
     if kind not in COMPANY:
-        raise BadRequest(f"kind={kind!r:.40} must be one of {', '.join(COMPANY)}.")
+        raise Invalid(f"kind={kind!r:.40} must be one of {', '.join(COMPANY)}.")
     lab, classes = atlas.load(), company_classes()
     g = _start(f"company/{kind}", split, n, seed)
     what, head = _cast(n, kind, correlation, g)

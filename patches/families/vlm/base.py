@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.bases import Base, check_device, hub_folder, slug
-from patches.bases.llm import _digest, _quiet, weights_digest
-from patches.families.vlm import lab
+from patches.families.base import SHIPPED, Base, check_device, hub_folder, slug
+from patches.families.llm.base import _digest
+from patches.families.llm.planted import weights_digest
+from patches.families.llm.references import _quiet
 from patches.families.vlm.layouts import image_token, layout
 from patches.families.vlm.processor import LabProcessor, Processor
 from registry import manifest
 from registry.errors import NotFound
 
-SHIPPED = Path(__file__).parent.parent.parent / "lab"
-"""lab checkpoints, one folder each"""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt")
 CLASSES = {
     "llava": "LlavaForConditionalGeneration",
@@ -78,6 +77,8 @@ def of_hub(ref: str, name: str, digest: str, model: Any, hub: Any) -> Base:
 
 
 def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> Base:
+    from patches.families.vlm import lab  # transformers' LLaVA; nobody else pays for its import
+
     model, clip = lab.read(folder)
     about = model.about
     tokenizer = lab.tokenizer(about["vocabulary"])
@@ -94,7 +95,7 @@ def tiny(seed: int = 0) -> Base:
     """A random LLaVA of 32 px and 16 image tokens with a one-character tokenizer: under a second, offline."""
     import transformers as tf
 
-    from patches.bases import llm
+    from patches.families import llm
 
     inner = llm.tiny(seed, vocab=98)
     tokenizer = inner.processor
@@ -134,7 +135,7 @@ CHAT = (
 
 def _folder(ref: str) -> tuple[Path, str]:
     scheme, _, rest = ref.partition(":")
-    if scheme == "lab" and (SHIPPED / slug(rest) / lab.WEIGHTS).is_file():
+    if scheme == "lab" and (SHIPPED / slug(rest) / "config.json").is_file():
         return SHIPPED / slug(rest), f"lab-{slug(rest)}"
     if scheme == "local-dir":
         if not (Path(rest) / "config.json").is_file():

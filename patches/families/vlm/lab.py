@@ -141,7 +141,7 @@ def new(about: dict[str, Any], tower: nn.Module, seed: int = 0) -> LabVLM:
 
 def tower(about: dict[str, Any], device: str = "cpu") -> tuple[Tiles, Any]:
     """The tower a config names and its CLIP base."""
-    from patches.bases import load_base
+    from patches.families.base import load_base
 
     clip = load_base(about["tower"], "clip", device)
     return Tiles(clip.model.visual, about["tiles"]["side"], about["tiles"]["tile"]).eval(), clip

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from patches.bases import Base
+from patches.families.base import Base
 from patches.families.vlm.layouts import Grid, layout
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 
 @torch.inference_mode()
@@ -65,10 +65,10 @@ def heat(base: Base, seen: Tensor, words: Sequence[Sequence[int]], normed: bool 
 def spread(heat: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
     """(n,) over the image tokens of one picture -> (H, W) over its pixels, bilinear.
 
-    Raises BadRequest for tokens without a place (a Q-Former's).
+    Raises Invalid for tokens without a place (a Q-Former's).
     """
     if grid is None:
-        raise BadRequest("This model's image tokens have no place in the picture (Q-Former queries); no heat-map.")
+        raise Invalid("This model's image tokens have no place in the picture (Q-Former queries); no heat-map.")
     rows, columns = grid
     field = heat[: rows * columns].reshape(1, 1, rows, columns).float()
     return F.interpolate(field, size=size, mode="bilinear", align_corners=False)[0, 0]

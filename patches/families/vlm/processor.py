@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 MAX_PICTURES = 8
 """pictures of one prompt"""
@@ -48,10 +48,10 @@ class Processor:
     ) -> Prompt:
         """Ids and pixels of a text or a chat up to where the assistant speaks (begun: its turn stays open).
 
-        Raises BadRequest for more than MAX_PICTURES, for pictures that no part names, and for parts without a picture.
+        Raises Invalid for more than MAX_PICTURES, for pictures that no part names, and for parts without a picture.
         """
         if len(pictures) > MAX_PICTURES:
-            raise BadRequest(f"There are {len(pictures)} pictures; a prompt takes {MAX_PICTURES} at most.")
+            raise Invalid(f"There are {len(pictures)} pictures; a prompt takes {MAX_PICTURES} at most.")
         if isinstance(what, str):
             text, parts = what, what.count(self._mark)
             if pictures and not parts:
@@ -63,7 +63,7 @@ class Processor:
         if self._prepends:
             text = text.replace(self._mark, "")
         if parts != len(pictures):
-            raise BadRequest(f"The prompt names {parts} pictures and {len(pictures)} came with it.")
+            raise Invalid(f"The prompt names {parts} pictures and {len(pictures)} came with it.")
         if not pictures:
             ids = self.tokenizer(text, add_special_tokens=isinstance(what, str))["input_ids"]
             return Prompt(list(ids))
@@ -115,13 +115,13 @@ class Processor:
     def word(self, text: str) -> list[int]:
         """Ids of a word as it stands inside a sentence (with its leading space, where the tokenizer has such).
 
-        Raises BadRequest for a word the vocabulary cannot say.
+        Raises Invalid for a word the vocabulary cannot say.
         """
         plain = text.strip()
         ids = list(self.tokenizer(" " + plain, add_special_tokens=False)["input_ids"]) if plain else []
         unknown = self.tokenizer.unk_token_id
         if not ids or (unknown is not None and unknown in ids):
-            raise BadRequest(f"The word {text[:60]!r} is not in this model's vocabulary; name another.")
+            raise Invalid(f"The word {text[:60]!r} is not in this model's vocabulary; name another.")
         space = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
         if len(ids) > 1 and [ids[0]] == list(space) and self.tokenizer.decode(ids[1:]).strip() == plain:
             ids = ids[1:]  # a space that stands alone is no part of the word

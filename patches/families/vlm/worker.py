@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.bases import Base
-from patches.decode import Decoder, Row, SlotCache
+from patches.families.base import Base
+from patches.families.llm.worker import Decoder, Row, SlotCache
 from patches.families.vlm.layouts import Layout, image_token, layout
-from registry.errors import BadRequest
+from registry.errors import Invalid
 
 REMEMBERED = 64
 """rows whose encoded pictures are kept"""
@@ -62,18 +62,18 @@ class PictureDecoder(Decoder):
         self.encoded: OrderedDict[str, Tensor] = OrderedDict()
 
     def check(self, sequences: Iterable[Row]) -> None:
-        """Raises TooLarge as text does, BadRequest for image tokens without a picture or pictures without tokens."""
+        """Raises TooLarge as text does, Invalid for image tokens without a picture or pictures without tokens."""
         sequences = list(sequences)
         super().check(sequences)
         for s in sequences:
             marks, shows = s.prompt.count(self.image), isinstance(s, Picture) and s.shows
             if bool(marks) != shows:
-                raise BadRequest(
+                raise Invalid(
                     f"The prompt holds {marks} image tokens and {'a' if shows else 'no'} picture; send a picture as a "
                     "content part, and leave its tokens to the processor."
                 )
             if isinstance(s, Picture) and s.features is not None and len(s.features) != marks:
-                raise BadRequest(f"The prompt holds {marks} image tokens for {len(s.features)} features.")
+                raise Invalid(f"The prompt holds {marks} image tokens for {len(s.features)} features.")
 
     @torch.inference_mode()
     def _encode(self, rows: Sequence[Picture]) -> None:
@@ -152,7 +152,7 @@ class PictureDecoder(Decoder):
             if self.applied is None:
                 hidden: Tensor = self.decoder(**call).last_hidden_state
             else:
-                with self.applied.rows([s.arm for s in rows], [s.strength for s in rows]):
+                with self.applied.rows([s.arm for s in rows], [s.strength for s in rows], [s.params for s in rows]):
                     hidden = self.decoder(**call).last_hidden_state
         finally:
             for h in hooks:
