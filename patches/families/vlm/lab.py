@@ -65,10 +65,10 @@ class LabModel(LlavaModel):
 
     def __init__(self, config: LlavaConfig, tower: nn.Module, features: int, hidden: int) -> None:
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = tower
         self.multi_modal_projector = Projector(features, hidden, config.text_config.hidden_size)
         self.language_model = LlamaModel(config.text_config)
         self.post_init()
+        self.vision_tower = tower  # after post_init, which gives every module it finds random weights
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> Any:  # type: ignore[override]
         """`pooler_output`: per picture (T, D), what stands in place of its <image> tokens."""

@@ -180,7 +180,8 @@ class PictureDecoder(Decoder):
         """A short row that any model of the family can decode: one picture of noise."""
         n, width = 4, self.table.weight.shape[1]
         noise = torch.randn(n, width, generator=torch.Generator().manual_seed(0)).to(self.table.weight)
-        return Picture([1, *[self.image] * n, 2, 3], arm=arm, max_tokens=2, ignore_eos=True, features=noise)
+        start, *end = [i for i in (1, 2, 5, 6) if i != self.image][:3]
+        return Picture([start, *[self.image] * n, *end], arm=arm, max_tokens=2, ignore_eos=True, features=noise)
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
