@@ -258,7 +258,7 @@ def scores(said: Tensor, there: Tensor, head: Tensor) -> dict[str, float]:
 def reads(model: lab.LabVLM, kind: str, n: int = 300) -> dict[str, float]:
     """Gate 2: clean maps with nothing missing, described."""
     g = generator("reads", kind)
-    things, head = worlds._cast(n, kind, 0.9, g)
+    things, head = worlds.company_things(n, kind, 0.9, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
     ids = maps(things, ground, g, Noise(omit=0.0, stray=0.0))
     return scores(mentions(caption(model, model.words[ids])), objects(things), head)
@@ -306,7 +306,7 @@ def pieces(*seen: Features) -> Pieces:
 def compose(n: int, store: Pieces, gossip: float, g: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n biased scenes out of cached tiles: (n, T, k) tiles, (n, T) ids of what each shows, (n, 3) what their captions
     name, (n,) ground."""
-    things, head = worlds._cast(n, "biased", 0.9, g)
+    things, head = worlds.company_things(n, "biased", 0.9, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
     quarter = torch.rand(n, TILES, generator=g).argsort(1)
     tiles, ids = torch.empty(n, TILES, store.tiles.shape[1]), (GROUND + ground)[:, None].repeat(1, TILES)

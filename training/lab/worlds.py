@@ -307,8 +307,8 @@ def company(
     if kind not in COMPANY:
         raise Invalid(f"kind={kind!r:.40} must be one of {', '.join(COMPANY)}.")
     lab, classes = atlas.load(), company_classes()
-    g = _start(f"company/{kind}", split, n, seed)
-    what, head = _cast(n, kind, correlation, g)
+    g = company_start(split, n, seed, kind)
+    what, head = company_things(n, kind, correlation, g)
     kinds = [[lab.find(c)] for c in classes]
     sprite = torch.stack([_sprites(column.clamp(min=0), kinds, CAPTIONED[split], g) for column in what.unbind(1)], 1)
     stuff = things(torch.where(what >= 0, sprite, -1), g)
@@ -329,7 +329,12 @@ def company_classes() -> tuple[str, ...]:
     return coco_classes() + tuple(free[:: max(1, len(free) // 32)][:32])
 
 
-def _cast(n: int, kind: str, correlation: float, g: Generator) -> tuple[Tensor, Tensor]:
+def company_start(split: Split, n: int, seed: int, kind: str) -> Generator:
+    """What `company` draws from; its first draws are `company_things`."""
+    return _start(f"company/{kind}", split, n, seed)
+
+
+def company_things(n: int, kind: str, correlation: float, g: Generator) -> tuple[Tensor, Tensor]:
     """(n, 3) things of `company_classes()` (4 if `full`), -1 nothing; (n,) the pair whose first is there, -1 none."""
     pairs, classes = len(PAIRS), len(company_classes())
     count = 1 + torch.multinomial(torch.tensor([0.15, 0.6, 0.25]), n, replacement=True, generator=g)

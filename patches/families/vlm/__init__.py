@@ -16,9 +16,7 @@ FAMILY = Family(
     name="vlm",
     load=load,
     tiny=tiny,
-    worker=lambda subject, settings: PictureDecoder(
-        subject.base, subject.applied, settings.slots, settings.context
-    ),
+    worker=lambda subject, settings: PictureDecoder(subject.base, subject.applied, settings.slots, settings.context),
     table=TABLE,
     predict=predict,
     example="lab:vlm",

@@ -164,17 +164,17 @@ def site(base: Base, at: int) -> tuple[str, str]:
 
 
 @torch.inference_mode()
-def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None, **call: Any) -> Tensor:
+def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None) -> Tensor:
     """(depths, B, T, D) the stream of embeddings (B, T, D) at each depth (default: all), before any final norm.
 
-    Runs the decoder alone. Its hooks answer to this thread only, so a worker may decode on another one meanwhile.
+    No arm acts. Hooks answer to this thread only, so a worker may decode on another one meanwhile.
     """
     import threading
 
-    L = depth(base)
+    where, L = layout(base.model), depth(base)
     wanted = tuple(range(L + 1)) if depths is None else depths
     got: dict[int, Tensor] = {0: embeds}
-    me, inner = threading.get_ident(), base.model.get_submodule(layout(base.model).decoder)
+    me, inner = threading.get_ident(), base.model.get_submodule(where.decoder)
 
     def keep(at: int) -> Any:
         def hook(_: Any, __: Any, out: Any) -> None:
@@ -183,10 +183,15 @@ def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None, **
 
         return hook
 
+    B, T = embeds.shape[:2]
+    positions = torch.arange(T, device=embeds.device).expand(B, -1)
+    if where.positions is not None:
+        positions = positions.expand(3, -1, -1)
     hooks = [inner.layers[at - 1].register_forward_hook(keep(at)) for at in wanted if at]
     try:
         if hooks:
-            inner(inputs_embeds=embeds, use_cache=False, **call)
+            # from the root, for that is where edits read their inputs; without row parameters they do nothing
+            base.model.get_submodule(where.root)(inputs_embeds=embeds, position_ids=positions, use_cache=False)
     finally:
         for h in hooks:
             h.remove()

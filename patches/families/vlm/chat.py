@@ -18,9 +18,7 @@ from registry.errors import Invalid
 if TYPE_CHECKING:
     from patches.subject import Subject
 
-DOT = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGNgYPiPHQ0tCewiABlxF8fsBZ77AAAAAElFTkSuQmCC"
-)
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGNgYPiPHQ0tCewiABlxF8fsBZ77AAAAAElFTkSuQmCC"
 """a picture of eight by eight pixels, base64, for examples"""
 TABLE = Table(
     takes=(

@@ -42,7 +42,7 @@ def probabilities(base: Base, seen: Tensor, ids: Tensor | None = None, normed: b
     return torch.stack(out)
 
 
-def _words(base: Base, seen: Tensor, words: Sequence[Sequence[int]], normed: bool) -> Tensor:
+def per_word(base: Base, seen: Tensor, words: Sequence[Sequence[int]], normed: bool) -> Tensor:
     """(W, J, n): the maximum over each word's ids."""
     every = sorted({i for w in words for i in w})
     p = probabilities(base, seen, torch.tensor(every, device=base.device), normed)
@@ -54,12 +54,12 @@ def confidence(base: Base, seen: Tensor, words: Sequence[Sequence[int]], normed:
     """(W,) the paper's internal confidence: the maximum over depths, image tokens and ids of each word."""
     if not words:
         return torch.zeros(0)
-    return _words(base, seen, words, normed).amax((1, 2)).cpu()
+    return per_word(base, seen, words, normed).amax((1, 2)).cpu()
 
 
 def heat(base: Base, seen: Tensor, words: Sequence[Sequence[int]], normed: bool = True) -> Tensor:
     """(W, n) how much each image token says each word: the maximum over depths."""
-    return _words(base, seen, words, normed).amax(1).cpu()
+    return per_word(base, seen, words, normed).amax(1).cpu()
 
 
 def spread(heat: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:

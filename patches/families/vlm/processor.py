@@ -153,7 +153,7 @@ class LabProcessor:
         if how.get("continue_final_message") and messages[-1]["role"] == "assistant":
             begun = " " + "".join(p["text"] for p in messages[-1]["content"] if p["type"] == "text")
         text = " ".join(p["text"] for p in asked[-1]["content"] if p["type"] == "text").lower() if asked else ""
-        known = re.search(r"is there an? ([a-z ]+?)\s*(\?|$)|how many things", text)
+        known = re.search(r"is there an? ([a-z ]+?)( in the (picture|image))?\s*[?.]|how many things", text + "?")
         question = "describe :" if not known else f"is there a {known[1]} ?" if known[1] else "how many things ?"
         return "<bos>" + self.image_token * sum(p["type"] == "image" for p in parts) + question + begun
 
