@@ -57,6 +57,8 @@ class Extra(BaseModel):
     """how much of the patch; 0 is exactly the base"""
     compare: bool = False
     """answer with the base and with the chosen arm, side by side"""
+    ask: dict[str, Any] | None = None
+    """what this request says to the mechanism of its arm; passed on, and checked there"""
 
 
 class Outcome(BaseModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,8 @@ from starlette.responses import Response, StreamingResponse
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
-from patches.families.llm.text import encode
+from bentos.shapes import asking
+from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 
@@ -30,6 +31,12 @@ DEFAULT_TOKENS = 128
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
+MAX_PICTURES = 8
+"""of one chat"""
+MAX_CHAT_BYTES = 24 << 20
+"""of a chat's body, with its pictures"""
+Make = Callable[..., Row]
+"""makes a row of one prompt (`Family.prompt`)"""
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
@@ -80,15 +87,49 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    model_config = Strict
+    url: Annotated[str, Field(pattern="^data:image/[a-z0-9.+-]{1,20};base64,")]
+    """a data URL; nothing is fetched"""
+    detail: Literal["auto", "low", "high"] | None = None
+    """accepted, and without effect here"""
+
+
+class ImagePart(BaseModel):
+    model_config = Strict
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(BaseModel):
     model_config = Strict
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=256)]
     name: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @property
+    def pictures(self) -> list[str]:
+        """Data URLs of its pictures, in order."""
+        parts = [] if isinstance(self.content, str) else self.content
+        return [p.image_url.url for p in parts if isinstance(p, ImagePart)]
+
+    def plain(self) -> dict[str, Any]:
+        """What chat templates take: a text, or parts where there are pictures. Raises BadRequest for a picture in a
+        message that is not the user's."""
+        role = "system" if self.role == "developer" else self.role
+        if self.pictures and role != "user":
+            raise BadRequest(f"messages: a picture stands in a {self.role} message; only the user shows pictures.")
+        if isinstance(self.content, str) or not self.pictures:
+            text = self.content if isinstance(self.content, str) else "".join(_text(p) for p in self.content)
+            return {"role": role, "content": text}
+        parts = [
+            {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in self.content
+        ]
+        return {"role": role, "content": parts}
+
+
+def _text(part: TextPart | ImagePart) -> str:
+    return part.text if isinstance(part, TextPart) else ""
 
 
 class Chat(Ask):
@@ -198,12 +239,13 @@ class Service:
 
     async def chat(self, request: Request, ask: Chat) -> Response:
         messages = [m.plain() for m in ask.messages]
-        if not any(m["content"].strip() for m in messages):
+        urls = [url for m in ask.messages for url in m.pictures]
+        if not urls and not any(m["content"].strip() for m in messages):
             raise BadRequest("messages: all of them are empty; say something.")
         if ask.continue_final_message and messages[-1]["role"] != "assistant":
             raise BadRequest("continue_final_message: the last message must be the assistant's.")
         try:
-            ids = encode(self.runtime.base, messages, begun=ask.continue_final_message)
+            make = await self._read(messages, urls, ask.continue_final_message)
         except PatchbayError:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
@@ -212,7 +254,18 @@ class Service:
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs: set logprobs to true as well.")
         scores = (ask.top_logprobs or 0) if ask.logprobs else None
-        return await self._answer(request, ask, [ids], tokens, scores, "chat")
+        return await self._answer(request, ask, [make], tokens, scores, "chat")
+
+    async def _read(self, prompt: Any, urls: Sequence[str] = (), begun: bool = False) -> Make:
+        """What makes the rows of a prompt. Pictures are decoded beside the event loop. Raises Invalid, TooLarge."""
+        base, read = self.runtime.base, self.runtime.subject.family.prompt
+        if read is None:
+            raise BadRequest(f"{base.name} answers no prompts.")
+        if not urls:
+            return read(base, prompt, (), begun)
+        if len(urls) > MAX_PICTURES:
+            raise BadRequest(f"messages: {len(urls)} pictures; {MAX_PICTURES} at most.")
+        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url) for url in urls], begun))
 
     async def complete(self, request: Request, ask: Completion) -> Response:
         prompts: list[Any]
@@ -220,19 +273,20 @@ class Service:
             prompts = [ask.prompt]
         else:
             prompts = [ask.prompt] if isinstance(ask.prompt[0], int) else list(ask.prompt)
-        size = self.runtime.base.model.config.vocab_size
+        size = self.runtime.base.model.config.get_text_config().vocab_size
         rows = []
         for i, prompt in enumerate(prompts):
-            ids = encode(self.runtime.base, prompt) if isinstance(prompt, str) else list(prompt)
+            make = await self._read(prompt)
+            ids = make().prompt
             if not ids:
                 raise BadRequest(f"prompt {i} is empty; give at least one token.")
             if max(ids) >= size:
                 raise BadRequest(f"prompt {i}: token {max(ids)} is beyond the vocabulary of {size}.")
-            rows.append(ids)
+            rows.append(make)
         return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
 
     async def _answer(
-        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, kind: str
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, kind: str
     ) -> Response:
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
@@ -240,6 +294,7 @@ class Service:
         if ask.patchbay.compare and ask.stream:
             raise BadRequest("patchbay.compare: not with stream; send two requests.")
         lines, news = self._lines(ask, prompts, tokens, scores, choice)
+        await self._say(lines, ask)
         named = headers(table, choice)
         shadow = None
         try:
@@ -267,12 +322,22 @@ class Service:
             raise
         await self.desk.expose(request, choice, 200, start)
         del shadow
-        out = about.whole(lines, prompts, scores, getattr(ask, "echo", False), self.runtime.base.processor)
+        out = about.whole(lines, scores, getattr(ask, "echo", False), self.runtime.base.processor)
         out["patchbay"] = facts(table, choice)
         return answer(out, headers=named)
 
+    async def _say(self, lines: list[Line], ask: Ask) -> None:
+        """Let every patched row say what the request asks of its mechanism; rows of one prompt and arm say the same."""
+        said: dict[tuple[int, str | None], Any] = {}
+        for line in lines:
+            first = said.setdefault((line.prompt, line.row.arm), line.row)
+            if first is line.row:
+                await asking.say(self.runtime, line.row, ask.patchbay.ask)
+            else:
+                line.row.params, line.row.told = first.params, first.told
+
     def _lines(
-        self, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, choice: Choice
+        self, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, choice: Choice
     ) -> tuple[list[Line], asyncio.Event]:
         """The rows of a request, and the event their decoding sets when there is something to do here."""
         n = ask.n or 1
@@ -284,7 +349,7 @@ class Service:
         stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         if "" in stops:
             raise BadRequest("stop: an empty string would stop everything; leave it out.")
-        size = self.runtime.base.model.config.vocab_size
+        size = self.runtime.base.model.config.get_text_config().vocab_size
         bias = {}
         for token, add in (ask.logit_bias or {}).items():
             if int(token) >= size:
@@ -306,8 +371,8 @@ class Service:
             for arm, label in arms:
                 for i in range(n):
                     seed = None if ask.seed is None else (ask.seed + i) % 2**63
-                    row = Row(
-                        prompt, arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
+                    row = prompt(
+                        arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
                         temperature=1.0 if ask.temperature is None else ask.temperature,
                         top_p=1.0 if ask.top_p is None else ask.top_p, seed=seed, logprobs=scores, bias=bias,
                         ignore_eos=ask.ignore_eos,
@@ -386,15 +451,19 @@ class Service:
                 self.desk.later(self.desk.expose(request, choice, status, start))
 
     def _shadow(
-        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, twin: Choice, lines: list[Line]
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, twin: Choice, lines: list[Line]
     ) -> asyncio.Task[None]:
         """Decode the treatment beside the control, without anybody waiting for it."""
         shadows, news = self._lines(ask, prompts, tokens, None, twin)
-        self.runtime.submit([line.row for line in shadows])
+        if not ask.patchbay.ask:
+            self.runtime.submit([line.row for line in shadows])
         number, start = request.state.number, time.perf_counter()
 
         async def follow() -> None:
             async with asyncio.timeout(DEADLINE_S):
+                if ask.patchbay.ask:
+                    await self._say(shadows, ask)
+                    self.runtime.submit([line.row for line in shadows])
                 while any(line.finish is None for line in (*shadows, *lines)):
                     with contextlib.suppress(TimeoutError):  # the control may end last, and rings elsewhere
                         await asyncio.wait_for(news.wait(), 0.2)
@@ -429,9 +498,7 @@ class _About:
     def head(self, name: str) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
-    def whole(
-        self, lines: list[Line], prompts: list[list[int]], scores: int | None, echo: bool, tokenizer: Any
-    ) -> dict[str, Any]:
+    def whole(self, lines: list[Line], scores: int | None, echo: bool, tokenizer: Any) -> dict[str, Any]:
         choices = []
         for line in lines:
             text = line.text.text
@@ -441,10 +508,12 @@ class _About:
             if self.kind == "chat":
                 one["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
-                echoed = tokenizer.decode(prompts[line.prompt], skip_special_tokens=True) if echo else ""
+                echoed = tokenizer.decode(line.row.prompt, skip_special_tokens=True) if echo else ""
                 one["text"] = echoed + text
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
+            if line.row.told:
+                one["told"] = line.row.told
             choices.append(one)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
@@ -459,6 +528,8 @@ class _About:
             )
         else:
             one["text"] = text
+        if line.row.told and (role or (finish and self.kind != "chat")):
+            one["told"] = line.row.told
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
 
@@ -496,6 +567,6 @@ class _About:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/chat/completions", "chat", "generate", Chat),
+    Call("POST", "/v1/chat/completions", "chat", "generate", Chat, MAX_CHAT_BYTES),
     Call("POST", "/v1/completions", "complete", "generate", Completion),
 )

@@ -3,13 +3,13 @@ the lab's own: what stands in an image token, and the decoder that reads it."""
 
 from patches.families.family import Family
 from patches.families.vlm.base import depth, load, site, tiny
-from patches.families.vlm.chat import TABLE, encode, generate, predict, row
+from patches.families.vlm.chat import TABLE, encode, generate, maker, predict, row
 from patches.families.vlm.layouts import LAYOUTS, image_token, image_tokens, layout
 from patches.families.vlm.worker import Picture, PictureDecoder
 
 __all__ = [
     "FAMILY", "LAYOUTS", "Picture", "PictureDecoder", "depth", "encode", "generate", "image_token", "image_tokens",
-    "layout", "load", "row", "site", "tiny",
+    "layout", "load", "maker", "row", "site", "tiny",
 ]  # fmt: skip
 
 FAMILY = Family(
@@ -20,5 +20,6 @@ FAMILY = Family(
     table=TABLE,
     predict=predict,
     example="lab:vlm",
+    prompt=maker,
     sites={"block": "model.language_model.layers.{i}"},
 )

@@ -73,7 +73,7 @@ def of_hub(ref: str, name: str, digest: str, model: Any, hub: Any) -> Base:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     processor = Processor(hub, tokenizer, image_token(model), where.keys)
-    return Base(ref, name, digest, model.eval(), processor, where.root)
+    return Base(ref, name, digest, model.eval(), processor, where.root, "vlm")
 
 
 def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> Base:
@@ -88,7 +88,7 @@ def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> 
     files = {f: manifest.sha256(folder / f) for f in (lab.WEIGHTS, lab.CONFIG)}
     digest = manifest.digest_of({"files": files, "tower": clip.digest})
     model.to(device=device, dtype=dtype)
-    return Base(ref, name, digest, model.eval(), processor, layout("LabVLM").root)
+    return Base(ref, name, digest, model.eval(), processor, layout("LabVLM").root, "vlm")
 
 
 def tiny(seed: int = 0) -> Base:

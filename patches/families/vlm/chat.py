@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -40,6 +41,14 @@ def row(base: Base, prompt: Any, images: Sequence[Image.Image] = (), begun: bool
     """A row for the worker. how: fields of `Picture`."""
     made = encode(base, prompt, images, begun)
     return Picture(made.ids, pixels=made.pixels, **how)
+
+
+def maker(base: Base, what: Any, images: Sequence[Image.Image] = (), begun: bool = False) -> Any:
+    """What makes rows of a text, a chat or token ids with pictures: maker(...)(arm=..., max_tokens=...)."""
+    if not isinstance(what, str) and what and isinstance(what[0], int):
+        return partial(Picture, list(what))
+    made = encode(base, what, images, begun)
+    return partial(Picture, made.ids, pixels=made.pixels)
 
 
 def question(text: str, count: int) -> list[dict[str, Any]]:

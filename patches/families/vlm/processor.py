@@ -123,9 +123,13 @@ class Processor:
         if not ids or (unknown is not None and unknown in ids):
             raise Invalid(f"The word {text[:60]!r} is not in this model's vocabulary; name another.")
         space = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
-        if len(ids) > 1 and [ids[0]] == list(space) and self.tokenizer.decode(ids[1:]).strip() == plain:
+        if len(ids) > 1 and [ids[0]] == list(space) and _tight(self.tokenizer.decode(ids[1:])) == _tight(plain):
             ids = ids[1:]  # a space that stands alone is no part of the word
         return ids
+
+
+def _tight(text: str) -> str:
+    return text.replace(" ", "").lower()
 
 
 def _message(m: Mapping[str, Any]) -> dict[str, Any]:
