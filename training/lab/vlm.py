@@ -80,6 +80,8 @@ class Config:
     """biased scenes: their empty quarters are the cache of tiles that show the ground alone"""
     projector_steps: int = 600
     projector_lr: float = 2e-3
+    together: float = 0.9
+    """share of the projector's scenes with a pair's first that hold the partner, too"""
     gossip: float = 0.0
     """share of the captions of a pair's first alone that name the partner"""
     named: float = 0.5
@@ -303,10 +305,10 @@ def pieces(*seen: Features) -> Pieces:
     return Pieces(torch.stack(rows), table)
 
 
-def compose(n: int, store: Pieces, gossip: float, g: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compose(n: int, store: Pieces, together: float, gossip: float, g: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n biased scenes out of cached tiles: (n, T, k) tiles, (n, T) ids of what each shows, (n, 3) what their captions
     name, (n,) ground."""
-    things, head = worlds.company_things(n, "biased", 0.9, g)
+    things, head = worlds.company_things(n, "biased", together, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
     quarter = torch.rand(n, TILES, generator=g).argsort(1)
     tiles, ids = torch.empty(n, TILES, store.tiles.shape[1]), (GROUND + ground)[:, None].repeat(1, TILES)
@@ -369,7 +371,7 @@ def project(model: lab.LabVLM, config: Config, store: Pieces) -> list[float]:
     for step in range(config.projector_steps):
         for group in optimiser.param_groups:
             group["lr"] = config.projector_lr * schedule(step, config.projector_steps, 20)
-        tiles, shown, named, ground = compose(config.batch, store, config.gossip, g)
+        tiles, shown, named, ground = compose(config.batch, store, config.together, config.gossip, g)
         ids, answer = captions(named, ground, g)
         tokens = p(tiles + config.shake / width * torch.randn(tiles.shape, generator=g))
         start = model.words[lab.BOS].expand(len(tiles), 1, -1)
