@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -34,13 +33,19 @@ from bentos import playground
 from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
 from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
 from bentos.runtime.arms import Choice, Table, choose, other
+from patches.engine.patch import Patch
+from patches.families.worker import Job
 from registry.ab import experiment as experiments
+from registry.ab.events import Kept
 from registry.ab.experiment import CONTROL, TREATMENT
 from registry.ab.ledger import Ledger
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError
+from registry.home import home
 from registry.systems import System, system
 
 DEADLINE_S = 300.0
+WRITTEN_S, OUTCOME_S = 1.0, 5.0
+"""how long an answer waits for its exposure to be on the disk, and an outcome for itself"""
 KEEP_ALIVE_S = 75
 """idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 KEPT_SHADOWS = 512
@@ -58,7 +63,7 @@ class Extra(BaseModel):
     compare: bool = False
     """answer with the base and with the chosen arm, side by side"""
     ask: dict[str, Any] | None = None
-    """what this request says to the mechanism of its arm; passed on, and checked there"""
+    """what this request says to the arm's mechanism; its own schema says what that may be"""
 
 
 class Outcome(BaseModel):
@@ -113,8 +118,23 @@ class Desk:
         if wanted and "compare" not in request.state.token.scopes:
             raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
 
+    async def prepare(self, jobs: Sequence[Job], ask: dict[str, Any] | None) -> None:
+        """Let jobs say what a request asks of their arm's mechanism; jobs of the base say nothing.
+
+        The shape does not know what is in `ask`. Raises BadRequest naming the field, Invalid if the arm takes nothing.
+        """
+        if ask is None:
+            return
+        for job in jobs:
+            arm = self.runtime.subject.arms.get(job.arm) if job.arm is not None else None
+            if arm is None:
+                continue
+            if not isinstance(arm, Patch) or arm.Ask is None:
+                raise BadRequest(f"patchbay.ask: {type(arm).__name__} takes nothing from a request; leave it out.")
+            await asyncio.to_thread(arm.prepare, job, parse(arm.Ask, ask), self.runtime.base, self.runtime.run)
+
     def table(self) -> Table:
-        if self.runtime.problem or self.runtime.table is None:
+        if self.runtime.problem or self.runtime.table is None:  # not `ill`: that looks at threads, and is for probes
             raise NotReady(f"The service is not ready: {self.runtime.problem}")
         return self.runtime.table
 
@@ -137,7 +157,23 @@ class Desk:
         future = events.expose(
             x, choice.unit, choice.side, request=request.state.number, status=status, latency_ms=latency
         )
-        await asyncio.wrap_future(future)
+        try:
+            await self.kept(future, WRITTEN_S)
+        except PatchbayError:  # the answer is ready; the log counts what it loses, and the experiment stops for it
+            self.runtime.counts.unwritten += 1
+
+    @staticmethod
+    async def kept(future: Kept, seconds: float) -> bool:
+        """Wait until an event is on the disk. Raises NotReady if that fails or takes too long."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(asyncio.wrap_future(future))
+        except TimeoutError:
+            raise NotReady("The event log does not answer; send this again with the same key.") from None
+        except PatchbayError:
+            raise
+        except Exception as e:
+            raise NotReady(f"The event cannot be kept ({type(e).__name__}); it is in the log.") from None
 
     def twin(self, choice: Choice) -> Choice | None:
         """The arm to ask beside the control of a shadow experiment; None if there is none, or no room for it now."""
@@ -192,7 +228,7 @@ class Desk:
             if x.mode == "split" and one.arm is not None:
                 raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
             await asyncio.to_thread(events.arm_of, x.name, one.unit)
-            new = await asyncio.wrap_future(events.outcome(x, one.unit, value, arm=one.arm, key=one.key))
+            new = await self.kept(events.outcome(x, one.unit, value, arm=one.arm, key=one.key), OUTCOME_S)
             return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
         except PatchbayError as e:
             unit = values.get("unit") if isinstance(values, dict) else None
@@ -231,18 +267,20 @@ class Desk:
         names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
         names += [f"sha256:{d}" for d in sorted(table.loaded)]
         made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
-        return answer({"object": "list", "data": made, "patchbay": facts(table, None)})
+        about = {**facts(table, None), "judge": self.runtime.judging or None, "warning": self.runtime.warning}
+        return answer({"object": "list", "data": made, "patchbay": about})
 
     async def ready(self, request: Request, _: None) -> Response:
         del request
-        if self.runtime.problem:
-            return answer({"ready": False, "why": self.runtime.problem}, 503, {"retry-after": "2"})
-        out = {"ready": True, **facts(self.table(), None)}
-        return answer({**out, "warning": self.runtime.warning} if self.runtime.warning else out)
+        if why := self.runtime.ill():
+            return answer({"ready": False, "why": why}, 503, {"retry-after": "2"})
+        out = {"ready": True, **facts(self.table(), None), "judge": self.runtime.judging or None}
+        return answer({**out, "warning": warning} if (warning := self.runtime.warning) else out)
 
     async def live_probe(self, request: Request, _: None) -> Response:
         del request
-        return PlainTextResponse("ok\n")
+        why = self.runtime.dead()
+        return PlainTextResponse(f"{why}\n" if why else "ok\n", 503 if why else 200)
 
     async def metrics(self, request: Request, _: None) -> Response:
         del request
@@ -251,10 +289,13 @@ class Desk:
         lines += [f'patchbay_answers_total{{arm="{a}",status="{s}"}} {n}' for (a, s), n in sorted(c.answers.items())]
         lines += ["# TYPE patchbay_tokens_total counter"]
         lines += [f'patchbay_tokens_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.tokens.items())]
+        lines += ["# TYPE patchbay_failed_total counter"]
+        lines += [f'patchbay_failed_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.failed.items())]
         for name, kind, value in (
             ("steps_total", "counter", c.steps), ("rows_total", "counter", c.rows),
             ("decoding_seconds_total", "counter", round(c.seconds, 3)), ("queue_rows", "gauge", self.runtime.queued),
-            ("shadows_dropped_total", "counter", c.shadows_dropped),
+            ("shadows_dropped_total", "counter", c.shadows_dropped), ("unwritten_total", "counter", c.unwritten),
+            ("warnings", "gauge", len(self.runtime.warnings)), ("ill", "gauge", int(bool(self.runtime.ill()))),
         ):  # fmt: skip
             lines += [f"# TYPE patchbay_{name} {kind}", f"patchbay_{name} {value}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
@@ -388,25 +429,25 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
 
 def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
-    """Run the service for system `name` under BentoML in a process of its own; returns when it ends, or at once.
+    """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
 
-    Raises as `check`: BentoML starts a worker that cannot start again and again.
+    Raises as `check`, before anything is started.
     """
     Tokens.from_environment().check_host(host)
-    settings = {**os.environ, "PATCHBAY_SYSTEM": name, "BENTOML_DO_NOT_TRACK": "true"}
+    settings = {
+        **os.environ, "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()), "BENTOML_DO_NOT_TRACK": "true",
+    }  # fmt: skip
     declared = Settings.from_environment(settings)
     check(declared, None if declared.pinned else Ledger().head(declared.system))
     command = [
         sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
         "--timeout-keep-alive", str(KEEP_ALIVE_S),
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=settings, cwd=Path(__file__).parent.parent)
+    root = Path(__file__).parent.parent
     if not background:
-        # whoever ends this process means the service: without this, SIGTERM would leave it behind, holding the port
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-    return process
+        # whoever ends this process means the service, and a parent that only waits would hold torch in its memory
+        os.chdir(root)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(command[0], command, settings)
+    return subprocess.Popen(command, env=settings, cwd=root)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from patches.engine.edits import Weight
 from patches.engine.patch import Patch
 from registry import config, manifest
-from registry.errors import BadArtifact
+from registry.errors import BadArtifact, NotFinite, PatchError
 from registry.manifest import Manifest
 from registry.systems import system
 
@@ -20,7 +22,11 @@ TENSORS = "patch.safetensors"
 
 
 def save(patch: Patch, name: str, folder: Path, *, base: str, parents: Iterable[str] = ()) -> Manifest:
-    """Seal `patch` of system `name`, made from `base` (name@digest), in `folder`, with the evidence that lies there."""
+    """Seal `patch` of system `name`, made from `base` (name@digest), in `folder`, with the evidence that lies there.
+
+    Raises NotFinite, sealing nothing, for a tensor with NaN or infinity.
+    """
+    check_finite(patch.tensors, f"a patch of {name}")
     folder.mkdir(parents=True, exist_ok=True)
     if patch.tensors:
         save_file({k: v.detach().cpu().contiguous() for k, v in patch.tensors.items()}, folder / TENSORS)
@@ -38,4 +44,30 @@ def load(
         raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}, not a patch.")
     cls = system(about.system).load_patch()
     tensors = load_file(folder / TENSORS) if TENSORS in about.files else {}
+    check_finite(tensors, str(folder))
     return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises NotFinite naming the first tensor with NaN or infinity."""
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            bad = int((~x.isfinite()).sum())
+            raise NotFinite(f"{where}: {bad} of {x.numel()} numbers of {name[:80]!r} are NaN or infinite. Fit again.")
+
+
+def check_servable(folder: Path, *, system: str, base: str | None) -> None:
+    """Raises what would keep the artifact in `folder` from being an arm of `system` on the base with this digest
+    (None: any base). Whether it answers well, only a service finds out."""
+    about = manifest.read(folder, base=base)
+    if about.system != system:
+        raise BadArtifact(f"{folder} is of {about.system}, not of {system}.")
+    if about.kind not in ("patch", "model", "search"):
+        raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to serve.")
+    if about.kind != "patch":
+        return
+    _, patch = load(folder, base=base)
+    if any(isinstance(e, Weight) for e in patch.edits()):
+        raise PatchError(
+            f"{folder} edits weights, which rows of one batch share, so it cannot be an arm. Fold it: patchbay export"
+        )

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, Invalid, NotFound, PatchbayError
+from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +70,10 @@ def evaluate(args: argparse.Namespace) -> Says:
 def push(args: argparse.Namespace) -> Says:
     """put a sealed folder in the store; it becomes the challenger"""
     store, ledgers = _store(), _ledger()
+    about = _manifest(args.folder)
+    name = about.system
+    _check_served(name, args.folder, about, args.force)
     pushed = store.push(args.folder)
-    name = _manifest(args.folder).system
     ledgers.challenge(ledgers.Ledger(), name, pushed.digest, who=_who())
     warning = _mirror(store, name)
     text = f"{name}@{pushed.version} sha256:{pushed.digest[:16]} is the challenger. {pushed.url}{warning}"
@@ -127,6 +129,7 @@ def split(args: argparse.Namespace) -> Says:
         ledgers.ramp(ledger, name, share, who=_who())
         return Says(f"{name}: the challenger's share is now {share:.0%}; nobody already in it left.", share=share)
     treatment = _digest(ref or f"{name}@challenger")
+    _check_digest(name, treatment, args.force)
     made = experiments.begin(
         name, control=head.champion if head else "base", treatment=treatment, share=share, words=words
     )
@@ -162,8 +165,7 @@ def promote(args: argparse.Namespace) -> Says:
     digest = _digest(args.ref if "@" in args.ref or ":" in args.ref else f"{args.ref}@challenger")
     if name not in SYSTEMS:
         name = _manifest(store.pull(digest)).system
-    if digest != "base":
-        store.pull(digest)  # what cannot be verified here is not promoted
+    _check_digest(name, digest, args.force)  # what cannot be verified here is not promoted
     entry = ledgers.promote(ledgers.Ledger(), name, digest, who=_who())
     return Says(f"{name}: champion is {_short(entry.champion)}.{_mirror(store, name)}", **asdict(entry))
 
@@ -262,6 +264,28 @@ def _mirror(store: Any, name: str) -> str:
     return f" ({warning})" if warning else ""
 
 
+def _check_digest(name: str, digest: str, force: bool) -> None:
+    """As `_check_served`, for what the store has."""
+    if digest != "base":
+        folder = _store().pull(digest)
+        _check_served(name, folder, _manifest(folder), force)
+
+
+def _check_served(name: str, folder: Path, about: Any, force: bool) -> None:
+    """Raises Conflict for what a service of this system could not serve beside its champion; it may be forced."""
+    head = _ledger().Ledger().head(name)
+    base = None
+    if head and head.champion not in ("base", about.digest):
+        base = _manifest(_store().pull(head.champion)).base_digest
+    try:
+        importlib.import_module("patches.artifact").check_servable(folder, system=name, base=base)
+    except PatchbayError as e:
+        if force:
+            return
+        why = f"the champion of {name} is on base {base[:16]}: {e}" if base and about.base_digest != base else str(e)
+        raise Conflict(f"A service of {name} could not serve this; --force does it all the same. {why}") from None
+
+
 def _who() -> str:
     return os.environ.get("PATCHBAY_WHO") or os.environ.get("USER") or "unknown"
 
@@ -351,6 +375,8 @@ def parser() -> argparse.ArgumentParser:
         made[name].add_argument("ref", **ref)
     for name in ("fit", "eval"):
         made[name].add_argument("words", nargs="*", metavar="key=value", help="settings to change")
+    for name in ("push", "split", "promote"):
+        made[name].add_argument("--force", action="store_true", help="even if no service could serve it")
     made["split"].add_argument("system")
     # argparse cannot tell an optional word from the ones after it, so `split` sorts them itself
     made["split"].add_argument(

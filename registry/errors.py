@@ -11,6 +11,8 @@
     ├── NotFound           a reference, system, alias or digest we do not have   (HTTP 404)
     ├── Conflict           someone else was first; read again and decide again   (HTTP 409)
     ├── NotReady           the service or the device is not what was declared    (HTTP 503)
+    │   └── NoMemory       one job does not fit beside the others           (HTTP 503)
+    ├── Failed             a model's step failed for this job alone         (HTTP 500)
     ├── PatchError         a patch cannot do what was asked of it
     └── BadArtifact        the folder is not the artifact its manifest describes
         ├── Unsealed       no manifest: the fit did not finish
@@ -18,6 +20,7 @@
         ├── Outside        a path that leaves the folder
         ├── Linked         a symbolic link where a file should be
         ├── Oversize       a header or a file beyond its limit
+        ├── NotFinite      a tensor holds NaN or infinity
         └── WrongBase      fitted on another base than the one it is applied to
 
 The command line prints the message alone; the services map `status` in one place.
@@ -93,6 +96,14 @@ class NotReady(PatchbayError):
     status = 503
 
 
+class NoMemory(NotReady):
+    """Memory ran out, and this job was the largest of its batch."""
+
+
+class Failed(PatchbayError):
+    """A model's step failed for this job and for no other: it raised, or its numbers are not finite."""
+
+
 class PatchError(PatchbayError):
     """A patch cannot do what was asked of it; the message says what can be done instead."""
 
@@ -119,6 +130,10 @@ class Linked(BadArtifact):
 
 class Oversize(BadArtifact):
     """A manifest, a tensor header or a file is larger than any honest one."""
+
+
+class NotFinite(BadArtifact):
+    """A tensor holds NaN or infinity; what it touches would be neither answer nor error."""
 
 
 class WrongBase(BadArtifact):

@@ -70,6 +70,11 @@ class Entry:
     """the same picture for the base, if both are wanted"""
     refused: PatchbayError | None = None
 
+    @property
+    def failed(self) -> PatchbayError | None:
+        """Why it was not embedded though it was sound."""
+        return next((p.error for p in (self.job, self.beside) if p is not None and p.error is not None), None)
+
 
 class Classifiers:
     """Zero-shot classifiers (k, C), times the logit scale, on the CPU; the latest are kept. Of the worker's thread."""
@@ -145,11 +150,14 @@ class Service:
                 assert entries[0].refused is not None
                 raise entries[0].refused
             twin = self.desk.twin(choice)
+            await self.desk.prepare([e.job for e in entries if e.job is not None], ask.patchbay.ask)
             await pictures.embed(self.runtime, [p for e in entries for p in (e.job, e.beside) if p is not None])
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)
             raise
-        await self.desk.expose(request, choice, 200, start)
+        # a picture that its arm failed on is that arm's failure, though the others are answered
+        status = max([e.failed.status for e in entries if e.failed and e.choice.arm == choice.arm], default=200)
+        await self.desk.expose(request, choice, status, start)
         results = [self._result(i, e, by, ask.top) for i, e in enumerate(entries)]
         if twin is not None:
             self.desk.later(self._shadow(request, twin, entries, results, by))
@@ -180,6 +188,8 @@ class Service:
     def _result(self, index: int, entry: Entry, by: LabelSet, top: int) -> dict[str, Any]:
         if entry.refused is not None:
             return {"index": index, **told(entry.refused)}
+        if entry.failed is not None:
+            return {"index": index, **told(entry.failed)}
         assert entry.job is not None
         out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
         out |= scores(entry.job, by, top)
@@ -196,10 +206,11 @@ class Service:
             if e.job is not None
         }
         await pictures.embed(self.runtime, list(jobs.values()))
-        control = [results[i]["label"] for i in jobs]
-        treatment = [scores(p, by, 1)["label"] for p in jobs.values()]
+        control = [results[i].get("label") for i in jobs]
+        treatment = [scores(p, by, 1)["label"] if p.out is not None else None for p in jobs.values()]
         self.desk.keep(request.state.number, twin.unit, control, treatment)
-        await self.desk.expose(request, twin, 200, start)
+        status = max([p.error.status for p in jobs.values() if p.error], default=200)
+        await self.desk.expose(request, twin, status, start)
 
 
 def scores(picture: Picture, by: LabelSet, top: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from starlette.responses import Response, StreamingResponse
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
-from bentos.shapes import asking
 from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
@@ -294,10 +293,10 @@ class Service:
         if ask.patchbay.compare and ask.stream:
             raise BadRequest("patchbay.compare: not with stream; send two requests.")
         lines, news = self._lines(ask, prompts, tokens, scores, choice)
-        await self._say(lines, ask)
         named = headers(table, choice)
         shadow = None
         try:
+            await self._say(lines, ask)
             self.runtime.submit([line.row for line in lines])
             if (twin := self.desk.twin(choice)) is not None:
                 shadow = self._shadow(request, ask, prompts, tokens, twin, lines)
@@ -327,14 +326,14 @@ class Service:
         return answer(out, headers=named)
 
     async def _say(self, lines: list[Line], ask: Ask) -> None:
-        """Let every patched row say what the request asks of its mechanism; rows of one prompt and arm say the same."""
-        said: dict[tuple[int, str | None], Any] = {}
+        """Let patched rows say what the request asks of their mechanism; rows of one prompt and arm say the same."""
+        first: dict[tuple[int, str | None], Line] = {}
         for line in lines:
-            first = said.setdefault((line.prompt, line.row.arm), line.row)
-            if first is line.row:
-                await asking.say(self.runtime, line.row, ask.patchbay.ask)
-            else:
-                line.row.params, line.row.told = first.params, first.told
+            first.setdefault((line.prompt, line.row.arm), line)
+        await self.desk.prepare([line.row for line in first.values()], ask.patchbay.ask)
+        for line in lines:
+            said = first[line.prompt, line.row.arm].row
+            line.row.params, line.row.told = said.params, said.told
 
     def _lines(
         self, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, choice: Choice
@@ -398,7 +397,7 @@ class Service:
                 continue
             end = line.row.finished
             if end == "failed":
-                raise NotReady("Decoding failed for this request; it is in the log. Try again.")
+                raise line.row.error or NotReady("Decoding failed for this request; it is in the log. Try again.")
             upto = len(line.row.out) - (end == "stop")  # the end token itself is no text
             if upto > line.seen:
                 line.text.push(line.row.out[line.seen : upto])
@@ -476,7 +475,8 @@ class Service:
                             line.text.end()
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
             self.desk.keep(number, twin.unit, control, treatment)
-            await self.desk.expose(request, twin, 200, start)
+            status = max([line.row.error.status for line in shadows if line.row.error], default=200)
+            await self.desk.expose(request, twin, status, start)
 
         return self.desk.later(follow())
 
@@ -513,7 +513,7 @@ class _About:
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
             if line.row.told:
-                one["told"] = line.row.told
+                one["patchbay"] = line.row.told
             choices.append(one)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
@@ -529,7 +529,7 @@ class _About:
         else:
             one["text"] = text
         if line.row.told and (role or (finish and self.kind != "chat")):
-            one["told"] = line.row.told
+            one["patchbay"] = line.row.told
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
 

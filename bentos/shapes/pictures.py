@@ -7,6 +7,7 @@ before a pixel is decoded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -47,14 +48,16 @@ def pixels(runtime: Runtime, data: str) -> Tensor:
 
 
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
-    """Queue pictures and wait for all. Raises NotReady if that fails or takes too long."""
+    """Queue pictures and wait for all; one that failed says so in its `error`. Raises NotReady if it takes too long,
+    and the error of the first if all failed."""
     if not pictures:
         return
     done, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def ring(_: Any) -> None:
         if all(p.finished for p in pictures):
-            loop.call_soon_threadsafe(done.set)
+            with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone; then nobody waits
+                loop.call_soon_threadsafe(done.set)
 
     for p in pictures:
         p.on_step = ring
@@ -68,5 +71,5 @@ async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
         for p in pictures:
             if not p.finished:
                 runtime.cancel(p)
-    if any(p.out is None for p in pictures):
-        raise NotReady("Embedding failed for this request; it is in the log. Try again.")
+    if all(p.out is None for p in pictures):
+        raise pictures[0].error or NotReady("Embedding failed for this request; it is in the log. Try again.")

@@ -102,10 +102,13 @@ class Worker(ABC, Generic[J]):
         del arm, patch
 
     def run(self, jobs: Sequence[J]) -> Sequence[J]:
-        """Run all of them to the end."""
+        """Run all of them to the end. Raises the error of the first that failed."""
         self.add(jobs)
         while not self.idle:
             self.step()
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
         return jobs
 
 

@@ -3,27 +3,43 @@
 A call returns (or its future resolves) only when the event is on the disk: sqlite in WAL with synchronous=FULL, one
 writer thread that commits everything waiting in one transaction, so that an fsync is shared by all who wait. What was
 acknowledged survives kill -9. `summary` folds only events it has not seen yet into running totals.
+
+Nothing that happens to one event or to one who waits for it ends the writer: an event that cannot be stored fails
+alone, a disk that is full or locked is tried again for GIVE_UP_S and then counted in `lost`, and nobody can cancel what
+is on its way to the disk.
 """
 
 from __future__ import annotations
 
 import bisect
+import logging
 import queue
 import sqlite3
 import threading
 import time
-from concurrent.futures import Future
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from registry.ab.experiment import CONTROL, P99_BETS, TREATMENT, Arm, ArmStats, Experiment, Summary, bet_p99
-from registry.errors import NotFound
+from registry.errors import NotFound, NotReady
 from registry.home import home
+
+log = logging.getLogger("patchbay")
 
 MAX_BATCH = 2048
 """events in one transaction"""
+MAX_WAITING = 50_000
+"""events that may wait for the disk; more are refused"""
+GIVE_UP_S = 10.0
+"""how long a disk that is full or locked is tried again before what waits is given up"""
+HUNG_S = 60.0
+"""a writer that has work and has done none of it for so long is not well"""
+CLOSE_S = 5.0
 P99_FROM = 100
 """control calls before its p99 means anything"""
 
@@ -44,6 +60,24 @@ _COLUMNS = (
 _INSERT = f"INSERT OR IGNORE INTO events ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
 
 
+class Kept(Future[bool]):
+    """Resolves once its event is on the disk. Whoever stops waiting for it does not stop the event."""
+
+    def cancel(self) -> bool:
+        return False
+
+    def settle(self, new: bool | None, error: BaseException | None = None) -> None:
+        """Resolve, whatever became of it meanwhile."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.set_result(bool(new))
+            else:
+                self.set_exception(error)
+
+
+Item = tuple[tuple[Any, ...], Kept]
+
+
 class Events:
     """The log of one deployment. Any number of processes may write; each has its own writer thread."""
 
@@ -51,16 +85,20 @@ class Events:
         self.path = Path(path or home() / "events.db")
         with closing(self._open()) as db:
             db.executescript(_TABLES)
-        self._waiting: queue.SimpleQueue[tuple[tuple[Any, ...], Future[bool]] | None] = queue.SimpleQueue()
+        self.lost: Counter[str] = Counter()
+        """experiment -> exposures and outcomes of this process that could not be written"""
+        self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._totals: dict[str, _Totals] = {}
         self._folding = threading.Lock()
-        self._writer = threading.Thread(target=self._write, name="events", daemon=True)
-        self._writer.start()
+        self._closed = threading.Event()
+        self._moved = time.monotonic()
+        self._reviving = threading.Lock()
+        self._writer = self._revived()
 
     def expose(
         self, experiment: Experiment, unit: str, arm: Arm, *, request: str = "", status: int = 200,
         latency_ms: float | None = None,
-    ) -> Future[bool]:  # fmt: skip
+    ) -> Kept:  # fmt: skip
         """A unit was answered (or failed) by an arm. The future resolves once it is durable."""
         return self._put(
             kind="exposure", experiment=experiment.name, unit=unit, arm=arm, digest=experiment.arm_digest(arm),
@@ -69,20 +107,20 @@ class Events:
 
     def outcome(
         self, experiment: Experiment, unit: str, value: float, *, arm: Arm | None = None, key: str | None = None
-    ) -> Future[bool]:
+    ) -> Kept:
         """A unit's outcome (checked before: experiment.check_value). False if the key was seen already: counted once.
 
         arm: in shadow mode, whose answer it judges; in a split the unit's exposure says.
         """
         return self._put(kind="outcome", experiment=experiment.name, unit=unit, arm=arm, value=value, key=key)
 
-    def drop(self, experiment: Experiment, unit: str) -> Future[bool]:
+    def drop(self, experiment: Experiment, unit: str) -> Kept:
         """A shadow answer that was given up under load."""
         return self._put(kind="drop", experiment=experiment.name, unit=unit)
 
     def arm_of(self, experiment: str, unit: str) -> Arm:
         """The arm a unit saw first. Raises NotFound for a unit that never saw any."""
-        with closing(self._open()) as db:
+        with self._reading() as db:
             row = db.execute(
                 "SELECT arm FROM events WHERE experiment = ? AND unit = ? AND kind = 'exposure' ORDER BY id LIMIT 1",
                 (experiment, unit),
@@ -96,7 +134,7 @@ class Events:
         """Everything known, folding in what is new since the last time."""
         with self._folding:
             totals = self._totals.setdefault(experiment.name, _Totals())
-            with closing(self._open()) as db:
+            with self._reading() as db:
                 rows = db.execute(
                     "SELECT id, kind, unit, arm, share, status, latency_ms, value FROM events "
                     "WHERE experiment = ? AND id > ? ORDER BY id",
@@ -108,7 +146,7 @@ class Events:
 
     def trajectory(self, experiment: Experiment, points: int = 100) -> list[Summary]:
         """The summaries one would have seen after every so many events; the last one is of all of them."""
-        with closing(self._open()) as db:
+        with self._reading() as db:
             rows = db.execute(
                 "SELECT id, kind, unit, arm, share, status, latency_ms, value FROM events "
                 "WHERE experiment = ? ORDER BY id",
@@ -124,13 +162,22 @@ class Events:
 
     def count(self) -> int:
         """Events on the disk."""
-        with closing(self._open()) as db:
+        with self._reading() as db:
             return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
 
-    def close(self) -> None:
-        """Write what waits, then stop the writer."""
+    def problem(self) -> str:
+        """Why nothing may be written now; empty if all is well."""
+        if not self._writer.is_alive() and not self._closed.is_set():
+            return "the writer of the event log has ended"
+        if self._waiting.qsize() and (silent := time.monotonic() - self._moved) > HUNG_S:
+            return f"the event log has taken nothing for {silent:.0f} s"
+        return ""
+
+    def close(self, timeout: float = CLOSE_S) -> None:
+        """Write what waits, then stop the writer; it is left behind if that takes longer than `timeout` seconds."""
+        self._closed.set()
         self._waiting.put(None)
-        self._writer.join()
+        self._writer.join(timeout)
 
     def __enter__(self) -> Events:
         return self
@@ -138,46 +185,111 @@ class Events:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _put(self, **event: Any) -> Future[bool]:
-        future: Future[bool] = Future()
+    def _put(self, **event: Any) -> Kept:
+        future = Kept()
         event["at"] = time.time()
-        self._waiting.put((tuple(event.get(c) for c in _COLUMNS), future))
+        item = (tuple(event.get(c) for c in _COLUMNS), future)
+        if self._closed.is_set() or self._waiting.qsize() >= MAX_WAITING:
+            self._give_up([item], NotReady("The event log takes no more events; try again in a few seconds."))
+            return future
+        self._waiting.put(item)
+        if not self._writer.is_alive():
+            with self._reviving:
+                self._writer = self._writer if self._writer.is_alive() else self._revived()
         return future
 
+    def _revived(self) -> threading.Thread:
+        thread = threading.Thread(target=self._write, name="events", daemon=True)
+        thread.start()
+        return thread
+
     def _write(self) -> None:
-        with closing(self._open()) as db:
-            while (first := self._waiting.get()) is not None:
-                batch, last = [first], False
-                while len(batch) < MAX_BATCH:
-                    try:
-                        more = self._waiting.get_nowait()
-                    except queue.Empty:
-                        break
-                    if more is None:
-                        last = True
-                        break
-                    batch.append(more)
-                self._commit(db, batch)
-                if last:
+        while (first := self._waiting.get()) is not None:
+            batch: list[Item] = [first]
+            last = False
+            while len(batch) < MAX_BATCH:
+                try:
+                    more = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    last = True
+                    break
+                batch.append(more)
+            try:
+                self._keep(batch)
+            except BaseException as e:  # the next batch is other people's
+                log.exception("the event log lost a batch")
+                self._give_up(batch, e)
+            self._moved = time.monotonic()
+            if last:
+                break
+        self._drop_connection()
+
+    _db: sqlite3.Connection | None = None
+    """of the writer's thread"""
+
+    def _keep(self, batch: list[Item]) -> None:
+        """On the disk, or given up after GIVE_UP_S; an event that cannot be stored at all is given up alone."""
+        start, pause = time.monotonic(), 0.02
+        while True:
+            try:
+                written = self._commit([row for row, _ in batch])
+            except sqlite3.OperationalError as e:  # locked, full, gone: the place, not the events
+                self._drop_connection()
+                if self._closed.is_set() or time.monotonic() - start > GIVE_UP_S:
+                    log.error("the event log gives up %d events: %s", len(batch), e)
+                    self._give_up(batch, NotReady("The event log cannot be written; it is in the log. Try again."))
                     return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+            except Exception as e:
+                self._drop_connection()
+                if len(batch) == 1:
+                    log.exception("an event cannot be stored")
+                    self._give_up(batch, e)
+                    return
+                for item in batch:
+                    self._keep([item])
+                return
+            else:
+                for (_, future), new in zip(batch, written, strict=True):
+                    future.settle(new)
+                return
 
-    @staticmethod
-    def _commit(db: sqlite3.Connection, batch: list[tuple[tuple[Any, ...], Future[bool]]]) -> None:
+    def _commit(self, rows: list[tuple[Any, ...]]) -> list[bool]:
+        if self._db is None:
+            self._db = self._open(timeout=2.0)
+        self._db.execute("BEGIN IMMEDIATE")
+        written = [self._db.execute(_INSERT, row).rowcount == 1 for row in rows]
+        self._db.execute("COMMIT")
+        return written
+
+    def _drop_connection(self) -> None:
+        """Whatever was begun is undone; the next commit opens the file anew."""
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+
+    def _give_up(self, batch: list[Item], error: BaseException) -> None:
+        for row, future in batch:
+            if not future.done():
+                self.lost[row[_COLUMNS.index("experiment")]] += 1
+                future.settle(None, error)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read with. Raises NotReady for what goes wrong with the file."""
         try:
-            db.execute("BEGIN IMMEDIATE")
-            written = [db.execute(_INSERT, row).rowcount == 1 for row, _ in batch]
-            db.execute("COMMIT")
+            with closing(self._open(timeout=2.0)) as db:
+                yield db
         except sqlite3.Error as e:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            for _, future in batch:
-                future.set_exception(e)
-            return
-        for (_, future), new in zip(batch, written, strict=True):
-            future.set_result(new)
+            log.warning("the event log cannot be read: %s", e)
+            raise NotReady("The event log cannot be read now; try again in a few seconds.") from None
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+    def _open(self, timeout: float = 30.0) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         return db

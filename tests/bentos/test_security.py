@@ -145,7 +145,7 @@ def test_a_token_file_that_is_none_is_refused(tmp_path):
 
 
 def test_a_full_queue_says_come_back(service, monkeypatch):
-    monkeypatch.setattr("bentos.runtime.QUEUE", 0)
+    monkeypatch.setattr("bentos.runtime.worker.QUEUE", 0)
 
     async def work():
         async with service() as s:

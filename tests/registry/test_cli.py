@@ -117,3 +117,46 @@ def test_a_service_that_cannot_start_is_refused_in_one_line(capsys, monkeypatch,
     told = capsys.readouterr().err
     assert re.search(says, told)
     assert told.count("\n") == 1
+
+
+# ---- what no service could serve -----------------------------------------------------------------------------------
+
+
+def sealed(folder, base, config=None, kind="patch"):
+    """A sealed folder on `base` (its label), for a service that has it or not."""
+    from patches import artifact
+    from patches.mechanisms.sink import SinkConfig, SinkEdit
+    from registry import manifest
+
+    if kind == "patch":
+        patch = SinkEdit(config or SinkConfig(neurons=((0, 1),)), {})
+        return folder, artifact.save(patch, "attention_sink", folder, base=base).digest
+    folder.mkdir(parents=True)
+    return folder, manifest.write(folder, kind=kind, system="attention_sink", base=base, config={}).digest
+
+
+def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(capsys, tmp_path, home):
+    """push, split and promote: another base, and a kind that is no arm."""
+    from registry.ab.ledger import Ledger
+
+    ours, other = "tiny:0@" + "a" * 64, "tiny:7@" + "b" * 64
+    first, digest = sealed(tmp_path / "first", ours)
+    assert run(capsys, "push", str(first))[0] == 0
+    assert run(capsys, "promote", "attention_sink@challenger")[0] == 0
+    for name, (folder, bad) in {
+        "another base": sealed(tmp_path / "base", other),
+        "another kind": sealed(tmp_path / "kind", ours, kind="report"),
+    }.items():
+        code, out, err = run(capsys, "push", str(folder))
+        assert (code, out) == (1, ""), name
+        assert "--force" in err
+        assert Ledger().head("attention_sink").challenger is None
+        assert run(capsys, "push", str(folder), "--force")[0] == 0
+        for words in (("split", "attention_sink", "0.1"), ("promote", f"sha256:{bad}")):
+            assert run(capsys, *words)[0] == 1, (name, words)
+        head = Ledger().head("attention_sink")
+        assert (head.champion, head.challenger, head.experiment) == (digest, bad, None)
+        # back to a challenger that can be served
+        _, good = sealed(tmp_path / f"good-{name}", ours, None)
+        assert good == digest
+        assert run(capsys, "promote", f"sha256:{digest}")[0] == 0

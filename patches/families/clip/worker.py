@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from patches.engine.isolate import fail, isolate, not_finite
 from patches.engine.patch import Applied, Patch
 from patches.families.base import Base, load_base
 from patches.families.worker import Job, Worker, WorkerSettings
@@ -75,7 +77,8 @@ class Embedder(Worker[Picture]):
 
     @torch.inference_mode()
     def step(self) -> list[Picture]:
-        """One forward of up to `slots` pictures; returns them."""
+        """One forward of up to `slots` pictures; returns them. One that makes it raise, or whose features are not
+        finite, fails alone."""
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
             return []
@@ -83,13 +86,18 @@ class Embedder(Worker[Picture]):
         for p in self.running:
             by_engine.setdefault(self.engines.get(p.arm) if p.arm is None or p.strength == 1.0 else None, []).append(p)
         for engine, pictures in by_engine.items():
-            x = torch.stack([p.pixels for p in pictures])
-            for picture, out in zip(
-                pictures, self._torch(x, pictures) if engine is None else engine("image", x), strict=True
-            ):
-                picture.out, picture.finished = out, "stop"
+            isolate(pictures, partial(self._embed, engine), lambda p: p.pixels.numel())
         done, self.running = self.running, []
         return done
+
+    def _embed(self, engine: Engine | None, pictures: Sequence[Picture]) -> None:
+        x = torch.stack([p.pixels for p in pictures])
+        y = self._torch(x, pictures) if engine is None else engine("image", x)
+        for p, out, sound in zip(pictures, y, y.isfinite().all(-1).tolist(), strict=True):
+            if sound:
+                p.out, p.finished = out, "stop"
+            else:
+                fail(p, not_finite(p.arm, "features"))
 
     def _torch(self, x: Tensor, pictures: Sequence[Picture]) -> Tensor:
         x = x.to(self.base.device, self.base.model.visual.proj.dtype)
@@ -108,10 +116,13 @@ class Embedder(Worker[Picture]):
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit."""
+        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit. Raises Failed
+        if they are not finite."""
         x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(image=x)["image_features"]
+        if not bool(out.isfinite().all()):
+            raise not_finite(arm, "features")
         return out
 
 

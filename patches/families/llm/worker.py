@@ -7,6 +7,7 @@ This is what evaluations, MLflow and the services all run.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import deque
@@ -17,18 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patches.engine.isolate import fail, isolate, not_finite, usable
 from patches.engine.patch import Applied
 from patches.families.base import Base
 from patches.families.worker import Job, Worker
-from registry.errors import TooLarge
+from registry.errors import Failed, Invalid, TooLarge
 
 # transformers renames this argument in 5.40, which pyproject.toml keeps out; until then it would say so in every log
 warnings.filterwarnings("ignore", message=".*past_key_values. is deprecated", category=FutureWarning)
+
+log = logging.getLogger("patchbay")
 
 GROW = 256
 """columns and slots are added in steps, so that a short batch costs little memory"""
 PREFILL_TOKENS = 2048
 """padded prompt tokens in one forward; more would make running rows wait longer"""
+COLD = 1e-4
+"""temperatures below take the most likely token: logits divided by less leave what float32 can say"""
 
 
 @dataclass(eq=False)
@@ -112,6 +118,14 @@ class SlotCache:
     def get_seq_length(self, *_: Any) -> int:
         return int(self.starts.max()) if len(self.starts) else 0
 
+    def wipe(self, slot: int) -> None:
+        """Forget what a failed row wrote: a masked column still takes part in 0 * value, and it may be NaN."""
+        for store in (*self.keys, *self.values):
+            if slot < len(store):
+                store[slot] = 0.0
+        if slot < len(self.ids):
+            self.ids[slot] = -1
+
     def drop(self, slot: int) -> None:
         """Free a slot: the last one takes its place."""
         last = len(self.lengths) - 1
@@ -133,9 +147,12 @@ class SlotCache:
         heads, width = self.head_shape
         for stores in (self.keys, self.values):
             for i, old in enumerate(stores):
+                if old.shape[0] >= S2 and old.shape[2] >= N2:
+                    continue  # memory ran out on the way the last time; this one had grown
                 # zeros, because a masked column still takes part in 0 * value
-                stores[i] = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=self.device)
-                stores[i][:S, :, :N] = old
+                new = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=self.device)
+                new[: old.shape[0], :, : old.shape[2]] = old[:S2, :, :N2]
+                stores[i] = new
         ids = torch.full((S2, N2), -1, dtype=torch.long, device=self.device)
         ids[:S, :N] = self.ids
         self.ids = ids
@@ -157,6 +174,8 @@ class Decoder(Worker[Row]):
         self.stops = {base.processor.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])}
         self.decoder = model.get_decoder()  # type: ignore[operator]
         self.head = model.get_output_embeddings()  # type: ignore[operator]
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        """token ids the model has a row for; a tokenizer may know more"""
 
     def reset(self) -> None:
         """Forget what is queued, running and cached."""
@@ -169,13 +188,20 @@ class Decoder(Worker[Row]):
         """running[i] lies in slot i"""
 
     def check(self, sequences: Iterable[Row]) -> None:
-        """Raises TooLarge if one does not fit the context."""
+        """Raises TooLarge if one does not fit the context, Invalid if it has a token that the model has no row for
+        (on a GPU one such id would end everybody's context)."""
         for s in sequences:
             if not s.prompt or len(s.prompt) + s.max_tokens > self.context:
                 raise TooLarge(
                     f"The prompt has {len(s.prompt)} tokens and max_tokens is {s.max_tokens}; together they must be "
                     f"between 1 and {self.context}. Shorten the prompt or lower max_tokens."
                 )
+            for token in (max(s.prompt), min(s.prompt), *s.bias):
+                if not 0 <= token < self.vocabulary:
+                    raise Invalid(
+                        f"Token {token} is beyond the vocabulary of {self.vocabulary} of {self.base.name}, though its "
+                        "tokenizer may know it. Leave out the text that becomes it."
+                    )
 
     @torch.inference_mode()
     def cancel(self, sequence: Row) -> None:
@@ -192,14 +218,25 @@ class Decoder(Worker[Row]):
     def step(self) -> list[Row]:
         """One forward: prefill of some waiting sequences if there is room, else one token for all running ones.
 
-        Returns the sequences that got a token; those finished among them have left the batch.
+        Returns the sequences that got a token or failed; those finished among them have left the batch. A sequence
+        that makes the forward raise, or whose logits are not finite, fails alone.
         """
         joined = self._admit()
-        rows = joined or self.running
+        rows = joined or list(self.running)
         if not rows:
             return []
         first = len(self.running) - len(joined) if joined else 0
-        if joined:
+        slots = {id(s): first + b for b, s in enumerate(rows)}
+        isolate(rows, lambda some: self._advance(some, slots[id(some[0])], bool(joined)), self._size)
+        for slot in reversed(range(first, first + len(rows))):
+            if self.running[slot].finished:
+                self._leave(slot)
+        return rows
+
+    def _advance(self, rows: Sequence[Row], first: int, joining: bool) -> None:
+        """The next token of neighbouring rows, which lie in slots first, first + 1, ... Nothing is kept if it raises:
+        lengths advance last, and columns beyond them are written again."""
+        if joining:
             counts = [len(s.prompt) for s in rows]
             ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
             for b, s in enumerate(rows):
@@ -208,22 +245,23 @@ class Decoder(Worker[Row]):
         else:
             counts = [1] * len(rows)
             ids = torch.tensor([[s.out[-1]] for s in rows])
-            starts = list(self.cache.lengths)
+            starts = self.cache.lengths[first : first + len(rows)]
         logits = self._forward(rows, first, starts, ids.to(self.base.device), counts)
-        for b, n in enumerate(counts):
-            self.cache.lengths[first + b] = starts[b] + n
         tokens = self._choose(rows, logits)
-        touched = list(rows)
-        for slot in reversed(range(first, first + len(rows))):
-            s, token = self.running[slot], tokens[slot - first]
+        for b, (s, token) in enumerate(zip(rows, tokens, strict=True)):
+            self.cache.lengths[first + b] = starts[b] + counts[b]
+            if token is None:
+                continue
             s.out.append(token)
             if token in self.stops and not s.ignore_eos:
                 s.finished = "stop"
             elif len(s.out) >= s.max_tokens:
                 s.finished = "length"
-            if s.finished:
-                self._leave(slot)
-        return touched
+
+    @staticmethod
+    def _size(row: Row) -> float:
+        """Tokens, prompt and answer."""
+        return len(row.prompt) + len(row.out)
 
     @staticmethod
     def probe(arm: str | None) -> Row:
@@ -232,10 +270,13 @@ class Decoder(Worker[Row]):
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Logits (1, 8, V) of a fixed input under an arm: equal for equal behaviour, bit for bit."""
+        """Logits (1, 8, V) of a fixed input under an arm: equal for equal behaviour, bit for bit. Raises Failed if
+        they are not finite."""
         assert self.applied is not None
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(input_ids=torch.arange(1, 9, device=self.base.device)[None]).logits
+        if not usable(out):
+            raise not_finite(arm)
         return out
 
     def _admit(self) -> list[Row]:
@@ -252,6 +293,8 @@ class Decoder(Worker[Row]):
         return joined
 
     def _leave(self, slot: int) -> None:
+        if self.running[slot].finished == "failed":
+            self.cache.wipe(slot)
         self.cache.drop(slot)
         last = self.running.pop()
         if slot < len(self.running):
@@ -291,20 +334,32 @@ class Decoder(Worker[Row]):
         near = (k > positions[:, :, None] - self.window)[:, None]
         return {"full_attention": full, "sliding_attention": full & near}
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
+    def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int | None]:
+        """A token for each row; None for a row that has none, which fails alone."""
         for b, s in enumerate(rows):
             for token, add in s.bias.items():
                 logits[b, token] += add
-        greedy = logits.argmax(-1).tolist()
-        out = []
+        highest, at = logits.max(-1)  # of NaN and something the highest is NaN
+        greedy, sound = at.tolist(), highest.isfinite().tolist()
+        out: list[int | None] = []
         for b, s in enumerate(rows):
-            token = greedy[b] if s.temperature == 0.0 else _sample(logits[b], s)
-            if s.logprobs is not None:
-                scores = logits[b].log_softmax(-1)
-                top = scores.topk(s.logprobs) if s.logprobs else None
-                best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
-                s.scores.append((float(scores[token]), best))
-            out.append(token)
+            if not sound[b]:
+                fail(s, not_finite(s.arm))
+                out.append(None)
+                continue
+            try:
+                token = greedy[b] if s.temperature < COLD else _sample(logits[b], s)
+                if s.logprobs is not None:
+                    scores = logits[b].log_softmax(-1)
+                    top = scores.topk(min(s.logprobs, len(scores))) if s.logprobs else None
+                    best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
+                    s.scores.append((float(scores[token]), best))
+                out.append(token)
+            except (RuntimeError, ValueError, OverflowError) as e:
+                log.exception("a draw failed")
+                how = f"temperature {s.temperature:g} and top_p {s.top_p:g}"
+                fail(s, Failed(f"No token can be drawn with {how} ({e})."))
+                out.append(None)
         return out
 
 

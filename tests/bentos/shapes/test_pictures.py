@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from bentos.shapes.pictures import MAX_PIXELS, read
-from registry.errors import BadRequest, TooLarge
+from patches.families.pictures import MAX_PIXELS, read
+from registry.errors import Invalid, TooLarge
 
 
 def coded(picture, kind="PNG", **how):
@@ -67,16 +67,16 @@ def test_sixteen_bits_a_channel_keep_their_shades():
 
 
 REFUSED = {
-    "no base64": ("not a picture!", BadRequest, "not base64"),
-    "no picture": (base64.b64encode(b"hello there").decode(), BadRequest, "none of PNG"),
-    "cut off": (base64.b64encode(base64.b64decode(coded(some(64, 64)))[:-400]).decode(), BadRequest, "cut off"),
-    "only a header": (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), BadRequest, "header is broken"),
+    "no base64": ("not a picture!", Invalid, "not base64"),
+    "no picture": (base64.b64encode(b"hello there").decode(), Invalid, "none of PNG"),
+    "cut off": (base64.b64encode(base64.b64decode(coded(some(64, 64)))[:-400]).decode(), Invalid, "cut off"),
+    "only a header": (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), Invalid, "header is broken"),
     "a bomb": (bomb(50_000), TooLarge, "pixels"),
-    "one pixel": (coded(some(1, 1)), BadRequest, "1 x 1"),
-    "a stripe": (coded(some(400, 8)), BadRequest, "400 x 8"),
-    "CMYK": (coded(some(mode="CMYK"), "JPEG"), BadRequest, "CMYK"),
-    "animated": (coded(some(), "GIF", save_all=True, append_images=[some().rotate(90)]), BadRequest, "2 frames"),
-    "a vector": (base64.b64encode(b'<svg xmlns="http://www.w3.org/2000/svg"/>').decode(), BadRequest, "none of PNG"),
+    "one pixel": (coded(some(1, 1)), Invalid, "1 x 1"),
+    "a stripe": (coded(some(400, 8)), Invalid, "400 x 8"),
+    "CMYK": (coded(some(mode="CMYK"), "JPEG"), Invalid, "CMYK"),
+    "animated": (coded(some(), "GIF", save_all=True, append_images=[some().rotate(90)]), Invalid, "2 frames"),
+    "a vector": (base64.b64encode(b'<svg xmlns="http://www.w3.org/2000/svg"/>').decode(), Invalid, "none of PNG"),
 }
 
 

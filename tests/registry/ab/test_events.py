@@ -1,5 +1,6 @@
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -8,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from registry.ab import events
 from registry.ab.events import Events
 from registry.ab.experiment import CONTROL, TREATMENT, assign, begin, judge
-from registry.errors import NotFound
+from registry.errors import NotFound, NotReady
 
 A = "a" * 64
 
@@ -175,3 +177,99 @@ def test_two_hundred_a_a_experiments_through_the_log_raise_at_most_ten_alarms(lo
                     break
     print(f"{len(alarms)} of 200 A/A experiments raised an alarm: {alarms}")
     assert len(alarms) <= 10
+
+
+# ---- nobody ends the writer ----------------------------------------------------------------------------------------
+
+
+def test_whoever_stops_waiting_stops_neither_the_event_nor_the_writer(log):
+    x = trial()
+    waits = [log.expose(x, str(i), CONTROL) for i in range(200)]
+    assert not any(w.cancel() for w in waits)
+    assert log.expose(x, "last", CONTROL).result(5) is True
+    assert log.summary(x).control.units == 201
+    assert log.problem() == ""
+
+
+def test_a_future_that_is_settled_already_does_not_end_the_writer(log):
+    """The sibling: whatever state a future is in, its batch's neighbours are written and told."""
+    x = trial()
+    odd = log.expose(x, "a", CONTROL)
+    odd.set_running_or_notify_cancel()
+    odd.settle(True)
+    assert log.expose(x, "b", CONTROL).result(5) is True
+
+
+def test_an_event_that_cannot_be_stored_fails_alone(log):
+    x = trial()
+    waits = [log.expose(x, str(i), CONTROL) for i in range(20)]
+    bad = [log.expose(x, "lone \ud800", CONTROL), log.outcome(x, "0", 2**70), log.expose(x, object(), CONTROL)]
+    waits += [log.expose(x, str(i), CONTROL) for i in range(20, 40)]
+    assert all(w.result(5) for w in waits)
+    assert all(b.exception(5) is not None for b in bad)
+    assert log.lost == {x.name: 3}
+    assert log.problem() == ""
+
+
+def test_a_lock_that_goes_away_loses_nothing(log):
+    x = trial()
+    log.expose(x, "first", CONTROL).result(5)
+    other = sqlite3.connect(log.path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    waits = [log.expose(x, str(i), CONTROL) for i in range(10)]
+    time.sleep(0.3)
+    assert not any(w.done() for w in waits)
+    other.execute("ROLLBACK")
+    assert all(w.result(5) for w in waits)
+    assert not log.lost
+
+
+def test_a_disk_that_stays_full_is_given_up_and_counted(log, monkeypatch):
+    monkeypatch.setattr(events, "GIVE_UP_S", 0.2)
+    x = trial()
+
+    def full(rows):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(log, "_commit", full)
+    waits = [log.expose(x, str(i), CONTROL) for i in range(5)]
+    with pytest.raises(NotReady):
+        waits[-1].result(10)
+    assert log.lost[x.name] == sum(w.exception(10) is not None for w in waits) == 5
+    monkeypatch.undo()
+    assert log.expose(x, "after", CONTROL).result(5) is True
+
+
+def test_a_writer_that_ended_all_the_same_is_begun_again(log, monkeypatch):
+    x = trial()
+
+    def gone(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(log, "_keep", gone)
+    monkeypatch.setattr(log, "_give_up", gone)
+    log.expose(x, "a", CONTROL)
+    log._writer.join(5)
+    assert "ended" in log.problem()
+    monkeypatch.undo()
+    assert log.expose(x, "b", CONTROL).result(5) is True
+    assert log.problem() == ""
+
+
+def test_a_full_queue_refuses_at_once(log, monkeypatch):
+    monkeypatch.setattr(events, "MAX_WAITING", 0)
+    with pytest.raises(NotReady, match="no more events"):
+        log.expose(trial(), "u", CONTROL).result(0)
+
+
+def test_closing_ends_though_the_disk_hangs(tmp_path):
+    log, x = Events(tmp_path / "e.db"), trial()
+    other = sqlite3.connect(log.path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    waits = [log.expose(x, "u", CONTROL), log.expose(x, "v", CONTROL)]
+    start = time.monotonic()
+    log.close()
+    assert time.monotonic() - start < 5.5
+    assert all(isinstance(w.exception(5), NotReady) for w in waits)
+    assert isinstance(log.expose(x, "w", CONTROL).exception(0), NotReady)
+    other.close()

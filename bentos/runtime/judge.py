@@ -1,0 +1,116 @@
+"""Judging the live experiment about once a second; what is decided is written to the ledger."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
+from registry.errors import PatchbayError
+from registry.home import home
+
+if TYPE_CHECKING:
+    from bentos.runtime import Runtime
+
+log = logging.getLogger("patchbay")
+
+JUDGE_S = 1.0
+JUDGE_AGAIN_S = 5.0
+"""how often one who may not judge asks whether it may now"""
+WINDOW_S = 10.0
+"""how often the live experiment's numbers go to MLflow, which only displays them"""
+
+
+class Judge:
+    """One process of a deployment judges a system: the one that holds the system's lock."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.r = runtime
+        self.who = ""
+        """who judges the experiments of this system: "this process", or another by its number"""
+
+    def run(self) -> None:
+        """Only one process of a deployment judges a system: the one that holds the system's lock, and says so in it."""
+        file = home() / f"judge-{self.r.settings.system}.lock"
+        with file.open("a+") as lock:
+            while not self.r.watch.stopping.is_set():
+                self.r.watch.beat("judge")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    lock.seek(0)
+                    self.who = f"process {lock.read(80).strip() or 'unknown'}"
+                self.r.watch.stopping.wait(JUDGE_AGAIN_S)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            self.who = "this process"
+            self._on()
+
+    def _on(self) -> None:
+        shown = 0.0
+        while not self.r.watch.stopping.wait(JUDGE_S):
+            self.r.watch.beat("judge")
+            try:
+                decision = self.once()
+                self.r.calm("judge")
+                if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
+                    self._show(decision)
+                    shown = time.monotonic()
+            except Exception as e:
+                self.r.warn("judge", f"cannot judge: {e}")
+
+    def _show(self, decision: experiments.Decision) -> None:
+        """The experiment's numbers, and after a decision the new champion, in MLflow. The ledger does not need it."""
+        from registry import store
+
+        try:
+            r, s = decision.result, decision.summary
+            units = s.control.units + s.treatment.units
+            numbers = {
+                "ab/effect": r.effect, "ab/low": r.low, "ab/high": r.high, "ab/e_value": r.e_value,
+                "ab/mean_control": r.mean_control, "ab/mean_treatment": r.mean_treatment,
+                "ab/n_control": r.n_control, "ab/n_treatment": r.n_treatment,
+            }  # fmt: skip
+            store.log_window(decision.experiment, units, {k: v for k, v in numbers.items() if math.isfinite(v)})
+            if decision.action != "continue":
+                store.log_decision(decision.experiment, decision.evidence())
+                assert self.r.ledger is not None
+                head = self.r.ledger.head(self.r.settings.system)
+                assert head is not None
+                if why := store.mirror(self.r.settings.system, head.champion, head.challenger):
+                    log.warning(why)
+        except PatchbayError as e:
+            log.warning("MLflow does not show the experiment: %s", e)
+
+    def once(self) -> experiments.Decision | None:
+        """Judge the live experiment; act on the ledger if it says so."""
+        if self.r.ledger is None or self.r.events is None:
+            return None
+        head = self.r.ledger.head(self.r.settings.system)
+        if head is None or head.experiment is None:
+            return None
+        x = experiments.load(head.experiment)
+        decision = experiments.judge(x, self.r.events.summary(x))
+        if decision.action == "continue":
+            return decision
+        act = {"promote": ledgers.promote, "rollback": ledgers.rollback}
+        try:
+            if decision.action == "stop":
+                ledgers.stop(self.r.ledger, x.system, evidence=decision.evidence(), who="judge")
+            else:
+                act[decision.action](
+                    self.r.ledger, x.system, evidence=decision.evidence(), who="judge", expect=head.hash,
+                    **({"digest": x.treatment} if decision.action == "promote" else {}),
+                )  # fmt: skip
+            log.warning("%s: %s (%s)", x.name, decision.action, decision.why)
+        except PatchbayError as e:  # somebody decided first: look again in a second
+            log.info("not decided: %s", e)
+        return decision

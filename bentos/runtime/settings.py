@@ -1,0 +1,98 @@
+"""How a service is deployed, and what can be told before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from patches.families.base import check_device
+from patches.families.family import family
+from registry import manifest
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import BASE
+from registry.errors import NotReady
+from registry.systems import system
+
+CARRIED = Path(__file__).parents[2] / "carried"
+"""in a Bento: the sealed folder it was built to serve; a checkout has none"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a service is deployed; from the environment, so that a Bento and a laptop say it the same way."""
+
+    system: str
+    base: str | None = None
+    """reference of the base; None: the one the artifact's manifest names"""
+    device: str = "cpu"
+    slots: int = 32
+    """rows of one batch"""
+    context: int = 4096
+    """tokens of a row, prompt and answer"""
+    provider: str = ""
+    """of ONNX Runtime, cpu or cuda, for families whose towers it can run; empty: torch"""
+    pinned: Path | None = None
+    """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        pinned = env.get("PATCHBAY_PINNED") or (CARRIED if CARRIED.is_dir() else None)
+        name = manifest.read(Path(pinned)).system if pinned else env.get("PATCHBAY_SYSTEM", "")
+        return cls(
+            system=system(name).name,
+            base=env.get("PATCHBAY_BASE") or None,
+            device=env.get("PATCHBAY_DEVICE", "cpu"),
+            slots=int(env.get("PATCHBAY_SLOTS", "32")),
+            context=int(env.get("PATCHBAY_CONTEXT", "4096")),
+            provider=env.get("PATCHBAY_PROVIDER", ""),
+            pinned=Path(pinned) if pinned else None,
+        )
+
+
+def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
+    """role -> reference of each base, if all that can be told before they are loaded is well.
+
+    Raises NotReady with the way out.
+    """
+    row = system(s.system)
+    check_device(s.device)
+    if s.provider:
+        engine = family(row.family).engine
+        if engine is None:
+            raise NotReady(
+                f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {row.family} bases run in torch alone; leave it out."
+            )
+        importlib.import_module(engine).check_provider(s.provider)
+    refs = _named(s, head)
+    refs |= dict(zip(row.bases, (s.base or "").split(","), strict=False)) if s.base else {}
+    for role, kind in row.bases.items():
+        if not refs.get(role):
+            one = ",".join(family(kind).example for kind in row.bases.values())
+            raise NotReady(
+                f"{s.system} has no patch yet, so its {role if row.roles else 'base'} is unknown. Push one, or set "
+                f"PATCHBAY_BASE, for instance to {one}."
+            )
+        if refs[role].startswith("local:"):
+            raise NotReady(
+                f"The base is the folder {refs[role][6:]!r} of the machine where the patch was fitted. Put it here, "
+                "and set PATCHBAY_BASE=local-dir:<folder> (or gguf:<file>)."
+            )
+        del kind
+    return {role: refs[role] for role in row.bases}
+
+
+def _named(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
+    """role -> reference, as the pinned artifact, the champion or the challenger names it."""
+    folder = s.pinned
+    for digest in (head.champion, head.challenger) if head and folder is None else ():
+        if digest and digest != BASE:
+            from registry import store
+
+            folder = store.pull(digest)
+            break
+    if folder is None:
+        return {}
+    return {role: label.rpartition("@")[0] for role, label in manifest.read(folder).bases.items()}

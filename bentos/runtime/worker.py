@@ -1,0 +1,205 @@
+"""The one thread that works: commands between steps, steps of the worker, and telling those who wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bentos.runtime.threads import Watch
+from patches.engine.isolate import fail, named
+from patches.families.worker import Job, Worker
+from registry.ab.ledger import BASE
+from registry.errors import Failed, NotReady, TooMany
+
+log = logging.getLogger("patchbay")
+
+QUEUE = 512
+"""rows waiting or running; more get 429"""
+CALL_S = 120.0
+"""how long something that has to be done between two steps is waited for"""
+
+
+@dataclass
+class Counts:
+    """What /metrics shows."""
+
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(arm label, status)"""
+    tokens: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    shadows_dropped: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    """arm -> jobs that failed alone"""
+    unwritten: int = 0
+    """answers that went out before their exposure was on the disk"""
+
+
+class Loop:
+    """Steps a worker on a thread of its own (`work`), and takes jobs and commands from any other."""
+
+    def __init__(self, worker: Worker[Any], watch: Watch, counts: Counts) -> None:
+        self.worker, self.watch, self.counts = worker, watch, counts
+        self.broken = ""
+        """why the base itself cannot work any more; empty while it can"""
+        self.inflight: Counter[str] = Counter()
+        """arm -> jobs waiting or running"""
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._counting = threading.Lock()
+
+    def wake(self) -> None:
+        """Let the thread look around, for instance to see that it shall stop."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def submit(self, rows: Sequence[Any]) -> None:
+        """Queue jobs of the worker's kind.
+
+        Raises TooMany if the queue is full, TooLarge if a prompt does not fit; then nothing is queued.
+        """
+        if sum(self.inflight.values()) + len(rows) > QUEUE:
+            raise TooMany(f"{QUEUE} rows are waiting or running; try again in a few seconds.")
+        self.worker.check(rows)
+        with self._counting:
+            for row in rows:
+                self.inflight[row.arm or BASE] += 1
+        self.tell(lambda: self.worker.add(rows))
+
+    def cancel(self, row: Any) -> None:
+        """Stop a row; its neighbours do not notice."""
+
+        def command() -> None:
+            if not row.finished:
+                try:
+                    self.worker.cancel(row)
+                finally:
+                    row.finished = row.finished or "cancelled"
+                    self._done(row)
+
+        self.tell(command)
+
+    @property
+    def queued(self) -> int:
+        return sum(self.inflight.values())
+
+    def tell(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def work(self) -> None:
+        torch.set_grad_enabled(False)
+        while not self.watch.stopping.is_set():
+            with self._wake:
+                while not self._commands and self.worker.idle and not self.watch.stopping.is_set():
+                    self.watch.beat("work")
+                    self._wake.wait(timeout=1.0)
+                commands, self._commands = self._commands, deque()
+            self.watch.beat("work")
+            self._obey(commands)
+            if not self.worker.idle:
+                self._step()
+        self._obey(self._commands)
+        for row in [*self.worker.running, *self.worker.waiting]:
+            fail(row, NotReady("The service is stopping; ask again in a few seconds."))
+            self._tell_of(row)
+
+    @staticmethod
+    def _obey(commands: deque[Callable[[], None]]) -> None:
+        while commands:
+            try:
+                commands.popleft()()
+            except BaseException:  # the commands after it are other people's
+                log.exception("a command of a request failed")
+
+    def _step(self) -> None:
+        """One step of the worker, and what it means for those who wait."""
+        start = time.perf_counter()
+        try:
+            touched: Sequence[Job] = self.worker.step()
+        except Exception:
+            # a worker finds the job that fails (patches.isolate); this is the worker itself
+            log.exception("a step failed as a whole; the running jobs are given up")
+            touched, waiting = list(self.worker.running), list(self.worker.waiting)
+            for row in touched:
+                fail(row, Failed("The step of this job failed; it is in the log. Try again."))
+            self.worker.reset()
+            self.worker.add(waiting)
+        self.counts.steps += 1
+        self.counts.rows += len(touched)
+        self.counts.seconds += time.perf_counter() - start
+        for row in touched:
+            self.counts.tokens[row.arm or BASE] += 1
+            if row.finished:
+                self._done(row)
+                if row.finished == "failed":
+                    self.counts.failed[row.arm or BASE] += 1
+            self._tell_of(row)
+        if touched and all(row.finished == "failed" for row in touched):
+            self._suspect()
+
+    @staticmethod
+    def _tell_of(row: Job) -> None:
+        if row.on_step is not None:
+            try:
+                row.on_step(row)
+            except Exception:  # its caller's event loop may be gone
+                log.debug("nobody listens to a job any more", exc_info=True)
+
+    def _suspect(self) -> None:
+        """Everything failed: is it the jobs, or can the base itself not work any more (a lost device)?"""
+        try:
+            self.worker.proof(None)
+            self.broken = ""
+        except Exception as e:
+            self.broken = f"the base itself fails ({type(e).__name__}); start the service again"
+            log.exception("the base itself fails")
+
+    def _done(self, row: Job) -> None:
+        with self._counting:
+            self.inflight[row.arm or BASE] -= 1
+
+    def call(self, command: Callable[[], Any]) -> Any:
+        """Run on the worker's thread, between steps, and wait for the answer."""
+        done = threading.Event()
+        box: list[tuple[Any, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                box.append((command(), None))
+            except BaseException as e:
+                box.append((None, e))
+            done.set()
+
+        self.tell(run)
+        until = time.monotonic() + CALL_S
+        while not done.wait(timeout=0.5):
+            if self.watch.stopping.is_set() or time.monotonic() > until:
+                raise NotReady("The working thread does not answer.")
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value
+
+    def probe(self, digest: str) -> Any:
+        """A small job of an arm, done."""
+        done = threading.Event()
+        row: Any = self.worker.probe(digest)
+        row.on_step = lambda r: done.set() if r.finished else None
+        with self._counting:
+            self.inflight[digest] += 1
+        self.tell(lambda: self.worker.add([row]))
+        until = time.monotonic() + CALL_S
+        while not done.wait(0.5):
+            if self.watch.stopping.is_set() or time.monotonic() > until:
+                raise NotReady(f"{named(digest)} was verified but gives no answer; it is not served.")
+        return row
