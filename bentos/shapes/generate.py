@@ -88,7 +88,7 @@ class TextPart(BaseModel):
 
 class ImageUrl(BaseModel):
     model_config = Strict
-    url: Annotated[str, Field(pattern="^data:image/[a-z0-9.+-]{1,20};base64,")]
+    url: str
     """a data URL; nothing is fetched"""
     detail: Literal["auto", "low", "high"] | None = None
     """accepted, and without effect here"""
@@ -116,6 +116,10 @@ class Message(BaseModel):
         """What chat templates take: a text, or parts where there are pictures. Raises BadRequest for a picture in a
         message that is not the user's."""
         role = "system" if self.role == "developer" else self.role
+        if far := next((url for url in self.pictures if not url.startswith("data:image/")), None):
+            raise BadRequest(
+                f"messages: image_url.url begins with {far[:24]!r}; nothing is fetched, send a data:image/ URL."
+            )
         if self.pictures and role != "user":
             raise BadRequest(f"messages: a picture stands in a {self.role} message; only the user shows pictures.")
         if isinstance(self.content, str) or not self.pictures:

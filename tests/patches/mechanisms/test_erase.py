@@ -78,7 +78,9 @@ def test_each_row_erases_its_own_and_nobody_elses(tiny, subject):
     how = {"max_tokens": 5, "logprobs": 0, "ignore_eos": True}
     mixed = [row(tiny, arm="a" if i else None, params=p, **how) for i, p in enumerate(params)]
     got = tokens(tiny, subject, mixed)
-    alone = [tokens(tiny, subject, [row(tiny, arm="a" if i else None, params=p, **how)])[0] for i, p in enumerate(params)]
+    alone = [
+        tokens(tiny, subject, [row(tiny, arm="a" if i else None, params=p, **how)])[0] for i, p in enumerate(params)
+    ]
     for (out, scores), (want, sure) in zip(got, alone, strict=True):
         assert out == want
         assert scores == pytest.approx(sure, abs=1e-4)
