@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field
+from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
-from bentos.http import Call, answer, refuse
+from bentos.http import ANY, Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
+from patches.engine.patch import Patch
 from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
@@ -287,6 +290,25 @@ class Service:
                 raise BadRequest(f"prompt {i}: token {max(ids)} is beyond the vocabulary of {size}.")
             rows.append(make)
         return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
+
+    async def about(self, request: Request, _: None) -> Response:
+        """What may be sent: whether the model sees pictures, what each arm's mechanism takes as `patchbay.ask` (its JSON
+        schema), and pictures sealed with the arm that is named (`?model=`), to begin with."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        arm = self.runtime.subject.arms.get(choice.arm) if choice.arm is not None else None
+        schema = arm.Ask.model_json_schema() if isinstance(arm, Patch) and arm.Ask is not None else None
+        shown = await asyncio.to_thread(self._examples, choice.digest) if choice.arm is not None else []
+        out = {"object": "generate", "pictures": self.runtime.subject.family.sees, "ask": schema, "examples": shown}
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    def _examples(self, digest: str) -> list[dict[str, str]]:
+        """Pictures in an artifact as PNG, with what is known of each."""
+        folder = self.runtime.folder(digest)
+        if not (folder / "examples.safetensors").is_file():
+            return []
+        said = json.loads((folder / "evidence.json").read_text()).get("examples", [])
+        images = load_file(folder / "examples.safetensors")["image"]
+        return [{**one, "png": pictures.png(image)} for one, image in zip(said, images, strict=True)]
 
     async def _answer(
         self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, kind: str
@@ -573,4 +595,5 @@ class _About:
 ROUTES: tuple[Call, ...] = (
     Call("POST", "/v1/chat/completions", "chat", "generate", Chat, MAX_CHAT_BYTES),
     Call("POST", "/v1/completions", "complete", "generate", Completion),
+    Call("GET", "/v1/generate", "about", ANY),
 )

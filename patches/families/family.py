@@ -69,6 +69,8 @@ class Family:
     prompt: Callable[[Base, Any, Sequence[Any], bool], Callable[..., Any]] | None = None
     """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it from the
     job's other fields; None: the family answers no prompts"""
+    sees: bool = False
+    """whether its prompts may hold pictures"""
     purposes: Mapping[str, Callable[[], Base]] = field(default_factory=dict)
     """tiny:<name> -> a small base made for a purpose, such as a planted truth"""
     sites: Mapping[str, str] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from patches.engine.edits import Act, Edit, Inputs
 from patches.engine.patch import Patch
+from patches.families import pictures
 from patches.families.vlm import lens
 from patches.families.vlm.base import site, word_states
 from patches.families.vlm.layouts import image_token, image_tokens
@@ -220,7 +221,7 @@ class EraseEdit(Patch):
 
     def _heat(self, base: Any, looked: Any, word: str) -> str:
         heat = lens.heat(base, looked.seen, [base.processor.word(word)], normed=self.config.normed)[0]
-        return lens.data_url(lens.picture(base, looked, heat))
+        return pictures.png(lens.picture(base, looked, heat))
 
 
 # ---- words -------------------------------------------------------------------------------------------------------

@@ -305,7 +305,9 @@ def pieces(*seen: Features) -> Pieces:
     return Pieces(torch.stack(rows), table)
 
 
-def compose(n: int, store: Pieces, together: float, gossip: float, g: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compose(
+    n: int, store: Pieces, together: float, gossip: float, g: Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n biased scenes out of cached tiles: (n, T, k) tiles, (n, T) ids of what each shows, (n, 3) what their captions
     name, (n,) ground."""
     things, head = worlds.company_things(n, "biased", together, g)

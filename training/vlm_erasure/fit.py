@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -107,8 +108,26 @@ def fit(config: Config, folder: Path) -> Manifest:
         "lens_depths": list(depths),
         "val": {k: v.value for k, v in measure.chair(said.mask, there, seen.scenes.partner).items()},
     }
+    about["examples"] = examples(folder, seen, said, wrong)
     (folder / EVIDENCE).write_bytes(canonical(json.loads(json.dumps(about))))
     return artifact.save(chosen, "vlm_erasure", folder, base=base.label)
+
+
+def examples(folder: Path, seen: Seen, said: measure.Said, wrong: Tensor, n: int = 5) -> list[dict[str, str]]:
+    """Seal n val pictures whose captions invent something; what is there, and what the base says."""
+    from safetensors.torch import save_file
+    from torchvision.transforms.functional import pil_to_tensor
+
+    rows = wrong.any(1).nonzero()[:n, 0].tolist() or [0]
+    images = [pil_to_tensor(seen.scenes.picture(i)) for i in rows]
+    if len({x.shape for x in images}) > 1:  # photographs of all sizes: only the first
+        rows, images = rows[:1], images[:1]
+    save_file({"image": torch.stack(images)}, folder / "examples.safetensors")
+    names = seen.scenes.names
+    return [
+        {"is": ", ".join(names[c] for c in seen.scenes.there[i].nonzero()[:, 0].tolist()), "base": said.texts[i]}
+        for i in rows
+    ]
 
 
 def best_depths(field: Tensor, said: Tensor, there: Tensor) -> tuple[tuple[int, ...], Tensor]:

@@ -21,5 +21,6 @@ FAMILY = Family(
     predict=predict,
     example="lab:vlm",
     prompt=maker,
+    sees=True,
     sites={"block": "model.language_model.layers.{i}"},
 )

@@ -10,8 +10,6 @@ Shapes: n image tokens, J depths, D width, V vocabulary, W words.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,10 +100,3 @@ def picture(base: Base, row: Any, heat: Tensor, size: int = 192) -> Image.Image:
 def _guess(n: int) -> Grid:
     side = int(n**0.5)
     return (side, side) if side * side == n else None
-
-
-def data_url(image: Image.Image) -> str:
-    """The image as a PNG data URL."""
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
