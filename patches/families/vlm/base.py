@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.families.base import SHIPPED, Base, check_device, hub_folder, slug
+from patches.families.base import SHIPPED, Base, check_device, hub_folder, load_base, slug
 from patches.families.llm.base import _digest
 from patches.families.llm.planted import weights_digest
 from patches.families.llm.references import _quiet
 from patches.families.vlm.layouts import image_token, layout
-from patches.families.vlm.processor import LabProcessor, Processor
+from patches.families.vlm.processor import ChatProcessor, LabProcessor, Processor
 from registry import manifest
 from registry.errors import NotFound
 
@@ -81,12 +81,19 @@ def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> 
 
     model, clip = lab.read(folder)
     about = model.about
-    tokenizer = lab.tokenizer(about["vocabulary"])
-    tiles = about["tiles"]
-    hub = LabProcessor(tokenizer, tiles["side"], tiles["tile"], clip.processor.mean, clip.processor.std)
-    processor = Processor(hub, tokenizer, lab.IMAGE, layout("LabVLM").keys)
-    files = {f: manifest.sha256(folder / f) for f in (lab.WEIGHTS, lab.CONFIG)}
-    digest = manifest.digest_of({"files": files, "tower": clip.digest})
+    tiles, normal = about["tiles"], (clip.processor.mean, clip.processor.std)
+    parts = {f: manifest.sha256(folder / f) for f in (lab.WEIGHTS, lab.CONFIG)} | {"tower": clip.digest}
+    hub: LabProcessor
+    if about.get("decoder"):
+        reader = load_base(about["decoder"], "llm")
+        tokenizer, parts = reader.processor, parts | {"decoder": reader.digest}
+        mark = tokenizer.convert_ids_to_tokens(about["image_token"])
+        hub = ChatProcessor(tokenizer, tiles["side"], tiles["tile"], *normal, mark)
+    else:
+        tokenizer = lab.tokenizer(about["vocabulary"])
+        hub = LabProcessor(tokenizer, tiles["side"], tiles["tile"], *normal)
+    processor = Processor(hub, tokenizer, image_token(model), layout("LabVLM").keys)
+    digest = manifest.digest_of(parts)
     model.to(device=device, dtype=dtype)
     return Base(ref, name, digest, model.eval(), processor, layout("LabVLM").root, "vlm")
 

@@ -61,14 +61,20 @@ class Tiles(nn.Module):
 
 
 class LabModel(LlavaModel):
-    """LLaVA's inner model around `Tiles`."""
+    """LLaVA's inner model around `Tiles`; decoder: a Llama of somebody else's instead of a new one."""
 
-    def __init__(self, config: LlavaConfig, tower: nn.Module, features: int, hidden: int) -> None:
+    def __init__(
+        self, config: LlavaConfig, tower: nn.Module, features: int, hidden: int, decoder: nn.Module | None = None
+    ) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.multi_modal_projector = Projector(features, hidden, config.text_config.hidden_size)
-        self.language_model = LlamaModel(config.text_config)
+        if decoder is None:
+            self.language_model = LlamaModel(config.text_config)
         self.post_init()
-        self.vision_tower = tower  # after post_init, which gives every module it finds random weights
+        # after post_init, which gives every module it finds random weights
+        self.vision_tower = tower
+        if decoder is not None:
+            self.language_model = decoder
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> Any:  # type: ignore[override]
         """`pooler_output`: per picture (T, D), what stands in place of its <image> tokens."""
@@ -77,15 +83,20 @@ class LabModel(LlavaModel):
 
 
 class LabVLM(LlavaForConditionalGeneration):
-    """LLaVA with the tower of this world. `about`: the folder's config.json."""
+    """LLaVA with the tower of this world. `about`: the folder's config.json; reader: the language model it names, if it
+    names one (`about["decoder"]`)."""
 
-    def __init__(self, about: dict[str, Any], tower: nn.Module) -> None:
-        config = llava_config(about)
+    def __init__(self, about: dict[str, Any], tower: nn.Module, reader: Any = None) -> None:
+        config = llava_config(about, reader)
         LlavaPreTrainedModel.__init__(self, config)
-        self.model = LabModel(config, tower, about["features"], about["hidden"])
+        inner = reader.model if reader is not None else None
+        self.model = LabModel(config, tower, about["features"], about["hidden"], inner)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.lm_head.weight = self.model.language_model.embed_tokens.weight  # tied: a token is a word, both ways
         self.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        if reader is not None:
+            self.lm_head.weight = reader.lm_head.weight
+            self.generation_config = reader.generation_config
         self.about = about
 
     @property
@@ -100,9 +111,22 @@ class LabVLM(LlavaForConditionalGeneration):
         return out
 
 
-def llava_config(about: dict[str, Any]) -> LlavaConfig:
+def llava_config(about: dict[str, Any], reader: Any = None) -> LlavaConfig:
     """transformers' config of a lab model; what it says of a vision tower is not used."""
-    text = LlamaConfig(
+    text = reader.config if reader is not None else _text_config(about)
+    config = LlavaConfig(
+        text_config=text,
+        image_token_id=about.get("image_token", IMAGE),
+        image_seq_length=about["tiles"]["side"] ** 2,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+    )
+    config._attn_implementation = config.text_config._attn_implementation = "sdpa"
+    return config
+
+
+def _text_config(about: dict[str, Any]) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(about["vocabulary"]),
         hidden_size=about["width"],
         intermediate_size=about["mlp"],
@@ -116,15 +140,6 @@ def llava_config(about: dict[str, Any]) -> LlavaConfig:
         eos_token_id=EOS,
         initializer_range=0.05,
     )
-    config = LlavaConfig(
-        text_config=text,
-        image_token_id=IMAGE,
-        image_seq_length=about["tiles"]["side"] ** 2,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-    )
-    config._attn_implementation = config.text_config._attn_implementation = "sdpa"
-    return config
 
 
 def new(about: dict[str, Any], tower: nn.Module, seed: int = 0) -> LabVLM:
@@ -147,6 +162,18 @@ def tower(about: dict[str, Any], device: str = "cpu") -> tuple[Tiles, Any]:
     return Tiles(clip.model.visual, about["tiles"]["side"], about["tiles"]["tile"]).eval(), clip
 
 
+def reader(about: dict[str, Any]) -> Any:
+    """The language model a config names as its decoder; None if the folder holds its own."""
+    from patches.families.base import load_base
+
+    return load_base(about["decoder"], "llm").model if about.get("decoder") else None
+
+
+def _lent(about: dict[str, Any]) -> tuple[str, ...]:
+    """Prefixes of the weights that lie elsewhere."""
+    return ("model.vision_tower.", "lm_head.", *(("model.language_model.",) if about.get("decoder") else ()))
+
+
 def save(model: LabVLM, folder: Path) -> None:
     """Write config and weights (float16, without tower and tied head) into `folder`."""
     from safetensors.torch import save_file
@@ -155,7 +182,7 @@ def save(model: LabVLM, folder: Path) -> None:
     kept = {
         k: v.detach().cpu().half().contiguous()
         for k, v in model.state_dict().items()
-        if not k.startswith(("model.vision_tower.", "lm_head."))
+        if not k.startswith(_lent(model.about))
     }
     save_file(kept, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(model.about, indent=1) + "\n")
@@ -172,10 +199,10 @@ def read(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LabVLM, Any]
     if about.get("tower_digest") and about["tower_digest"] != clip.digest:
         raise BadArtifact(f"{folder} was trained on tower {about['tower_digest'][:16]}, not on {clip.digest[:16]}.")
     with torch.random.fork_rng():
-        model = LabVLM(about, eyes)
+        model = LabVLM(about, eyes, reader(about))
     state = {k: v.to(dtype) for k, v in load_file(folder / WEIGHTS).items()}
     missing, foreign = model.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not k.startswith(("model.vision_tower.", "lm_head."))]
+    missing = [k for k in missing if not k.startswith(_lent(about))]
     if missing or foreign:
         raise BadArtifact(f"{folder / WEIGHTS} lacks {missing[:3]} and holds unknown {foreign[:3]}. Pull it again.")
     return model.eval(), clip

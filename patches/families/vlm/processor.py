@@ -141,11 +141,12 @@ def _message(m: Mapping[str, Any]) -> dict[str, Any]:
 class LabProcessor:
     """The lab's own: pictures of any size become 192 px squares, and every question one of those it was taught."""
 
-    image_token = "<image>"
     chat_template = "lab"
 
-    def __init__(self, tokenizer: Any, side: int, tile: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.tokenizer, self.side, self.size = tokenizer, side, side * tile
+    def __init__(
+        self, tokenizer: Any, side: int, tile: int, mean: Sequence[float], std: Sequence[float], mark: str = "<image>"
+    ) -> None:
+        self.tokenizer, self.side, self.size, self.image_token = tokenizer, side, side * tile, mark
         self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
@@ -168,6 +169,21 @@ class LabProcessor:
         spread = text.replace(self.image_token, self.image_token * self.side**2)
         ids = self.tokenizer(spread, add_special_tokens=False)["input_ids"]
         return {"input_ids": torch.tensor([ids]), "pixel_values": (raw.float() / 255 - self.mean) / self.std}
+
+
+class ChatProcessor(LabProcessor):
+    """The same pictures for a language model with a chat template of its own: marks stand before the message's text."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        """The text of a chat in the language model's own template."""
+        plain = [
+            {
+                "role": m["role"],
+                "content": "".join(self.image_token if p["type"] == "image" else p["text"] for p in m["content"]),
+            }
+            for m in messages
+        ]
+        return str(self.tokenizer.apply_chat_template(plain, **{"tokenize": False, **how}))
 
 
 def _bytes(picture: Image.Image) -> Tensor:
