@@ -20,8 +20,9 @@ check: lint test ## what CI runs
 bench: $(READY)  ## base, patched and folded, interleaved; in process and over HTTP
 	$(PY) -m pytest -q tests/bench -m bench --benchmark-json=.patchbay/bench.json $(ARGS)
 
-docs: $(READY)   ## README's table of systems, from registry/systems.py
+docs: $(READY)   ## README's table of systems and the tree in docs/architecture.md, from the code
 	$(PY) -m registry.cli systems --write-readme
+	$(PY) docs/layout.py
 
 $(READY): pyproject.toml
 	python3 -m venv .venv

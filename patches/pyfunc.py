@@ -5,6 +5,8 @@ Logged as this source file beside the sealed folder, so nothing is pickled. Need
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,9 +19,14 @@ class Patched(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Verify the sealed folder and load what it holds on the base it names."""
-        from patches.subject import Subject  # not at the top: MLflow runs this file at push, which needs no torch
+        # not at the top: MLflow runs this file at push, which needs no torch
+        from patches.subject import Subject
+        from registry import manifest
 
-        self.subject = Subject.load(context.artifacts["patch"], device="cpu")
+        folder = Path(context.artifacts["patch"])
+        local = any(label.startswith("local:") for label in manifest.read(folder).bases.values())
+        base = os.environ.get("PATCHBAY_BASE") if local else None  # where a base made from a folder lies here
+        self.subject = Subject.load(folder, base, os.environ.get("PATCHBAY_DEVICE") or "cpu")
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ class Subject:
         about = manifest.read(folder)
         row = system(about.system)
         wanted = bases if isinstance(bases, Mapping) else {row.role: bases} if bases is not None else {}
+        if alone(about):
+            made = cls({row.role: load_weights(folder, about, device)}, {}, family(row.family))
+            made.folder = folder
+            return made
         loaded = load_bases(row, about, wanted, device)
         bare = about.kind == "model" and not about.files  # names a base and nothing else
         arms = {} if bare else {ONLY: load_arm(folder, about, str(next(iter(loaded.values())).device))}
@@ -197,15 +201,30 @@ def load_arm(folder: Path, about: Manifest, device: str = "cpu") -> Arm:
     if about.kind == "search":
         return Search(about.config, folder)
     if about.kind == "model":
-        load = family(system(about.system).family).load_folder
-        if load is None:
+        if alone(about):
             raise NotFound(
-                f"sha256:{about.digest[:16]} is a model, and {system(about.system).family} arms are patches. "
-                "Load it as a base: local-dir:<folder>."
+                f"sha256:{about.digest[:16]} is a model that stands alone: {system(about.system).family} arms are "
+                "patches, or it was made from no base. Load it as a base: local-dir:<folder>."
             )
-        check_memory(about, device)
-        return Model(load(folder, device))
+        return Model(load_weights(folder, about, device))
     raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to run.")
+
+
+def alone(about: Manifest) -> bool:
+    """Whether it is a model with nothing beside it: made from no base, or an exported checkpoint of a family whose arms
+    are patches. Such a one is loaded as the base itself."""
+    if about.kind != "model" or not about.files:
+        return False
+    return not about.bases or family(system(about.system).family).load_folder is None
+
+
+def load_weights(folder: Path, about: Manifest, device: str) -> Base:
+    """The weights in a verified folder of kind "model". Raises NotReady if they do not fit in memory, with sizes."""
+    check_memory(about, device)
+    kind = family(system(about.system).family)
+    if kind.load_folder is not None:
+        return replace(kind.load_folder(folder, device), family=kind.name)
+    return load_base(f"local-dir:{folder}", kind.name, device)
 
 
 def check_memory(about: Manifest, device: str) -> None:

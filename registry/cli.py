@@ -56,15 +56,20 @@ def evaluate(args: argparse.Namespace) -> Says:
     run, store = importlib.import_module("training.run"), _store()
     folder = store.pull(_digest(args.ref))
     got = run.evaluate(folder, args.words, args.device)
-    pushed = store.push(folder, metrics=got.sides, dataset=got.dataset, figures=got.figures)
+    pushed = store.push(
+        folder, metrics=got.sides, dataset=got.dataset, figures=got.figures["patched"], base_figures=got.figures["base"]
+    )
     base, patched = got.sides["base"], got.sides["patched"]
-    rows = [
-        (k, _measure(base[k]), _measure(patched[k]), patched[k].value - base[k].value, patched[k].n, patched[k].better)
-        for k in sorted(base)
-    ]
-    table = _table(("metric", "base", "patched", "difference", "n", "better"), rows)
+    rows = [_compared(k, base.get(k), patched.get(k)) for k in sorted({*base, *patched})]
+    url = store.compare_url(pushed.digest)
     plain = {side: {k: asdict(m) for k, m in metrics.items()} for side, metrics in got.sides.items()}
-    return Says(table, metrics=plain, run=pushed.run_id)
+    text = _table(("metric", "base", "patched", "difference", "n", "better"), rows) + (f"\n{url}" if url else "")
+    if not args.full:
+        return Says(text, metrics=plain, run=pushed.run_id, url=url)
+    full = run.report(folder, args.words, args.device)
+    store.push(folder, tables=full.tables, figures=full.figures)
+    shown = [text, *(f"\n{name}\n{_columns(columns)}" for name, columns in full.tables.items())]
+    return Says("\n".join(shown), metrics=plain, run=pushed.run_id, url=url, tables=full.tables)
 
 
 def push(args: argparse.Namespace) -> Says:
@@ -77,7 +82,9 @@ def push(args: argparse.Namespace) -> Says:
     ledgers.challenge(ledgers.Ledger(), name, pushed.digest, who=_who())
     warning = _mirror(store, name)
     text = f"{name}@{pushed.version} sha256:{pushed.digest[:16]} is the challenger. {pushed.url}{warning}"
-    return Says(text, **asdict(pushed))
+    beside = store.compare_url(pushed.digest)
+    text += f"\nBeside its base: {beside}" if beside else f"\nNext: patchbay eval {name}@{pushed.version}"
+    return Says(text, **asdict(pushed), compare=beside)
 
 
 def pull(args: argparse.Namespace) -> Says:
@@ -109,9 +116,9 @@ def compare(args: argparse.Namespace) -> Says:
     """two artifacts by the same metrics, and MLflow's page for it"""
     store = _store()
     got = store.compare(_digest(args.a), _digest(args.b))
-    rows = [(r.metric, r.a, r.b, r.difference) for r in got.rows]
-    text = _table(("metric", args.a, args.b, "difference"), rows) + f"\n{got.url}"
-    return Says(text, url=got.url, metrics=[asdict(r) for r in got.rows])
+    rows = [_compared(r.metric, r.a, r.b) for r in got.rows]
+    head = ("metric", args.a, args.b, "difference", "n", "better")
+    return Says(f"{_table(head, rows)}\n{got.url}", url=got.url, metrics=[r.plain() for r in got.rows])
 
 
 def split(args: argparse.Namespace) -> Says:
@@ -298,9 +305,25 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
 
 
-def _measure(m: Any) -> str:
+def _compared(name: str, a: Any, b: Any) -> tuple[Any, ...]:
+    """One metric of two arms as a row: values with intervals, difference, n, and which way is better."""
+    both = [m for m in (a, b) if m is not None]
+    n = "/".join(dict.fromkeys(str(m.n) for m in both if m.n is not None))
+    better = next((m.better for m in both if m.better), "")
+    return name, _measure(a), _measure(b), b.value - a.value if len(both) == 2 else None, n or None, better or None
+
+
+def _measure(m: Any) -> str | None:
     """A measured number with its 95 % interval, if it has one."""
+    if m is None:
+        return None
     return f"{m.value:.4g}" + (f" [{m.low:.3g}, {m.high:.3g}]" if m.low is not None else "")
+
+
+def _columns(columns: dict[str, list[Any]]) -> str:
+    """A table given by its columns; those with nothing in them are left out."""
+    some = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
+    return _table(tuple(some), list(zip(*some.values(), strict=True)))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -383,7 +406,8 @@ def parser() -> argparse.ArgumentParser:
         "words", nargs="+", metavar="[REF] SHARE [key=value]",
         help="what to try (the challenger); 0.1 for 10 %%, more ramps, 0 stops; settings of the experiment",
     )  # fmt: skip
-    made["eval"].add_argument("--device", default="cpu")
+    made["eval"].add_argument("--device", help="default: where it was fitted")
+    made["eval"].add_argument("--full", action="store_true", help="the whole report: controls, baselines, tables")
     made["list"].add_argument("system", nargs="?")
     made["compare"].add_argument("a", **ref)
     made["compare"].add_argument("b", **ref)

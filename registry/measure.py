@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -41,3 +42,29 @@ def flat(metrics: Metrics) -> dict[str, float]:
         parts = {"low": m.low, "high": m.high, "n": m.n}
         out |= {f"{name}/{part}": float(x) for part, x in parts.items() if x is not None}
     return out
+
+
+def unflat(numbers: Mapping[str, float], better: Mapping[str, str] | None = None) -> dict[str, Measure]:
+    """What `flat` made flat, as measures again. better: name -> "higher" or "lower", where it is known."""
+    out = {}
+    for name, value in numbers.items():
+        whole, _, part = name.rpartition("/")
+        if part in ("low", "high", "n") and whole in numbers:
+            continue
+        n = numbers.get(f"{name}/n")
+        ends = numbers.get(f"{name}/low"), numbers.get(f"{name}/high")
+        way = (better or {}).get(name, "")
+        out[name] = Measure(value, *ends, None if n is None else int(n), way if way in ("higher", "lower") else "")  # type: ignore[arg-type]
+    return out
+
+
+def contrast(a: Measure, b: Measure) -> float:
+    """|b - a| in units of the half width of its 95 % interval, the two arms taken as independent; without intervals
+    relative to the larger of the two, and always less than 1."""
+    apart = abs(b.value - a.value)
+    if not apart:
+        return 0.0
+    if None in (a.low, a.high, b.low, b.high):
+        return 0.99 * apart / (abs(a.value) + abs(b.value))
+    half = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)  # type: ignore[operator]
+    return apart / half if half else math.inf

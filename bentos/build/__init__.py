@@ -12,16 +12,14 @@ CUDA image: torch's own wheels bring CUDA (a driver is the host's business).
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,9 +34,10 @@ from bentos.runtime import CARRIED
 from patches.families.base import load_base
 from patches.families.family import family
 from registry import manifest
+from registry import sources as walk
+from registry.ab.ledger import BASE
 from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.home import home
-from registry.ab.ledger import BASE
 from registry.manifest import Manifest
 from registry.systems import System, system
 
@@ -47,11 +46,8 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 ROOT = Path(__file__).parents[2]
 SERVICES = "bentos.service"
 """module that holds BentoML's object"""
-OURS = ("registry", "patches", "bentos")
 LEFT_OUT = frozenset({"registry.store"})
 """imported by the runtime when there is a ledger to follow, which a Bento does not do; it would bring MLflow"""
-LOADED = {"transformers": ("accelerate", "gguf", "jinja2")}
-"""libraries that another one imports without requiring them: to read GGUF, to fill in chat templates"""
 MADE = frozenset({"bentofile.yaml"})
 """what BentoML itself adds to the source of a Bento"""
 
@@ -86,11 +82,11 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
         about = _carry(row, digest, context / CARRIED.name)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
-        for file in (*files, *_shipped(about.base)):
+        for file in (*files, *(f for label in about.bases.values() for f in _shipped(label))):
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, context / file)
         contents = _hashes(context)
-        requirements, commands = pins(modules), _wheel(row, about.base)
+        requirements, commands = pins(modules), [c for label in about.bases.values() for c in _wheel(row, label)]
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         whole = manifest.digest_of(
             {"files": contents, "requirements": requirements, "commands": commands, "python": python}
@@ -111,36 +107,8 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
 
 
 def sources(modules: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Our files that `modules` run, and the names of the others' packages that those import, lazily or not."""
-    files: set[str] = set()
-    others: set[str] = set()
-    todo, seen = list(modules), set()
-    while todo:
-        module = todo.pop()
-        top = module.partition(".")[0]
-        if module in seen or module in LEFT_OUT:
-            continue
-        seen.add(module)
-        if top not in OURS:
-            if top not in sys.stdlib_module_names:
-                others.add(top)
-            continue
-        path = ROOT / module.replace(".", "/")
-        if path.is_dir():
-            files |= {f.relative_to(ROOT).as_posix() for f in path.iterdir() if f.is_file() and f.suffix != ".py"}
-            path = path / "__init__.py"
-        else:
-            path = path.with_suffix(".py")
-        if not path.is_file():  # `from module import name`: a name, not a module
-            continue
-        files.add(path.relative_to(ROOT).as_posix())
-        todo += [".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1)]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                todo += [a.name for a in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                todo += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-    return sorted(files), others
+    """Our files that `modules` run in a Bento, and the names of the others' packages that those import."""
+    return walk.sources(modules, LEFT_OUT)
 
 
 def pins(modules: Iterable[str]) -> list[str]:
@@ -148,11 +116,11 @@ def pins(modules: Iterable[str]) -> list[str]:
 
     Raises NotFound for a module that no installed distribution gives. BentoML's own pin is BentoML's to write.
     """
-    gives = _installed()
+    gives = walk.installed()
     if missing := sorted(m for m in modules if m not in gives):
         raise NotFound(f"{missing[0]} is imported but not installed, so it cannot be pinned. Install it: make lint")
     todo = [(name, "") for m in modules for name in gives[m]]
-    todo += [(name, "") for m in modules for name in LOADED.get(m, ())]
+    todo += [(name, "") for m in modules for name in walk.LOADED.get(m, ())]
     seen: set[tuple[str, str]] = set()
     found: dict[str, str] = {}
     while todo:
@@ -171,12 +139,6 @@ def pins(modules: Iterable[str]) -> list[str]:
             if need.marker is None or need.marker.evaluate({"extra": extra}):
                 todo += [(need.name, e) for e in ("", *need.extras)]
     return [f"{name}=={version}" for name, version in sorted(found.items()) if name != "bentoml"]
-
-
-@cache
-def _installed() -> Mapping[str, list[str]]:
-    """module -> the distributions that give it; seconds, for it reads every file list there is."""
-    return metadata.packages_distributions()
 
 
 def _service(row: System) -> Any:
@@ -211,8 +173,8 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
         about = manifest.read(folder, digest=digest)
         if about.system != row.name:
             raise Conflict(f"sha256:{digest[:16]} is an artifact of {about.system}, not of {row.name}.")
-        if about.kind != "patch":
-            raise NotFound(f"sha256:{digest[:16]} is a {about.kind}; a Bento serves a patch, or the base as it is.")
+        if about.kind not in ("patch", "model", "search"):
+            raise NotFound(f"sha256:{digest[:16]} is a {about.kind}: something to read, which a Bento cannot serve.")
         return about
     ref = os.environ.get("PATCHBAY_BASE")
     if not ref:
@@ -221,7 +183,11 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
             f"patch, name one ({row.name}@challenger), or set PATCHBAY_BASE, for instance to pypi:smollm2."
         )
     folder.mkdir()
-    return manifest.write(folder, kind="model", system=row.name, base=load_base(ref, row.bases[row.role]).label, config={})
+    refs = dict(zip(row.bases, ref.split(","), strict=False))
+    if missing := [role for role in row.bases if not refs.get(role)]:
+        raise NotReady(f"PATCHBAY_BASE={ref[:80]!r} names no {missing[0]}; {row.name} needs {', '.join(row.bases)}.")
+    bases = {role: load_base(refs[role], kind).label for role, kind in row.bases.items()}
+    return manifest.write(folder, kind="model", system=row.name, bases=bases, config={})
 
 
 def _wheel(row: System, base: str) -> list[str]:

@@ -10,10 +10,11 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from patches.families.table import Column, Table
 from registry.errors import NotFound
 
 if TYPE_CHECKING:
@@ -23,27 +24,9 @@ if TYPE_CHECKING:
     from patches.subject import Subject
     from registry.manifest import Manifest
 
+__all__ = ["Column", "Family", "Table", "default_dtype", "families", "family"]
+
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the table that MLflow's pyfunc takes or gives."""
-
-    name: str
-    type: Literal["string", "binary", "double", "long", "boolean"]
-    example: Any
-    required: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """What MLflow's pyfunc takes and gives: the signature, its parameters and an input example."""
-
-    takes: tuple[Column, ...]
-    gives: tuple[Column, ...]
-    params: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-    """name -> (type, default)"""
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -8,8 +8,9 @@ from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import load_base
 from patches.mechanisms.features import SAE, edit
-from training.clip_sae.dictionary import Dictionary, SAEConfig, _step, across_rows
+from training.clip_sae.dictionary import Dictionary, SAEConfig
 from training.clip_sae.steerability import after_last_block, probabilities
+from training.clip_sae.train import across_rows, train_step
 
 from .interleave import interleave, ratio
 
@@ -120,7 +121,7 @@ def bench_training_beside_saelens(benchmark):
     ours = Dictionary(config, 256)
     ours.start(x)
     optimizer = torch.optim.Adam(ours.parameters(), config.lr, fused=True)
-    variants = {"ours": lambda: _step(ours, ours, optimizer, x, config, 0, None)}
+    variants = {"ours": lambda: train_step(ours, ours, optimizer, x, config, 0, None)}
     # its sparse activations are for a GPU: on a CPU their backward is not implemented
     about = TopKTrainingSAEConfig(d_in=256, d_sae=4096, k=32, use_sparse_activations=False)
     trainer = SAETrainer(SAETrainerConfig(10**9, 4096, lr_end=3e-5), TopKTrainingSAE(about), iter([x]))

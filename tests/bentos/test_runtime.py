@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bentos.runtime import Runtime, Settings
-from registry import store
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.errors import NotReady
+from registry.store import ab_display, mlflow_client
 
 SYSTEM = "attention_sink"
 
@@ -33,8 +33,11 @@ def test_a_decision_is_shown_on_the_experiments_run(service):
             x = await decided(s, lambda side: side == experiments.CONTROL)
 
             def run():
-                with store._mlflow() as client, store._lock():  # find-or-create, as the judge does it
-                    return store._ab_run(client, x.name)
+                with (
+                    mlflow_client.connected() as client,
+                    mlflow_client.locked(),
+                ):  # find-or-create, as the judge does it
+                    return ab_display.ab_run(client, x.name)
 
             await s.until(lambda: run().data.tags.get("ab.decision") == "rollback", 60)
             assert run().data.metrics["ab/effect"] < -0.9

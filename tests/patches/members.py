@@ -1,23 +1,36 @@
-"""One canonical tiny patch per kind of edit, each on the tiny language model: what the conformance tests run over.
+"""One canonical tiny patch per kind of edit and family: what the conformance tests run over.
 
-Beside the shipped mechanisms stand the shapes that later systems need, so that the engine is held to all of them.
+A member says which family's tiny base it is tried on, and whether it can be folded into weights. Most stand on the
+language model, whose forward has caches, padding and positions; beside the shipped mechanisms stand the shapes that
+later systems need, so that the engine is held to all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from patches.engine.edits import Act, Side, Weight
 from patches.engine.patch import Patch
+from patches.families import clip
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 
 D, M = 32, 48
+
+
+@dataclass(frozen=True)
+class Member:
+    """A patch, the family it is tried on, and whether it has a form in weights."""
+
+    make: Callable[[], Patch]
+    folds: bool = False
+    family: str = "llm"
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,17 @@ class Erase(Patch):
     def edits(self):
         d = self.tensors["d"]
         return [Act("model.layers.1", lambda x, _: x - (x @ d)[..., None] * d)]
+
+
+@dataclass(frozen=True)
+class ClipErase(Patch):
+    """The same in an image tower."""
+
+    Config = NoConfig
+
+    def edits(self):
+        d = self.tensors["d"]
+        return [Act(clip.site("block", 1), lambda x, _: x - (x @ d)[..., None] * d)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +110,7 @@ def _heads(mode: str = "zero", **tensors: torch.Tensor) -> HeadEdit:
     return HeadEdit(HeadConfig(site, ((0, 1), (2, 0), (2, 3)), 4, mode), tensors)
 
 
-MECHANISMS: dict[str, Callable[[], Patch]] = {
+LLM: dict[str, Callable[[], Patch]] = {
     "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
     "sink-clip": lambda: SinkEdit(
         SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="clip"), {"value": torch.tensor([0.01, 0.02, 0.01])}
@@ -119,3 +143,54 @@ MECHANISMS: dict[str, Callable[[], Patch]] = {
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
 }
+FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights")
+"""of LLM, those with a form in weights; the others are refused with what to do instead. A mean needs a bias to go to,
+and the tiny Llama has none"""
+
+
+def _clip_heads(mode: str = "zero", tokens: str = "all", **tensors: torch.Tensor) -> HeadEdit:
+    """Three of the tiny CLIP's heads, four a layer."""
+    return HeadEdit(HeadConfig(clip.SITES["heads"], ((0, 1), (1, 0), (1, 3)), 4, mode, tokens), tensors)
+
+
+MEMBERS: dict[str, Member] = {
+    **{f"llm {name}": Member(make, name in FOLDS) for name, make in LLM.items()},
+    "clip features-zero": Member(lambda: edit(_dictionary(), clip.site("block", 1), range(0, 40, 2)), family="clip"),
+    "clip features-scale, class token": Member(
+        lambda: edit(_dictionary("jumprelu"), clip.site("block", 0), range(32), "scale", 3.0, "cls"), family="clip"
+    ),
+    "clip heads-mean": Member(lambda: _clip_heads("mean", value=_seeded(3, D // 4)), True, "clip"),
+    "clip heads-zero, class token": Member(lambda: _clip_heads(tokens="cls"), False, "clip"),
+    "clip neurons-mean": Member(
+        lambda: ablate(clip.site("neurons", 1), range(0, 128, 3), _seeded(128)[::3]), True, "clip"
+    ),
+    "clip erase": Member(
+        lambda: ClipErase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}), family="clip"
+    ),
+}
+"""family and name -> member"""
+MECHANISMS = LLM
+"""those of the language model, by name"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a family's base is asked in conformance tests: a batch of four rows, and the numbers of the answer."""
+
+    inputs: Callable[[], dict[str, torch.Tensor]]
+    """by keyword of the model's forward"""
+    read: Callable[[Any], torch.Tensor]
+    """the forward's output -> (4, ...)"""
+
+
+def _ids() -> torch.Tensor:
+    ids = torch.randint(3, 90, (4, 14), generator=torch.Generator().manual_seed(1))
+    ids[:, 6:12] = ids[:, 6:7]  # repeats, so that damping has something to damp
+    return ids
+
+
+PROBES = {
+    "llm": Probe(lambda: {"input_ids": _ids()}, lambda out: out.logits),
+    "clip": Probe(lambda: {"image": _seeded(4, 3, 32, 32)}, lambda out: out["image_features"]),
+}
+"""family -> how it is asked; a family that mechanisms are tried on says so here"""

@@ -3,8 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patches import artifact
-from patches.export import _check_parity, _logits, _probe, export
+from patches.export import export
 from patches.families import llm
+from patches.families.llm.fold import _check_parity, _logits, _probe
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry import cli, manifest
 from registry.errors import Conflict, PatchError, WrongBase

@@ -343,7 +343,8 @@ def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int 
     """How labels are spread over heads: shares of heads whose label no other head has, or another has, and the largest
     label's share.
 
-    The published "entanglement" is described as the second and equals the first (docs/LOG.md), so both are told.
+    The published "entanglement" is described as the second and equals the first (docs/log/clip_heads.md), so both are
+    told.
     null: labels to draw from, with repetition (by default these): what chance gives.
     """
     mine = [normalised(x) for x in labels]

@@ -14,6 +14,7 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.features import SAE
 from training.data.images import Dataset
+from training.evidence import thumbnails
 
 
 @torch.inference_mode()
@@ -38,8 +39,7 @@ def make(
         top = f.max(1)
         largest.append(top.values.cpu())
         where.append(top.indices.cpu())
-        small = nnf.interpolate(part.image.float().cpu(), (thumb, thumb), mode="bilinear", antialias=True)
-        thumbs.append(small.round().clamp(0, 255).to(torch.uint8))
+        thumbs.append(thumbnails(part.image, thumb))
     most, at = torch.cat(largest), torch.cat(where)
     picture, activation, token = best(most, at, pictures)
 

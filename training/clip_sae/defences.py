@@ -14,9 +14,9 @@ clean accuracy above a floor. Sizes are for two cores and a minute or two each, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,20 +32,10 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from training.data.images import Dataset
+from training.tasks.recognition import Arm
 
 STAR = "*"
 """what stands before a class name for the learned token"""
-
-
-@dataclass(frozen=True)
-class Defence:
-    """A patch of some tower, and how class names are put into words while it is on."""
-
-    patch: Patch
-    strength: float = 1.0
-    templates: Sequence[str] = clip.TEMPLATES
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """what was fitted and chosen, as plain values"""
 
 
 @dataclass(frozen=True)
@@ -100,11 +90,11 @@ def score(p: Pairs, y: tuple[Tensor, Tensor], weights: Tensor) -> Score:
     return Score(clean, attacked)
 
 
-def judge(base: Base, p: Pairs, d: Defence | None) -> Score:
+def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
     """The defence (None: the base alone) on these pairs."""
     if d is None:
         return score(p, p.y, clip.zero_shot(base, p.classes))
-    with d.patch.apply(base.model, d.strength):
+    with d.on(base):
         y = clip.embed_images(base, p.clean), clip.embed_images(base, p.attacked)
         return score(p, y, clip.zero_shot(base, p.classes, d.templates))
 
@@ -138,7 +128,7 @@ def dyslexify(
     drop: float = 0.01,
     skips: int = 10,
     images: int = 192,
-) -> Defence:
+) -> Arm:
     """Heads in order of `looks_at_text`: one that gains less than `gain` on attacked train pictures is skipped; the end
     is a clean drop above `drop` or more than `skips` skips in a row. The last heads go again while val is below the
     floor."""
@@ -150,7 +140,7 @@ def dyslexify(
     kept: list[tuple[int, int]] = []
     skipped = 0
     for head in tqdm(order, "dyslexify", disable=None, leave=False):
-        got = judge(base, train, Defence(silence((*kept, head), count)))
+        got = judge(base, train, Arm(silence((*kept, head), count)))
         if first.clean - got.clean > drop:
             break
         if got.attacked - now.attacked < gain:
@@ -161,12 +151,12 @@ def dyslexify(
         kept, now, skipped = [*kept, head], got, 0
     about = {"heads": kept, "looks": [round(float(looks[h]), 4) for h in kept], "order": order[:16], "train": vars(now)}
     while kept:
-        d = Defence(silence(kept, count), about={**about, "heads": list(kept)})
+        d = Arm(silence(kept, count), about={**about, "heads": list(kept)})
         if judge(base, val, d).worth(floor) >= 0:
             return d
         kept.pop()
     nothing = silence([order[0]], count)  # at strength 0: no head keeps the floor
-    return Defence(nothing, 0.0, about={**about, "heads": []})
+    return Arm(nothing, 0.0, about={**about, "heads": []})
 
 
 # ---- Defense-Prefix: a token before the class name ---------------------------------------------------------------
@@ -206,7 +196,7 @@ def prefix(
     weights: tuple[float, float] = (1.0, 3.0),
     every: int = 20,
     seed: int = 0,
-) -> Defence:
+) -> Arm:
     """Cross-entropy on attacked pictures and KL to the base's prediction on clean ones, weighted 1 and 3 as published.
 
     Classes of a step are those that its pictures show or read. Adam, because steps are few; val chooses the step.
@@ -241,7 +231,7 @@ def prefix(
                 vector.grad = torch.autograd.grad(loss, vector)[0]
             opt.step()
     assert best is not None
-    return Defence(Prefix(PrefixConfig(token), {"vector": best[1]}), templates=templates, about=best[2])
+    return Arm(Prefix(PrefixConfig(token), {"vector": best[1]}), templates=templates, about=best[2])
 
 
 # ---- Materzynska et al.: a projection of the image embedding -----------------------------------------------------
@@ -278,7 +268,7 @@ def projection(
     steps: int = 200,
     every: int = 20,
     lr: float = 2e-3,
-) -> Defence:
+) -> Arm:
     """Cross-entropy over the train classes on clean and attacked pictures, and `stays` * |W^T W - I|^2 so that W stays
     near a projection. It starts at the main directions of pictures and class names. Val chooses rank, weight, step."""
     scale = clip.logit_scale(base)
@@ -305,7 +295,7 @@ def projection(
                 W.grad = torch.autograd.grad(right + stay * away, W)[0]
             opt.step()
     assert best is not None
-    return Defence(Projection(ProjectionConfig(), {"basis": best[1]}), about=best[2])
+    return Arm(Projection(ProjectionConfig(), {"basis": best[1]}), about=best[2])
 
 
 # ---- PAINT: between the weights and fine-tuned ones --------------------------------------------------------------
@@ -345,7 +335,7 @@ def interpolation(
     lr: float = 5e-5,
     shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     seed: int = 0,
-) -> Defence:
+) -> Arm:
     """The image tower is fine-tuned on attacked train pictures, the base's own classifier in front of it; val chooses
     which of `shares` of the way is gone."""
     scale, names = clip.logit_scale(base), clip.zero_shot(base, train.classes)
@@ -361,10 +351,10 @@ def interpolation(
             p.grad = grad
         opt.step()
     tuned = Tuned(TunedConfig(), {f"visual.{k}": p.detach() for k, p in tower.named_parameters()})
-    got = {a: judge(base, val, Defence(tuned, a)) for a in shares}
+    got = {a: judge(base, val, Arm(tuned, a)) for a in shares}
     best = max(shares, key=lambda a: got[a].worth(floor))
     about = {"share": best, "steps": steps, "val": {str(a): vars(s) for a, s in got.items()}}
-    return Defence(tuned, best, about=about)
+    return Arm(tuned, best, about=about)
 
 
 def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -378,6 +368,6 @@ def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         rows = rows[batch:]
 
 
-DEFENCES: dict[str, Callable[[Base, Pairs, Pairs, float], Defence]] = {
+DEFENCES: dict[str, Callable[[Base, Pairs, Pairs, float], Arm]] = {
     "dyslexify": dyslexify, "prefix": prefix, "projection": projection, "interpolation": interpolation,
 }  # fmt: skip

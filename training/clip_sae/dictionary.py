@@ -1,4 +1,4 @@
-"""Training sparse autoencoders on the activations of a site, from a stream that is never stored.
+"""Sparse autoencoders in training, on the activations of a site (the loop is train.py, what is measured quality.py).
 
     f = act(E n(x) + b),  x^ = f W + c,  rows of W of unit norm          x (N, D) tokens, f (N, F), E and W (F, D)
 
@@ -10,30 +10,21 @@
   for dead features: the objective of the dictionaries of Joseph et al., arXiv 2504.08729.
 
 Only pairs (token, feature) that fire are touched after the one product that finds them: both gradients and the decoding
-are bags of embeddings, so a step costs little more than encoding. Activations come as chunks, each a function of its
-number; a run that stops after step s and resumes is bit for bit the run that did not stop (on a CPU). Under
-`accelerate launch` every process reads other chunks and gradients are averaged.
+are bags of embeddings, so a step costs little more than encoding.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from math import cos, pi
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from patches.engine.read import upto
-from patches.mechanisms.features import EPS, SAE, Normalise, normalised, thresholded
+from patches.mechanisms.features import EPS, SAE, Normalise, normalised
 from registry.config import STRICT
 from registry.errors import ConfigError
 
@@ -105,7 +96,7 @@ def activations(
 # ---- one step ----------------------------------------------------------------------------------------------------
 
 
-class _Encode(torch.autograd.Function):
+class Encode(torch.autograd.Function):
     """Pre-activations of the pairs that fire. Backward touches nothing else."""
 
     @staticmethod
@@ -114,7 +105,7 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         pre = torch.addmm(bias, x, encoder.T)
         if whole:
-            at = _largest(pre.view(-1), len(x) * k).sort().values
+            at = largest_of(pre.view(-1), len(x) * k).sort().values
             rows, features, values = at // len(bias), at % len(bias), pre.view(-1)[at]
         else:
             top = pre.topk(k, dim=1, sorted=False)
@@ -132,7 +123,7 @@ class _Encode(torch.autograd.Function):
         return None, _by_feature(x, rows, features, grad, ctx.shape[0]), bias, None, None
 
 
-class _Decode(torch.autograd.Function):
+class Decode(torch.autograd.Function):
     """sum over the pairs of a token of value * W[feature]: (N, D)."""
 
     @staticmethod
@@ -165,7 +156,7 @@ def _by_feature(x: Tensor, rows: Tensor, features: Tensor, weights: Tensor, coun
     return _bags(x, rows[ordered.indices], _starts(ordered.values, count), weights[ordered.indices])
 
 
-def _largest(flat: Tensor, count: int) -> Tensor:
+def largest_of(flat: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest. A sample says below which value none of them can be; only the rest is sorted."""
     sample = flat[:: max(1, flat.numel() // 65536)]
     guess = sample.topk(max(1, min(len(sample), 2 * len(sample) * count // flat.numel() + 16))).values[-1]
@@ -238,9 +229,9 @@ class Dictionary(nn.Module):
 
     def _sparse(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c, n = self.config, self.normal(x)
-        values, rows, features = _Encode.apply(n, self.encoder, self.bias, c.k, c.method == "batchtopk")
+        values, rows, features = Encode.apply(n, self.encoder, self.bias, c.k, c.method == "batchtopk")
         values = values.relu()
-        back = _Decode.apply(values, rows, features, self.decoder, len(n)) + self.decoder_bias
+        back = Decode.apply(values, rows, features, self.decoder, len(n)) + self.decoder_bias
         left = n - back
         variance = (n - n.mean(0)).square().sum()
         share = left.square().sum() / variance
@@ -303,234 +294,3 @@ def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
         weight = 1 / (x - at).norm(dim=1, keepdim=True).clamp_min(EPS)
         at = (x * weight).sum(0) / weight.sum()
     return at
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------------
-
-
-def train(
-    config: SAEConfig,
-    chunks: Chunks,
-    site: str = "",
-    device: str = "cpu",
-    checkpoint: Path | None = None,
-    every: int = 1000,
-    label: str = "SAE",
-) -> tuple[SAE, list[dict[str, float]]]:
-    """The trained dictionary as it ships, and the curve: step, share of variance left, dead features.
-
-    checkpoint: a safetensors file to write every `every` steps and to go on from if it is there; the caller removes it.
-    Raises ConfigError if a chunk holds less than one batch, or if the checkpoint is of another config.
-    """
-    accelerator = _accelerator(device)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = str(accelerator.device) if accelerator else device
-    batch = config.batch // world
-    first = chunks(0).to(device)
-    per_chunk = config.passes * (len(first) // batch)
-    if not per_chunk:
-        raise ConfigError(f"A chunk of {len(first)} tokens holds no batch of {batch}; make chunks larger.")
-    inner = Dictionary(config, first.shape[1]).to(device)
-    inner.start(first)
-    optimizer = torch.optim.Adam(inner.parameters(), lr=config.lr, fused=True)
-    step = _resume(inner, optimizer, config, checkpoint) if checkpoint and checkpoint.is_file() else 0
-    model, opt = accelerator.prepare(inner, optimizer) if accelerator else (inner, optimizer)
-    curve: list[dict[str, float]] = []
-    known = (0, first)
-    bar = tqdm(total=config.steps, initial=step, desc=label, disable=None if rank == 0 else True, leave=False)
-    while step < config.steps:
-        number, at = divmod(step, per_chunk)
-        number = number * world + rank
-        if known[0] != number:
-            known = (number, chunks(number).to(device))
-        for x in _batches(known[1], batch, config.passes, config.seed + number, at, config.steps - step):
-            share = _step(model, inner, opt, x, config, step, accelerator)
-            step += 1
-            bar.update()
-            if step % 20 == 0 or step == config.steps:
-                left, dead = float(share), int((inner.idle > config.dead_after).sum())
-                curve.append({"step": step, "unexplained": round(left, 5), "dead": dead})
-                bar.set_postfix(unexplained=f"{left:.3f}", dead=dead)
-            if checkpoint and rank == 0 and step % every == 0:
-                _save(inner, opt, config, step, checkpoint)
-    bar.close()
-    sae = inner.ship(site)
-    return (thresholded(sae, torch.split(known[1], 4096)) if config.method == "batchtopk" else sae), curve
-
-
-def _step(
-    model: nn.Module, inner: Dictionary, opt: Any, x: Tensor, config: SAEConfig, step: int, accelerator: Any
-) -> Tensor:
-    for group in opt.param_groups:
-        group["lr"] = config.lr * schedule(config, step)
-    outcome: tuple[Tensor, Tensor, Tensor] = model(x)
-    loss, share, fired = outcome
-    opt.zero_grad(set_to_none=True)
-    accelerator.backward(loss) if accelerator else torch.autograd.backward(loss)
-    across_rows(inner.decoder)
-    nn.utils.clip_grad_norm_(inner.parameters(), config.clip)
-    opt.step()
-    with torch.no_grad():
-        inner.decoder.div_(inner.decoder.norm(dim=1, keepdim=True))
-        fired = accelerator.reduce(fired) if accelerator else fired
-        inner.idle.add_(1).masked_fill_(fired > 0, 0)
-    if config.dead == "resample" and (step + 1) % config.dead_after == 0 and step < config.steps * 2 // 3:
-        dead = (inner.idle >= config.dead_after).nonzero()[:, 0]
-        if len(dead):
-            rows = inner.fresh(x, len(dead), config.seed + step)
-            if accelerator:
-                from accelerate.utils import broadcast
-
-                rows = broadcast(rows)
-            inner.restart(dead, rows)
-            _forget(opt, inner, dead)
-    return share
-
-
-def _forget(opt: Any, inner: Dictionary, dead: Tensor) -> None:
-    """Adam's moments of rows that begin again."""
-    for p in (inner.encoder, inner.decoder, inner.bias):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            opt.state[p][moment][dead] = 0
-
-
-@torch.no_grad()
-def across_rows(weight: nn.Parameter) -> None:
-    """Take from the gradient of unit rows what would only change their length."""
-    assert weight.grad is not None
-    weight.grad.sub_((weight.grad * weight).sum(1, keepdim=True) * weight)
-
-
-def schedule(config: SAEConfig, step: int) -> float:
-    """Of the learning rate: a linear warm-up, then a cosine to `end_lr`."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.end_lr + (1 - config.end_lr) * 0.5 * (1 + cos(pi * done))
-
-
-def _batches(x: Tensor, size: int, passes: int, seed: int, at: int, count: int) -> Iterator[Tensor]:
-    """At most `count` batches of a chunk from its `at`-th on, every pass in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    each = len(x) // size
-    orders = [torch.randperm(len(x), generator=generator).to(x.device) for _ in range(passes)]
-    for i in range(at, min(passes * each, at + count)):
-        yield x[orders[i // each][i % each * size :][:size]]
-
-
-def _accelerator(device: str) -> Any:
-    """None in a single process; under `accelerate launch` or torchrun, what joins the processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=device == "cpu")
-
-
-def _save(inner: Dictionary, opt: Any, config: SAEConfig, step: int, file: Path) -> None:
-    state = {f"model.{k}": v for k, v in inner.state_dict().items()}
-    for i, moments in opt.state_dict()["state"].items():
-        state |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    about = {"step": str(step), "config": json.dumps(asdict(config), sort_keys=True)}
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, about)
-    os.replace(part, file)
-
-
-def _resume(inner: Dictionary, opt: torch.optim.Adam, config: SAEConfig, file: Path) -> int:
-    with safe_open(file, "pt") as f:
-        about = f.metadata() or {}
-        if about.get("config") != json.dumps(asdict(config), sort_keys=True):
-            raise ConfigError(f"{file} belongs to another training; remove it, or train with its config.")
-        state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  a file is no dict
-    inner.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-    known = opt.state_dict()
-    for key, value in state.items():
-        if key.startswith("adam."):
-            _, i, name = key.split(".")
-            known["state"].setdefault(int(i), {})[name] = value
-    opt.load_state_dict(known)
-    return int(about["step"])
-
-
-# ---- how good it is ----------------------------------------------------------------------------------------------
-
-
-BINS = tuple(i / 2 for i in range(-12, 1))
-"""edges of the density histogram, log10 of the share of tokens on which a feature fires"""
-
-
-class Quality:
-    """Explained variance, sparsity and densities over a stream of (B, T, D), apart for class token and patches."""
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
-        F, D = sae.decoder.shape
-        self.parts: dict[str, dict[str, Any]] = {
-            name: {"n": 0, "error": 0.0, "cos": 0.0, "sum": torch.zeros(D, dtype=torch.double), "square": 0.0, "l0": [],
-                   "fired": torch.zeros(F)}
-            for name in ("all", "cls", "patches")
-        }  # fmt: skip
-        self.positions: Tensor | None = None
-        self.images = 0
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """x (B, T, D), the class token first."""
-        x = x.float()
-        f = self.sae.encode(x)
-        back = self.sae.decode(f, x)
-        on = f > 0
-        l0 = on.sum(-1)  # (B, T)
-        self.positions = l0.double().sum(0) + (0 if self.positions is None else self.positions)
-        self.images += len(x)
-        alike = nnf.cosine_similarity(x, back, dim=-1)
-        error, size = (x - back).double().square().sum(-1), x.double().square().sum(-1)
-        for name, at in (("all", slice(None)), ("cls", slice(0, 1)), ("patches", slice(1, None))):
-            p = self.parts[name]
-            p["n"] += x[:, at, 0].numel()
-            p["error"] += float(error[:, at].sum())
-            p["square"] += float(size[:, at].sum())
-            p["cos"] += float(alike[:, at].sum())
-            p["sum"] += x[:, at].double().sum((0, 1)).cpu()
-            p["l0"].append(l0[:, at].flatten().cpu())
-            p["fired"] += on[:, at].sum((0, 1)).cpu()
-
-    def result(self) -> dict[str, Any]:
-        """Per token type: explained variance, cosine, L0 (mean, median, over D), alive share, density histogram; and
-        the mean L0 at every position (T,), the class token first."""
-        out: dict[str, Any] = {}
-        D = self.sae.decoder.shape[1]
-        for name, p in self.parts.items():
-            if not p["n"]:
-                continue
-            variance = p["square"] - float(p["sum"].square().sum()) / p["n"]
-            l0 = torch.cat(p["l0"]).float()
-            density = (p["fired"] / p["n"]).clamp_min(1e-12).log10()
-            alive = p["fired"] > 0
-            inner = torch.tensor([-1e9, *BINS[1:-1], 1e9])
-            out[name] = {
-                "tokens": p["n"],
-                "explained_variance": 1 - p["error"] / max(variance, EPS),
-                "cosine": p["cos"] / p["n"],
-                "l0_mean": float(l0.mean()),
-                "l0_median": float(l0.median()),
-                "l0_over_width": float(l0.mean()) / D,
-                "alive": float(alive.float().mean()),
-                "density": torch.histogram(density[alive], inner)[0].int().tolist(),
-            }
-        assert self.positions is not None
-        out["l0_map"] = (self.positions / self.images).tolist()
-        return out
-
-
-def principal_variance(x: Tensor, components: int) -> float:
-    """Explained variance of the first principal components of x (N, D): what a dictionary with that L0 should beat."""
-    values = torch.linalg.svdvals((x - x.mean(0)).double()).square()
-    return float(values[:components].sum() / values.sum())
-
-
-def mean_max_cosine(found: Tensor, truth: Tensor) -> float:
-    """MMCS: of each true direction (rows, any length) the best cosine among the found, averaged."""
-    return float((nnf.normalize(truth, dim=1) @ nnf.normalize(found, dim=1).T).amax(1).mean())

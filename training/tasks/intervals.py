@@ -1,4 +1,7 @@
-"""Intervals of what is measured, in the form every report keeps: value, low, high, n."""
+"""95 % intervals: of a share (Wilson), a mean, and a perplexity (bootstrap over documents).
+
+`wilson` and `ratio_interval` give the row that sealed evidence keeps: value, low, high, n. The others give a `Measure`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from registry.measure import Better, Measure
+
+Z = 1.96
+DRAWS = 2000
+"""bootstrap samples"""
+Loss = tuple[float, int]
+"""summed negative log-likelihood of a document in nats, tokens judged"""
+
 
 def wilson(yes: Tensor | Sequence[bool]) -> list[float]:
     """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
-    n, k, z = len(yes), float(torch.as_tensor(yes).float().sum()), 1.96
+    n, k, z = len(yes), float(torch.as_tensor(yes).float().sum()), Z
     center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
     return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
 
 
-def ratio_interval(a: list[tuple[float, int]], b: list[tuple[float, int]]) -> list[float]:
-    """Perplexity of a over b, 95 % bootstrap interval over documents, tokens."""
-    rng = torch.Generator().manual_seed(0)
+def ratio_interval(a: Sequence[Loss], b: Sequence[Loss]) -> list[float]:
+    """Perplexity of a over b on the same documents, 95 % bootstrap interval over documents, tokens."""
     d = torch.tensor([(x[0] - y[0], x[1]) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
-    picks = torch.randint(len(a), (2000, len(a)), generator=rng)
-    means = (d[picks, 0].sum(1) / d[picks, 1].sum(1)).exp().sort().values
-    whole = float((d[:, 0].sum() / d[:, 1].sum()).exp())
-    return [round(v, 5) for v in (whole, float(means[50]), float(means[-51]))] + [int(d[:, 1].sum())]
+    whole, low, high = _perplexity(d)
+    return [round(v, 5) for v in (whole, low, high)] + [int(d[:, 1].sum())]
+
+
+def share(yes: Tensor | Sequence[bool], better: Better = "higher") -> Measure:
+    """The share of (n,) 0 or 1 that are 1, with its Wilson interval; 0 of none is 0, and anything may be true."""
+    n = len(yes)
+    if not n:
+        return Measure(0.0, 0.0, 1.0, 0, better)
+    value = round(float(torch.as_tensor(yes).float().mean()), 6)
+    _, low, high, _ = wilson(yes)
+    return Measure(value, low, high, n, better)
+
+
+def mean(values: Tensor | Sequence[float], better: Better = "higher") -> Measure:
+    """The mean of (n,) independent numbers, with the normal interval of a mean."""
+    x = torch.as_tensor(values, dtype=torch.float64)
+    half = Z * float(x.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
+    return Measure(round(float(x.mean()), 6), round(float(x.mean()) - half, 6), round(float(x.mean()) + half, 6),
+                   len(x), better)  # fmt: skip
+
+
+def perplexity(parts: Sequence[Loss]) -> Measure:
+    """exp of the mean loss per token; the interval is a bootstrap over documents, n is their number."""
+    whole, low, high = _perplexity(torch.tensor(parts, dtype=torch.float64))
+    return Measure(round(whole, 6), round(low, 6), round(high, 6), len(parts), "lower")
+
+
+def _perplexity(parts: Tensor) -> tuple[float, float, float]:
+    """Of (n, 2) nats and tokens: the whole, 2.5 and 97.5 % of bootstrap samples."""
+    picks = torch.randint(len(parts), (DRAWS, len(parts)), generator=torch.Generator().manual_seed(0))
+    drawn = (parts[picks, 0].sum(1) / parts[picks, 1].sum(1)).exp().sort().values
+    whole = float((parts[:, 0].sum() / parts[:, 1].sum()).exp())
+    return whole, float(drawn[DRAWS // 40]), float(drawn[-DRAWS // 40 - 1])

@@ -6,25 +6,32 @@ chosen is chosen on val by `worth`, and test is only ever reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as nnf
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from patches.engine.patch import Patch
 from patches.evidence.label_set import FILE, LabelSet, load_label_set, save_label_set
 from patches.families import clip
 from patches.families.base import Base
 from patches.subject import Subject
 from registry.errors import ConfigError
+from registry.measure import Measure
+from training import choose
 from training.data import images as readers
 from training.data.images import Batch, Dataset
 from training.data.typographic import written
+from training.evidence import Draft
 from training.lab import atlas, worlds
+from training.tasks.intervals import mean, share
 
 Task = Literal["typographic", "waterbirds", "celeba", "steer"]
 Classifier = Literal["zero-shot", "probe"]
@@ -200,10 +207,25 @@ def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
     return {"average": right, **{f"group_{g}": right[group == g] for g in range(4) if bool((group == g).any())}}
 
 
+LESS = ("says_word",)
+"""metrics that a better patch has less of"""
+
+
+def measured(config: Asked, said: Mapping[str, Answers]) -> dict[str, Measure]:
+    """The task's numbers with their intervals: what counts is `attacked`, `worst_group` (the interval is that of the
+    group that is worst here) or `probability`; what must stay, `clean` or `average`."""
+    got = {
+        k: mean(v) if v.is_floating_point() else share(v, "lower" if k in LESS else "higher")
+        for k, v in outcomes(config, said).items()
+    }
+    if "average" in got:
+        got["worst_group"] = min((m for k, m in got.items() if k != "average"), key=lambda m: m.value)
+    return got
+
+
 def metrics(config: Asked, said: Mapping[str, Answers]) -> dict[str, float]:
-    """The task's numbers: what counts is `attacked`, `worst_group` or `probability`; what must stay, clean, average."""
-    got = {k: share(v) for k, v in outcomes(config, said).items()}
-    return got | ({"worst_group": min(v for k, v in got.items() if k != "average")} if "average" in got else {})
+    """The values of `measured` alone, by which candidates are judged."""
+    return {k: m.value for k, m in measured(config, said).items()}
 
 
 GOAL = {"typographic": "attacked", "waterbirds": "worst_group", "celeba": "worst_group", "steer": "probability"}
@@ -213,12 +235,8 @@ KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "s
 def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) -> float:
     """What a candidate is chosen by: its goal if it keeps what must stay, else how near it comes to keeping it."""
     kept = KEPT[config.task]
-    short = base[kept] - config.bound - got[kept] if kept else 0.0
-    return got[GOAL[config.task]] if short <= 1e-9 else -short
-
-
-def share(yes: Tensor) -> float:
-    return round(float(yes.float().mean()), 6) if len(yes) else 0.0
+    score = got[GOAL[config.task]]
+    return choose.worth(score, got[kept], base[kept] - config.bound) if kept else score
 
 
 @torch.no_grad()
@@ -247,16 +265,70 @@ GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
 """metrics that should stay; the others are what the patch is for"""
 
 
-def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, float]:
+def reported_splits(config: Asked) -> tuple[str, ...]:
+    """What is reported: test, and of the lab's twins a style that no lab model was trained on (`held`)."""
+    return ("test",) if config.data else ("test", "held")
+
+
+def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, Measure]:
     """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
-    out: dict[str, float] = {}
-    for split, end in (("test", ""), *([("held", "_held")] if not config.data else [])):
+    out: dict[str, Measure] = {}
+    for split in reported_splits(config):
+        end = "" if split == "test" else f"_{split}"
         sets = pictures(config, split, config.test_images)
         by = classifier(model.base, config, sets["clean"], folder=model.folder)
         with model.applied.rows([arm]):  # one name stands for all rows of every batch
             said = {k: ask(model.base, config, d, by) for k, d in sets.items()}
-        for key, value in metrics(config, said).items():
-            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = round(value, 6)
+        for key, value in measured(config, said).items():
+            out[f"{GROUPS.get(key, 'target')}/{key}{end}"] = value
+    return out
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a report measures: a patch of some tower, and how class names are put into words while it is on."""
+
+    patch: Patch | None = None
+    """None: the base"""
+    strength: float = 1.0
+    templates: Sequence[str] = clip.TEMPLATES
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """what was fitted and chosen, as plain values"""
+
+    def on(self, base: Base) -> AbstractContextManager[Any]:
+        """The base with this arm, as a scope."""
+        return self.patch.apply(base.model, self.strength, base.root) if self.patch else nullcontext()
+
+
+def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], folder: Path, draft: Draft) -> None:
+    """Every arm on test and in the held style, each metric with its interval, into `draft` under "arms" as it comes.
+
+    folder: of the sealed patch, whose probe is the classifier if it has one.
+    """
+    sets = {split: pictures(config, split, config.test_images) for split in reported_splits(config)}
+    for name, arm in tqdm(arms, "arms", disable=None):
+        if arm.about:
+            draft.keep("arms", name, "about", value=dict(arm.about))
+        for split, mine in sets.items():
+            with arm.on(base):
+                by = classifier(base, config, mine["clean"], arm.templates, folder)
+                said = {k: ask(base, config, d, by) for k, d in mine.items()}
+            draft.keep("arms", name, split, value=measured(config, said))
+
+
+def examples(
+    base: Base, config: Asked, data: Mapping[str, Dataset], by: LabelSet, patch: Patch, folder: Path, count: int = 8
+) -> dict[str, list[str]]:
+    """What the first pictures of a split are, and what base and patched model call them. The pictures are kept in
+    examples.safetensors."""
+    shown = data["attacked" if config.task == "typographic" else "clean"]
+    batch = shown.read(range(min(count, len(shown))))
+    out = {"is": [shown.classes[i] for i in batch.label.tolist()]}
+    for side, arm in (("base", Arm()), ("patched", Arm(patch))):
+        with arm.on(base):
+            best = by.logits(clip.embed_images(base, batch.image)).argmax(1)
+        out[side] = [shown.classes[i] for i in best.tolist()]
+    save_file({"image": batch.image.cpu().contiguous()}, folder / "examples.safetensors")
     return out
 
 

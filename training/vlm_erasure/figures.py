@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from training.vlm_erasure.fit import EVIDENCE
+from patches.evidence import read_evidence
 
 SHOWN = {"gone": "invented mentions gone", "kept": "true mentions kept", "invented instead": "invented instead"}
 
@@ -16,7 +15,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     """`sweep`: gone, kept and invented instead by depths, direction and weight, on val. `chair`: base and patched."""
     from matplotlib.figure import Figure
 
-    found = json.loads((folder / EVIDENCE).read_text())
+    found = read_evidence(folder)
     out = {"sweep": sweep(found)}
     f = Figure(figsize=(9, 3.6), layout="constrained")
     a = f.subplots()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patches import artifact
+from patches.evidence import write_evidence
 from patches.families.base import Base, load_base
 from patches.families.vlm.base import depth
 from patches.mechanisms.erase import EraseEdit, make
 from patches.subject import Subject
-from registry.manifest import Manifest, canonical
+from registry.manifest import Manifest
 from training.vlm_erasure import measure
 from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Scenes, Seen, coco, lab, see
-
-EVIDENCE = "evidence.json"
-"""lies in the artifact: the sweep, what was chosen, the limits"""
 
 
 def scenes(config: Config, part: str, kind: str = "alone") -> Scenes:
@@ -109,7 +106,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         "val": {k: v.value for k, v in measure.chair(said.mask, there, seen.scenes.partner).items()},
     }
     about["examples"] = examples(folder, seen, said, wrong)
-    (folder / EVIDENCE).write_bytes(canonical(json.loads(json.dumps(about))))
+    write_evidence(folder, about)
     return artifact.save(chosen, "vlm_erasure", folder, base=base.label)
 
 
@@ -154,4 +151,4 @@ def confidence(subject: Subject, seen: Seen, patch: EraseEdit) -> Tensor:
     return field[:, list(patch.config.lens_depths)].amax(1)
 
 
-__all__ = ["EVIDENCE", "best_depths", "candidates", "confidence", "fit", "scenes", "sweep"]
+__all__ = ["best_depths", "candidates", "confidence", "fit", "scenes", "sweep"]

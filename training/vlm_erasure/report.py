@@ -6,7 +6,6 @@ nothing was chosen on, with bootstrap intervals.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches import artifact
-from patches.families.base import load_base
 from patches.mechanisms.erase import EraseEdit
 from patches.subject import Subject
-from registry import config as configs
 from registry.measure import Measure
+from training.evidence import open_patch
 from training.vlm_erasure import measure
 from training.vlm_erasure.chair import POPE, chair
 from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Seen, see, shares
 from training.vlm_erasure.evaluate import questions
 from training.vlm_erasure.figures import sweep
-from training.vlm_erasure.fit import EVIDENCE, candidates, confidence, scenes, score
+from training.vlm_erasure.fit import candidates, confidence, scenes, score
 
 
-def report(folder: Path, config: Config | None = None) -> dict[str, Any]:
-    """{"tables": {name: {row: {column: number or Measure}}}, "figures": {name: Figure}} of a sealed artifact."""
-    if config is None:
-        config = configs.parse(Config, json.loads((folder / "recipe.json").read_text())["config"])
-    base = load_base(config.base, "vlm", config.device)
-    _, sealed = artifact.load(folder, base=base.digest, device=str(base.device))
-    assert isinstance(sealed, EraseEdit)
-    found = json.loads((folder / EVIDENCE).read_text())
-    subject = Subject(base, {})
+def report(folder: Path, config: Config) -> dict[str, Any]:
+    """{name: {row: {column: number or Measure}}, or a Figure} of a sealed artifact."""
+    opened = open_patch(folder, config.base, config.device)
+    assert isinstance(opened.patch, EraseEdit)
+    subject = Subject(opened.base, {})
     try:
-        tables, figures = _all(subject, sealed, found, config)
+        tables, figures = _all(subject, opened.patch, dict(opened.fitted), config)
     finally:
         subject.close()
-    return {"tables": tables, "figures": figures}
+    return {**tables, **figures}
 
 
 def _all(

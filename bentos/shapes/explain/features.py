@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from bentos.shapes.pictures import Image
 from patches import artifact
 from patches.engine.patch import apply
 from patches.engine.read import record
+from patches.evidence import read_evidence
 from patches.evidence.feature_cards import Cards, load_cards
 from patches.families import clip
 from patches.families.clip import maps as heatmap
@@ -197,7 +197,7 @@ class Service:
         folder = self.runtime.folder(digest)
         if not (folder / "examples.safetensors").is_file():
             raise NotFound("This artifact carries no examples.")
-        said = json.loads((folder / "report.json").read_text())["examples"]
+        said = read_evidence(folder)["examples"]
         images = load_file(folder / "examples.safetensors")["image"]
         return [
             {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}

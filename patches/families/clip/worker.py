@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ class Picture(Job):
 
     pixels: Tensor
     """(3, H, W) as the base's processor gives it"""
-    out: Tensor | None = None
+    out: Tensor | None = field(default=None, init=False)
     """(k,) float32 of unit norm, on the CPU"""
 
 

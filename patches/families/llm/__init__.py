@@ -4,8 +4,8 @@ from patches.families.family import Family
 from patches.families.llm.base import SITES, load, site
 from patches.families.llm.fold import fold
 from patches.families.llm.planted import TINIES, planted, tiny, weights_digest
-from patches.families.llm.references import WHEELS
-from patches.families.llm.text import TABLE, encode, generate, maker, predict
+from patches.families.llm.table import TABLE, WHEELS
+from patches.families.llm.text import encode, generate, maker, predict
 from patches.families.llm.tokens import first_token, query_columns, real_tokens, repeated_token, runs
 from patches.families.llm.worker import Decoder
 
@@ -26,5 +26,5 @@ FAMILY = Family(
     purposes=TINIES,
     sites=SITES,
     fold=fold,
-    wheels={key: distributions for key, (distributions, _, _) in WHEELS.items()},
+    wheels=WHEELS,
 )

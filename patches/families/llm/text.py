@@ -7,21 +7,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from patches.families.base import Base
-from patches.families.family import Column, Table
+from patches.families.llm.table import TABLE
 from patches.families.llm.worker import Decoder, Row
 from registry.errors import Invalid
 
 if TYPE_CHECKING:
     from patches.subject import Subject
 
+__all__ = ["TABLE", "Prompt", "encode", "generate", "predict"]
+
 Prompt = str | list[dict[str, str]]
 """a text, or a chat: a list of {role, content}"""
-
-TABLE = Table(
-    takes=(Column("prompt", "string", "Name three colours."),),
-    gives=(Column("text", "string", "Red, green and blue."),),
-    params={"max_tokens": ("long", 32), "strength": ("double", 1.0)},
-)
 
 
 def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:

@@ -3,8 +3,9 @@ the lab's own: what stands in an image token, and the decoder that reads it."""
 
 from patches.families.family import Family
 from patches.families.vlm.base import depth, load, site, tiny
-from patches.families.vlm.chat import TABLE, encode, generate, maker, predict, row
+from patches.families.vlm.chat import encode, generate, maker, predict, row
 from patches.families.vlm.layouts import LAYOUTS, image_token, image_tokens, layout
+from patches.families.vlm.table import TABLE
 from patches.families.vlm.worker import Picture, PictureDecoder
 
 __all__ = [

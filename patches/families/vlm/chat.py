@@ -11,25 +11,12 @@ from PIL import Image
 
 from patches.families import pictures
 from patches.families.base import Base
-from patches.families.family import Column, Table
 from patches.families.vlm.processor import Prompt
 from patches.families.vlm.worker import Picture, PictureDecoder
 from registry.errors import Invalid
 
 if TYPE_CHECKING:
     from patches.subject import Subject
-
-DOT = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGNgYPiPHQ0tCewiABlxF8fsBZ77AAAAAElFTkSuQmCC"
-"""a picture of eight by eight pixels, base64, for examples"""
-TABLE = Table(
-    takes=(
-        Column("image", "string", DOT, required=False),
-        Column("prompt", "string", "Describe the picture.", required=False),
-        Column("ask", "string", '{"erase": ["egg"]}', required=False),
-    ),
-    gives=(Column("text", "string", "a chicken on grass"),),
-    params={"max_tokens": ("long", 64), "strength": ("double", 1.0)},
-)
 
 
 def encode(base: Base, prompt: Any, images: Sequence[Image.Image] = (), begun: bool = False) -> Prompt:

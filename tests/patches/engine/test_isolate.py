@@ -219,7 +219,7 @@ def test_an_arm_that_breaks_leaves_the_embedders_other_pictures_as_if_alone(tiny
     bad = Breaks({"how": how, "site": clip.site("block", 1)}, {})
     with apply(tiny_clip.model, {"bad": bad}, root=tiny_clip.root) as on:
         worker = Embedder(tiny_clip, on, slots=8)
-        good, ill = [Picture(v) for v in x], [Picture(x[0], "bad"), Picture(x[1], "bad")]
+        good, ill = [Picture(v) for v in x], [Picture(x[0], arm="bad"), Picture(x[1], arm="bad")]
         worker.add([good[0], ill[0], *good[1:4], ill[1], *good[4:]])
         while not worker.idle:
             worker.step()
@@ -230,4 +230,4 @@ def test_an_arm_that_breaks_leaves_the_embedders_other_pictures_as_if_alone(tiny
             with pytest.raises(Failed, match="features"):
                 worker.proof("bad")
         with pytest.raises(Failed):
-            worker.run([Picture(x[0]), Picture(x[1], "bad")])
+            worker.run([Picture(x[0]), Picture(x[1], arm="bad")])

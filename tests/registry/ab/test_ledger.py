@@ -113,7 +113,7 @@ def test_of_many_threads_exactly_one_wins(ledger):
 def test_of_two_processes_exactly_one_wins(ledger):
     head = ledgers.challenge(ledger, "clip_sae", A)
     code = (
-        "import sys; from registry import ledger as l; from registry.errors import Conflict\n"
+        "import sys; from registry.ab import ledger as l; from registry.errors import Conflict\n"
         "book = l.Ledger(sys.argv[1]); sys.stdin.readline()\n"
         "try: l.promote(book, 'clip_sae', sys.argv[2], expect=sys.argv[3]); print('won')\n"
         "except Conflict: print('lost')"

@@ -23,6 +23,7 @@ from registry import cli, manifest, store
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger
 from registry.errors import NotReady
+from registry.store import mlflow_client
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -139,5 +140,5 @@ def test_mlflow_killed_while_pushing_loses_nothing_acknowledged_and_the_ledger_g
     assert set(acknowledged) | {digests[broken]} == rows.keys()
     assert all(r.metrics == {"quality/accuracy": 0.4} for r in rows.values())
     assert f"{SYSTEM}-champion" in rows[acknowledged[0]].aliases
-    assert len(store._versions(f"tags.`patch.digest` = '{digests[broken]}'")) == 1
+    assert len(mlflow_client.versions(f"tags.`patch.digest` = '{digests[broken]}'")) == 1
     print(f"MLflow back after {back:.1f} s; the push that died was done again in {recovered:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,16 +10,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import parse_qs
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import save_file
 
 from registry import manifest, store
 from registry.ab.ledger import Ledger
 from registry.errors import ConfigError, NotFound, NotReady, Tampered
+from registry.measure import Measure
+from registry.store import mlflow_client, shown
 
 BASE = "b" * 64
 DATASET = ("repeats", "d" * 64)
@@ -88,7 +94,7 @@ def given(place: Path, seal: Callable[..., Path]) -> Given:
 
 
 def client() -> mlflow.MlflowClient:
-    return mlflow.MlflowClient(store._uri())
+    return mlflow.MlflowClient(mlflow_client.tracking_uri())
 
 
 def in_mlflow(place: Path, model_id: str) -> Path:
@@ -170,10 +176,10 @@ def test_an_ambiguous_prefix_is_refused_with_both_digests(given: Given, place: P
 
 
 def test_pushing_the_same_digest_twice_is_one_version(given: Given) -> None:
-    before = len(list(store._versions("name = 'smollm2'")))
+    before = len(list(mlflow_client.versions("name = 'smollm2'")))
     again = store.push(given.folder, metrics={"patched": {"extra": 1.0}, "base": {"extra": 0.0}})
     assert again == given.first
-    assert len(store._versions("name = 'smollm2'")) == before
+    assert len(mlflow_client.versions("name = 'smollm2'")) == before
     assert store.show(given.first.digest)["metrics"]["patched"]["extra"] == 1.0
 
 
@@ -188,31 +194,31 @@ def test_measuring_the_same_again_adds_no_point(given: Given) -> None:
 
 def test_base_and_patched_share_experiment_dataset_and_metric_names(given: Given) -> None:
     patched = client().get_run(given.second.run_id)
-    base = store._find_run(client(), given.second.digest, "base")
+    base = mlflow_client.find_run(client(), given.second.digest, "base")
     assert base.info.experiment_id == patched.info.experiment_id
     assert client().get_experiment(base.info.experiment_id).name == "patchbay/smollm2"
     assert base.data.metrics.keys() == patched.data.metrics.keys() == QUALITY.keys()
     assert [d.dataset.name for d in base.inputs.dataset_inputs] == ["repeats"]
     assert patched.inputs.dataset_inputs[0].dataset.digest == "d" * 32
-    for model_id in (given.second.model_id, store._base_version("smollm2", BASE).tags["model.id"]):
+    for model_id in (given.second.model_id, mlflow_client.find_base("smollm2", BASE).tags["model.id"]):
         metrics = client().get_logged_model(model_id).metrics or []
         assert QUALITY.keys() <= {m.key for m in metrics}
         assert {m.dataset_name for m in metrics if m.key in QUALITY} == {"repeats"}
 
 
 def test_the_base_is_stored_once_without_weights(given: Given, place: Path) -> None:
-    versions = [v for v in store._versions("name = 'smollm2'") if v.tags["patch.kind"] == "base"]
+    versions = [v for v in mlflow_client.versions("name = 'smollm2'") if v.tags["patch.kind"] == "base"]
     assert len(versions) == 1
     folder = in_mlflow(place, versions[0].tags["model.id"])
-    assert [p.name for p in folder.rglob("*") if p.is_file() and p.name != "registered_model_meta"] == ["base_ref.json"]
-    assert (
-        manifest.canonical({"digest": BASE, "name": "smollm2", "source": "pypi:smollm2"})
-        == (folder / "base_ref.json").read_bytes()
-    )
+    sealed = folder / "artifacts" / "patch"
+    assert [p.name for p in sealed.iterdir()] == ["manifest.json"]
+    about = manifest.read(sealed)
+    assert (about.kind, about.bases, about.files) == ("model", {"base": f"pypi:smollm2@{BASE}"}, {})
+    assert (folder / "MLmodel").is_file()
 
 
 def test_every_tag_is_on_the_version_and_on_the_model(given: Given) -> None:
-    version = store._version(given.second.digest)
+    version = mlflow_client.find_version(given.second.digest)
     assert version.tags.keys() == set(store.TAGS)
     model = client().get_logged_model(given.second.model_id)
     assert {k: model.tags[k] for k in store.TAGS} == version.tags
@@ -225,15 +231,15 @@ def test_every_tag_is_on_the_version_and_on_the_model(given: Given) -> None:
 
 def test_a_gate_is_recorded_on_the_second_push(given: Given) -> None:
     store.push(given.folder, gate="passed")
-    assert store._version(given.first.digest).tags["gate.status"] == "passed"
+    assert mlflow_client.find_version(given.first.digest).tags["gate.status"] == "passed"
     store.push(given.folder)
-    assert store._version(given.first.digest).tags["gate.status"] == "passed"
+    assert mlflow_client.find_version(given.first.digest).tags["gate.status"] == "passed"
 
 
 def test_figures_and_tables_are_artifacts_of_both_runs(given: Given) -> None:
     assert {"figures/curves/repeats.png", "tables/words.json"} <= set(store.show(given.first.digest)["files"])
-    base = store._find_run(client(), given.first.digest, "base")
-    assert store._files(client(), base.info.run_id, "figures") == ["figures/curves/repeats.png"]
+    base = mlflow_client.find_run(client(), given.first.digest, "base")
+    assert shown.files_of(client(), base.info.run_id, "figures") == ["figures/curves/repeats.png"]
 
 
 def test_a_figure_may_be_a_file(given: Given, tmp_path: Path) -> None:
@@ -247,12 +253,64 @@ def test_nothing_pickled_is_logged(given: Given, place: Path) -> None:
     assert {"MLmodel", "pyfunc.py", "manifest.json", "patch.safetensors"} <= {p.name for p in files}
     assert not [p for p in files if p.suffix in {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt"}]
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
-    assert sum(p.stat().st_size for p in files) < 20_000
+    assert sum(p.stat().st_size for p in files) < 40_000
 
 
-def test_the_requirements_never_name_patchbay(given: Given, place: Path) -> None:
+def test_the_requirements_name_what_is_imported_and_never_patchbay(given: Given, place: Path) -> None:
+    folder = in_mlflow(place, given.first.model_id)
     for name in ("requirements.txt", "conda.yaml"):
-        assert "patchbay" not in (in_mlflow(place, given.first.model_id) / name).read_text()
+        assert "patchbay" not in (folder / name).read_text()
+    needs = {line.partition("==")[0] for line in (folder / "requirements.txt").read_text().split()}
+    assert {"mlflow", "torch", "transformers", "safetensors", "psutil", "pandas", "gguf"} <= needs
+    assert not needs & {"bentoml", "matplotlib", "onnxruntime-gpu"}
+
+
+def test_signature_and_input_example_are_the_familys_table(given: Given, place: Path) -> None:
+    about = mlflow.models.get_model_info(f"models:/{given.first.model_id}")
+    assert about.signature.inputs.input_names() == ["prompt"]
+    assert about.signature.outputs.input_names() == ["text"]
+    assert {p.name: p.default for p in about.signature.params} == {"max_tokens": 32, "strength": 1.0}
+    assert about.saved_input_example_info is not None
+    assert (in_mlflow(place, given.first.model_id) / "serving_input_example.json").is_file()
+
+
+def test_a_system_counts_its_versions_over_all_its_bases(
+    given: Given, seal: Callable[..., Path], tmp_path: Path
+) -> None:
+    """MLflow counts per registered model, and there is one per base: @2 would have been two artifacts."""
+    other = store.push(seal(12.0, base=f"pypi:gemma3@{'c' * 64}"))
+    third = store.push(seal(13.0))
+    numbers = [p.version for p in (given.first, given.second, other, third)]
+    assert len(set(numbers)) == 4
+    assert numbers == sorted(numbers)
+    ledger = Ledger(tmp_path / "ledger.db")
+    assert [store.resolve(f"attention_sink@{n}", ledger) for n in numbers] == [
+        given.first.digest, given.second.digest, other.digest, third.digest
+    ]  # fmt: skip
+    rows = {r.digest: (r.model, r.version) for r in store.list_models("attention_sink")}
+    assert rows[other.digest] == ("gemma3", other.version)
+
+
+def test_intervals_and_n_are_beside_the_number_and_come_back(given: Given, seal: Callable[..., Path]) -> None:
+    flat, moved = Measure(0.5, 0.4, 0.6, 100, "higher"), Measure(0.9, 0.85, 0.94, 100, "higher")
+    noisy = Measure(0.2, 0.0, 0.9, 3, "lower")
+    sides = {
+        "base": {"a/same": flat, "quality/moved": flat, "z/noisy": noisy},
+        "patched": {"a/same": flat, "quality/moved": moved, "z/noisy": Measure(0.8, 0.1, 1.0, 3, "lower")},
+    }
+    pushed = store.push(seal(14.0), metrics=sides)
+    logged = client().get_run(pushed.run_id).data.metrics
+    assert logged["quality/moved/low"] == 0.85
+    assert logged["quality/moved/n"] == 100
+    got = store.compare("base", pushed.digest)
+    assert {r.metric: (r.a, r.b) for r in got.rows} == {k: (sides["base"][k], v) for k, v in sides["patched"].items()}
+    page, _, query = got.url.partition("?")
+    assert page.endswith("/#/metric")
+    asked = {k: json.loads(v) for k, (v,) in parse_qs(query).items() if k != "x_axis"}
+    assert asked["metric"] == "quality/moved"  # what differs most in units of its interval, not the first by name
+    assert asked["plot_metric_keys"] == ["quality/moved"]
+    assert asked["runs"][1] == pushed.run_id
+    assert store.compare_url(pushed.digest) == got.url
 
 
 @pytest.mark.parametrize(
@@ -283,9 +341,11 @@ def test_a_folder_that_was_tampered_with_is_not_pushed(seal: Callable[..., Path]
         store.push(folder)
 
 
-def test_an_artifact_without_a_base_is_a_model_of_its_system(seal: Callable[..., Path], place: Path) -> None:
-    pushed = store.push(seal(6.0, kind="model", system="videomae", base=""), metrics={"patched": {"loss": 1.0}})
-    assert store._version(pushed.digest).name == "videomae"
+def test_what_is_only_to_be_read_has_no_model_and_what_has_no_base_is_named_as_its_system(
+    seal: Callable[..., Path], place: Path
+) -> None:
+    pushed = store.push(seal(6.0, kind="finding", system="videomae", base=""), metrics={"patched": {"loss": 1.0}})
+    assert mlflow_client.find_version(pushed.digest).name == "videomae"
     assert not (in_mlflow(place, pushed.model_id) / "MLmodel").exists()
     with pytest.raises(ConfigError, match="no base"):
         store.log_bench(pushed.digest, {"base": {"loss": 1.0}})
@@ -377,12 +437,13 @@ def test_aliases_follow_the_ledger(given: Given) -> None:
     def alias() -> dict[str, str]:
         return cast("dict[str, str]", client().get_registered_model("smollm2").aliases)
 
-    base = store._base_version("smollm2", BASE)
+    base = mlflow_client.find_base("smollm2", BASE)
     assert store.mirror("attention_sink", "base", given.first.digest) is None
     assert int(alias()["attention_sink-champion"]) == int(base.version)
-    assert int(alias()["attention_sink-challenger"]) == given.first.version
+    first = int(mlflow_client.find_version(given.first.digest).version)
+    assert int(alias()["attention_sink-challenger"]) == first
     assert store.mirror("attention_sink", given.first.digest, None) is None
-    assert int(alias()["attention_sink-champion"]) == given.first.version
+    assert int(alias()["attention_sink-champion"]) == first
     assert "attention_sink-challenger" not in alias()
     assert "never pushed" in (store.mirror("attention_sink", "f" * 64, None) or "")
 
@@ -398,7 +459,8 @@ def test_compare_subtracts_the_base_measured_beside_it(given: Given) -> None:
     table = store.compare("base", given.second.digest, ui="http://mlflow.example")
     differences = {row.metric: row.difference for row in table.rows}
     assert differences["target/repeat"] == pytest.approx(0.8)
-    assert table.url.startswith("http://mlflow.example/#/compare-runs?runs=%5B%22")
+    assert table.table_url.startswith("http://mlflow.example/#/compare-runs?runs=%5B%22")
+    assert table.url.startswith("http://mlflow.example/#/metric?runs=%5B%22")
     assert given.second.run_id in table.url
     both = store.compare(given.first.digest, given.second.digest)
     assert {row.difference for row in both.rows if row.metric in QUALITY} == {0.0}
@@ -453,12 +515,18 @@ def test_mlflow_loads_and_runs_a_pushed_patch(place: Path) -> None:
     pushed = store.push(folder)
     model = mlflow.pyfunc.load_model(f"models:/{pushed.model_id}")
     prompts = ["hello there", "a a a a a a"]
+    table = pd.DataFrame({"prompt": prompts})
     patched = llm.generate(Subject.load(folder), prompts, max_tokens=32)
     untouched = llm.generate(Subject(llm.tiny()), prompts, max_tokens=32)
-    assert model.predict(prompts) == patched
-    assert model.predict(prompts, params={"strength": 0.0}) == untouched != patched
-    assert model.predict(prompts, params={"max_tokens": 0}) != patched
+    assert model.predict(table) == patched
+    assert model.predict(table, params={"strength": 0.0}) == untouched != patched
+    assert model.predict(table, params={"max_tokens": 0}) != patched
     assert about.digest == pushed.digest
+    version = mlflow_client.find_base(mlflow_client.find_version(about.digest).name, base.digest)
+    bare = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    assert bare.predict(table) == untouched
+    with pytest.raises(MlflowException, match="prompt"):
+        bare.predict(pd.DataFrame({"text": prompts}))
 
 
 def test_two_processes_push_one_artifact_at_once_and_neither_needs_torch(
@@ -471,4 +539,4 @@ def test_two_processes_push_one_artifact_at_once_and_neither_needs_torch(
     )
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
-    assert len(store._versions(f"tags.`patch.digest` = '{manifest.read(folder).digest}'")) == 1
+    assert len(mlflow_client.versions(f"tags.`patch.digest` = '{manifest.read(folder).digest}'")) == 1

@@ -7,7 +7,6 @@ import torch.nn.functional as nnf
 from patches.families import clip
 from training.clip_sae.defences import (
     STAR,
-    Defence,
     Pairs,
     Prefix,
     PrefixConfig,
@@ -25,6 +24,7 @@ from training.clip_sae.defences import (
     silence,
 )
 from training.lab import worlds
+from training.tasks.recognition import Arm
 
 NAMES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen")
 
@@ -38,9 +38,6 @@ def embeddings_only(label, word, clean, attacked, classes=NAMES):
 
 def state(base):
     return {k: v.clone() for k, v in base.model.state_dict().items()}
-
-
-# ---- choosing ----------------------------------------------------------------------------------------------------
 
 
 def test_nothing_below_the_floor_is_chosen():
@@ -59,8 +56,6 @@ def test_pairs_are_the_same_pictures_and_know_where_the_writing_is(tiny_clip):
     assert (p.word != p.label).all()
     torch.testing.assert_close(p.y[1], clip.embed_images(tiny_clip, p.attacked))
 
-
-# ---- Dyslexify ---------------------------------------------------------------------------------------------------
 
 READER = (0, 2)
 
@@ -128,9 +123,6 @@ def test_silence_is_at_the_class_token_alone(tiny_clip):
     assert torch.equal(out, want)
 
 
-# ---- Defense-Prefix ----------------------------------------------------------------------------------------------
-
-
 def test_a_prefix_changes_texts_with_its_token_alone(tiny_clip):
     token = int(tiny_clip.processor.text([STAR])[0, 1])
     patch = Prefix(PrefixConfig(token), {"vector": torch.full((32,), 0.5)})
@@ -156,9 +148,6 @@ def test_a_prefix_is_learned_that_names_what_attacked_pictures_look_like(tiny_cl
         after = score(p, p.y, clip.zero_shot(tiny_clip, NAMES, d.templates))
     assert after.attacked > judge(tiny_clip, p, None).attacked
     assert all(torch.equal(v, before[k]) for k, v in tiny_clip.model.state_dict().items())
-
-
-# ---- Materzynska et al. ------------------------------------------------------------------------------------------
 
 
 def test_the_projection_takes_a_planted_direction_of_letters_away(tiny_clip):
@@ -192,9 +181,6 @@ def test_the_projection_folds_into_the_weights(tiny_clip):
             torch.testing.assert_close(tiny_clip.model(image=x)["image_features"], folded)
 
 
-# ---- PAINT -------------------------------------------------------------------------------------------------------
-
-
 def test_interpolation_learns_what_it_is_shown_and_leaves_the_base_alone(reading):
     base, p = reading
     before = state(base)
@@ -209,5 +195,5 @@ def test_a_defence_is_a_patch_at_a_strength(reading):
     base, p = reading
     d = interpolation(base, p, p, floor=0.0, steps=2, batch=20, lr=1e-3)
     old = base.model.visual.proj.clone()
-    with Defence(d.patch, 0.5).patch.apply(base.model, 0.5):
+    with Arm(d.patch, 0.5).patch.apply(base.model, 0.5):
         torch.testing.assert_close(base.model.visual.proj, (old + d.patch.tensors["visual.proj"]) / 2)

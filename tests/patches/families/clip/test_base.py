@@ -18,6 +18,7 @@ from patches.engine.patch import Patch, apply
 from patches.engine.read import record
 from patches.families import clip
 from patches.families.base import load_base
+from patches.families.clip.tokens import _letters
 from patches.subject import Subject
 from registry.errors import BadArtifact, Invalid, NotFound
 
@@ -359,7 +360,7 @@ def their_model(tmp_path, act="quick_gelu", eos=2):
         p.data = p.data + 0.1 * torch.randn_like(p)
     folder = tmp_path / "theirs"
     model.save_pretrained(folder)
-    clip._letters(97).save_pretrained(folder)
+    _letters(97).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4] * 3)
     images.save_pretrained(folder)
     return model, images, folder

@@ -67,7 +67,7 @@ def test_eos_ends_a_row_and_is_counted_as_stop(tiny_llm):
 
 def test_generate_takes_texts_and_chats(tiny_llm):
     model = Subject(tiny_llm)
-    out = model.generate(["abc", [{"role": "user", "content": "hi"}]], max_tokens=4)
+    out = llm.generate(model, ["abc", [{"role": "user", "content": "hi"}]], max_tokens=4)
     model.close()
     assert [type(t) for t in out] == [str, str]
 

@@ -1,0 +1,102 @@
+"""Metrics, figures and benchmarks of artifacts, on the runs of both sides."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric
+
+from registry.errors import ConfigError
+from registry.measure import Measure, Metrics, flat, measures
+from registry.store.kept import part_folder
+from registry.store.mlflow_client import BASE, BETTER, connected, locked, pushed_version, side_of
+
+Sides = Mapping[str, Metrics]
+"""{"base": {metric: number or Measure}, "patched": ...}, both with the same names; "patched" alone where nothing is
+compared. Values are finite; a name is words joined by `/ . : -` and spaces."""
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------
+
+
+def log_bench(digest: str, results: Sides, file: Path | None = None) -> None:
+    """Timings of a pushed artifact, as metrics of both runs; `file`: the raw report, kept as bench/<its name>."""
+    check_sides(results)
+    with connected() as client, locked():
+        version = pushed_version(digest)
+        log_metrics(client, version, results, None)
+        if file is not None:
+            client.log_artifact(version.run_id, str(file), "bench")
+
+
+def log_figures(digest: str, figures: Mapping[str, Any], base_figures: Mapping[str, Any] | None = None) -> None:
+    """Figures or image files of a pushed artifact, under figures/ of its run; the base's beside them."""
+    with connected() as client, locked():
+        log_images(client, pushed_version(digest), figures, base_figures)
+
+
+def check_sides(sides: Sides) -> None:
+    """Raises ConfigError for what MLflow would store as something else, or could not lay side by side."""
+    if unknown := sides.keys() - {BASE, "patched"}:
+        raise ConfigError(f"Metrics are given for {sorted(unknown)[0]!r}; the sides are 'base' and 'patched'.")
+    for side, values in sides.items():
+        for name, value in values.items():
+            if not re.fullmatch(r"[\w.\-/: ]{1,240}", name) or ".." in name or name[:1] in "/.":
+                raise ConfigError(f"Metric name {name[:80]!r}: use letters, digits and _ . - / : or spaces.")
+            m = value if isinstance(value, Measure) else Measure(value)
+            for number in (x for x in (m.value, m.low, m.high, m.n) if x is not None or x is m.value):
+                if not isinstance(number, Real) or not math.isfinite(number):
+                    raise ConfigError(
+                        f"Metric {name!r} of {side} is {number!r}; log finite numbers only (leave it out)."
+                    )
+    if len(sides) == 2 and (odd := sides[BASE].keys() ^ sides["patched"].keys()):
+        raise ConfigError(
+            f"Metric {sorted(odd)[0]!r} is given for one side only; base and patched need the same names "
+            "(a ratio to the base is 1 for the base)."
+        )
+
+
+def log_metrics(client: MlflowClient, version: Any, sides: Sides, dataset: tuple[str, str] | None) -> None:
+    """Log what changed, to each side's run and LoggedModel: `name`, `name/low`, `name/high`, `name/n`."""
+    for side, metrics in sides.items():
+        run_id, model_id = side_of(client, version, side)
+        run = client.get_run(run_id)
+        new = {k: v for k, v in flat(metrics).items() if run.data.metrics.get(k) != v}
+        name, digest = (dataset[0], dataset[1][:32]) if dataset else (None, None)  # MLflow allows 36 characters
+        if dataset and not (run.inputs and any(d.dataset.digest == digest for d in run.inputs.dataset_inputs)):
+            about = Dataset(dataset[0], dataset[1][:32], "patchbay", json.dumps({"digest": dataset[1]}))
+            client.log_inputs(run_id, datasets=[DatasetInput(about)])
+        known = json.loads(run.data.tags.get(BETTER, "{}"))
+        better = known | {k: m.better for k, m in measures(metrics).items() if m.better}
+        if better != known and len(json.dumps(better)) < 8000:  # the most that MLflow takes
+            client.set_tag(run_id, BETTER, json.dumps(better, sort_keys=True))
+        now = int(time.time() * 1000)
+        of = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest, "run_id": run_id}
+        points = [Metric(k, v, now, 0, **of) for k, v in new.items()]
+        for start in range(0, len(points), 1000):
+            client.log_batch(run_id, metrics=points[start : start + 1000])
+
+
+def log_images(
+    client: MlflowClient, version: Any, figures: Mapping[str, Any] | None, base_figures: Mapping[str, Any] | None
+) -> None:
+    for side, images in (("patched", figures), (BASE, base_figures)):
+        for name, image in (images or {}).items():
+            run, _ = side_of(client, version, side)
+            if not isinstance(image, (str, Path)):
+                client.log_figure(run, image, f"figures/{name}.png")
+                continue
+            with part_folder() as part:
+                file = part / "figures" / f"{name}{Path(image).suffix}"
+                file.parent.mkdir(parents=True)
+                shutil.copyfile(image, file)
+                client.log_artifacts(run, str(part))

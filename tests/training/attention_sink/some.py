@@ -1,0 +1,5 @@
+"""What tests of attention_sink share."""
+
+from training.attention_sink import RECIPES
+
+TINY = RECIPES["tiny"]

@@ -1,0 +1,209 @@
+"""Finding the circuit: layers that raise the first token's norm, their neurons, what is bound to position or BOS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from patches.engine.read import record, upto
+from patches.families import llm
+from patches.families.base import Base
+from patches.mechanisms.sink import SinkConfig, SinkEdit
+from training.data import text
+
+RISE = 2.0
+"""a stage multiplies the first token's norm by this much within one layer"""
+ABOVE = 2.5
+"""and leaves it this far above the other tokens' mean"""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """What `find` found."""
+
+    bound_to: Literal["position", "bos", "none"]
+    """what makes a token a sink: being first, being the BOS token, or there is no sink"""
+    stages: tuple[tuple[tuple[int, int], ...], ...]
+    """per stage (neighbouring layers): its neurons (layer, neuron), strongest first"""
+    first_norms: tuple[float, ...]
+    """after each layer, of the first token"""
+    other_norms: tuple[float, ...]
+    """of all others, mean"""
+    repeat_norms: tuple[float, ...]
+    """of the last of many repeats, median over words"""
+    bos_norms: tuple[float, ...]
+    """of a BOS token in the middle of a text, mean; empty without a BOS token"""
+    plain_norms: tuple[float, ...]
+    """of an ordinary first token, without BOS"""
+    echoes: tuple[tuple[int, int], ...] = ()
+    """neurons of the stages' layers that are no part of the sink and answer on repeats once it is silent; ordinary text
+    needs them, so only repeats may lose them"""
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Circuit:
+        """The circuit that evidence holds."""
+        stages = tuple(tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"])
+        return cls(**{**found, "stages": stages, "echoes": tuple((a, b) for a, b in found.get("echoes", ()))})
+
+    @property
+    def neurons(self) -> tuple[tuple[int, int], ...]:
+        return tuple(n for stage in self.stages for n in stage)
+
+
+@torch.inference_mode()
+def find(base: Base, words: Iterable[int], copies: int = 500, documents: int = 12) -> Circuit:
+    """Sink stages and neurons of a decoder, without hints.
+
+    words: token ids to repeat; copies: how often. Nothing is changed.
+    """
+    layers = base.model.config.num_hidden_layers
+    docs = text.documents("prose", base.processor, documents, 80)
+    norms = residual_norms(base, docs)  # per document (layers, T)
+    first = torch.stack([n[:, 0] for n in norms]).mean(0)
+    others = torch.cat([n[:, 1:] for n in norms], 1).mean(1)
+    bos = base.processor.bos_token_id
+    lead = [bos] if bos is not None else []
+    repeats = [torch.tensor([*lead, *[w] * copies]) for w in words]
+    repeated = torch.stack([n[:, -1] for n in residual_norms(base, repeats)]).median(0).values
+    plain = torch.stack([n[:, 0] for n in residual_norms(base, [d[len(lead) :] for d in docs])]).mean(0)
+    middle = (
+        torch.stack([n[:, 20] for n in residual_norms(base, [torch.cat([d[1:21], d[:1], d[21:]]) for d in docs])]).mean(
+            0
+        )
+        if bos is not None
+        else torch.zeros(0)
+    )
+    top = int((first / others)[: layers - 1].argmax())
+    if first[top] < ABOVE * others[top]:
+        bound: Literal["position", "bos", "none"] = "none"
+    else:
+        bound = "bos" if plain[top] < 0.5 * first[top] else "position"
+    known = Circuit(bound, (), _floats(first), _floats(others), _floats(repeated), _floats(middle), _floats(plain))
+    if bound != "position":
+        return known
+    before = torch.cat([_embedding_norm(base, docs)[None], first[:-1]])
+    rising = [i for i in range(layers - 1) if first[i] > RISE * before[i] and first[i] > ABOVE * others[i]]
+    found = [_neurons(base, group, docs, repeats, others) for group in _neighbours(rising)]
+    return replace(
+        known, stages=tuple(s for s, _ in found if s), echoes=tuple(e for s, echoes in found if s for e in echoes)
+    )
+
+
+FIRST, LAST = slice(0, 1), slice(-1, None)
+"""positions"""
+
+
+def _neurons(
+    base: Base, group: list[int], docs: list[Tensor], repeats: list[Tensor], others: Tensor
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """The neurons of one stage and their echoes: candidates by contribution, then the causal filter."""
+    end, ordinary = group[-1], float(others[group[-1]])
+    scored: list[tuple[float, int, int]] = []
+    for layer in group:
+        down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0).cpu()
+        at_first = activations(base, layer, docs, FIRST).abs() * down
+        at_last = activations(base, layer, repeats, LAST).abs() * down
+        # both must agree: a neuron of the sink fires on the first token and on repeats; ordinary tokens are as loud as
+        # the residual they live in
+        both = torch.minimum(at_first.mean(0), at_last.amax(0))
+        floor = 0.2 * float(others[layer])
+        scored += [(float(both[j]), layer, int(j)) for j in (both > floor).nonzero()[:, 0]]
+    candidates = [(layer, j) for _, layer, j in sorted(scored, reverse=True)][:16]
+
+    def height(neurons: list[tuple[int, int]]) -> float:
+        """Norm of repeats after the stage, with these silenced; the loudest word counts."""
+        if not neurons:
+            return max(float(n[end, -1]) for n in residual_norms(base, repeats, end))
+        with SinkEdit(SinkConfig(neurons=tuple(neurons)), {}).apply(base.model, root=base.root):
+            return max(float(n[end, -1]) for n in residual_norms(base, repeats, end))
+
+    start = height([])
+    if start < ABOVE * ordinary:
+        return (), ()  # repeats do not reach this stage
+    chosen: list[tuple[int, int]] = []
+    low = start
+    for neuron in candidates:  # strongest first, until repeats are ordinary again
+        chosen.append(neuron)
+        low = height(chosen)
+        if low < 2.0 * ordinary:
+            break
+    for neuron in list(reversed(chosen)):  # then without each: keep it only if the norm needs it
+        rest = [n for n in chosen if n != neuron]
+        if rest and height(rest) < max(1.25 * low, 2.0 * ordinary):
+            chosen = rest
+    if low >= 0.5 * start:
+        return (), ()
+    echoes: list[tuple[int, int]] = []
+    loud = _echoes(base, group, chosen, repeats, others) if low >= 2.0 * ordinary else []
+    for neuron in loud:
+        if low < 2.0 * ordinary:
+            break
+        if (now := height([*chosen, *echoes, neuron])) < 0.9 * low:
+            echoes, low = [*echoes, neuron], now
+    return tuple(chosen), tuple(echoes)
+
+
+def _echoes(
+    base: Base, group: list[int], silent: list[tuple[int, int]], repeats: list[Tensor], others: Tensor
+) -> list[tuple[int, int]]:
+    """With `silent` silenced, the neurons that are loudest on repeats, loudest first."""
+    scored: list[tuple[float, int, int]] = []
+    with SinkEdit(SinkConfig(neurons=tuple(silent)), {}).apply(base.model, root=base.root):
+        for layer in group:
+            down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0).cpu()
+            loud = activations(base, layer, repeats, LAST).abs().amax(0) * down
+            scored += [(float(loud[j]), layer, int(j)) for j in (loud > 0.2 * float(others[layer])).nonzero()[:, 0]]
+    return [(layer, j) for _, layer, j in sorted(scored, reverse=True)][:8]
+
+
+def _neighbours(layers: list[int]) -> list[list[int]]:
+    out: list[list[int]] = []
+    for i in layers:
+        if out and i == out[-1][-1] + 1:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+def forward(base: Base, ids: Tensor, layer: int | None = None) -> None:
+    """One forward over a text; it ends after `layer`, for most questions are about the first layers."""
+    inputs = {"input_ids": ids[None].to(base.device), "use_cache": False}
+    if layer is None:
+        base.model.get_submodule(base.root)(**inputs)
+    else:
+        upto(base.model, [llm.site("block", layer)], **inputs)
+
+
+def residual_norms(base: Base, texts: list[Tensor], last: int | None = None) -> list[Tensor]:
+    """Residual norms (layers, T) after each layer (up to `last`), one tensor per text."""
+    layers = base.model.config.num_hidden_layers if last is None else last + 1
+    sites = [llm.site("block", i) for i in range(layers)]
+    out = []
+    for ids in texts:
+        with record(base.model, sites, keep=lambda x: x[0].float().norm(dim=-1).cpu()) as acts:
+            forward(base, ids, last)
+        out.append(torch.stack([acts[s][0] for s in sites]))
+    return out
+
+
+def _embedding_norm(base: Base, docs: list[Tensor]) -> Tensor:
+    table = base.model.get_input_embeddings().weight
+    return torch.stack([table[int(d[0])].float().norm().cpu() for d in docs]).mean()
+
+
+def activations(base: Base, layer: int, texts: list[Tensor], at: slice) -> Tensor:
+    """(n, m) true neuron activations of a layer at these positions of every text, one after the other."""
+    site = llm.site("neurons", layer)
+    with record(base.model, [site], "input", keep=lambda x: x[0, at].float().cpu()) as acts:
+        for ids in texts:
+            forward(base, ids, layer)
+    return torch.cat(acts[site])
+
+
+def _floats(x: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(v), 3) for v in x)

@@ -1,0 +1,132 @@
+"""What every system's fit and report share: a sealed folder opened again, thumbnails, and results kept as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from patches import artifact
+from patches.engine.patch import Patch
+from patches.evidence import read_evidence
+from patches.families.base import Base, load_base
+from registry import config as configs
+from registry.errors import BadArtifact
+from registry.home import home
+from registry.manifest import Manifest
+from registry.measure import Measure
+from registry.systems import system
+
+RECIPE = "recipe.json"
+"""lies in every artifact: which recipe made it, with which config, so that it can be measured the same way again"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact was fitted with."""
+
+    name: str
+    """system/recipe"""
+    config: Any
+    """the system's Config"""
+
+
+def recipe_of(folder: Path, about: Manifest) -> Recipe:
+    """The recipe of a verified folder; values of its system's Config. Raises BadArtifact if it holds none."""
+    if RECIPE not in about.files:
+        raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
+    sealed = json.loads((folder / RECIPE).read_text())
+    return Recipe(sealed["recipe"], configs.parse(system(about.system).load_job().Config, sealed["config"]))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A sealed patch, ready to be measured."""
+
+    folder: Path
+    about: Manifest
+    base: Base
+    """without gradients"""
+    patch: Patch
+    fitted: Mapping[str, Any]
+    """how it was fitted: its evidence"""
+    recipe: Recipe
+
+
+def open_patch(folder: Path, ref: str, device: str = "cpu") -> Opened:
+    """The patch sealed in `folder` on the base `ref`; all is verified."""
+    about, patch = artifact.load(folder, device=device)
+    base = load_base(ref, system(about.system).family, device)
+    about, patch = artifact.load(folder, base=base.digest, device=base.device)
+    base.model.requires_grad_(False)
+    return Opened(folder, about, base, patch, read_evidence(folder), recipe_of(folder, about))
+
+
+def thumbnails(image: Tensor, size: int) -> Tensor:
+    """(n, 3, size, size) uint8 on the CPU, of pictures (n, 3, h, w) uint8."""
+    small = nnf.interpolate(image.float().cpu(), (size, size), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it; a Measure is a list of value, low, high, n."""
+    if isinstance(value, Measure):
+        if value.low is None or value.high is None:
+            return round(float(value.value), 4)
+        return [round(float(v), 4) for v in (value.value, value.low, value.high)] + [value.n]
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+class Draft(dict[str, Any]):
+    """Results of a report that takes long. Every part is on disk as soon as it is there (`keep`)."""
+
+    def __init__(self, about: Manifest) -> None:
+        super().__init__()
+        self.file = home() / "reports" / f"{about.system}-{about.digest[:16]}.json"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, *path: str, value: Any) -> None:
+        """Put a value at a path of keys, and write everything."""
+        at: dict[str, Any] = self
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        at[path[-1]] = value
+        self.file.write_text(json.dumps(plain(self), indent=1, default=str))
+
+
+def table(value: Any) -> dict[str, list[Any]]:
+    """Nested results as the columns of one table: what, value, low, high, n. Texts stand in `value`."""
+    columns: dict[str, list[Any]] = {"what": [], "value": [], "low": [], "high": [], "n": []}
+    for what, m in _leaves(value):
+        cells = (m.value, m.low, m.high, m.n) if isinstance(m, Measure) else (m, None, None, None)
+        for name, cell in zip(columns, (what or "value", *cells), strict=True):
+            columns[name].append(cell)
+    return columns
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        yield " / ".join(path), row if (row := _measure(value)) is not None else json.dumps(plain(value), default=str)
+    else:
+        yield " / ".join(path), value
+
+
+def _measure(row: Any) -> Measure | None:
+    """[value, low, high, n], as reports keep an interval."""
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
+    if len(row) != 4 or not numbers or not isinstance(row[3], int) or not row[1] <= row[0] <= row[2]:
+        return None
+    return Measure(float(row[0]), float(row[1]), float(row[2]), row[3])

@@ -1,0 +1,202 @@
+"""Reading and ranking neurons: directions, texts and thresholds of layers, and what each adds to the wrong class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from patches.evidence.neuron_cards import Layer, NeuronCards
+from patches.families import clip
+from patches.families.base import Base
+from patches.families.clip.second_order import (
+    Directions,
+    Moments,
+    NeuronLens,
+    lens,
+    look,
+    scalars,
+)
+from patches.mechanisms.neurons import NeuronEdit, ablate, replace_effects
+from training.data.images import Dataset
+from training.evidence import thumbnails
+from training.lab import atlas
+from training.lab.renderer import GROUNDS
+from training.second_order.config import Config, Edit
+from training.second_order.omp import atoms, pursue
+from training.tasks import recognition as tasks
+from training.tasks.recognition import (
+    classifier,
+    other_of,
+    pictures,
+    world,
+)
+from training.tasks.textspan import read_pool
+
+
+def sources(config: Config) -> list[Dataset]:
+    """What directions are taken from: pictures of train, of the task with and without what should not matter, and of
+    single things and crowds, so that neurons are not read by the task alone. Real data: the data set itself."""
+    if config.data:
+        return list(of_task(config, "train", config.fit_images).values())
+    own = list(of_task(config, "train", max(1, config.fit_images // 4)).values())
+    left = max(2, config.fit_images - sum(map(len, own)))
+    return [*own, world(config, "imagenet", "train", left - left // 2), world(config, "coco", "train", left // 2)]
+
+
+def of_task(config: Config, split: str, n: int) -> dict[str, Dataset]:
+    """The task's sets, but for the strip without letters, of which nothing is learned."""
+    return {k: d for k, d in pictures(config, split, n).items() if k != "blank"}
+
+
+def texts_of(config: Config, data: Dataset) -> tuple[str, ...]:
+    """The pool: a file's lines, the classes of real data, or every name and ground of the lab."""
+    if config.pool:
+        return read_pool(config.pool)
+    return data.classes if config.data else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))
+
+
+def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
+    """(B, 3, H, W) uint8 of all sets, in order."""
+    for each in data:
+        for batch in each.batches(size):
+            yield batch.image
+
+
+@torch.no_grad()
+def read(
+    base: Base, config: Config, texts: Sequence[str], thumb: int = 48
+) -> tuple[NeuronCards, dict[int, NeuronLens]]:
+    """Cards of all neurons of the config's layers, in one pass over the pictures."""
+    lenses = {layer: lens(base, layer, config.ln) for layer in config.layers}
+    data = sources(config)
+    keep = max(1, round(config.share * sum(map(len, data))))
+    moments = {layer: Moments(at, keep) for layer, at in lenses.items()}
+    fired = {layer: torch.zeros(at.neurons, device=base.device) for layer, at in lenses.items()}
+    thumbs = []
+    bar = tqdm(batches(data), "second-order effects", total=sum(-(-len(d) // 32) for d in data), disable=None)
+    for images in bar:
+        seen = look(base, base.processor.image(images), config.layers)
+        for layer, each in moments.items():
+            each.add(scalars(seen, layer))
+            fired[layer] += seen.p[layer].mean(1).sum(0)
+        thumbs.append(thumbnails(images, thumb))
+    pool = clip.embed_texts(base, texts, clip.TEMPLATES)
+    dictionary = atoms(pool, config.atom_norm)
+    layers = {}
+    for layer, each in moments.items():
+        known = each.result()
+        said = pursue(known.direction, dictionary, min(config.atoms, *dictionary.shape))
+        rest = fired[layer] / known.seen
+        layers[layer] = Layer(known, said.index, said.coefficient, said.explained[:, -1], rest)
+    return NeuronCards(layers, tuple(texts), pool, torch.cat(thumbs), config.ln), lenses
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What one layer's neurons do to the task, on train."""
+
+    order: Tensor
+    """(N,) int64, what pulls most to the wrong side first"""
+    pull: Tensor
+    """(N,)"""
+    effect_mean: Tensor
+    """(N, G) of S over clean pictures"""
+    fire_mean: Tensor
+    """(N,) of activations over clean pictures and tokens"""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What every neuron adds to the wrong side in each of n pictures, and what it is on average."""
+
+    m: dict[int, Tensor]
+    """layer -> (n, N): <phi_n, t_wrong - t_true> / |y|; of groups <phi_n, t_1 - t_0> / |y|"""
+    label: Tensor
+    other: Tensor
+    effect: dict[int, Tensor]
+    """layer -> (N, G) mean of S"""
+    fire: dict[int, Tensor]
+    """layer -> (N,) mean activation over pictures and tokens"""
+
+
+@torch.no_grad()
+def margins(
+    base: Base,
+    config: Config,
+    lenses: Mapping[int, NeuronLens],
+    data: Dataset,
+    weights: Tensor,
+    other: Tensor | None = None,
+) -> Margins:
+    """weights (k, C), one direction a class. other: (n,) the wrong class of each picture, where the pictures themselves
+    do not show it."""
+    says = {layer: at.against(weights.T) for layer, at in lenses.items()}  # (N, G, C)
+    m: dict[int, list[Tensor]] = {layer: [] for layer in lenses}
+    effect: dict[int, Tensor] = {}
+    fire: dict[int, Tensor] = {}
+    labels, others, done = [], [], 0
+    for batch in data.batches(32):
+        seen = look(base, base.processor.image(batch.image), list(lenses))
+        wrong = other_of(config, data, batch) if other is None else other[done : done + len(batch)]
+        done += len(batch)
+        for layer, say in says.items():
+            s = scalars(seen, layer)  # (B, G, N)
+            if config.task == "typographic":
+                apart = (say[..., wrong] - say[..., batch.label]).permute(2, 1, 0)  # (B, G, N)
+            else:
+                apart = (say[..., 1] - say[..., 0]).T
+            m[layer].append((s * apart).sum(1) / seen.y.norm(dim=1)[:, None])
+            effect[layer] = effect.get(layer, torch.zeros(())).to(s) + s.sum(0).T
+            fire[layer] = fire.get(layer, torch.zeros(())).to(s) + seen.p[layer].mean(1).sum(0)
+        labels.append(batch.label)
+        others.append(wrong)
+    n = len(data)
+    return Margins(
+        {layer: torch.cat(v) for layer, v in m.items()}, torch.cat(labels), torch.cat(others),
+        {layer: v / n for layer, v in effect.items()}, {layer: v / n for layer, v in fire.items()},
+    )  # fmt: skip
+
+
+def rank(
+    base: Base, config: Config, lenses: Mapping[int, NeuronLens], data: Mapping[str, Dataset]
+) -> dict[int, Ranked]:
+    """Neurons by how much more of the wrong answer they add where something that should not matter is in the picture.
+
+    Pairs (clean, attacked): the mean margin of attacked pictures less that of the same ones clean, both against the
+    word that is written. Groups: how far mean margins lie apart by place, less how far by label.
+    """
+    weights = classifier(base, config, data["clean"]).directions
+    if config.task == "typographic":
+        hit = margins(base, config, lenses, data["attacked"], weights)
+        clean = margins(base, config, lenses, data["clean"], weights, hit.other)
+        pull = {layer: hit.m[layer].mean(0) - clean.m[layer].mean(0) for layer in lenses}
+    else:
+        clean = margins(base, config, lenses, data["clean"], weights)
+
+        def apart(m: Tensor, by: Tensor) -> Tensor:
+            return (m[by == 1].mean(0) - m[by == 0].mean(0)).abs()
+
+        pull = {layer: apart(m, clean.other) - apart(m, clean.label) for layer, m in clean.m.items()}
+    return {
+        layer: Ranked(p.argsort(descending=True), p, clean.effect[layer], clean.fire[layer])
+        for layer, p in pull.items()
+    }
+
+
+def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
+    """A control: for each chosen neuron another one, the nearest in spread of its effects, ties drawn; none twice."""
+    return tasks.alike(known.spread.cpu(), chosen, seed)
+
+
+def patch_of(
+    base: Base, layer: int, at: NeuronLens, known: Directions, found: Ranked, neurons: Sequence[int], edit: Edit
+) -> NeuronEdit:
+    """These neurons at their mean over clean pictures of train."""
+    js = list(neurons)
+    if edit == "effects":
+        return replace_effects(base, at, replace(known, mean=found.effect_mean), js)
+    return ablate(clip.site("neurons", layer), js, found.fire_mean[js].clone())
