@@ -97,7 +97,8 @@ class System:
 
 _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
-           "2504.08729", "clip", "patches.mechanisms.features:FeatureEdit", ("classify", "explain.features"),
+           "2504.08729", "clip", "patches.mechanisms.features:FeatureEdit",
+           ("classify", "embeddings", "explain.features"),
            Claim("lab:clip right under a wrong written word", .048, .487, .039, "as many random features", 2000,
                  "71a76e194d79f75f",
                  beside="says the word 56.6 % -> 2.5 %; clean accuracy - 0.6 points (control - 4.6); under a blank "
@@ -124,9 +125,9 @@ _ROWS = (
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
            "2501.18096", "search", None, ("caption",), roles={"scorer": "clip", "generator": "llm"}),
     System("toto", "Autoregressive video pre-training on visual tokens",
-           "2501.05453", "video", None, ("embed",)),
+           "2501.05453", "video", None, ("embed", "embeddings")),
     System("videomae", "VideoMAE pre-trained on synthetic video",
-           "2410.24213", "video", None, ("embed",)),
+           "2410.24213", "video", None, ("embed", "embeddings")),
     System("w2w", "Sample, edit and invert in the weight space of customised diffusion models",
            "2406.09413", "diffusion", "patches.mechanisms.subspace:SubspaceEdit", ("render",)),
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",

@@ -29,9 +29,23 @@ def picture(seed: int = 0, size: int = 32) -> dict[str, str]:
     return {"data": base64.b64encode(file.getvalue()).decode()}
 
 
+def film(frames: int = 8, size: int = 16) -> dict[str, str]:
+    """An animated GIF of a square that moves, as requests carry it."""
+    pictures = []
+    for t in range(frames):
+        one = Image.new("RGB", (size, size), (230, 220, 200))
+        one.paste((190, 40, 60), (1 + t % 8, 4, 7 + t % 8, 11))
+        pictures.append(one)
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=80)
+    return {"data": base64.b64encode(file.getvalue()).decode()}
+
+
 SHAPES = {
     "generate": Ask("/v1/completions", lambda: {"prompt": "a man walks", "max_tokens": 4, "temperature": 0}),
     "classify": Ask("/v1/classify", lambda: {"images": [picture()], "labels": ["cat", "dog"]}),
+    "embed": Ask("/v1/video", lambda: {"clips": [film()], "wants": ["scores", "features", "surprise"]}),
+    "embeddings": Ask("/v1/embeddings", lambda: {"input": [f"data:image/png;base64,{picture()['data']}"]}),
     "explain.features": Ask("/v1/explain/encode", lambda: {"image": picture()}),
     "explain.heads": Ask("/v1/explain/heads"),
     "explain.neurons": Ask("/v1/explain/neurons"),

@@ -30,6 +30,7 @@ from patches.evidence import label_set
 from patches.evidence.label_set import LabelSet
 from patches.families import clip
 from patches.families.clip.worker import Picture
+from patches.families.pictures import Budget
 from registry.ab.ledger import BASE
 from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
 
@@ -143,7 +144,7 @@ class Service:
         self.desk.check_compare(request, ask.patchbay.compare)
         try:
             by, sealed = await self._label_set(table, choice, ask)
-            budget = pictures.Budget()
+            budget = Budget()
             entries = await asyncio.to_thread(
                 lambda: [self._entry(request, ask, choice, values, budget) for values in ask.images]
             )
@@ -173,7 +174,7 @@ class Service:
             return await self.classifiers.carried(table, choice)
         return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
 
-    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any, budget: pictures.Budget) -> Entry:
+    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any, budget: Budget) -> Entry:
         try:
             image = parse(Image, values)
             if image.model is not None:

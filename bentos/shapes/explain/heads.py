@@ -39,7 +39,7 @@ from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens
 from patches.families.clip.maps import Threshold
-from patches.families.pictures import read
+from patches.families.pictures import Budget, guarded, read
 from registry import manifest
 from registry.ab.experiment import OWNER
 from registry.ab.ledger import BASE
@@ -377,10 +377,10 @@ class Service:
         """(number, as the processor makes it, small uint8) of the pictures that can be read; why others cannot."""
         from torchvision.transforms.functional import pil_to_tensor
 
-        rows, refused, budget = [], [], pictures.Budget()
+        rows, refused, budget = [], [], Budget()
         for i, image in enumerate(images):
             try:
-                with pictures.guarded():
+                with guarded():
                     picture = read(parse(Image, image).data, budget)
                     x = self.runtime.base.processor.image(picture)[0]
                     picture.thumbnail((256, 256))

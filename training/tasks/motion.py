@@ -1,0 +1,134 @@
+"""What video models are measured by: eleven motions of the lab, controls, probes of frozen features, fine-tuning.
+
+Shared by the systems that train on clips. Choose on `val`, report `test`. Every table stands beside two controls: a
+small CNN on frame differences (positive: the labels can be learnt, from motion) and the same CNN on the middle frame
+(negative: nothing but motion tells the classes apart).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Generator, Tensor, nn
+
+from patches.families.video.pixels import normalise
+from patches.families.video.probe import Pooling, Probe
+from training.lab.video import actions
+
+CLASSES = actions.MOTIONS
+POSITIVE, NEGATIVE = 0.75, 0.25
+"""gates: no number of a transformer is believed unless the positive control is above and the negative one below"""
+
+
+@lru_cache(8)
+def clips(split: str, n: int, seed: int = 0, frames: int = actions.FRAMES, size: int = actions.SIZE) -> actions.Clips:
+    """Labelled clips of a split of the lab, kept between calls."""
+    return actions.draw(split, n, seed, frames, size)
+
+
+def rate(step: int, steps: int, warm: int) -> float:
+    """Linear warm-up, then half a cosine to 0: what the peak learning rate is multiplied by."""
+    return min((step + 1) / max(1, warm), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def set_rate(optimiser: torch.optim.Optimizer, share: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model that was trained, and what that cost."""
+
+    model: Any
+    seconds: float
+    """of processor time"""
+    train: float
+    """accuracy on the last fifth of its training batches"""
+
+
+def train(
+    model: nn.Module, inputs: Tensor, label: Tensor, steps: int, batch: int, groups: list[dict[str, Any]],
+    seed: int, see: Callable[[Tensor], Tensor] = lambda x: x, smoothing: float = 0.0, decay: float = 0.05,
+    warm: float = 0.1,
+) -> Fitted:  # fmt: skip
+    """Fit a classifier by AdamW on shuffled batches; groups: {"params", "peak"} each."""
+    g = Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=True)
+    order, begun, right = torch.empty(0, dtype=torch.int64), time.process_time(), []
+    model.train()
+    for step in range(steps):
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(label), generator=g)])
+        rows, order = order[:batch], order[batch:]
+        set_rate(optimiser, rate(step, steps, int(warm * steps)))
+        logits = model(see(inputs[rows]))
+        off = nnf.cross_entropy(logits, label[rows], label_smoothing=smoothing)
+        optimiser.zero_grad()
+        off.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        right.append(float((logits.argmax(1) == label[rows]).float().mean()))
+    tail = right[-max(1, steps // 5) :]
+    return Fitted(model.eval(), time.process_time() - begun, sum(tail) / len(tail))
+
+
+@torch.no_grad()
+def answers(model: Callable[[Tensor], Tensor], inputs: Tensor, see: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """(n,) the class that scores highest for each input."""
+    return torch.cat([model(see(part)).argmax(1).cpu() for part in inputs.split(100)])
+
+
+# ---- controls -----------------------------------------------------------------------------------------------------
+
+
+def differences(video: Tensor) -> Tensor:
+    """(n, 3 (T - 1), R, R): each frame less the one before."""
+    x = normalise(video)
+    return (x[:, 1:] - x[:, :-1]).flatten(1, 2)
+
+
+def middle(video: Tensor) -> Tensor:
+    """(n, 3, R, R): the middle frame, which says nothing of the class in the lab's actions."""
+    return normalise(video[:, video.shape[1] // 2, None])[:, 0]
+
+
+def control(
+    see: Callable[[Tensor], Tensor], labelled: actions.Clips, test: actions.Clips, steps: int = 600, seed: int = 0
+) -> tuple[Tensor, float]:
+    """Fit a three-layer CNN on what `see` shows of a clip: (n,) right or wrong on test, and its processor seconds."""
+    torch.manual_seed(seed)
+    channels, width, size = see(test.video[:1]).shape[1], 24, test.video.shape[-1]
+
+    def block(a: int, b: int) -> list[nn.Module]:
+        return [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+
+    model = nn.Sequential(
+        *block(channels, width), *block(width, 2 * width), *block(2 * width, 4 * width), nn.Flatten(),
+        nn.Linear(4 * width * (-(-size // 8)) ** 2, len(CLASSES)),
+    )  # fmt: skip
+    groups = [{"params": list(model.parameters()), "peak": 2e-3}]
+    fitted = train(model, labelled.video, labelled.label, steps, 32, groups, seed, see, warm=0.03)
+    return answers(model, test.video, see) == test.label, fitted.seconds
+
+
+# ---- probes -------------------------------------------------------------------------------------------------------
+
+
+def probe(
+    features: Tensor, label: Tensor, pooling: Pooling = "attention", steps: int = 200, seed: int = 0,
+    classes: int = len(CLASSES), peak: float = 5e-3,
+) -> Probe:  # fmt: skip
+    """Fit a probe on frozen features (n, N, d)."""
+    torch.manual_seed(seed)
+    model = Probe(features.shape[-1], classes, pooling)
+    groups = [{"params": list(model.parameters()), "peak": peak}]
+    made: Probe = train(model, features, label, steps, 64, groups, seed, decay=0.01).model
+    return made

@@ -1,0 +1,69 @@
+"""Fitting: tokenizer, language model, and the probe of the layer that is best on val, sealed as one checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Generator
+
+from patches.evidence import write_evidence
+from patches.families.base import load_base
+from patches.families.video import base as checkpoints
+from patches.families.video.tokens import TokenVideo
+from registry import manifest
+from registry.errors import ConfigError
+from registry.manifest import Manifest
+from training.tasks import motion
+from training.toto import learn
+from training.toto.config import Config
+from training.toto.sizes import SIZES
+
+
+def fit(config: Config, folder: Path) -> Manifest:
+    """Train one checkpoint and its probe; sealed as a model."""
+    base = load_base(config.base, "video")
+    model, log = made(config)
+    if (model.frames, model.size, model.classes) != (base.model.frames, base.model.size, base.model.classes):
+        raise ConfigError(
+            f"{config.base} reads {base.model.frames} frames of {base.model.size} px; this recipe has {model.frames}, "
+            f"of {model.size}. Name another base."
+        )
+    checkpoints.save(model, folder)
+    write_evidence(folder, log)
+    plain = {k: v for k, v in asdict(config).items() if k != "device"}
+    return manifest.write(folder, kind="model", system="toto", base=base.label, config=plain)
+
+
+def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, Any]]:
+    """The checkpoint of a config, or the same network before training; both with a probe of the layer best on val. And
+    a log: loss while training, accuracy on val by layer."""
+    if config.size not in SIZES:
+        raise ConfigError(f"size={config.size!r:.30} must be one of {', '.join(SIZES)}.")
+    log: dict[str, Any] = {"val": []}
+    video = learn.pool(config.pool, config.frames, config.image)
+    codebook = learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
+    model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed).to(config.device)
+    if trained:
+        g = Generator().manual_seed(config.seed)
+        ids = learn.tokenise(video, codebook)
+        stills = learn.tokenise_pictures(video, codebook, config.frames, g)
+        plan = learn.Plan(
+            config.steps, config.batch, config.peak, pictures=config.pictures, seed=config.seed, bf16=config.bf16
+        )
+        done = learn.fit(model, ids, stills, plan)
+        log |= {k: done[k] for k in ("clips", "tokens", "body", "flops", "loss")}
+    model = model.cpu().eval()
+    model.classes = motion.CLASSES
+    seen, val = (motion.clips(s, n, k, config.frames, config.image) for s, n, k in
+                 (("train", config.labels, 20), ("val", config.val_clips, 7)))  # fmt: skip
+    x, y = (learn.features(model, learn.tokenise(c.video, codebook)) for c in (seen, val))
+    best = -1.0
+    for layer in range(1, model.depth + 1):
+        probe = motion.probe(x[layer], seen.label, "attention", config.probe_steps, config.seed)
+        right = float((motion.answers(probe, y[layer]) == val.label).float().mean())
+        log["val"].append(round(right, 4))
+        if right > best:
+            best, model.probe, model.probe_layer = right, probe, layer
+    return model, log

@@ -1,0 +1,68 @@
+"""What a run of videomae may set, and its recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patches.families.video.pixels import Still
+from registry.config import STRICT
+from training.videomae.pretraining import Plan, Size
+
+SCRATCH, NATURAL = "scratch", "natural"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to pre-train on, what to fit on top, and what to measure."""
+
+    __pydantic_config__ = STRICT
+
+    base: str = "lab:video-scratch"
+    """the checkpoint it is compared with: of the same frames, size and classes"""
+    stage: str = "image_crops"
+    """a stage of the progression, `natural` for the task's own clips without their labels, `scratch` for none"""
+    data: str = ""
+    """folder of UCF101 (labelled clips, and natural pre-training); empty: the lab's actions"""
+    device: str = "cpu"
+    seed: int = 0
+    size: Size = field(default_factory=Size)
+    steps: int = 8000
+    batch: int = 32
+    peak: float = 2e-3
+    ratio: float = 0.75
+    mask: Literal["tube", "random"] = "random"
+    still: Still = "mean"
+    """what is taken away from clips that stand still; `keep` for real ones, whose camera moves"""
+    pool: int = 8192
+    """clips drawn; each batch is one of 96 views of some"""
+    bf16: bool = False
+    compile: bool = False
+    labels: int = 550
+    few: int = 110
+    tune_steps: int = 300
+    tune_peak: float = 2e-3
+    layer_decay: float = 1.0
+    probe_steps: int = 200
+    test_clips: int = 1100
+
+
+_PAPER = Size(768, 12, 12, 384, 4, 6, image=224, patch=16, frames=16, norm_pix=True)
+RECIPES: dict[str, Config] = {
+    "tiny": Config(
+        base="tiny:motions", size=Size(16, 2, 2, 16, 1, 2, image=16, patch=8, frames=4), steps=12, batch=8, pool=64,
+        labels=44, few=22, tune_steps=12, probe_steps=12, test_clips=66,
+    ),
+    "lab": Config(),
+    "demo": Config(steps=400, pool=1024, labels=110, tune_steps=100, test_clips=220),
+    "paper": Config(
+        size=_PAPER, steps=159_000, batch=192, peak=2.25e-4, mask="tube", still="keep", pool=9537, labels=9537, few=0,
+        tune_steps=12_000, tune_peak=1e-3, layer_decay=0.7, bf16=True, compile=True, device="cuda",
+    ),
+}  # fmt: skip
+
+
+def plan_of(config: Config) -> Plan:
+    """How a config pre-trains."""
+    return Plan(config.steps, config.batch, config.peak, ratio=config.ratio, mask=config.mask, still=config.still,
+                seed=config.seed, bf16=config.bf16, compile=config.compile)  # fmt: skip
