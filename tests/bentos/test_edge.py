@@ -146,6 +146,21 @@ def test_deep_nesting_is_the_callers_error_on_every_route(service, raw, path):
     asyncio.run(work())
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "tail",
+    [b'\\"' * 900_000, b'"' * 900_001, b'"a' * 500_000, b"\\" * 900_001],
+    ids=["escapes", "quotes", "words", "backslashes"],
+)
+def test_no_body_takes_long_to_look_through(tail):
+    """Nesting is looked for in one pass: a pattern that begins again at every quote would take hours."""
+    raw = b'{"a":[' * 20 + tail
+    start = time.process_time()
+    with pytest.raises(BadRequest):
+        edge._object(raw, "The body")
+    assert time.process_time() - start < 3
+
+
 def test_brackets_in_strings_are_no_nesting(service):
     async def work():
         async with service() as s:
