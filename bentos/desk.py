@@ -104,6 +104,12 @@ class Desk:
         made: T = self._shared[make]
         return made
 
+    async def close(self) -> None:
+        """Close what was shared, newest first; before the runtime stops."""
+        for made in reversed(self._shared.values()):
+            if (close := getattr(made, "close", None)) is not None:
+                await close()
+
     # ---- routing -------------------------------------------------------------------------------------------------
 
     def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
@@ -413,6 +419,7 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
         try:
             yield
         finally:
+            await desk.close()
             await asyncio.to_thread(runtime.stop)
 
     app = Starlette(lifespan=lifespan)

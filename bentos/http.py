@@ -38,7 +38,7 @@ ANY = "any"
 """scope of a call that every known token may make"""
 MAX_FILES = 64
 """of one multipart form"""
-SCOPES = ("generate", "classify", "explain", "compare", "outcomes", "metrics")
+SCOPES = ("generate", "classify", "explain", "render", "compare", "outcomes", "metrics")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
          503: "unavailable_error"}  # fmt: skip
@@ -179,6 +179,8 @@ class Call:
     max_bytes: int = MAX_BODY_BYTES
     files: str = ""
     """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
+    fields: bool = False
+    """whether a form's other parts are fields of the body, as OpenAI's clients send them: `n`, `patchbay[strength]`"""
 
 
 # A request's number is unique, not secret. The operating system's random numbers would cost every request a release of
@@ -227,7 +229,7 @@ async def read(request: Request, call: Call) -> Any:
         parts.append(part)
     raw = b"".join(parts)
     if kind == "multipart/form-data":
-        return parse(call.body, await _form(request, raw, call.files))
+        return parse(call.body, await _form(request, raw, call))
     return parse(call.body, _object(raw, "The body"))
 
 
@@ -241,14 +243,14 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
     return values
 
 
-async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
+async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
     """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
 
     try:
-        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=4).parse()
+        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=64).parse()
     except MultiPartException as e:
         raise BadRequest(f"The form cannot be read: {e.message[:120]}.") from None
     values: dict[str, Any] = {}
@@ -257,11 +259,33 @@ async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
         if isinstance(part, UploadFile):
             items.append({"data": base64.b64encode(await part.read()).decode()})
         elif name == "request":
-            values = _object(part, "The part 'request'")
+            values = values | _object(part, "The part 'request'")
+        elif call.fields:
+            _put(values, name, part)
         else:
             raise BadRequest(f"The form has a field {name[:60]!r}; send the files, and the other fields in 'request'.")
-    given = values.get(files, [])
-    return {**values, files: [*(given if isinstance(given, list) else [given]), *items]}
+    given = values.get(call.files, [])
+    return {**values, call.files: [*(given if isinstance(given, list) else [given]), *items]}
+
+
+def _put(values: dict[str, Any], name: str, text: str) -> None:
+    """Set a field of a form. `a[b]` is b within a; what lies within is JSON where it can be read so, else text."""
+    first, *rest = name.replace("]", "").split("[")
+    if len(rest) > 8:
+        raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
+    value: Any = text
+    if rest or text[:1] == "{":
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            value = text
+    node = values
+    for key, after in zip([first, *rest][:-1], rest, strict=True):
+        inner = node.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise BadRequest(f"The form's field {key[:60]!r} is given as a value and as an object with {after[:60]!r}.")
+        node = inner
+    node[[first, *rest][-1]] = value
 
 
 def parse(model: type[BaseModel], values: Any) -> Any:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import warnings
+from typing import Any
 
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
@@ -76,3 +77,14 @@ def _rgb(picture: Pillow.Image) -> Pillow.Image:
         whole = picture.convert("RGBA")
         return Pillow.alpha_composite(Pillow.new("RGBA", whole.size, "white"), whole).convert("RGB")
     return picture.convert("RGB")
+
+
+def png(image: Any) -> str:
+    """A picture (3, H, W) uint8, or a Pillow image, as a PNG data URL."""
+    if not isinstance(image, Pillow.Image):
+        from torchvision.transforms.functional import to_pil_image
+
+        image = to_pil_image(image)
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
