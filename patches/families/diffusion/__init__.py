@@ -42,7 +42,8 @@ FAMILY = Family(
     predict=predict,
     example="lab:diffusion",
     purposes={
-        "stable": lambda: _purpose("stable"), "kandinsky": lambda: _purpose("kandinsky"),
+        "stable": lambda: _purpose("stable"),
+        "kandinsky": lambda: _purpose("kandinsky"),
         "faces": lambda: _purpose("faces"),
     },  # fmt: skip
     sites=SITES,

@@ -39,7 +39,7 @@ def tiny_vlm():
 
 
 @pytest.fixture
-def seeing(home, tiny_vlm):  # noqa: F811
+def seeing(home, tiny_vlm):
     @contextlib.asynccontextmanager
     async def run(**settings):
         digests = []

@@ -16,8 +16,8 @@ from patches.mechanisms import subspace
 from patches.mechanisms.subspace import (
     AdapterSet,
     AdapterSetConfig,
-    Point,
     Layer,
+    Point,
     SubspaceConfig,
     SubspaceEdit,
     dense,
