@@ -1,4 +1,4 @@
-"""Choosing an erasure: where, along which direction, how strongly, and below which confidence; on val pictures alone."""
+"""Choosing an erasure: where, along which direction, how strongly, below which confidence; on val pictures alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def candidates(config: Config, base: Base, objects: tuple[str, ...]) -> Iterator
             where = depths if text < 0 else (text,) * len(depths)
             for own in config.own:
                 for weight in config.weights:
-                    name = f"depths {list(depths)} word {'same' if text < 0 else text}{' own' if own else ''} weight {weight:g}"
+                    word = f"{'same' if text < 0 else text}{' own' if own else ''}"
+                    name = f"depths {list(depths)} word {word} weight {weight:g}"
                     yield name, make(
                         base, depths, where, weight=weight, own=own, objects=objects, normed=config.normed,
                         rounds=config.rounds,

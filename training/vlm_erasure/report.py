@@ -214,7 +214,8 @@ def _curve(table: dict[str, Any]) -> Any:
     names = list(table)
     values = [table[n]["auroc"] for n in names]
     a.barh(range(len(names)), [v.value for v in values],
-           xerr=[[v.value - (v.low or v.value) for v in values], [(v.high or v.value) - v.value for v in values]])  # fmt: skip
+           xerr=[[v.value - (v.low or v.value) for v in values],
+                 [(v.high or v.value) - v.value for v in values]])  # fmt: skip
     a.axvline(0.5, color="black", lw=0.8)
     a.set_yticks(range(len(names)), names, fontsize=7)
     a.set(xlim=(0, 1), xlabel="AUROC, true against invented mentions")
