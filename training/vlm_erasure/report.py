@@ -6,7 +6,6 @@ nothing was chosen on, with bootstrap intervals.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +162,8 @@ def where(subject: Subject, seen: Seen, said: measure.Said, field: Tensor, confi
 
 
 def elsewhere(subject: Subject, part: str, patch: EraseEdit, config: Config) -> dict[str, Any]:
-    """Base and automatic mode on scenes of another kind or style, a third as many."""
-    fewer = replace(config, test_scenes=max(8, config.test_scenes // (2 if "neutral" in part else 4)))
-    seen = see(subject.base, scenes(fewer, part), config.question)
+    """Base and automatic mode on scenes of another kind or style."""
+    seen = see(subject.base, scenes(config, part), config.question)
     said = measure.captions(subject, seen, max_tokens=config.max_tokens)
     sure = confidence(subject, seen, patch)
     new, _ = measure.automatic(subject, seen, said.mask, sure, patch.config.limit, patch, config.rounds)
