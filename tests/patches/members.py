@@ -18,6 +18,7 @@ from patches.engine.edits import Act, Side, Weight
 from patches.engine.patch import Patch
 from patches.families import clip
 from patches.families.family import family
+from patches.mechanisms.direction import DirectionConfig, DirectionEdit
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate
@@ -181,6 +182,12 @@ def _denoising() -> dict[str, torch.Tensor]:
     return {"sample": _seeded(4, *pipe.shape), "timestep": torch.tensor([20.0, 300.0, 700.0, 950.0]), **told}
 
 
+def _direction(norm: str) -> DirectionEdit:
+    """Two domains of two classes in the tiny diffusion model's image embedding."""
+    config = DirectionConfig("given.image", ("a", "b", "c", "d"), ("one", "one", "two", "two"), norm=norm)
+    return DirectionEdit(config, {"means": torch.nn.functional.normalize(_seeded(4, 24), dim=1)})
+
+
 MEMBERS: dict[str, Member] = {
     **{f"llm {name}": Member(make, name in FOLDS) for name, make in LLM.items()},
     "clip features-zero": Member(lambda: edit(_dictionary(), clip.site("block", 1), range(0, 40, 2)), family="clip"),
@@ -198,6 +205,8 @@ MEMBERS: dict[str, Member] = {
     "clip erase": Member(
         lambda: ClipErase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}), family="clip"
     ),
+    "diffusion direction": Member(lambda: _direction("unit"), family="diffusion"),
+    "diffusion direction, free": Member(lambda: _direction("free"), family="diffusion"),
 }
 """family and name -> member"""
 MECHANISMS = LLM
@@ -224,5 +233,14 @@ PROBES = {
     "llm": Probe(lambda: {"input_ids": _ids()}, lambda out: out.logits),
     "diffusion": Probe(_denoising, lambda out: out),
     "clip": Probe(lambda: {"image": _seeded(4, 3, 32, 32)}, lambda out: out["image_features"]),
+    "diffusion": Probe(
+        lambda: {
+            "sample": _seeded(4, 12, 8, 8),
+            "timestep": torch.tensor([999.0, 700.0, 300.0, 1.0]),
+            "text": _seeded(4, 24, 32),
+            "image": torch.nn.functional.normalize(_seeded(4, 24), dim=1),
+        },
+        lambda out: out,
+    ),
 }
 """family -> how it is asked; a family that mechanisms are tried on says so here"""
