@@ -233,14 +233,5 @@ PROBES = {
     "llm": Probe(lambda: {"input_ids": _ids()}, lambda out: out.logits),
     "diffusion": Probe(_denoising, lambda out: out),
     "clip": Probe(lambda: {"image": _seeded(4, 3, 32, 32)}, lambda out: out["image_features"]),
-    "diffusion": Probe(
-        lambda: {
-            "sample": _seeded(4, 12, 8, 8),
-            "timestep": torch.tensor([999.0, 700.0, 300.0, 1.0]),
-            "text": _seeded(4, 24, 32),
-            "image": torch.nn.functional.normalize(_seeded(4, 24), dim=1),
-        },
-        lambda out: out,
-    ),
 }
 """family -> how it is asked; a family that mechanisms are tried on says so here"""
