@@ -190,7 +190,7 @@ class Service:
         with contextlib.suppress(PatchbayError):  # each says so in its own error
             await run(self.runtime, list(jobs.values()))
         theirs = [_best(j, model) for j in jobs.values()]
-        self.desk.keep(request.state.number, twin.unit, [results[i].get("label") for i in jobs], theirs)
+        self.desk.keep(request.state.number, twin, [results[i].get("label") for i in jobs], theirs)
         status = max([j.error.status for j in jobs.values() if j.error], default=200)
         await self.desk.expose(request, twin, status, start)
 

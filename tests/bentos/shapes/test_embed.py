@@ -95,7 +95,12 @@ def test_a_masked_model_answers_everything_it_can(home) -> None:
     assert len(one["features"]["mean"]) == 16
     assert one["tokens"]["shape"] == [8, 16]
     assert len(one["surprise"]["by_frame"]) == 4
-    assert one["sampling"] == {"frames": [0, 2, 5, 7], "seconds": [0.0, 0.16, 0.4, 0.56], "decoded": 8, "size": [16, 16]}
+    assert one["sampling"] == {
+        "frames": [0, 2, 5, 7],
+        "seconds": [0.0, 0.16, 0.4, 0.56],
+        "decoded": 8,
+        "size": [16, 16],
+    }
     assert one["reconstruction"]["borrows"] == "what does not move"
     assert shown(one["reconstruction"]["animation"]).n_frames == 4
     assert shown(one["reconstruction"]["strip"]).size[0] == 4 * 48
