@@ -135,17 +135,26 @@ def markdown(folder: Path) -> str:
     keys = [tuple(k.split("|")) for k in whole["numbers"]]
     columns = sorted({(p, n) for _, p, n in keys if p != "control" and not p.startswith("corrupted")})
     rows = [r for r in (SCRATCH, *stages.STAGES, NATURAL) if any(k[0] == r for k in keys)]
-    lines = ["| pre-training | " + " | ".join(f"{p}, {n} labels" for p, n in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| pre-training | " + " | ".join(f"{p}, {n} labels" for p, n in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for row in rows:
         cells = []
         for p, n in columns:
             got = whole["numbers"].get(f"{row}|{p}|{n}")
-            cells.append(f"{100 * got['value']:.1f} ({100 * got['low']:.1f}, {100 * got['high']:.1f}; {got['seeds']})" if got else "")
+            cells.append(
+                f"{100 * got['value']:.1f} ({100 * got['low']:.1f}, {100 * got['high']:.1f}; {got['seeds']})"
+                if got
+                else ""
+            )
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     for k, got in whole["numbers"].items():
         row, protocol, labels = k.split("|")
         if protocol == "control":
-            lines.append(f"\n{row}, {labels} labels: {100 * got['value']:.1f} ({100 * got['low']:.1f}, {100 * got['high']:.1f})")
+            lines.append(
+                f"\n{row}, {labels} labels: {100 * got['value']:.1f} ({100 * got['low']:.1f}, {100 * got['high']:.1f})"
+            )
     for name, about in whole["protocols"].items():
         lines.append(f"\n{name}: {json.dumps(about)}")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Describes a set of clips by the numbers that the progression's stages are compared by.
 
-The paper correlates accuracy with frame similarity to natural clips (FID), diversity, the spectrum's exponent and colour
-distance. No Inception weights are at hand offline, so features are those of a fixed random convolution: the numbers rank
-stages of this lab and are not the paper's units.
+The paper correlates accuracy with frame similarity to natural clips (FID), diversity, the spectrum's exponent and
+colour distance. No Inception weights are at hand offline, so features are those of a fixed random convolution: the
+numbers rank stages of this lab and are not the paper's units.
 """
 
 from __future__ import annotations
