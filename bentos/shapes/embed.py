@@ -1,8 +1,8 @@
 """The shape `embed`: clips in; features, class scores, surprise, a reconstruction, a rollout or tracked masks out.
 
-`POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or
-a list of pictures, and may name its own arm. Arms are models of their own: base beside checkpoint with `patchbay.compare`.
-Clips are decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
+`POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or a
+list of pictures, and may name its own arm. Arms are models: base beside checkpoint with `patchbay.compare`. Clips are
+decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
 `/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
 """
 
