@@ -296,7 +296,8 @@ class Service:
                 return await asyncio.to_thread(read, base, prompt, (), begun)
         if len(urls) > MAX_PICTURES:
             raise BadRequest(f"messages: {len(urls)} pictures; {MAX_PICTURES} at most.")
-        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url) for url in urls], begun))
+        budget = pictures.Budget()
+        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url, budget) for url in urls], begun))
 
     async def complete(self, request: Request, ask: Completion) -> Response:
         prompts: list[Any]
