@@ -64,18 +64,18 @@ def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
 
 
 @pytest.mark.parametrize("name", READY)
-def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name, tmp_path):
+def test_a_fit_on_a_device_chooses_what_one_on_the_cpu_does(far, name):
     folders = {device: run.fit(f"{name}/tiny", [f"device={device}"]) for device in ("cpu", FAR)}
     (_, on_cpu), (_, there) = (artifact.load(f) for f in folders.values())
     assert there.config == on_cpu.config
     assert there.tensors.keys() == on_cpu.tensors.keys()
     for key, want in on_cpu.tensors.items():
         torch.testing.assert_close(there.tensors[key], want, atol=1e-3, rtol=1e-3)
-    got, want = run.evaluate(folders[FAR], device=FAR), run.evaluate(folders["cpu"])
-    for arm in ("base", "patched"):
-        here, there = ({k: m.value for k, m in x.sides[arm].items()} for x in (want, got))
-        assert there == pytest.approx(here, abs=1e-3), arm
-    assert run.report(folders[FAR], device=FAR).tables
+    got, want = run.evaluate(folders[FAR]), run.evaluate(folders["cpu"])
+    for side in ("base", "patched"):
+        there, here = ({k: m.value for k, m in x.sides[side].items()} for x in (got, want))
+        assert there == pytest.approx(here, abs=1e-3), side
+    assert run.report(folders[FAR]).tables
 
 
 def test_pictures_are_embedded_where_the_model_is(far, tiny_clip):

@@ -28,7 +28,10 @@ TEMPLATE = System(
 """what docs/tutorials/add-a-system.md copies"""
 READY = [name for name, row in SYSTEMS.items() if not row.planned] + [TEMPLATE.name]
 
-DEAR = {"clip_sae": "fits four other defences; tests/training/clip_sae/test_report.py runs it in short"}
+DEAR = {
+    "clip_sae": "fits four other defences; tests/training/clip_sae/test_report.py runs it in short",
+    "second_order": "composes two thousand pictures; tests/test_devices.py runs it",
+}
 """systems whose report is not for every test run, with the reason"""
 
 pytestmark = pytest.mark.parametrize("name", READY)

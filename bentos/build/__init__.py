@@ -179,6 +179,10 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
             raise Conflict(f"sha256:{digest[:16]} is an artifact of {about.system}, not of {row.name}.")
         if about.kind not in ("patch", "model", "search"):
             raise NotFound(f"sha256:{digest[:16]} is a {about.kind}: something to read, which a Bento cannot serve.")
+        if about.kind == "model" and about.files and family(row.family).load_folder is None:
+            raise NotFound(f"sha256:{digest[:16]} is a model; a Bento serves a patch of {row.name}, or its base.")
+        if about.kind == "model" and about.files and family(row.family).load_folder is None:
+            raise NotFound(f"sha256:{digest[:16]} is a model; a Bento serves a patch of {row.name}, or its base.")
         return about
     ref = os.environ.get("PATCHBAY_BASE")
     if not ref:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field
+from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
-from bentos.http import Call, answer, refuse
+from bentos.http import ANY, Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
-from patches.families.llm.text import encode
+from patches.engine.patch import Patch
+from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 
@@ -30,6 +33,16 @@ DEFAULT_TOKENS = 128
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
+MAX_PICTURES = 8
+"""of one chat"""
+MAX_CHAT_BYTES = 24 << 20
+"""of a chat's body, with its pictures"""
+Make = Callable[..., Row]
+"""makes a row of one prompt (`Family.prompt`)"""
+CHARS_PER_TOKEN = 16
+"""of a prompt, on the whole: text has three to five; what has more is refused before it is looked at"""
+SHORT = 4096
+"""characters that become tokens in the time another thread would take to begin"""
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
@@ -80,15 +93,53 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    model_config = Strict
+    url: str
+    """a data URL; nothing is fetched"""
+    detail: Literal["auto", "low", "high"] | None = None
+    """accepted, and without effect here"""
+
+
+class ImagePart(BaseModel):
+    model_config = Strict
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(BaseModel):
     model_config = Strict
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=256)]
     name: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @property
+    def pictures(self) -> list[str]:
+        """Data URLs of its pictures, in order."""
+        parts = [] if isinstance(self.content, str) else self.content
+        return [p.image_url.url for p in parts if isinstance(p, ImagePart)]
+
+    def plain(self) -> dict[str, Any]:
+        """What chat templates take: a text, or parts where there are pictures. Raises BadRequest for a picture in a
+        message that is not the user's."""
+        role = "system" if self.role == "developer" else self.role
+        if far := next((url for url in self.pictures if not url.startswith("data:image/")), None):
+            raise BadRequest(
+                f"messages: image_url.url begins with {far[:24]!r}; nothing is fetched, send a data:image/ URL."
+            )
+        if self.pictures and role != "user":
+            raise BadRequest(f"messages: a picture stands in a {self.role} message; only the user shows pictures.")
+        if isinstance(self.content, str) or not self.pictures:
+            text = self.content if isinstance(self.content, str) else "".join(_text(p) for p in self.content)
+            return {"role": role, "content": text}
+        parts = [
+            {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in self.content
+        ]
+        return {"role": role, "content": parts}
+
+
+def _text(part: TextPart | ImagePart) -> str:
+    return part.text if isinstance(part, TextPart) else ""
 
 
 class Chat(Ask):
@@ -169,6 +220,20 @@ class Text:
             self.text, self.stopped = self.text[: min(found)], True
 
 
+class News(asyncio.Event):
+    """Set when there is something to do for a request."""
+
+    first: float | None = None
+    """when its first token came"""
+
+    def latency_ms(self, start: float, lines: Sequence[Line]) -> float | None:
+        """To the first token, and per token after it: what does not grow with the answer that was asked for."""
+        if self.first is None:
+            return None
+        tokens = max(len(line.row.out) for line in lines)
+        return 1e3 * ((self.first - start) + (time.perf_counter() - self.first) / max(1, tokens - 1))
+
+
 @dataclass
 class Line:
     """One choice of one answer: a row being decoded, and its text."""
@@ -193,17 +258,19 @@ class Service:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
+        self.encoding = asyncio.Lock()
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request, ask: Chat) -> Response:
         messages = [m.plain() for m in ask.messages]
-        if not any(m["content"].strip() for m in messages):
+        urls = [url for m in ask.messages for url in m.pictures]
+        if not urls and not any(m["content"].strip() for m in messages):
             raise BadRequest("messages: all of them are empty; say something.")
         if ask.continue_final_message and messages[-1]["role"] != "assistant":
             raise BadRequest("continue_final_message: the last message must be the assistant's.")
         try:
-            ids = encode(self.runtime.base, messages, begun=ask.continue_final_message)
+            make = await self._read(messages, urls, ask.continue_final_message)
         except PatchbayError:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
@@ -212,7 +279,24 @@ class Service:
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs: set logprobs to true as well.")
         scores = (ask.top_logprobs or 0) if ask.logprobs else None
-        return await self._answer(request, ask, [ids], tokens, scores, "chat")
+        return await self._answer(request, ask, [make], tokens, scores, "chat")
+
+    async def _read(self, prompt: Any, urls: Sequence[str] = (), begun: bool = False) -> Make:
+        """What makes the rows of a prompt. Pictures are decoded beside the event loop. Raises Invalid, TooLarge."""
+        base, read = self.runtime.base, self.runtime.subject.family.prompt
+        if read is None:
+            raise BadRequest(f"{base.name} answers no prompts.")
+        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt if isinstance(m, dict))
+        if size > (most := CHARS_PER_TOKEN * self.runtime.settings.context):
+            raise TooLarge(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
+        if not urls and size <= SHORT and not self.encoding.locked():
+            return read(base, prompt, (), begun)
+        if not urls:
+            async with self.encoding:  # long prompts one at a time, beside the event loop
+                return await asyncio.to_thread(read, base, prompt, (), begun)
+        if len(urls) > MAX_PICTURES:
+            raise BadRequest(f"messages: {len(urls)} pictures; {MAX_PICTURES} at most.")
+        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url) for url in urls], begun))
 
     async def complete(self, request: Request, ask: Completion) -> Response:
         prompts: list[Any]
@@ -220,19 +304,39 @@ class Service:
             prompts = [ask.prompt]
         else:
             prompts = [ask.prompt] if isinstance(ask.prompt[0], int) else list(ask.prompt)
-        size = self.runtime.base.model.config.vocab_size
+        size = self.runtime.base.model.config.get_text_config().vocab_size
         rows = []
         for i, prompt in enumerate(prompts):
-            ids = encode(self.runtime.base, prompt) if isinstance(prompt, str) else list(prompt)
+            make = await self._read(prompt)
+            ids = make().prompt
             if not ids:
                 raise BadRequest(f"prompt {i} is empty; give at least one token.")
             if max(ids) >= size:
                 raise BadRequest(f"prompt {i}: token {max(ids)} is beyond the vocabulary of {size}.")
-            rows.append(ids)
+            rows.append(make)
         return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
 
+    async def about(self, request: Request, _: None) -> Response:
+        """What may be sent: whether the model sees pictures, what the arm's mechanism takes as `patchbay.ask` (JSON
+        schema), and pictures sealed with the arm that is named (`?model=`), to begin with."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        arm = self.runtime.subject.arms.get(choice.arm) if choice.arm is not None else None
+        schema = arm.Ask.model_json_schema() if isinstance(arm, Patch) and arm.Ask is not None else None
+        shown = await asyncio.to_thread(self._examples, choice.digest) if choice.arm is not None else []
+        out = {"object": "generate", "pictures": self.runtime.subject.family.sees, "ask": schema, "examples": shown}
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    def _examples(self, digest: str) -> list[dict[str, str]]:
+        """Pictures in an artifact as PNG, with what is known of each."""
+        folder = self.runtime.folder(digest)
+        if not (folder / "examples.safetensors").is_file():
+            return []
+        said = json.loads((folder / "evidence.json").read_text()).get("examples", [])
+        images = load_file(folder / "examples.safetensors")["image"]
+        return [{**one, "png": pictures.png(image)} for one, image in zip(said, images, strict=True)]
+
     async def _answer(
-        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, kind: str
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, kind: str
     ) -> Response:
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
@@ -243,7 +347,7 @@ class Service:
         named = headers(table, choice)
         shadow = None
         try:
-            await self.desk.prepare([line.row for line in lines], ask.patchbay.ask)
+            await self._say(lines, ask)
             self.runtime.submit([line.row for line in lines])
             if (twin := self.desk.twin(choice)) is not None:
                 shadow = self._shadow(request, ask, prompts, tokens, twin, lines)
@@ -262,19 +366,29 @@ class Service:
         except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
             self._cancel(lines)
             status = getattr(e, "status", 504)
-            await self.desk.expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
             if isinstance(e, TimeoutError):
                 raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
             raise
-        await self.desk.expose(request, choice, 200, start)
+        await self.desk.expose(request, choice, 200, start, news.latency_ms(start, lines))
         del shadow
-        out = about.whole(lines, prompts, scores, getattr(ask, "echo", False), self.runtime.base.processor)
+        out = about.whole(lines, scores, getattr(ask, "echo", False), self.runtime.base.processor)
         out["patchbay"] = facts(table, choice)
         return answer(out, headers=named)
 
+    async def _say(self, lines: list[Line], ask: Ask) -> None:
+        """Let patched rows say what the request asks of their mechanism; rows of one prompt and arm say the same."""
+        first: dict[tuple[int, str | None], Line] = {}
+        for line in lines:
+            first.setdefault((line.prompt, line.row.arm), line)
+        await self.desk.prepare([line.row for line in first.values()], ask.patchbay.ask)
+        for line in lines:
+            said = first[line.prompt, line.row.arm].row
+            line.row.params, line.row.told = said.params, said.told
+
     def _lines(
-        self, ask: Ask, prompts: list[list[int]], tokens: int | None, scores: int | None, choice: Choice
-    ) -> tuple[list[Line], asyncio.Event]:
+        self, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, choice: Choice
+    ) -> tuple[list[Line], News]:
         """The rows of a request, and the event their decoding sets when there is something to do here."""
         n = ask.n or 1
         arms = [(choice.arm, choice.label)]
@@ -285,19 +399,21 @@ class Service:
         stops = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         if "" in stops:
             raise BadRequest("stop: an empty string would stop everything; leave it out.")
-        size = self.runtime.base.model.config.vocab_size
+        size = self.runtime.base.model.config.get_text_config().vocab_size
         bias = {}
         for token, add in (ask.logit_bias or {}).items():
             if int(token) >= size:
                 raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
             bias[int(token)] = float(add)
-        news = asyncio.Event()
+        news = News()
         loop = asyncio.get_running_loop()
         lines: list[Line] = []
         each = bool(ask.stream or stops)
         """whether every token is of interest; if not, waking up for each would cost more than a small model does"""
 
         def ring(row: Row) -> None:
+            if news.first is None:
+                news.first = time.perf_counter()
             if each or row.finished:
                 # after a disconnect the loop may be gone; then nobody waits
                 with contextlib.suppress(RuntimeError):
@@ -307,8 +423,8 @@ class Service:
             for arm, label in arms:
                 for i in range(n):
                     seed = None if ask.seed is None else (ask.seed + i) % 2**63
-                    row = Row(
-                        prompt, arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
+                    row = prompt(
+                        arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
                         temperature=1.0 if ask.temperature is None else ask.temperature,
                         top_p=1.0 if ask.top_p is None else ask.top_p, seed=seed, logprobs=scores, bias=bias,
                         ignore_eos=ask.ignore_eos,
@@ -317,7 +433,7 @@ class Service:
                     lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
         return lines, news
 
-    async def _receive(self, request: Request, lines: list[Line], news: asyncio.Event, start: float) -> None:
+    async def _receive(self, request: Request, lines: list[Line], news: News, start: float) -> None:
         """Wait for news, and turn new tokens into text. Raises if the caller has gone, or the deadline has passed."""
         try:
             if not news.is_set():
@@ -345,7 +461,7 @@ class Service:
                 self.runtime.cancel(line.row)
 
     async def _stream(
-        self, request: Request, ask: Ask, lines: list[Line], news: asyncio.Event, about: _About, choice: Choice,
+        self, request: Request, ask: Ask, lines: list[Line], news: News, about: _About, choice: Choice,
         start: float,
     ) -> AsyncIterator[bytes]:  # fmt: skip
         open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
@@ -369,7 +485,7 @@ class Service:
                         yield about.part(line, "", finish=line.finish)
                         open_lines.remove(line)
             status = 200
-            await self.desk.expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
             choice = Choice(choice.label, choice.digest)  # exposed once
             if ask.stream_options and ask.stream_options.include_usage:
                 yield about.usage_part(lines)
@@ -384,18 +500,22 @@ class Service:
             self._cancel(lines)
             if choice.experiment is not None:
                 # the caller left or it failed: an exposure all the same, or slow answers would look better
-                self.desk.later(self.desk.expose(request, choice, status, start))
+                self.desk.later(self.desk.expose(request, choice, status, start, news.latency_ms(start, lines)))
 
     def _shadow(
-        self, request: Request, ask: Ask, prompts: list[list[int]], tokens: int | None, twin: Choice, lines: list[Line]
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, twin: Choice, lines: list[Line]
     ) -> asyncio.Task[None]:
         """Decode the treatment beside the control, without anybody waiting for it."""
         shadows, news = self._lines(ask, prompts, tokens, None, twin)
-        self.runtime.submit([line.row for line in shadows])
+        if not ask.patchbay.ask:
+            self.runtime.submit([line.row for line in shadows])
         number, start = request.state.number, time.perf_counter()
 
         async def follow() -> None:
             async with asyncio.timeout(DEADLINE_S):
+                if ask.patchbay.ask:
+                    await self._say(shadows, ask)
+                    self.runtime.submit([line.row for line in shadows])
                 while any(line.finish is None for line in (*shadows, *lines)):
                     with contextlib.suppress(TimeoutError):  # the control may end last, and rings elsewhere
                         await asyncio.wait_for(news.wait(), 0.2)
@@ -407,9 +527,9 @@ class Service:
                         if line.row.finished:
                             line.text.end()
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
-            self.desk.keep(number, twin.unit, control, treatment)
+            self.desk.keep(number, twin, control, treatment)
             status = max([line.row.error.status for line in shadows if line.row.error], default=200)
-            await self.desk.expose(request, twin, status, start)
+            await self.desk.expose(request, twin, status, start, news.latency_ms(start, shadows))
 
         return self.desk.later(follow())
 
@@ -431,9 +551,7 @@ class _About:
     def head(self, name: str) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
-    def whole(
-        self, lines: list[Line], prompts: list[list[int]], scores: int | None, echo: bool, tokenizer: Any
-    ) -> dict[str, Any]:
+    def whole(self, lines: list[Line], scores: int | None, echo: bool, tokenizer: Any) -> dict[str, Any]:
         choices = []
         for line in lines:
             text = line.text.text
@@ -443,7 +561,7 @@ class _About:
             if self.kind == "chat":
                 one["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
-                echoed = tokenizer.decode(prompts[line.prompt], skip_special_tokens=True) if echo else ""
+                echoed = tokenizer.decode(line.row.prompt, skip_special_tokens=True) if echo else ""
                 one["text"] = echoed + text
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
@@ -463,6 +581,8 @@ class _About:
             )
         else:
             one["text"] = text
+        if line.row.told and (role or (finish and self.kind != "chat")):
+            one["patchbay"] = line.row.told
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
 
@@ -500,6 +620,7 @@ class _About:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/chat/completions", "chat", "generate", Chat),
+    Call("POST", "/v1/chat/completions", "chat", "generate", Chat, MAX_CHAT_BYTES),
     Call("POST", "/v1/completions", "complete", "generate", Completion),
+    Call("GET", "/v1/generate", "about", ANY),
 )

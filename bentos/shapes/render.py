@@ -188,7 +188,7 @@ class Service(Inverting):
         mine = [e.row.picture for e in entries if e.row is not None and e.label != "base"]
         shown = [[drawing.coded(self.runtime, p) for p in many if p is not None] for many in
                  (mine, [r.picture for r in beside])]  # fmt: skip
-        self.desk.keep(request.state.number, twin.unit, *shown)
+        self.desk.keep(request.state.number, twin, *shown)
         await self.desk.expose(request, twin, 200, start)
 
     # ---- what that form cannot say -------------------------------------------------------------------------------

@@ -151,15 +151,21 @@ def _create(
     ).model_id
     tags["model.id"] = model_id
     sealed = home() / "artifacts" / about.digest
-    if about.kind in ("patch", "model", "search"):
+    if _runs(about):
         _log_pyfunc(client, sealed, about, model_id, run)
-    else:  # something to read: its files alone, where a model's would be
+    else:  # its files alone, where a model's would be
         client.log_model_artifacts(model_id, str(sealed), "artifacts/patch")
     client.set_logged_model_tags(model_id, tags)
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(run, models=[LoggedModelOutput(model_id, step=0)])
     title = f"{about.system}@{number}: {systems.system(about.system).title}"
     return _register(client, name, model_id, run, tags, title)
+
+
+def _runs(about: Manifest) -> bool:
+    """Whether MLflow can run it: not what is only to be read, nor towers exported for ONNX Runtime, which hold no
+    tensors that torch reads."""
+    return about.kind in ("patch", "search") or (about.kind == "model" and bool(about.tensors or not about.files))
 
 
 def _provide_base(client: MlflowClient, experiment: str, name: str, about: Manifest, patch: Mapping[str, str]) -> None:
@@ -194,7 +200,7 @@ def _renew(client: MlflowClient, version: Any, about: Manifest) -> None:
     loads: pushed again, it gets today's. Its number stays."""
     if "patchbay.version" in version.tags or MLMODEL in version.tags:
         return
-    if about.kind in ("patch", "model", "search"):
+    if _runs(about):
         _log_pyfunc(client, home() / "artifacts" / about.digest, about, version.tags["model.id"], version.run_id)
     if about.bases:
         experiment = client.get_run(version.run_id).info.experiment_id

@@ -234,7 +234,7 @@ def test_what_cannot_be_built_says_what_to_do(digest, home, tmp_path, monkeypatc
     (folder / "weights.bin").write_bytes(b"x")
     about = manifest.write(folder, kind="model", system=SYSTEM, base="", config={})
     folder.rename(place() / "artifacts" / about.digest)
-    with pytest.raises(NotFound, match="is a model; a Bento serves a patch"):
+    with pytest.raises(NotFound, match="is a model; a Bento serves a patch of"):
         build(SYSTEM, about.digest)
     assert not list(place().glob(".stage-*"))
 

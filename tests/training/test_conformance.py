@@ -67,5 +67,5 @@ def test_base_and_patched_are_measured_by_the_same_finite_metrics(name, fits):
     assert base
     assert all(math.isfinite(m.value) for m in (*base.values(), *patched.values()))
     assert all(key.split("/")[0] in ("quality", "target", "offtarget") for key in base)
-    assert got.figures
-    assert all(isinstance(f, Figure) for f in got.figures.values())
+    assert got.figures["base"].keys() == got.figures["patched"].keys() != set()
+    assert all(isinstance(f, Figure) for side in got.figures.values() for f in side.values())

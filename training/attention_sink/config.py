@@ -21,29 +21,29 @@ class Config:
     device: str = "cpu"
     seed: int = 0
     method: Literal["auto", "paper", "damp"] = "auto"
-    """paper: silence the last stage's neurons away from the first token, or at repeats these and their echoes.
-    damp: repeated-key damping alone.
-    auto: whatever repeats best on the fitting words, among all combinations that keep perplexity"""
+    """Candidate patches. paper: silence the last stage's neurons away from the first token, or these and their echoes
+    at repeats. damp: repeated-key damping alone. auto: all combinations; the one that repeats best on the fitting words
+    within the perplexity bound is taken"""
     limits: tuple[float, ...] = (4.0, 8.0)
-    """copies that may weigh in full; tried in this order"""
+    """Candidate limits of damping in the first attention: copies of a token that keep their full weight"""
     run_limits: tuple[float, ...] = (8.0,)
-    """the same within one run, in every later layer"""
+    """Candidate limits within one unbroken run, in every later layer"""
     fit_words: int = 8
     fit_contexts: tuple[Context, ...] = ("chat", "prefix")
     fit_copies: int = 512
-    """longest run the candidates are judged on; what it is worth beyond, the test says"""
+    """Longest run that candidates are judged on; longer ones are only tested"""
     test_words: int = 50
     copies: tuple[int, ...] = (4, 16, 64, 256, 512, 1024)
-    """lengths at which the next token is judged; one forward over the longest serves all"""
+    """Run lengths after which the next token is judged; one forward over the longest serves all"""
     contexts: tuple[Context, ...] = ("chat", "prefix", "bos")
     continue_after: int = 200
     continue_tokens: int = 32
-    """greedy continuation: a word counts if all of these are right; 0 skips it"""
+    """Tokens of the greedy continuation that must all be right for a word to count; 0 skips it"""
     documents: int = 8
-    """per source of text"""
+    """Documents per kind of text"""
     document_tokens: int = 512
     perplexity_bound: float = 1.002
-    """a candidate's perplexity on fitting text, as a multiple of the base's"""
+    """Largest perplexity on fitting text, as a multiple of the base's"""
 
 
 RECIPES: dict[str, Config] = {

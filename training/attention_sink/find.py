@@ -16,36 +16,36 @@ from patches.mechanisms.sink import SinkConfig, SinkEdit
 from training.data import text
 
 RISE = 2.0
-"""a stage multiplies the first token's norm by this much within one layer"""
+"""A stage multiplies the first token's residual norm by at least this much within one layer"""
 ABOVE = 2.5
-"""and leaves it this far above the other tokens' mean"""
+"""and leaves it at least this many times above the mean norm of other tokens"""
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """What `find` found."""
+    """An attention-sink circuit: what binds the sink, the neurons that make it, and residual norms per layer."""
 
     bound_to: Literal["position", "bos", "none"]
-    """what makes a token a sink: being first, being the BOS token, or there is no sink"""
+    """What makes a token a sink: its first position, being the BOS token; none: the model has no sink"""
     stages: tuple[tuple[tuple[int, int], ...], ...]
-    """per stage (neighbouring layers): its neurons (layer, neuron), strongest first"""
+    """Per stage (a run of neighbouring layers) its neurons (layer, neuron), strongest first"""
     first_norms: tuple[float, ...]
-    """after each layer, of the first token"""
+    """Residual norm of the first token after each layer"""
     other_norms: tuple[float, ...]
-    """of all others, mean"""
+    """Mean norm of all other tokens"""
     repeat_norms: tuple[float, ...]
-    """of the last of many repeats, median over words"""
+    """Norm of the last of many repeats, median over words"""
     bos_norms: tuple[float, ...]
-    """of a BOS token in the middle of a text, mean; empty without a BOS token"""
+    """Mean norm of a BOS token in the middle of a text; empty if the tokenizer has none"""
     plain_norms: tuple[float, ...]
-    """of an ordinary first token, without BOS"""
+    """Norm of an ordinary first token, without BOS"""
     echoes: tuple[tuple[int, int], ...] = ()
-    """neurons of the stages' layers that are no part of the sink and answer on repeats once it is silent; ordinary text
-    needs them, so only repeats may lose them"""
+    """Neurons in the stages' layers that fire on repeats once the sink is silenced. Ordinary text needs them, so they
+    may only be silenced at repeats"""
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Circuit:
-        """The circuit that evidence holds."""
+        """Reads a circuit back from sealed evidence."""
         stages = tuple(tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"])
         return cls(**{**found, "stages": stages, "echoes": tuple((a, b) for a, b in found.get("echoes", ()))})
 
@@ -56,7 +56,7 @@ class Circuit:
 
 @torch.inference_mode()
 def find(base: Base, words: Iterable[int], copies: int = 500, documents: int = 12) -> Circuit:
-    """Sink stages and neurons of a decoder, without hints.
+    """Finds the sink stages and neurons of a decoder from activations alone.
 
     words: token ids to repeat; copies: how often. Nothing is changed.
     """
@@ -94,13 +94,14 @@ def find(base: Base, words: Iterable[int], copies: int = 500, documents: int = 1
 
 
 FIRST, LAST = slice(0, 1), slice(-1, None)
-"""positions"""
+"""Token positions"""
 
 
 def _neurons(
     base: Base, group: list[int], docs: list[Tensor], repeats: list[Tensor], others: Tensor
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """The neurons of one stage and their echoes: candidates by contribution, then the causal filter."""
+    """The neurons of one stage and their echoes: candidates by |activation| x |output weights|, kept if silencing them
+    lowers the norm of repeats."""
     end, ordinary = group[-1], float(others[group[-1]])
     scored: list[tuple[float, int, int]] = []
     for layer in group:
@@ -150,7 +151,7 @@ def _neurons(
 def _echoes(
     base: Base, group: list[int], silent: list[tuple[int, int]], repeats: list[Tensor], others: Tensor
 ) -> list[tuple[int, int]]:
-    """With `silent` silenced, the neurons that are loudest on repeats, loudest first."""
+    """The loudest neurons of these layers on repeats while `silent` neurons are silenced, loudest first."""
     scored: list[tuple[float, int, int]] = []
     with SinkEdit(SinkConfig(neurons=tuple(silent)), {}).apply(base.model, root=base.root):
         for layer in group:
@@ -171,7 +172,7 @@ def _neighbours(layers: list[int]) -> list[list[int]]:
 
 
 def forward(base: Base, ids: Tensor, layer: int | None = None) -> None:
-    """One forward over a text; it ends after `layer`, for most questions are about the first layers."""
+    """Runs one text through the model, up to and including `layer`, or all of it."""
     inputs = {"input_ids": ids[None].to(base.device), "use_cache": False}
     if layer is None:
         base.model.get_submodule(base.root)(**inputs)
@@ -197,7 +198,7 @@ def _embedding_norm(base: Base, docs: list[Tensor]) -> Tensor:
 
 
 def activations(base: Base, layer: int, texts: list[Tensor], at: slice) -> Tensor:
-    """(n, m) true neuron activations of a layer at these positions of every text, one after the other."""
+    """Neuron activations (n, m) of a layer at these positions, all texts stacked."""
     site = llm.site("neurons", layer)
     with record(base.model, [site], "input", keep=lambda x: x[0, at].float().cpu()) as acts:
         for ids in texts:

@@ -25,7 +25,7 @@ from training.tasks.intervals import perplexity
 
 
 def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
-    """Every patch worth trying on this model, by name."""
+    """Candidate patches of a model with this circuit, by name."""
     out: dict[str, SinkConfig] = {}
     if circuit.stages:
         out["paper"] = SinkConfig(neurons=circuit.stages[-1])
@@ -48,8 +48,8 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
 
 
 def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer[str]:
-    """A candidate by the share of fitting words it repeats if its perplexity is within `bound`; of equals by the
-    log-probability of the word."""
+    """A candidate whose worth is the share of fitting words it repeats, if its perplexity stays within `bound`; ties go
+    to the higher log-probability of the word."""
     shares = [v for c in config.fit_contexts for v in row[c].values()]
     score = round(sum(shares) / len(shares), 6)
     kept = sum(row[f"{c} log p"] for c in config.fit_contexts)
@@ -57,7 +57,7 @@ def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Find the circuit, try the candidates on fitting words and text, seal the best with its evidence.
+    """Finds the circuit, tries candidate patches on fitting words and text, seals the best with its evidence.
 
     Raises PatchError if the model has no sink at the first position: there is nothing to patch then.
     """

@@ -19,7 +19,8 @@ from training.tasks.intervals import mean, perplexity, share
 
 
 def prompt(base: Base, word: int, context: Context) -> list[int]:
-    """What stands before the copies. chat: the user asks, the assistant has begun; bos: nothing but BOS."""
+    """Token ids before the copies. chat: a user's request and the start of the answer; prefix: a sentence; bos: BOS
+    alone."""
     tokenizer = base.processor
     if context == "chat":
         said = f"Repeat the word{tokenizer.decode([word])} over and over, separated by spaces."
@@ -34,7 +35,7 @@ def prompt(base: Base, word: int, context: Context) -> list[int]:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Does the model predict the word once more, after N copies of it?"""
+    """Whether the model predicts the word once more after N copies of it, per word."""
 
     right: dict[int, list[bool]]
     """N -> one per word"""
@@ -50,7 +51,8 @@ def repeats(
     arm: str | None,
     quiet: bool = False,
 ) -> Repeats:
-    """One forward per word over the longest run: the model is causal, so every shorter run is in it."""
+    """Judges the next token after every run length of each word, in one forward over the longest run: the model is
+    causal, so every shorter run is a prefix of it."""
     out = Repeats({n: [] for n in copies}, {n: [] for n in copies})
     for w in tqdm(words, f"{context} x {max(copies)}", disable=None if not quiet else True, leave=False):
         lead = prompt(model.base, w, context)
@@ -76,7 +78,7 @@ def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[fl
 
 
 def continuations(model: Subject, words: list[int], config: Config, arm: str | None) -> list[bool]:
-    """Per word: is every token of a greedy continuation of many copies the word again? Through the running batch."""
+    """Per word, whether a greedy continuation of many copies repeats it throughout; decoded by the serving worker."""
     rows = []
     for w in words:
         lead = prompt(model.base, w, config.contexts[0])
@@ -89,7 +91,7 @@ def continuations(model: Subject, words: list[int], config: Config, arm: str | N
 
 @torch.inference_mode()
 def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -> float:
-    """How much louder the last of many repeats is than ordinary text, at its loudest layer; median of words."""
+    """Residual norm of the last of many repeats over that of ordinary text, at the worst layer; median over words."""
     base = model.base
     bos = [base.processor.bos_token_id] if base.processor.bos_token_id is not None else []
     with model.applied.rows([arm]):
@@ -104,8 +106,8 @@ def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -
 
 
 def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, Measure]:
-    """Does the model predict a word once more after many copies of it, what does text cost it, and how loud are
-    repeats: on test words and documents, the same names for base and patched."""
+    """Measures an arm on test words and documents: whether it predicts a word once more after many copies, its
+    perplexity on text, and how loud repeats are in its residual stream. Names are the same for base and patched."""
     words = measured_words(model.base, config)
     out: dict[str, Measure] = {}
     for context in config.contexts:
@@ -133,5 +135,5 @@ def measured_words(base: Base, config: Config) -> list[int]:
 
 
 def held_documents(base: Base, config: Config, source: str) -> list[Tensor]:
-    """Documents that no choice was made on: fitting reads the first ones of a source, measuring those after."""
+    """Test documents: fitting reads the first ones of a source, these come after."""
     return text.documents(source, base.processor, config.documents, config.document_tokens, skip=4)

@@ -61,7 +61,8 @@ def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict
 def cluster_attack(
     base: Base, circuit: Circuit, sizes: Iterable[int] = (2, 4, 8), length: int = 512, seed: int = 0
 ) -> dict[int, tuple[float, float]]:
-    """Sinks without immediate repeats: k tokens whose lone first-attention outputs are nearest, mixed at random.
+    """Tries to make sinks without immediate repeats: k tokens whose lone first-attention outputs are nearest to each
+    other, mixed at random.
 
     Returns k -> (share of late tokens above the stage's threshold, the same for k random tokens).
     """

@@ -32,8 +32,8 @@ FEW = 16
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """A sealed patch against its base on all test words in every context, and every part and control on the first
-    `FEW` words; shares with intervals."""
+    """Measures a sealed patch against its base on all test words in every context, and each of its parts and controls
+    on the first `FEW` words."""
     opened = open_patch(folder, config.base, config.device)
     base, patch = opened.base, opened.patch
     circuit = Circuit.of(opened.fitted["circuit"])

@@ -29,48 +29,50 @@ class Config:
     seed: int = 0
     task: Task = "typographic"
     classifier: Classifier = "zero-shot"
-    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
+    """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
+    with the patch and served as its label set"""
     data: str = ""
-    """folder of the real data set; empty: its twin in the lab world"""
+    """Folder of the real data set; empty: its rendered twin in the lab world"""
     layers: tuple[int, ...] = ()
-    """whose heads are read; empty: all of a tower of up to 8 layers, else the last four, as published"""
+    """Layers whose heads are read; empty: all of a tower of up to 8 layers, else the last four, as published"""
     pool: str = ""
-    """.txt of the texts heads are named by, one a line; empty: the lab's own"""
+    """Text file of the texts heads are named by, one a line; empty: the lab's own"""
     taxonomy: str = ""
-    """JSON of property -> phrases; empty: the lab's own. Needed with `pool`"""
+    """JSON object, property -> phrases; empty: the lab's own. Needed with `pool`"""
     span_images: int = 1024
-    """pictures behind the second moments"""
+    """Pictures from which second moments of head contributions are taken"""
     share: Share = "own"
-    """how LayerNorm's mean is shared; `apportioned` as in the authors' code"""
+    """How LayerNorm's centring is split between heads; `apportioned` as in the authors' code"""
     texts: int = 10
-    """of a head"""
+    """Texts per head (TEXTSPAN)"""
     rank: int = 80
     normalise_pool: bool = False
     judge: Judge = "spectrum"
-    """whose labels count; the others' stand beside them with their agreement"""
+    """Whose labels count; those of the other judges are sealed beside them, with their agreement"""
     shuffles: int = 100
-    """of texts over properties behind the spectrum's null"""
+    """Random assignments of texts to properties behind the null of judge=spectrum"""
     endpoint: Endpoint = field(default_factory=Endpoint)
-    """of judge=model"""
+    """Language model behind judge=model"""
     examples: tuple[tuple[tuple[str, ...], str], ...] = ()
-    """of judge=model: texts of a head and its name, by a person; without any it is shown texts of each property"""
+    """Examples for judge=model: texts of a head and the name a person gave it; none: texts of each property are shown
+    """
     changes: str = ""
-    """JSON list of labels that a person changed: layer, head, label, who, why, at"""
+    """JSON list of labels that a person overrules: layer, head, label, who, why, at"""
     ablate: tuple[str, ...] = ("text",)
-    """properties whose heads may be taken away"""
+    """Properties whose heads are candidates for ablation"""
     counts: tuple[int, ...] = (1, 2, 4, 8)
     modes: tuple[Mode, ...] = ("mean", "zero")
     tokens: Literal["all", "cls"] = "cls"
     draws: int = 5
-    """random sets of as many heads that the chosen one is held against"""
+    """Random sets of as many heads, the control"""
     bound: float = 0.02
-    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
+    """Largest loss on val of clean accuracy (typographic) or average accuracy (groups)"""
     gallery_images: int = 256
-    """pictures that are sealed with the patch, to look for neighbours in"""
+    """Pictures sealed with the patch as a gallery for nearest-neighbour search"""
     val_images: int = 384
     test_images: int = 500
     word: str = ""
-    """of no task here"""
+    """unused: tasks of this system steer to nothing; sealed recipes hold it (docs/decisions/0010)"""
 
 
 RECIPES: dict[str, Config] = {

@@ -32,7 +32,7 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was read off a tower's heads."""
+    """Everything read off a tower's attention heads: second moments, texts, names and scores."""
 
     pool: tuple[str, ...]
     properties: tuple[str, ...]
@@ -53,8 +53,8 @@ class Findings:
     """labels by every judge that was asked"""
 
     def heads(self, name: str) -> list[Head]:
-        """All heads: those that bear this name, by score; then those that are about it among other things (p up to
-        LEAST), and all others, by how near it comes to being what they are most about."""
+        """All heads ordered by how much they are about a property: first those named so, by score; then those whose
+        score for it is significant (p up to LEAST); then the rest, by distance to their own top property."""
         if name not in self.properties:
             raise ConfigError(f"There is no property {name[:40]!r}. Properties: {', '.join(self.properties)}.")
         column = self.properties.index(name)
@@ -72,8 +72,8 @@ def chosen_layers(config: Config, lens: Lens) -> tuple[int, ...]:
 
 
 def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
-    """Pictures to read heads on: the data set itself, or of the lab a quarter each of single things, of things with
-    words, of crowds and of people."""
+    """Picture sets to read heads on: the real data set, or from the lab a quarter each of single things, things with
+    words, crowds and people."""
     if config.data:
         yield tasks.world(config, config.task, split, n)
         return
@@ -83,7 +83,7 @@ def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
 
 
 def find(base: Base, config: Config) -> Findings:
-    """Moments, texts and labels of the heads of a base."""
+    """Reads second moments of a base's heads and names the heads from them."""
     lens = Lens(base)
     at = chosen_layers(config, lens)
     if bool(config.pool) != bool(config.taxonomy):
@@ -131,8 +131,8 @@ def find(base: Base, config: Config) -> Findings:
 def asked_model(
     config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str], fits: Tensor, shown: int = 5
 ) -> list[Named]:
-    """A language model's label of each head; one of our properties if it means one of them. Without examples by a
-    person it is shown, for each property, texts of the pool that fit."""
+    """Labels every head by asking a language model about its texts; an answer that means one of our properties becomes
+    that property. Without examples by a person the model is shown texts of each property."""
     g = torch.Generator().manual_seed(config.seed)
     examples = list(config.examples)
     for column, name in enumerate(() if examples else properties):
@@ -149,7 +149,7 @@ def asked_model(
 
 
 def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
-    """Everything that was found, as plain values: what services and figures read."""
+    """Findings as plain JSON values, as services and figures read them."""
     own = {p: spans(f.seen, _apart(f, i), min(5, int(f.fits[:, i].sum()))) for i, p in enumerate(f.properties)}
     rows = {p: f.fits[:, i].nonzero()[:, 0].tolist() for i, p in enumerate(f.properties)}
     heads = []
@@ -191,6 +191,6 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
 
 
 def _apart(f: Findings, column: int) -> Tensor:
-    """(m, k) texts of a property less their mean: what lies between them."""
+    """Texts of a property (m, k), less their mean."""
     T = f.features[f.fits[:, column]]
     return T - T.mean(0)

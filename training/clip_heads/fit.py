@@ -38,7 +38,7 @@ from training.tasks.recognition import (
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Read and name the heads, choose on val which to take away, seal the edit with names, evidence and a gallery."""
+    """Reads and names the heads, chooses on val which to ablate, seals the edit with names, evidence and a gallery."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -86,8 +86,8 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def _examples(lens: Lens, config: Config, f: Findings, folder: Path, count: int = 6) -> dict[str, Any]:
-    """For the figure: a few pictures of val and where the best head of each property speaks of its first text; last,
-    all heads of the class that is predicted against the mean of classes."""
+    """Pictures of val for a figure, with heat maps of the best head of each property against its first text, and of all
+    heads against the predicted class. Returns what the evidence keeps of them."""
     base = lens.base
     data = next(iter(scenes(config, 4 * count, "val")))
     batch = data.read(range(min(count, len(data))))

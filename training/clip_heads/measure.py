@@ -30,14 +30,18 @@ from training.tasks.recognition import (
 def measure(
     base: Base, config: Config, sets: Mapping[str, Dataset], by: LabelSet, patch: Patch | None
 ) -> dict[str, float]:
+    """Metrics of the task with a patch applied to the base."""
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
         return metrics(config, {k: ask(base, config, d, by) for k, d in sets.items()})
 
 
 def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4) -> dict[str, Any]:
-    """property -> question -> share right with the property's first `count` heads at their means at the class token,
-    n = images of test; beside it the base, random heads of the same layers (mean, lowest, highest of `draws`), and who
-    carries the answers to the property's own question directly."""
+    """Accuracy on each property's own question while the first `count` heads of one property are mean-ablated: property
+    -> question -> share right on test.
+
+    Beside it the base, random heads of the same layers (mean, lowest and highest of `draws`), and which parts carry the
+    answer directly.
+    """
     images = min(300, config.test_images)
     found = json.loads((folder / "heads.json").read_text())
     every = [(h["layer"], h["head"]) for h in found["heads"]]
@@ -66,8 +70,9 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
 
 @torch.no_grad()
 def carriers(lens: Lens, probe: Probe, top: int = 4) -> dict[str, Any]:
-    """Who carries the answers to a question directly: shares of the mean margin <part, t_right - mean of answers> of
-    all heads, of all MLPs, of constants; and the heads with the largest shares. What no head carries, none can lose."""
+    """Direct contributions to the margin of right answers: shares of all heads, of all MLPs and of constants in the
+    mean of <part, t_right - mean of answers>, and the heads with the largest shares. An answer that no head carries
+    cannot be ablated by heads."""
     total = torch.zeros(lens.layers, lens.heads)
     mlps = constant = 0.0
     for i in range(0, len(probe.image), 50):

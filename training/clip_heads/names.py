@@ -47,7 +47,7 @@ Taxonomy = Mapping[str, Sequence[str]]
 
 
 def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
-    """property -> phrases, of a JSON object of lists. Raises NotFound or Invalid."""
+    """Reads a taxonomy, property -> phrases, from a JSON object of lists. Raises NotFound or Invalid."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise NotFound(f'There is no taxonomy {path}. Give a JSON file such as {{"colour": ["red", "blue"]}}.')
@@ -62,7 +62,7 @@ def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def by_keyword(texts: Sequence[str], taxonomy: Taxonomy) -> Tensor:
-    """(M, P) bool: a phrase of the property stands in the text, whole words, case ignored."""
+    """Whether a phrase of each property occurs in each text as whole words, ignoring case: (M, P) bool."""
     patterns = [re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.I) for words in taxonomy.values()]
     return torch.tensor([[bool(p.search(t)) for p in patterns] for t in texts]).view(len(texts), len(patterns))
 
@@ -107,7 +107,8 @@ WORDS = 4
 
 @dataclass(frozen=True)
 class Model:
-    """The judge behind an endpoint. Small models are understood too: a name is one line, a judgement is numbers."""
+    """A language model that judges texts, behind an OpenAI-compatible endpoint. Answers are parsed leniently, so that
+    small models can be asked: a name is one line, a judgement is numbers."""
 
     endpoint: Endpoint
     examples: Sequence[tuple[Sequence[str], str]] = ()
@@ -116,8 +117,8 @@ class Model:
     """of httpx, for an application in this process"""
 
     def name(self, texts: Sequence[str]) -> str:
-        """One word or two for what the texts have in common; NONE if the model talks instead of naming. Raises NotReady
-        if nothing usable comes back."""
+        """Asks for the property that texts have in common, in one or two words; NONE if the model talks instead of
+        naming. Raises NotReady if nothing usable comes back."""
         turns = [
             {"role": "system", "content": "Name the one property that the texts have in common. One or two words."}
         ]
@@ -130,7 +131,7 @@ class Model:
         return lines[0][:40].strip() if len(lines[0].split()) <= WORDS else NONE
 
     def fits(self, texts: Sequence[str], properties: Sequence[str]) -> Tensor:
-        """(M, P) bool, one question per property; a number that is not in the list is not counted."""
+        """Asks for each property which texts are about it: (M, P) bool. Numbers not in the list are ignored."""
         out = torch.zeros(len(texts), len(properties), dtype=torch.bool)
         ask = "Which of these texts are about the property? Answer with their numbers, or with none."
         for i, name in enumerate(properties):
@@ -183,7 +184,7 @@ def normalised(label: str) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """What a head is called, by whom, and how sure."""
+    """The name of a head, who gave it, and how certain it is."""
 
     layer: int
     head: int
@@ -199,7 +200,8 @@ class Named:
 def label(
     spans: Sequence[Span], fits: Tensor, properties: Sequence[str], source: str, least: float = 2.0
 ) -> list[Named]:
-    """Each head by the property its texts are about more than the pool's are; NONE below `least` deviations.
+    """Names each head by the property its texts are about more often than the pool's; NONE below `least` standard
+    deviations.
 
     fits (M, P) over the pool. A text counts by the share of the head's variance it adds.
     """
@@ -289,7 +291,7 @@ def _against(v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Change:
-    """A person's word against a judge's."""
+    """A label that a person overruled."""
 
     __pydantic_config__ = STRICT
 
@@ -317,7 +319,8 @@ def read_changes(file: str | Path) -> list[Change]:
 
 
 def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Named], list[dict[str, Any]]]:
-    """The labels after all changes, and the trail: every change with what it replaced. Raises NotFound, Invalid."""
+    """Applies a person's changes to labels. Returns all labels, and a trail of every change with what it replaced.
+    Raises NotFound, Invalid."""
     now = {(n.layer, n.head): n for n in named}
     trail = []
     for c in changes:

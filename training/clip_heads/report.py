@@ -17,8 +17,8 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """A sealed edit on test beside random heads, and what taking away each property's heads does to each property's own
-    question (training/lab/probes.py), beside random heads."""
+    """Measures a sealed edit on test beside random heads, and what ablating each property's heads does to each
+    property's own question (training/lab/probes.py)."""
     opened = open_patch(folder, config.base, config.device)
     base, patch, lens = opened.base, opened.patch, Lens(opened.base)
     assert isinstance(patch, HeadEdit)

@@ -18,7 +18,7 @@ from training.clip_heads.find import Head, scenes
 
 @torch.no_grad()
 def means(base: Base, config: Config) -> Tensor:
-    """(L, H, e) what each head gives on average over pictures of train: at the class token, or over all tokens."""
+    """Mean output (L, H, e) of every head over pictures of train, at the class token or over all tokens."""
     lens = Lens(base)
     sites = [clip.site("heads", i) for i in range(lens.layers)]
     total, count = torch.zeros(lens.layers, lens.out.shape[2] * lens.heads), 0
@@ -36,14 +36,14 @@ def means(base: Base, config: Config) -> Tensor:
 
 
 def silence(lens: Lens, heads: Sequence[Head], mode: Mode, tokens: str, mean: Tensor) -> HeadEdit:
-    """The edit that takes these heads away."""
+    """The edit that sets these heads to zero or to their mean."""
     config = HeadConfig(clip.SITES["heads"], tuple(heads), lens.heads, mode, "cls" if tokens == "cls" else "all")
     value = {"value": torch.stack([mean[layer, head] for layer, head in heads])} if mode == "mean" else {}
     return HeadEdit(config, value)
 
 
 def random_heads(heads: Sequence[Head], every: Sequence[Head], seed: int) -> list[Head]:
-    """As many others, each out of the layer of the one it stands for while there are others in it."""
+    """A control of as many other heads, drawn from the same layers while those have any left."""
     g = torch.Generator().manual_seed(seed)
     order = [every[i] for i in torch.randperm(len(every), generator=g).tolist() if every[i] not in heads]
     out: list[Head] = []

@@ -22,7 +22,8 @@ def make(
     base: Base, sae: SAE, site: str, data: Dataset, words: Sequence[str], *, pictures: int = 9, kept: int = 5,
     thumb: int = 48, batch: int = 32,
 ) -> Cards:  # fmt: skip
-    """The cards of every feature of `sae`, which reads `site` (B, T, D), on the pictures of `data` and against `words`.
+    """Makes a card for every feature of `sae` at `site` (B, T, D): its strongest pictures in `data`, its density, its
+    nearest words.
 
     A feature's word is read off the direct path: its decoder row through the last norm's gain and the projection, as if
     no block came after `site`; what later blocks make of it is not in there.

@@ -30,52 +30,54 @@ class Config:
     seed: int = 0
     task: Task = "typographic"
     classifier: Classifier = "zero-shot"
-    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
+    """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
+    with the patch and served as its label set"""
     data: str = ""
-    """folder of the real data set; empty: its twin in the lab world"""
+    """Folder of the real data set; empty: its rendered twin in the lab world"""
     layers: tuple[int, ...] = (4,)
-    """candidates, 0-based; a dictionary is trained for each"""
+    """Candidate layers, 0-based; a dictionary is trained for each"""
     hook: Hook = "block"
-    """the stream after the block (resid_post), or what its MLP adds (mlp_out)"""
+    """Where activations are read: the residual stream after the block (resid_post), or the MLP's output (mlp_out)"""
     which: Literal["all", "cls", "patches"] = "all"
-    """tokens the dictionary is trained on"""
+    """Tokens the dictionary is trained on"""
     sae: SAEConfig = field(default_factory=SAEConfig)
     chunk: int = 256
-    """pictures per chunk of activations"""
+    """Pictures per chunk of activations"""
     dictionary: str = ""
-    """folder of a published dictionary, SAELens' or Prisma's layout; {layer} in it stands for the layer; `lab:clip-sae`
-    is the one that ships. Nothing is trained then"""
+    """Folder of a published dictionary in SAELens' or Prisma's layout ({layer} stands for the layer), or
+    `lab:clip-sae`, the one that ships; empty: one is trained"""
     ranks: tuple[Rank, ...] = ("difference", "effect", "gates")
-    """how features are ordered: by how much more they fire where the thing that should not matter is; by what taking
-    them away does to the true class to first order; by how far learned gates close (gates.py), which also say
-    how much of each is left, whatever `op` is"""
+    """How features are ranked. difference: by how much more they fire where the spurious cue is (the written word, the
+    ground). effect: by the first-order change of the true class's log-probability when they are removed. gates: by how
+    far learned gates close (gates.py), which also set how much of each feature is left, whatever `op` is"""
     gates: GateConfig = field(default_factory=GateConfig)
     counts: tuple[int, ...] = (50, 100, 250, 500, 1000)
-    """candidates; those above half of the dictionary are left out, since a control takes as many others"""
+    """Candidate numbers of edited features; above half of the dictionary no control of equal size is left"""
     strengths: tuple[float, ...] = (1.0,)
-    """how much of what gates say is taken away, as far as candidates go"""
+    """Candidate strengths of gated edits: 1 removes what the gates say"""
     op: Op = "zero"
     value: float = 0.0
-    """of the ops that take one; for steer in multiples of the feature's largest activation"""
+    """Argument of `op`, if it takes one; for task=steer in multiples of the feature's largest activation"""
     levels: tuple[float, ...] = (0.0,)
-    """of op=zero: what is left of a feature, whatever it was, in multiples of its mean over groups; candidates. Nothing
-    at all may say as much of a class as what was there: without any ground a bird is a bird of the land"""
+    """Candidate values that op=zero sets features to, in multiples of their mean over groups. Zero itself can be
+    evidence for a class: a bird without any ground is taken for a landbird"""
     tokens: Tokens = "all"
-    """that are edited"""
+    """Tokens that are edited"""
     word: str = ""
-    """of steer: the class to steer to"""
+    """task=steer: the class to steer to"""
     steer_features: int = 0
-    """so many features and neurons of every layer are compared by how they steer; 0: none"""
+    """Number of features, neurons and random directions per layer whose steering is compared; 0: none"""
     steer_strengths: tuple[float, ...] = (1.0, 2.0)
-    """what they are set to, in mean norms of a layer's tokens: below 1 next to nothing steers, at 4 nearly all"""
+    """Values they are clamped to, in mean token norms of the layer: below 1 hardly anything steers, at 4 nearly all
+    does"""
     folds: tuple[str, ...] = ()
-    """of the lab's groups: hands of drawing (worlds.HANDS) that are left out in turn. A candidate then counts by its
-    mean worth over them and val, which alone is one hand's"""
+    """Illustrators of the lab's icons (worlds.HANDS) that are held out in turn, for the group tasks. A candidate then
+    counts by its mean worth over these folds and val, which by itself shows a single illustrator"""
     within: float = 0.0
-    """of a layer's candidates that are worth so much less than the best at most, the one with the fewest features is
-    taken: what they cost whoever serves them is proportional to their number"""
+    """The smallest candidate of a layer whose worth is at most this much below the best is taken: serving cost grows
+    with the number of features"""
     bound: float = 0.01
-    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
+    """Largest loss on val of clean accuracy (typographic) or average accuracy (groups)"""
     fit_images: int = 384
     val_images: int = 384
     test_images: int = 500
@@ -83,7 +85,7 @@ class Config:
 
 _SMALL = SAEConfig(features=96, k=6, steps=12, batch=128, warmup=4, dead_after=4)
 _LAB = SAEConfig(features=2048, batch=2048, steps=600, passes=3)
-"""a dictionary for two cores: smaller batches of fewer features learn more in a minute than one of 4,096 x 4,096"""
+"""A dictionary for two cores: per minute, 2,048 features in batches of 2,048 learn more than 4,096 in 4,096"""
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", layers=(1,), sae=_SMALL, chunk=48, counts=(4, 16), fit_images=24, val_images=24, test_images=24,

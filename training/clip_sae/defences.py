@@ -40,7 +40,7 @@ STAR = "*"
 
 @dataclass(frozen=True)
 class Pairs:
-    """n pictures of one split without and with a word of another class on them."""
+    """n pictures of one split, each without and with a word of another class written on it."""
 
     clean: Tensor
     """(n, 3, h, w) as the model takes them"""
@@ -63,7 +63,8 @@ class Pairs:
 
 
 def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
-    """Two sets that are the same but for the writing, of which `attacked` tells the `strip`."""
+    """Reads two data sets that differ only in the writing as pairs, and finds which patches the writing touches
+    (`strip`)."""
     rows = range(len(clean))
     plain, hit = clean.read(rows), attacked.read(rows)
     cover = nnf.adaptive_avg_pool2d(hit.extras["strip"].float(), tuple(base.model.visual.grid_size)).flatten(1)
@@ -74,24 +75,25 @@ def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of pictures that are called what they show."""
+    """Accuracy on clean and on attacked pictures."""
 
     clean: float
     attacked: float
 
     def worth(self, floor: float) -> float:
-        """What is chosen by: attacked if clean is not below the floor, else how far below it is."""
+        """The value by which a setting is chosen: attacked accuracy if clean accuracy reaches `floor`, else minus the
+        shortfall."""
         return self.attacked if self.clean >= floor - 1e-9 else self.clean - floor
 
 
 def score(p: Pairs, y: tuple[Tensor, Tensor], weights: Tensor) -> Score:
-    """Of unit embeddings of the clean and the attacked pictures, and a classifier (k, C)."""
+    """Accuracy of a classifier (k, C) on unit embeddings of the clean and the attacked pictures."""
     clean, attacked = (float(((e @ weights).argmax(1) == p.label).float().mean()) for e in y)
     return Score(clean, attacked)
 
 
 def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
-    """The defence (None: the base alone) on these pairs."""
+    """Accuracy of a defence on these pairs; None: of the base."""
     if d is None:
         return score(p, p.y, clip.zero_shot(base, p.classes))
     with d.on(base):
@@ -103,13 +105,13 @@ def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
 
 
 def silence(heads: Sequence[tuple[int, int]], count: int) -> HeadEdit:
-    """What these of `count` heads a layer give is zero at the class token, and stays at all others."""
+    """Zeroes the output of these heads (of `count` a layer) at the class token alone."""
     return HeadEdit(HeadConfig(clip.SITES["heads"], tuple(heads), count, "zero", "cls"), {})
 
 
 @torch.no_grad()
 def looks_at_text(base: Base, p: Pairs) -> Tensor:
-    """(L, H): the class token's attention on patches with writing over that on all patches, mean over pictures."""
+    """Share of the class token's attention that falls on patches with writing, per head (L, H), mean over pictures."""
     layers = len(base.model.visual.transformer.resblocks)
     sites = [clip.site("pattern", layer) for layer in range(layers)]
     with record(base.model, sites, keep=lambda a: a[:, :, 0, 1:]) as acts:
@@ -358,7 +360,7 @@ def interpolation(
 
 
 def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Rows of every step; each row once before any comes again."""
+    """Row numbers of every training step; every row is used once before any is used again."""
     g = torch.Generator().manual_seed(seed)
     rows: Tensor = torch.zeros(0, dtype=torch.long)
     for _ in range(steps):

@@ -34,7 +34,7 @@ Chunks = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """How a dictionary is trained."""
+    """Hyperparameters of a sparse autoencoder and its training."""
 
     __pydantic_config__ = STRICT
 
@@ -71,7 +71,7 @@ class SAEConfig:
 
 
 def tokens_of(x: Tensor, which: Literal["all", "cls", "patches"]) -> Tensor:
-    """(B, T, D) -> (N, D)."""
+    """Selects tokens of activations and flattens them: (B, T, D) -> (N, D)."""
     part = {"all": x, "cls": x[:, :1], "patches": x[:, 1:]}[which]
     return part.reshape(-1, x.shape[-1])
 
@@ -83,7 +83,8 @@ def activations(
     which: Literal["all", "cls", "patches"] = "all",
     batch: int = 64,
 ) -> Chunks:
-    """Chunks of tokens at `site`, where the forward ends. images: number -> (B, 3, h, w) as the model takes them."""
+    """Chunks of a model's activations at `site`; the forward ends there. images: chunk number -> pictures (B, 3, h, w)
+    as the model takes them."""
 
     @torch.no_grad()
     def chunk(number: int) -> Tensor:
@@ -97,7 +98,7 @@ def activations(
 
 
 class Encode(torch.autograd.Function):
-    """Pre-activations of the pairs that fire. Backward touches nothing else."""
+    """Sparse encoding: pre-activations of the (token, feature) pairs that fire, with gradients for those alone."""
 
     @staticmethod
     def forward(
@@ -124,7 +125,7 @@ class Encode(torch.autograd.Function):
 
 
 class Decode(torch.autograd.Function):
-    """sum over the pairs of a token of value * W[feature]: (N, D)."""
+    """Sparse decoding: for each token the sum of value * W[feature] over its pairs, (N, D)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, features: Tensor, decoder: Tensor, count: int) -> Tensor:
@@ -157,7 +158,8 @@ def _by_feature(x: Tensor, rows: Tensor, features: Tensor, weights: Tensor, coun
 
 
 def largest_of(flat: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest. A sample says below which value none of them can be; only the rest is sorted."""
+    """Indices of the `count` largest values. A sample gives a bound below which none of them can lie; only the rest is
+    sorted."""
     sample = flat[:: max(1, flat.numel() // 65536)]
     guess = sample.topk(max(1, min(len(sample), 2 * len(sample) * count // flat.numel() + 16))).values[-1]
     near = (flat >= guess).nonzero()[:, 0]
@@ -167,7 +169,7 @@ def largest_of(flat: Tensor, count: int) -> Tensor:
 
 
 class Dictionary(nn.Module):
-    """The parameters in training, on normalised inputs."""
+    """A sparse autoencoder in training: its parameters, on normalised inputs."""
 
     def __init__(self, config: SAEConfig, width: int) -> None:
         super().__init__()
@@ -190,7 +192,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Take the scale and the centre of the first tokens (N, D)."""
+        """Initialises scale and centre from the first tokens (N, D)."""
         if self.config.normalise == "scale":
             self.mean.copy_(x.mean(0))
             self.factor.copy_((x.shape[1] / (x - self.mean).square().sum(1).mean().clamp_min(EPS)).sqrt())
@@ -200,7 +202,8 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fresh(self, x: Tensor, count: int, seed: int) -> Tensor:
-        """(count, D) unit rows: what tokens drawn by their squared error leave unexplained (Bricken et al. 2023)."""
+        """New directions for dead features: residuals of tokens drawn in proportion to their squared error, (count, D)
+        of unit norm (Bricken et al. 2023)."""
         n, c = self.normal(x[:4096]), self.config
         pre = torch.addmm(self.bias, n, self.encoder.T)
         if c.method != "vanilla":  # k per token is near enough for choosing tokens
@@ -270,7 +273,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def ship(self, site: str = "") -> SAE:
-        """The dictionary on raw inputs: the data set's mean and factor are folded in, and rows of W keep unit norm."""
+        """The autoencoder on raw inputs: mean and scale of the data are folded in, rows of W keep unit norm."""
         c = self.config
         shift, factor = (self.mean, self.factor) if c.normalise == "scale" else (torch.zeros_like(self.mean), 1.0)
         how: Normalise = "none" if c.normalise == "scale" else c.normalise

@@ -75,7 +75,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
 
 
 def _layers(found: Mapping[str, Any], goal: str) -> Any:
-    """What each layer can do, how sparse its dictionary is per token type, and how many of its features steer."""
+    """One panel each: the best edit of every layer on val, sparsity per token type, share of features that steer."""
     from matplotlib.figure import Figure
 
     names = sorted(found["layers"], key=int)

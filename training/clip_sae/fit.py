@@ -47,7 +47,8 @@ from training.tasks.recognition import (
 
 
 def dictionary_of(base: Base, config: Config, layer: int) -> tuple[SAE, list[dict[str, float]]]:
-    """The dictionary of a layer and its training's curve: read if one is named, else trained on the train split."""
+    """The dictionary of a layer and its training curve: read from disk if one is named, else trained on the train
+    split."""
     site = clip.site(config.hook, layer)
     if config.dictionary:
         place = config.dictionary.replace("{layer}", str(layer))
@@ -68,8 +69,8 @@ def dictionary_of(base: Base, config: Config, layer: int) -> tuple[SAE, list[dic
 
 
 def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
-    """Chunk number -> pictures of the train split: half of the task's own world, a quarter each of single things and of
-    crowds, so that the dictionary is not one of the task alone. Real data: the data set in another order each time."""
+    """Training pictures by chunk number: half from the task's own world, a quarter each of single things and of crowds,
+    so that the dictionary is not specific to the task. Real data: the data set, reordered each time."""
     main = {"steer": "imagenet"}.get(config.task, config.task)
 
     def chunk(number: int) -> Tensor:
@@ -91,7 +92,7 @@ def _words(world: str, number: int) -> dict[str, str]:
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Train the dictionaries, rank their features on train, choose on val, seal the best edit with its evidence."""
+    """Trains the dictionaries, ranks their features on train, chooses on val, seals the best edit with its evidence."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -139,7 +140,7 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class View:
-    """Train and val as one fold draws them: candidates are made from the one and judged on the other."""
+    """The train and val split of one fold: candidates are made on train and judged on val."""
 
     data: dict[str, dict[str, Dataset]]
     by: dict[str, LabelSet]
@@ -150,6 +151,7 @@ class View:
 
 
 def view(base: Base, config: Config, fold: str = "") -> View:
+    """Draws a fold's data, fits its classifier and records its activations."""
     sizes = {"train": config.fit_images, "val": config.val_images}
     data = {split: pictures(config, split, n, fold) for split, n in sizes.items()}
     data["train"].pop("blank", None)  # a bound to be judged by, nothing to learn from
@@ -159,7 +161,7 @@ def view(base: Base, config: Config, fold: str = "") -> View:
 
 
 def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[tuple[tuple[str, Any], ...], float]:
-    """What each candidate of a layer is worth where another hand drew, by what it is."""
+    """Worth of each candidate of a layer on a fold that holds out another illustrator, by what the candidate is."""
     judge = partial(measure, base, config, layer, one.at("val", layer), one.by["val"])
     plain, offered = judge(None), candidates(base, config, layer, sae, one.at("train", layer), one.by["train"])
     return {tuple(row.items()): worth(config, judge(patch), plain) for row, patch in offered}
@@ -168,7 +170,7 @@ def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[
 def candidates(
     base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet
 ) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
-    """The edits a layer offers, by ranking and number of features, from the train split alone."""
+    """Candidate edits of a layer, by ranking and number of features, made from the train split alone."""
     top = largest(sae, seen["clean"])
     mean = mean_fire(sae, seen["clean"]) if any(config.levels) else top
     gates = torch.ones_like(sae.bias)

@@ -26,7 +26,7 @@ from registry.config import STRICT
 
 @dataclass(frozen=True)
 class GateConfig:
-    """How gates are learned."""
+    """Hyperparameters of learned gates."""
 
     __pydantic_config__ = STRICT
 
@@ -51,7 +51,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class Lesson:
-    """One batch at the site, and what the model makes of it."""
+    """A training batch for gates: activations at the site, and the function from them to logits."""
 
     x: Tensor
     """(n, T, D)"""

@@ -31,7 +31,7 @@ def measure(
     by: LabelSet,
     patch: FeatureEdit | None,
 ) -> dict[str, float]:
-    """The task's metrics from streams, with the patch at the site they were recorded at."""
+    """Metrics of the task computed from recorded activations, with the patch applied at its site."""
     change = applied(patch) if patch else lambda x: x
     return metrics(config, {k: answers(base, layer, s, by, change) for k, s in seen.items()})
 
@@ -44,9 +44,10 @@ STEER_IMAGES = 16
 def steerable(
     base: Base, config: Config, layer: int, sae: SAE, stream: Stream
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """kind -> strength -> how many steer: features of a layer, the stream's own dimensions ("neurons"), and directions
-    drawn at random, all set to the same values, multiples of the tokens' mean norm. As many of each as the config says
-    are drawn.
+    """Compares how often features, the stream's own dimensions ("neurons") and random directions steer, all clamped to
+    the same values: kind -> strength -> summary.
+
+    Values are multiples of the tokens' mean norm; as many of each kind as the config says are drawn.
     """
     names = readers.imagenet(config.data, "val").classes if config.data else atlas.load().names
     words = clip.embed_texts(base, names)
@@ -77,8 +78,8 @@ def steerable(
 
 @torch.no_grad()
 def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> dict[str, Any]:
-    """How good a dictionary is on this stream: `Quality`, what as many principal components explain, and cross-entropy
-    recovered between zero (the site is nothing) and clean, with the model's own logit scale."""
+    """Quality of a dictionary on recorded activations: `Quality`, the variance explained by as many principal
+    components, and the cross-entropy recovered between zero ablation and clean, with the model's own logit scale."""
     seen = Quality(sae)
     for part in stream.parts():
         seen.add(part.x)

@@ -34,7 +34,8 @@ DEFENCE_PAIRS = 1024
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """A sealed patch, its controls, and for the typographic task other defences, on test and in the held style.
+    """Measures a sealed patch, its controls and, for the typographic task, other defences on test and in the held
+    style.
 
     config: how to measure. Controls are fitted by the sealed config, so `seed` and `test_images` can draw other
     pictures than those that somebody has looked at (`patchbay eval REF --full seed=1 test_images=2000`).
@@ -53,8 +54,8 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
-    """What else keeps CLIP from it, fitted on train and chosen on val at the same bound: the mean direction of the
-    best layer, and for the typographic task the defences of training/clip_sae/defences.py."""
+    """Other methods for the same task, fitted on train and chosen on val within the same bound: the mean direction of
+    the best layer, and for the typographic task the defences of training/clip_sae/defences.py."""
     if config.task == "steer":
         return
     layers = tuple(range(len(base.model.visual.transformer.resblocks)))

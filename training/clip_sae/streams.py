@@ -28,7 +28,7 @@ Hook = Literal["block", "mlp"]
 
 
 class Layered(Asked, Protocol):
-    """What is read of a job's config."""
+    """The fields of a config that say where activations are recorded."""
 
     @property
     def layers(self) -> tuple[int, ...]: ...
@@ -38,7 +38,7 @@ class Layered(Asked, Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """n pictures at one layer: everything after it can be run again without what comes before."""
+    """Cached activations of one layer for a data set, so that a candidate edit reruns only the layers above it."""
 
     x: Tensor
     """(n, T, D) at the site"""
@@ -63,7 +63,7 @@ class Stream:
 
 @torch.no_grad()
 def streams(base: Base, config: Layered, data: Dataset) -> dict[int, Stream]:
-    """The set at each candidate layer; all layers in one forward, which ends at the last of them."""
+    """Records a data set at every candidate layer in one forward, which ends at the last of them."""
     sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
     kept: dict[str, list[Tensor]] = {}
     label, other = [], []
@@ -80,20 +80,20 @@ def streams(base: Base, config: Layered, data: Dataset) -> dict[int, Stream]:
 
 
 def finish(base: Base, layer: int, part: Stream, x: Tensor, by: LabelSet) -> Tensor:
-    """(n, C) logits if x stood at the site."""
+    """Logits (n, C) of the rest of the model with `x` in place of the recorded activations."""
     y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
     return by.logits(nnf.normalize(y, dim=1), clip.logit_scale(base))
 
 
 @torch.no_grad()
 def answers(base: Base, layer: int, stream: Stream, by: LabelSet, change: Callable[[Tensor], Tensor]) -> Answers:
-    """As `ask`, from a stream, with what stands at the site changed: (n, T, D) -> (n, T, D)."""
+    """Logits of a data set with its recorded activations changed by `change`, (n, T, D) -> (n, T, D)."""
     logits = torch.cat([finish(base, layer, part, change(part.x), by) for part in stream.parts()])
     return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
 
 
 def applied(patch: FeatureEdit) -> Callable[[Tensor], Tensor]:
-    """The patch's own rewriting of its site, outside of a forward."""
+    """A patch's edit of its site as a plain function, outside of a forward."""
     (act,) = patch.edits()
     assert isinstance(act, Act)
     fn, nothing = act.fn, Inputs({})

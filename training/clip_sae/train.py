@@ -34,7 +34,7 @@ def train(
     every: int = 1000,
     label: str = "SAE",
 ) -> tuple[SAE, list[dict[str, float]]]:
-    """The trained dictionary as it ships, and the curve: step, share of variance left, dead features.
+    """Trains a dictionary. Returns it as it ships, and the curve: step, share of variance left, dead features.
 
     checkpoint: a safetensors file to write every `every` steps and to go on from if it is there; the caller removes it.
     Raises ConfigError if a chunk holds less than one batch, or if the checkpoint is of another config.
@@ -105,7 +105,7 @@ def train_step(
 
 
 def _forget(opt: Any, inner: Dictionary, dead: Tensor) -> None:
-    """Adam's moments of rows that begin again."""
+    """Resets Adam's moments of restarted rows."""
     for p in (inner.encoder, inner.decoder, inner.bias):
         for moment in ("exp_avg", "exp_avg_sq"):
             opt.state[p][moment][dead] = 0
@@ -113,13 +113,13 @@ def _forget(opt: Any, inner: Dictionary, dead: Tensor) -> None:
 
 @torch.no_grad()
 def across_rows(weight: nn.Parameter) -> None:
-    """Take from the gradient of unit rows what would only change their length."""
+    """Projects the gradient of unit rows onto their tangent spaces, so that it does not change their lengths."""
     assert weight.grad is not None
     weight.grad.sub_((weight.grad * weight).sum(1, keepdim=True) * weight)
 
 
 def schedule(config: SAEConfig, step: int) -> float:
-    """Of the learning rate: a linear warm-up, then a cosine to `end_lr`."""
+    """Learning rate factor: linear warm-up, then a cosine down to `end_lr`."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -127,7 +127,7 @@ def schedule(config: SAEConfig, step: int) -> float:
 
 
 def _batches(x: Tensor, size: int, passes: int, seed: int, at: int, count: int) -> Iterator[Tensor]:
-    """At most `count` batches of a chunk from its `at`-th on, every pass in another order."""
+    """At most `count` batches of a chunk, starting with number `at`; every pass is in another order."""
     generator = torch.Generator().manual_seed(seed)
     each = len(x) // size
     orders = [torch.randperm(len(x), generator=generator).to(x.device) for _ in range(passes)]
@@ -136,7 +136,7 @@ def _batches(x: Tensor, size: int, passes: int, seed: int, at: int, count: int) 
 
 
 def _accelerator(device: str) -> Any:
-    """None in a single process; under `accelerate launch` or torchrun, what joins the processes."""
+    """The accelerator that joins several processes (accelerate launch, torchrun); None in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from accelerate import Accelerator

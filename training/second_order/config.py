@@ -30,36 +30,37 @@ class Config:
     seed: int = 0
     task: Task = "typographic"
     classifier: Classifier = "zero-shot"
-    """of groups also `probe`, a linear one fitted on train; it is sealed with the patch and served as its label set"""
+    """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
+    with the patch and served as its label set"""
     data: str = ""
-    """folder of the real data set; empty: its twin in the lab world"""
+    """Folder of the real data set; empty: its rendered twin in the lab world"""
     word: str = ""
-    """of the task steer, which this system does not fit"""
+    """unused: tasks of this system steer to nothing; sealed recipes hold it (docs/decisions/0010)"""
     layers: tuple[int, ...] = (4, 5, 6)
-    """whose neurons are read, 0-based; all but the last one have second-order effects"""
+    """Layers whose neurons are read, 0-based; neurons of the last layer have no second-order effects"""
     ln: Norms = "own"
-    """own: exactly linear; official: the centring of the authors' code, for parity"""
+    """LayerNorm centring of the lens. own: exactly linear. official: as in the authors' code"""
     share: float = 0.02
-    """of the pictures, those of the largest effects, from which a neuron's direction is taken and its threshold set"""
+    """Share of pictures with the largest effects, from which a neuron's direction and threshold are taken"""
     pool: str = ""
-    """.txt of texts, one a line; empty: the lab's names and grounds, or the classes of `data`"""
+    """Text file of candidate texts, one a line; empty: the lab's names and grounds, or the classes of `data`"""
     atoms: int = 16
-    """texts per neuron"""
+    """Texts per neuron in the sparse decomposition"""
     atom_norm: AtomNorm = "unit"
     edits: tuple[Edit, ...] = ("effects", "activations")
-    """what is taken away: second-order effects alone, or what the neuron fires"""
+    """What is mean-ablated: the second-order effects alone, or the activation itself"""
     counts: tuple[int, ...] = (25, 100, 300)
-    """of neurons"""
+    """Candidate numbers of edited neurons"""
     bound: float = 0.01
-    """clean accuracy (typographic) or average accuracy (groups) that an edit may cost on val"""
+    """Largest loss on val of clean accuracy (typographic) or average accuracy (groups)"""
     fit_images: int = 1000
-    """that directions are taken from"""
+    """Pictures that directions are taken from"""
     rank_images: int = 384
-    """of the task, that neurons are ranked on; each with and without what should not matter"""
+    """Pictures of the task that neurons are ranked on, each with and without the spurious cue"""
     val_images: int = 256
     test_images: int = 500
     probes: int = 24
-    """neurons whose true path is followed, and as many pictures"""
+    """Neurons, and pictures, for which the lens is compared with true ablation"""
 
 
 RECIPES: dict[str, Config] = {

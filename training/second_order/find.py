@@ -38,7 +38,7 @@ from training.tasks.textspan import read_pool
 
 
 def sources(config: Config) -> list[Dataset]:
-    """What directions are taken from: pictures of train, of the task with and without what should not matter, and of
+    """Picture sets that directions are taken from: train pictures of the task with and without the spurious cue, and of
     single things and crowds, so that neurons are not read by the task alone. Real data: the data set itself."""
     if config.data:
         return list(of_task(config, "train", config.fit_images).values())
@@ -48,19 +48,19 @@ def sources(config: Config) -> list[Dataset]:
 
 
 def of_task(config: Config, split: str, n: int) -> dict[str, Dataset]:
-    """The task's sets, but for the strip without letters, of which nothing is learned."""
+    """The task's data sets without the blank strips, from which nothing is learned."""
     return {k: d for k, d in pictures(config, split, n).items() if k != "blank"}
 
 
 def texts_of(config: Config, data: Dataset) -> tuple[str, ...]:
-    """The pool: a file's lines, the classes of real data, or every name and ground of the lab."""
+    """Candidate texts: lines of a file, class names of real data, or all names and grounds of the lab."""
     if config.pool:
         return read_pool(config.pool)
     return data.classes if config.data else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))
 
 
 def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
-    """(B, 3, H, W) uint8 of all sets, in order."""
+    """Pictures (B, 3, H, W) uint8 of all sets, in order."""
     for each in data:
         for batch in each.batches(size):
             yield batch.image
@@ -70,7 +70,7 @@ def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
 def read(
     base: Base, config: Config, texts: Sequence[str], thumb: int = 48
 ) -> tuple[NeuronCards, dict[int, NeuronLens]]:
-    """Cards of all neurons of the config's layers, in one pass over the pictures."""
+    """Describes all neurons of the config's layers in one pass over the pictures. Returns cards and lenses."""
     lenses = {layer: lens(base, layer, config.ln) for layer in config.layers}
     data = sources(config)
     keep = max(1, round(config.share * sum(map(len, data))))
@@ -97,7 +97,7 @@ def read(
 
 @dataclass(frozen=True)
 class Ranked:
-    """What one layer's neurons do to the task, on train."""
+    """Neurons of one layer ranked by their effect on the task, with the means they are ablated to."""
 
     order: Tensor
     """(N,) int64, what pulls most to the wrong side first"""
@@ -111,7 +111,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Margins:
-    """What every neuron adds to the wrong side in each of n pictures, and what it is on average."""
+    """Contribution of every neuron to the wrong class in each of n pictures, with mean effects and activations."""
 
     m: dict[int, Tensor]
     """layer -> (n, N): <phi_n, t_wrong - t_true> / |y|; of groups <phi_n, t_1 - t_0> / |y|"""
@@ -132,8 +132,8 @@ def margins(
     weights: Tensor,
     other: Tensor | None = None,
 ) -> Margins:
-    """weights (k, C), one direction a class. other: (n,) the wrong class of each picture, where the pictures themselves
-    do not show it."""
+    """Measures what every neuron adds to the wrong class in each picture. weights (k, C): class directions. other (n,):
+    the wrong class of each picture, if the pictures themselves do not show it."""
     says = {layer: at.against(weights.T) for layer, at in lenses.items()}  # (N, G, C)
     m: dict[int, list[Tensor]] = {layer: [] for layer in lenses}
     effect: dict[int, Tensor] = {}
@@ -164,7 +164,7 @@ def margins(
 def rank(
     base: Base, config: Config, lenses: Mapping[int, NeuronLens], data: Mapping[str, Dataset]
 ) -> dict[int, Ranked]:
-    """Neurons by how much more of the wrong answer they add where something that should not matter is in the picture.
+    """Ranks neurons by how much more they add to the wrong class when the spurious cue is in the picture.
 
     Pairs (clean, attacked): the mean margin of attacked pictures less that of the same ones clean, both against the
     word that is written. Groups: how far mean margins lie apart by place, less how far by label.
@@ -188,14 +188,14 @@ def rank(
 
 
 def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
-    """A control: for each chosen neuron another one, the nearest in spread of its effects, ties drawn; none twice."""
+    """A matched control: for each chosen neuron another one of nearly the same spread of effects, ties drawn."""
     return tasks.alike(known.spread.cpu(), chosen, seed)
 
 
 def patch_of(
     base: Base, layer: int, at: NeuronLens, known: Directions, found: Ranked, neurons: Sequence[int], edit: Edit
 ) -> NeuronEdit:
-    """These neurons at their mean over clean pictures of train."""
+    """The edit that sets these neurons to their mean over clean pictures of train."""
     js = list(neurons)
     if edit == "effects":
         return replace_effects(base, at, replace(known, mean=found.effect_mean), js)

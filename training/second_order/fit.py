@@ -35,7 +35,7 @@ from training.tasks.recognition import (
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Read the neurons, rank them on train, choose on val, seal the edit with the cards and the evidence."""
+    """Reads the neurons, ranks them on train, chooses the edit on val, seals it with cards and evidence."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -75,7 +75,7 @@ CONTROL = "control.safetensors"
 
 
 def candidates(config: Config, lenses: Mapping[int, NeuronLens]) -> Iterator[tuple[int, Edit, int]]:
-    """(layer, edit, number of neurons); a control takes as many others."""
+    """Candidate edits as (layer, edit, number of neurons); each leaves as many others for a control."""
     rows = [
         (layer, edit, n)
         for layer, at in lenses.items()

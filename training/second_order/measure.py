@@ -20,7 +20,7 @@ from training.tasks.recognition import (
 def measure(
     base: Base, config: Config, data: Mapping[str, Dataset], by: LabelSet, patch: NeuronEdit | None
 ) -> dict[str, float]:
-    """The task's metrics with the patch on: what is judged is what is served."""
+    """Metrics of the task with the patch applied to the base, as it would be served."""
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
         said: dict[str, Answers] = {k: ask(base, config, d, by) for k, d in data.items()}
     return metrics(config, said)

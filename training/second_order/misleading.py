@@ -41,7 +41,7 @@ VISIBLE = 0.6
 
 @dataclass(frozen=True)
 class Drawable:
-    """Texts of a pool that the lab can draw."""
+    """The texts of a pool that the lab has sprites or grounds for."""
 
     concept: dict[str, int]
     ground: dict[str, int]
@@ -88,7 +88,7 @@ def words_for(
 
 
 def drawn(cards: NeuronCards, count: int, g: torch.Generator) -> list[tuple[int, Tensor]]:
-    """(layer, neurons): as many as `count`, by chance."""
+    """A random choice of `count` neurons, as (layer, neurons)."""
     places = [(number, n) for number, one in cards.layers.items() for n in range(len(one.told))]
     picked = [places[i] for i in torch.randperm(len(places), generator=g)[:count].tolist()]
     return [
@@ -133,7 +133,8 @@ def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count:
 def compose(
     true: str, words: Sequence[str], can: Drawable, n: int, styles: Sequence[str], g: torch.Generator
 ) -> tuple[Scene, Scene, list[list[str]]]:
-    """n pictures of the true class with two of the words each, the same ones without them, and the words on each."""
+    """Draws n pictures of the true class with two of the words each, and the same pictures without the words. Returns
+    both scenes and the words on each."""
     lab = atlas.load()
 
     def sprite(concept: int) -> int:
@@ -161,8 +162,8 @@ def compose(
 
 
 def passes(scene: Scene, alone: Scene, shown: Sequence[Sequence[str]], wrong: str, near: set[str]) -> Tensor:
-    """(n,) bool: enough of the true thing is seen, and nothing on the picture says the wrong class: a word in common
-    with its name, or a text as near to it as a synonym (`near`)."""
+    """Filter (n,): enough of the true thing is visible, and nothing on the picture names the wrong class, by a common
+    word or by a synonym (`near`)."""
     seen = scene.mask[:, 0].sum((1, 2)) / alone.mask[:, 0].sum((1, 2)).clamp_min(1)
     name = set(wrong.split())
     clean = torch.tensor([not any(set(w.split()) & name or w in near for w in few) for few in shown])
@@ -184,7 +185,7 @@ def class_pairs(data: Dataset, count: int, seed: int) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
-    """(n,) bool: the wrong class has the larger logit."""
+    """Whether the wrong class gets the larger logit, (n,) bool."""
     weights = clip.zero_shot(base, [true, wrong])
     return (clip.embed_images(base, images) @ weights).argmax(1).cpu() == 1
 
@@ -192,7 +193,8 @@ def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
 def attack(
     reader: Reader, pairs: int = 8, n: int = 40, words: int = 8, seed: int = 0, split: str = "test"
 ) -> dict[str, Any]:
-    """Every way on every pair, before and after the filter: successes, pictures, words."""
+    """Composes misleading pictures in every way for every pair of classes and counts successes before and after the
+    filter."""
     data = worlds.WORLDS["imagenet"](split, 64, seed)
     styles = worlds.STYLES[split]
     can, cards = Drawable.of(reader.cards.texts, styles), reader.cards

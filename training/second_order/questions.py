@@ -35,8 +35,8 @@ REPLACEMENTS: tuple[Replacement, ...] = ("mean", "significant", "insignificant",
 
 @torch.no_grad()
 def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], data: Dataset, weights: Tensor) -> Any:
-    """Zero-shot accuracy when the effects of a whole layer are replaced (section 4 of the paper), layer by layer; and
-    for how many pictures an effect counts."""
+    """Zero-shot accuracy when all effects of a layer are replaced (section 4 of the paper), layer by layer, and the
+    share of pictures in which an effect is significant."""
     right: dict[int, dict[str, int]] = {layer: dict.fromkeys(REPLACEMENTS, 0) for layer in lenses}
     base_right, counted = 0, dict.fromkeys(lenses, 0.0)
     for batch in data.batches(32):
@@ -58,7 +58,7 @@ def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], 
 def linearisation(
     base: Base, cards: NeuronCards, at: NeuronLens, images: Tensor, neurons: Sequence[int]
 ) -> dict[str, Any]:
-    """How far phi is from what mean-ablating the neuron does, as what the lens holds still is let go one by one.
+    """Error of the lens against true mean-ablation of a neuron, as what the lens holds fixed is let go one by one.
 
     Per step: |phi - change|^2 over |change|^2, both about the neuron's mean activation, summed over neurons and
     pictures; their cosine, mean over both; the share of the final change's energy that the step has.
@@ -99,7 +99,8 @@ def linearisation(
 
 
 def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[int, NeuronLens]) -> dict[str, Any]:
-    """Per layer: how much one direction explains, what the lens leaves out, who carries what. Pictures of val."""
+    """Answers the paper's open questions on val: variance explained by one direction, error of the lens, carrying
+    heads."""
     images = world(config, _plain(config), "val", config.val_images)
     weights = clip.zero_shot(base, images.classes)
     out: dict[str, Any] = {"ablations": ablations(base, cards, lenses, images, weights), "layers": {}}
@@ -128,7 +129,7 @@ def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[in
 
 
 def _plain(config: Config) -> str:
-    """The world of clean pictures that zero-shot accuracy is asked in."""
+    """Name of the world of clean pictures on which zero-shot accuracy is measured."""
     return "imagenet" if not config.data or config.task in ("typographic", "steer") else config.task
 
 

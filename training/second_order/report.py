@@ -19,8 +19,8 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """A sealed patch and its control on test, the masks of its neurons beside other ways, and pictures composed to
-    mislead."""
+    """Measures a sealed patch and its control on test, segmentation by its neurons beside other ways, and pictures
+    composed to mislead."""
     opened = open_patch(folder, config.base, config.device)
     base, patch, fitted = opened.base, opened.patch, opened.fitted
     assert isinstance(patch, NeuronEdit)

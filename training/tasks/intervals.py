@@ -20,21 +20,22 @@ Loss = tuple[float, int]
 
 
 def wilson(yes: Tensor | Sequence[bool]) -> list[float]:
-    """Share, 95 % Wilson interval, n, of (n,) 0 or 1."""
+    """Share, 95 % Wilson interval and n of (n,) 0 or 1, as a row [share, low, high, n]."""
     n, k, z = len(yes), float(torch.as_tensor(yes).float().sum()), Z
     center, spread = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** 0.5 / (n + z * z)
     return [round(v, 4) for v in (k / n, center - spread, center + spread)] + [n]
 
 
 def ratio_interval(a: Sequence[Loss], b: Sequence[Loss]) -> list[float]:
-    """Perplexity of a over b on the same documents, 95 % bootstrap interval over documents, tokens."""
+    """Ratio of perplexities a / b on the same documents with a 95 % bootstrap interval over documents, as a row [ratio,
+    low, high, tokens]."""
     d = torch.tensor([(x[0] - y[0], x[1]) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
     whole, low, high = _perplexity(d)
     return [round(v, 5) for v in (whole, low, high)] + [int(d[:, 1].sum())]
 
 
 def share(yes: Tensor | Sequence[bool], better: Better = "higher") -> Measure:
-    """The share of (n,) 0 or 1 that are 1, with its Wilson interval; 0 of none is 0, and anything may be true."""
+    """Share of ones among (n,) 0 or 1, with its Wilson interval. Of nothing: 0 with the interval [0, 1]."""
     n = len(yes)
     if not n:
         return Measure(0.0, 0.0, 1.0, 0, better)
@@ -44,7 +45,7 @@ def share(yes: Tensor | Sequence[bool], better: Better = "higher") -> Measure:
 
 
 def mean(values: Tensor | Sequence[float], better: Better = "higher") -> Measure:
-    """The mean of (n,) independent numbers, with the normal interval of a mean."""
+    """Mean of (n,) independent numbers with its normal interval."""
     x = torch.as_tensor(values, dtype=torch.float64)
     half = Z * float(x.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
     return Measure(round(float(x.mean()), 6), round(float(x.mean()) - half, 6), round(float(x.mean()) + half, 6),
@@ -52,13 +53,13 @@ def mean(values: Tensor | Sequence[float], better: Better = "higher") -> Measure
 
 
 def perplexity(parts: Sequence[Loss]) -> Measure:
-    """exp of the mean loss per token; the interval is a bootstrap over documents, n is their number."""
+    """Perplexity, exp of the mean loss per token, with a bootstrap interval over documents; n is their number."""
     whole, low, high = _perplexity(torch.tensor(parts, dtype=torch.float64))
     return Measure(round(whole, 6), round(low, 6), round(high, 6), len(parts), "lower")
 
 
 def _perplexity(parts: Tensor) -> tuple[float, float, float]:
-    """Of (n, 2) nats and tokens: the whole, 2.5 and 97.5 % of bootstrap samples."""
+    """Perplexity of (n, 2) losses and token counts, and the 2.5 % and 97.5 % quantiles of bootstrap samples."""
     picks = torch.randint(len(parts), (DRAWS, len(parts)), generator=torch.Generator().manual_seed(0))
     drawn = (parts[picks, 0].sum(1) / parts[picks, 1].sum(1)).exp().sort().values
     whole = float((parts[:, 0].sum() / parts[:, 1].sum()).exp())

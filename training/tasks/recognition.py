@@ -1,7 +1,7 @@
-"""What a patch of CLIP is measured by: a typographic attack, two biased sets, steering; real data or its twin.
+"""Tasks that patches of CLIP are measured by: a typographic attack, Waterbirds, CelebA, steering to a word.
 
-Shared by the jobs that edit CLIP. Every task has a metric that counts (`GOAL`) and one that must stay (`KEPT`); what is
-chosen is chosen on val by `worth`, and test is only ever reported.
+On real data or its rendered twin. Every task has a metric to improve (`GOAL`) and one that must not fall (`KEPT`);
+candidates are compared on val by `worth`, and test is only ever reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ average and worst group: .81 and .48 at 1e-3, .83 and .57 at 1e-4, .87 and .69 h
 
 
 class Asked(Protocol):
-    """What a job's config says of its task."""
+    """The fields of a system's config that say what it is measured by."""
 
     @property
     def task(self) -> Task: ...
@@ -63,19 +63,19 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of n pictures."""
+    """Logits of n pictures, with their classes and spurious cues."""
 
     logits: Tensor
     """(n, C)"""
     label: Tensor
     """(n,)"""
     other: Tensor
-    """(n,) what should not matter: the class that is written (-1 for none), or the place; of steer, the word's class"""
+    """(n,) the spurious cue: the class that is written (-1 for none), the place; for steering, the word's class"""
 
 
 def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
-    """The sets a task is measured on, by name: `clean`, and for the typographic one `attacked` and `blank`, the same
-    pictures with another class written on them, and with the strip alone. fold: of the lab's groups (worlds.HANDS)."""
+    """Data sets of a task by name: `clean`; for the typographic one also the same pictures with another class written
+    on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS)."""
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
     if config.task == "typographic":
@@ -90,7 +90,7 @@ def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dat
 
 
 def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
-    """A set of the lab world, or its real twin out of `data`, at most n pictures of it drawn by the seed."""
+    """At most n pictures of a lab world, or of the real data set in `data`, drawn by the seed."""
     if not config.data:
         return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
     if name == "typographic":
@@ -110,10 +110,12 @@ def classifier(
     folder: Path | None = None,
     fold: str = "",
 ) -> LabelSet:
-    """What tells the task's classes apart: a probe, or zero-shot, where the lab's birds are asked for by the names of
-    their kinds. Blond or not is the mean of the names people are drawn as: hair is no kind of person to this model.
+    """The classifier of a task's classes: a linear probe, or zero-shot weights from texts. The lab's birds are
+    classified by species name; blond or not by the mean over names of people, since hair alone is no concept of this
+    model.
 
-    folder: of the sealed patch that is measured; its probe is the one that is served, so that one is taken."""
+    folder: of the sealed patch that is measured; its probe is the one that is served, so that one is taken.
+    """
     if config.classifier == "probe":
         if folder is None or not (folder / FILE).is_file():
             return probe(base, config, fold)
@@ -135,19 +137,19 @@ def classifier(
 
 
 def _kinds() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of every kind of the lab's birds its class, and its name."""
+    """Class and name of every species of the lab's birds."""
     both = worlds.LANDBIRDS, worlds.WATERBIRDS
     return ("landbird",) * len(both[0]) + ("waterbird",) * len(both[1]), (*both[0], *both[1])
 
 
 _probes: dict[tuple[Any, ...], LabelSet] = {}
-"""the last one, so that a fit and its measurements share it"""
+"""The last probe, so that a fit and its measurements share it"""
 
 
 def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
-    """A linear classifier of the base's embeddings, by least cross-entropy on the train split as it is: what train
-    couples, it takes for the class (empirical risk minimisation). The lab's birds are told by kind, as species are.
-    fold: whose train it is fitted on."""
+    """A linear classifier of the base's embeddings, fitted on the train split as it is (empirical risk minimisation),
+    so that it picks up train's spurious correlations. The lab's birds are classified by species. fold: the held-out
+    illustrator."""
     if config.task in ("typographic", "steer"):
         raise ConfigError(f"classifier=probe is for groups, waterbirds or celeba; {config.task} is zero-shot.")
     key = base.digest, config.task, config.data, config.seed, fold
@@ -180,13 +182,13 @@ def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
 
 
 def seal_labels(config: Asked, by: LabelSet, folder: Path) -> None:
-    """Put a probe beside the patch that was fitted for it; zero-shot weights are texts and need no file."""
+    """Writes a probe beside the patch that was fitted for it; zero-shot weights follow from texts and need no file."""
     if config.classifier == "probe":
         save_label_set(by, folder)
 
 
 def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
-    """metric -> (n,) 0 or 1 per picture that it is the mean of; of steer also probabilities."""
+    """Per-picture outcomes behind each metric: (n,) of 0 or 1, for steering also of probabilities."""
     clean = said["clean"]
     right = clean.logits.argmax(1) == clean.label
     if config.task == "typographic":
@@ -212,8 +214,8 @@ LESS = ("says_word",)
 
 
 def measured(config: Asked, said: Mapping[str, Answers]) -> dict[str, Measure]:
-    """The task's numbers with their intervals: what counts is `attacked`, `worst_group` (the interval is that of the
-    group that is worst here) or `probability`; what must stay, `clean` or `average`."""
+    """Metrics of a task with 95 % intervals. To improve: `attacked`, `worst_group` (with the interval of the group that
+    is worst here) or `probability`; to keep: `clean` or `average`."""
     got = {
         k: mean(v) if v.is_floating_point() else share(v, "lower" if k in LESS else "higher")
         for k, v in outcomes(config, said).items()
@@ -233,7 +235,8 @@ KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "s
 
 
 def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """What a candidate is chosen by: its goal if it keeps what must stay, else how near it comes to keeping it."""
+    """The value by which a candidate is chosen: the metric to improve if the metric to keep falls by at most `bound`,
+    else minus the excess."""
     kept = KEPT[config.task]
     score = got[GOAL[config.task]]
     return choose.worth(score, got[kept], base[kept] - config.bound) if kept else score
@@ -241,7 +244,7 @@ def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) ->
 
 @torch.no_grad()
 def ask(base: Base, config: Asked, data: Dataset, by: LabelSet) -> Answers:
-    """What the base, with the patches that are applied to it, answers to every picture."""
+    """Logits of every picture of a set, under whatever patches are applied to the base."""
     logits, label, other = [], [], []
     for batch in data.batches(50):
         logits.append(by.logits(clip.embed_images(base, batch.image), clip.logit_scale(base)))
@@ -262,7 +265,7 @@ def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
 
 
 GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
-"""metrics that should stay; the others are what the patch is for"""
+"""Metrics that must not fall; the others are what the patch is for"""
 
 
 def reported_splits(config: Asked) -> tuple[str, ...]:
@@ -333,13 +336,13 @@ def examples(
 
 
 def affordable(counts: Sequence[int], among: int) -> list[int]:
-    """Of the counts of things to edit those that leave as many others for a control, or else the most that do."""
+    """The counts that leave as many other items for a control; if none does, the largest one that would."""
     return [n for n in counts if 2 * n <= among] or [among // 2]
 
 
 def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
-    """A control: for each chosen one another, the nearest in mass (N,), ties drawn; none twice. ConfigError if fewer
-    others are left than are chosen."""
+    """A matched control: for each chosen item the nearest other one by mass (N,), ties drawn at random, none twice.
+    Raises ConfigError if fewer others are left than are chosen."""
     if 2 * len(chosen) > len(mass):
         raise ConfigError(
             f"{len(chosen)} of {len(mass)} are chosen: no control of as many others is left. Choose fewer."
@@ -355,7 +358,7 @@ def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
 
 
 def bars(results: Mapping[str, Mapping[str, float]]) -> Any:
-    """The figure every job ends with: metrics on test, arm beside arm."""
+    """Figure: metrics on test, arm beside arm."""
     from matplotlib.figure import Figure
 
     keys = [k for k in results["base"] if not k.endswith("_held")]

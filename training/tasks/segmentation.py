@@ -55,10 +55,8 @@ Way = Callable[[Tensor, Tensor], Tensor]
 
 
 def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
-    """Per picture (B,) of a map that is cut: pixel accuracy, intersection over union of thing and ground, and mean.
-
-    got (B, g, g) maps, mask (B, S, S) bool.
-    """
+    """Segmentation scores per picture (B,) of a thresholded map: pixel accuracy, IoU of thing and of ground, and their
+    mean."""
     cut = heatmap.mask(got, threshold, mask.shape[-1])
     out = {"accuracy": (cut == mask).float().mean((1, 2))}
     for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
@@ -67,7 +65,7 @@ def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str
 
 
 def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Per picture (B,) of a map wherever it is cut: average precision; is its highest point in the thing."""
+    """Threshold-free scores per picture (B,): average precision, and whether the map's maximum lies in the thing."""
     full = heatmap.resized(got, mask.shape[-1])
     pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
     return {
@@ -85,7 +83,7 @@ def average_precision(score: Tensor, right: Tensor) -> Tensor:
 
 
 def ways(lens: Lens, weights: Tensor, reader: Reader | None = None, count: int = 200) -> dict[str, Way]:
-    """name -> way. weights (k, C): a classifier; count: neurons that vote."""
+    """Segmentation methods by name. weights (k, C): a classifier; count: neurons that vote."""
     mean = weights.mean(1)
 
     def direct(x: Tensor, which: Tensor, layers: Sequence[int] | None = None) -> Tensor:
@@ -125,10 +123,8 @@ def table(
     named: bool = False,
     reader: Reader | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """way and cut -> score -> [mean, half of a 95 % interval, n].
-
-    named: the map of each picture's own label is asked for, not of the class that is predicted.
-    """
+    """Scores of every method and threshold on a data set: method and threshold -> score -> [mean, half of a 95 %
+    interval, n]."""
     found: dict[str, dict[str, list[Tensor]]] = {}
     weights = clip.zero_shot(base, classes)
     how = ways(Lens(base), weights, reader)
@@ -158,7 +154,7 @@ def table(
 
 
 def lab(base: Base, split: worlds.Split, n: int, seed: int = 0, reader: Reader | None = None) -> dict[str, Any]:
-    """The lab's two tables."""
+    """Segmentation tables of the lab: single things, and one of three things."""
     single, crowd = worlds.imagenet(split, n, seed), worlds.coco(split, n, seed)
     return {
         "single things": table(base, single, worlds.imagenet_classes(), reader=reader),

@@ -38,7 +38,7 @@ MAX_TEXTS = 200_000
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What heads added to n unit embeddings: all that is kept of them."""
+    """First and second moments of what heads add to unit embeddings; pictures themselves are not kept."""
 
     count: int
     sum: Tensor
@@ -52,7 +52,7 @@ class Moments:
         return self.sum / self.count
 
     def covariance(self, layer: int, head: int) -> Tensor:
-        """(k, k) of the layer at this place in `layers`."""
+        """Covariance (k, k) of a head; layer: its place in `layers`."""
         mean = self.mean[layer, head]
         return self.square[layer, head] / self.count - torch.outer(mean, mean)
 
@@ -60,7 +60,8 @@ class Moments:
 def moments(
     lens: Lens, batches: Iterable[Tensor], layers: Sequence[int], unit: bool = True, share: Share = "own"
 ) -> Moments:
-    """Of pictures as the processor makes them, batch by batch. unit: of embeddings of unit norm (published).
+    """Accumulates moments over batches of preprocessed pictures. unit: contributions to embeddings of unit norm
+    (published).
 
     Memory: L H k^2 doubles, whatever the number of pictures. Raises Invalid for fewer than two.
     """
@@ -83,7 +84,7 @@ def moments(
 
 @dataclass(frozen=True)
 class Span:
-    """The texts of one head, best first."""
+    """The texts that span one head's output, best first."""
 
     layer: int
     head: int
@@ -121,7 +122,7 @@ def spans(
 
 
 def basis(square: Tensor, rank: int) -> Tensor:
-    """(r, k) the main directions of a head's second moments (k, k), largest first; none of them rounding."""
+    """Main directions (r, k) of a head's second moments (k, k), largest first, without rounding noise."""
     values, vectors = torch.linalg.eigh(square)
     kept = min(rank, int((values > ROUNDING**2 * values[-1].clamp_min(1e-300)).sum()))
     kept_vectors: Tensor = vectors[:, len(values) - kept :].flip(1).T
@@ -164,7 +165,8 @@ def _span(
 
 
 def read_pool(file: str | Path) -> tuple[str, ...]:
-    """The lines of a .txt, stripped, empty and doubled ones left out. Raises NotFound or Invalid."""
+    """Reads a pool of texts from a .txt, one a line, stripped, without empty or repeated lines. Raises NotFound or
+    Invalid."""
     path = Path(file).expanduser()
     if path.suffix != ".txt" or not path.is_file():
         raise NotFound(f"There is no pool of texts {path}. Give a .txt with one text a line.")

@@ -46,7 +46,11 @@ FAMILY = Family(
     table=TABLE,
     predict=predict,
     example="lab:diffusion",
-    purposes={"stable": lambda: _purpose("stable"), "kandinsky": lambda: _purpose("kandinsky")},
+    purposes={
+        "stable": lambda: _purpose("stable"),
+        "kandinsky": lambda: _purpose("kandinsky"),
+        "faces": lambda: _purpose("faces"),
+    },  # fmt: skip
     sites=SITES,
     dtype=dtype_of,
     parts=parts,

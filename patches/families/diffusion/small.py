@@ -72,6 +72,13 @@ def kandinsky(seed: int = 0) -> Base:
         return bases.wrap("tiny:kandinsky", "tiny-kandinsky", bases.read(Path(folder)))
 
 
+def faces(seed: int = 0) -> Base:
+    """lab:faces' layout, its words and 64 px."""
+    from patches.families.diffusion.faces import tiny as small_faces
+
+    return bases.wrap("tiny:faces", "tiny-faces", small_faces(seed))
+
+
 def stable_folder(folder: Path, seed: int = 0) -> Any:
     """Write a random Stable-Diffusion pipeline of 16 px as the hub would hold it; the diffusers pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline

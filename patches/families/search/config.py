@@ -53,9 +53,13 @@ class SearchConfig:
     """how scores are shown to a language model: cosines, or 1 for the best down to 0"""
     temperature: float = 0.9
     top_p: float = 0.95
+    wait: float = 60.0
+    """seconds a round waits for its generator; then it goes on with the candidates that have come"""
     how: Literal["shared", "official"] = "shared"
     """official: the published loop; one item at a time, the bank and all kept texts encoded again in every round, all
     candidates of a round in one stream of the language model. Kept to measure against"""
+    sound: str = ""
+    """name@digest of the audio-text model, for tasks with sounds"""
     patched: tuple[str, ...] = ()
     """roles whose base carries the patch that is sealed in the folder <role>/ of the artifact"""
     seed: int = 0
@@ -66,7 +70,8 @@ class SearchConfig:
             ("patience", self.patience, 0, MAX_STEPS), ("epsilon", self.epsilon, 0.0, 1.0),
             ("seconds", self.seconds, 0.0, MAX_SECONDS), ("calls", self.calls, 0, MAX_CALLS),
             ("tokens", self.tokens, 0, 10_000_000), ("words", self.words, 1, MAX_WORDS),
-            ("shown", self.shown, 1, 50), ("temperature", self.temperature, 0.0, 2.0), ("top_p", self.top_p, 1e-3, 1.0),
+            ("shown", self.shown, 1, 50),
+            ("wait", self.wait, 0.1, 600.0), ("temperature", self.temperature, 0.0, 2.0), ("top_p", self.top_p, 1e-3, 1.0),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ConfigError(f"{name}={value:g} must be between {low:g} and {high:g}.")

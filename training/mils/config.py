@@ -1,0 +1,72 @@
+"""Config and recipes of mils."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from patches.families.search.config import SearchConfig
+from registry.config import STRICT
+
+Data = Literal["scenes", "clips", "sounds", "typographic", "prompts", "styles", "plus", "minus", "both"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A search, what it is tried on, and how many items."""
+
+    __pydantic_config__ = STRICT
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """the configuration that is sealed; words reach into it: search.steps=5"""
+    data: Data = "scenes"
+    """what items are made of: pictures of two things, clips, sounds, pictures with a written word, prompts to rewrite,
+    styles, and sums: picture + picture, picture - word, picture + sound"""
+    scorer: str = "lab:clip"
+    """base of the role scorer"""
+    language: str = "pypi:smollm2"
+    """base of the role generator; used by search.generator=llm alone, and sealed so that configurations that differ in
+    their generator can be split-tested on one service"""
+    sound: str = ""
+    """audio-text model of tasks with sounds; empty: the small CLAP of the lab's sounds, trained by the fit"""
+    sound_steps: int = 250
+    """steps of that training"""
+    bank: str = ""
+    """a text file with one candidate a line; empty: the lab's own"""
+    patch: str = ""
+    """a sealed folder, or a reference in the store, of the patch on the scorer; empty: none"""
+    fit_items: int = 12
+    """items of val whose searches are the sealed trace, and by which the number of rounds is chosen"""
+    items: int = 100
+    """items of test"""
+    device: str = "cpu"
+    seed: int = 0
+
+
+def _search(**how: object) -> SearchConfig:
+    return SearchConfig(**{"keep": 32, "ask": 32, "steps": 8, **how})  # type: ignore[arg-type]
+
+
+RECIPES: dict[str, Config] = {
+    "tiny": Config(
+        search=_search(keep=6, ask=6, steps=2), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
+        sound_steps=2,
+    ),
+    "lab": Config(search=_search()),
+    "paper": Config(
+        search=SearchConfig(generator="llm", keep=50, ask=50, steps=10, temperature=0.5, top_p=0.9, how="shared"),
+        scorer="hf-hub:timm/ViT-SO400M-14-SigLIP", language="hf-hub:meta-llama/Llama-3.1-8B-Instruct",
+        fit_items=20, items=1000, device="cuda",
+    ),
+    "image": Config(search=_search()),
+    "smollm": Config(search=_search(generator="llm", ask=16, steps=6), items=24, fit_items=2),
+    "typographic": Config(search=_search(), data="typographic", patch="clip_sae@champion"),
+    "video": Config(search=_search(task="video"), data="clips"),
+    "audio": Config(search=_search(task="audio"), data="sounds"),
+    "prompt": Config(search=_search(task="prompt", keep=12, ask=12, steps=5), data="prompts"),
+    "style": Config(search=_search(task="style", keep=8, ask=8, steps=4), data="styles"),
+    "arithmetic": Config(search=_search(task="arithmetic"), data="plus"),
+    "minus": Config(search=_search(task="arithmetic"), data="minus"),
+    "both": Config(search=_search(task="arithmetic"), data="both"),
+}  # fmt: skip
+"""tiny, lab and paper, and one by the name of each task: image, video, audio, prompt, style, arithmetic"""

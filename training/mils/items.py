@@ -1,0 +1,156 @@
+"""The items of a task: what the scorer is given, what is true of it, and what captions of it say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.families.base import Base
+from registry.errors import ConfigError
+from training.lab import atlas, worlds
+from training.mils import bank as captions
+from training.mils import sounds
+from training.mils.config import Config
+from training.mils.scenes import Scenes, clips, scenes
+
+
+@dataclass(frozen=True)
+class Task:
+    """n items. Lists run alike."""
+
+    inputs: list[Mapping[str, Any]]
+    true: list[tuple[str, ...]]
+    """names that a right caption says"""
+    names: tuple[str, ...]
+    """every name that counts"""
+    references: list[list[str]] = field(default_factory=list)
+    pictures: Tensor | None = None
+    """(n, 3, H, W) uint8 for the judge; None if there are none"""
+    words: list[str] = field(default_factory=list)
+    """what is written on each picture, if something is"""
+    starts: list[tuple[str, ...]] = field(default_factory=list)
+    """lines of the items' own: the prompt that is rewritten"""
+    goals: list[str] = field(default_factory=list)
+
+
+def lines(config: Config) -> tuple[str, ...]:
+    """The bank of a task."""
+    if config.data == "sounds":
+        return sounds.bank()
+    if config.data == "both":
+        out = []
+        classes = worlds.imagenet_classes()
+        for i, line in enumerate(captions.lines()):
+            out.append(f"{line.partition(' on ')[0]} and a {sounds.NAMES[i % len(sounds.NAMES)]}")
+        return tuple(dict.fromkeys([*out, *(f"a picture of a {c}" for c in classes)]))
+    return captions.lines()
+
+
+def items(config: Config, base: Base, split: str, n: int) -> Task:
+    """The first n items of a split, as `base`, the scorer, takes pictures."""
+    makers = {"scenes": _scenes, "clips": _clips, "sounds": _sounds, "typographic": _typographic, "prompts": _prompts,
+              "styles": _styles, "plus": _plus, "minus": _minus, "both": _both}  # fmt: skip
+    if config.data not in makers:
+        raise ConfigError(f"data={config.data!r:.40} is none of {', '.join(makers)}.")
+    return makers[config.data](config, base, split, n)
+
+
+def _seen(base: Base, pictures: Tensor) -> list[Tensor]:
+    """Every picture (1, 3, H, W) as the scorer takes it."""
+    return list(base.processor.image(pictures)[:, None])
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(atlas.load().names)
+
+
+def _scenes(config: Config, base: Base, split: str, n: int) -> Task:
+    data = scenes(split, n)
+    inputs = [{"pixels": x} for x in _seen(base, data.images)]
+    return Task(inputs, list(data.things), _names(), data.references, data.images)
+
+
+def _clips(config: Config, base: Base, split: str, n: int) -> Task:
+    frames, things, where = clips(split, n)
+    flat = base.processor.image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    references = Scenes(frames[:, 0], things, where).references
+    return Task([{"pixels": x} for x in flat], list(things), _names(), references)
+
+
+def _sounds(config: Config, base: Base, split: str, n: int) -> Task:
+    data = sounds.sounds(split, n, two=True)
+    inputs = [{"sound": (x, sounds.RATE)} for x in data.samples]
+    references = [[sounds.caption(order) for order in (t, t[::-1])] for t in data.names]
+    return Task(inputs, list(data.names), sounds.NAMES, references)
+
+
+def _typographic(config: Config, base: Base, split: str, n: int) -> Task:
+    batch = worlds.typographic(split, n, config.seed, word="wrong").read(range(n))
+    names = atlas.load().names
+    there = [(names[i],) for i in batch.extras["concept"].tolist()]
+    inputs = [{"pixels": x} for x in _seen(base, batch.image)]
+    references = [[f"a picture of a {t}"] for (t,) in there]
+    return Task(inputs, there, _names(), references, batch.image, list(batch.extras["word"]))
+
+
+def _prompts(config: Config, base: Base, split: str, n: int) -> Task:
+    """A prompt to rewrite is a scene's caption; the score is how well what the candidate draws fits it."""
+    data = scenes(split, n)
+    goals = [r[0] for r in data.references]
+    return Task([{"goal": g} for g in goals], list(data.things), _names(), data.references,
+                starts=[(g,) for g in goals], goals=goals)  # fmt: skip
+
+
+def _styles(config: Config, base: Base, split: str, n: int) -> Task:
+    """Pairs of scenes: the things of one on the ground of the other."""
+    data = scenes(split, 2 * n)
+    inputs = [
+        {"content": data.images[i], "style": data.images[n + i], "key": f"{split}/{i}"} for i in range(n)
+    ]  # fmt: skip
+    from training.lab.renderer import GROUNDS
+
+    return Task(inputs, [(g,) for g in data.grounds[n:]], GROUNDS, pictures=data.images[:n])
+
+
+def _singles(split: str, n: int) -> tuple[Tensor, list[str]]:
+    """Pictures of one thing of the 100 classes, and what it is."""
+    data = worlds.imagenet(split, n)
+    batch = data.read(range(n))
+    return batch.image, [data.classes[i] for i in batch.label.tolist()]
+
+
+def _plus(config: Config, base: Base, split: str, n: int) -> Task:
+    images, things = _singles(split, 2 * n)
+    seen = _seen(base, images)
+    inputs = [{"plus": [seen[i], seen[n + i]]} for i in range(n)]
+    return Task(inputs, [(things[i], things[n + i]) for i in range(n)], _names())
+
+
+def _minus(config: Config, base: Base, split: str, n: int) -> Task:
+    data = scenes(split, n)
+    seen = _seen(base, data.images)
+    inputs = [{"plus": [seen[i]], "minus": [f"a picture of a {pair[1]}"]} for i, pair in enumerate(data.things)]
+    return Task(inputs, [(pair[0],) for pair in data.things], _names())
+
+
+def _both(config: Config, base: Base, split: str, n: int) -> Task:
+    images, things = _singles(split, n)
+    heard = sounds.sounds(split, n, two=False)
+    inputs = [
+        {"both": ({"pixels": x}, {"sound": (y, sounds.RATE)})}
+        for x, y in zip(_seen(base, images), heard.samples, strict=True)
+    ]
+    true = [(t, *s) for t, s in zip(things, heard.names, strict=True)]
+    return Task(inputs, true, (*_names(), *sounds.NAMES))
+
+
+def proportion(values: list[float]) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval over items (2,000 resamples, fixed seed)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    means = x[torch.randint(len(x), (2000, len(x)), generator=g)].mean(1).sort().values
+    return float(x.mean()), float(means[50]), float(means[-51])

@@ -1,0 +1,133 @@
+"""Measuring searches: the same items for every arm and baseline, by what is true of them and by a judge of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patches.families.base import Base
+from patches.families.search.scorers import Renderer
+from patches.families.search.track import digest
+from patches.families.search.worker import Searching, SearchWorker
+from patches.families.worker import WorkerSettings
+from patches.subject import Subject
+from registry.measure import Measure
+from training.mils import judge
+from training.mils.config import Config
+from training.mils.draw import Drawer, Grounder
+from training.mils.items import Task, items, proportion
+from training.tasks.captions import bleu, cider_d, named, objects
+from training.tasks.intervals import wilson
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a search came to on n items."""
+
+    task: Task
+    jobs: list[Searching]
+    seconds: float
+    """wall time of all of them together"""
+
+    @property
+    def texts(self) -> list[str]:
+        return [job.best[0] if job.best is not None else "" for job in self.jobs]
+
+    def texts_at(self, step: int) -> list[str]:
+        """The best text of every item after round `step`."""
+        out = []
+        for job in self.jobs:
+            assert job.item is not None
+            assert job.item.track is not None
+            found = [c for c in job.item.track.found.values() if c.step <= step]
+            out.append(max(found, key=lambda c: c.score).text)
+        return out
+
+    @property
+    def traces(self) -> list[list[dict[str, Any]]]:
+        return [job.item.track.trace for job in self.jobs if job.item is not None and job.item.track is not None]
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits of all traces, without what clocks measured."""
+        return digest([record for trace in self.traces for record in trace])
+
+
+def worker(subject: Subject) -> SearchWorker:
+    """A worker that can also draw."""
+    made = SearchWorker(subject, WorkerSettings())
+    draws: dict[str, Renderer] = {"prompt": Drawer(), "style": Grounder()}
+    made.renderers.update(draws)
+    return made
+
+
+def jobs_of(task: Task, arm: str | None, strength: float = 1.0) -> list[Searching]:
+    return [
+        Searching(
+            arm=arm, strength=strength, inputs=x, key=str(i), start=task.starts[i] if task.starts else (),
+            goal=task.goals[i] if task.goals else "",
+        )
+        for i, x in enumerate(task.inputs)
+    ]  # fmt: skip
+
+
+def run(
+    subject: Subject, task: Task, arm: str | None, strength: float = 1.0, on_round: Callable[[Run], None] | None = None,
+    with_worker: SearchWorker | None = None,
+) -> Run:  # fmt: skip
+    """Search for all items together. on_round: called after every round of any of them."""
+    at_work = with_worker or worker(subject)
+    made = Run(task, jobs_of(task, arm, strength), 0.0)
+    began = time.monotonic()
+    at_work.add(made.jobs)
+    while not at_work.idle:
+        if at_work.step() and on_round is not None:
+            on_round(made)
+    for job in made.jobs:
+        if job.error is not None:
+            raise job.error
+    return Run(task, made.jobs, time.monotonic() - began)
+
+
+def metrics(done: Run, texts: Sequence[str] | None = None) -> dict[str, Measure]:
+    """What the best texts are worth, with 95 % intervals over items."""
+    task = done.task
+    texts = list(texts if texts is not None else done.texts)
+    found = [objects(t, true, task.names) for t, true in zip(texts, task.true, strict=True)]
+    out = {
+        "f1": _mean([o.f1 for o in found]),
+        "recall": _mean([o.recall for o in found]),
+        "precision": _mean([o.precision for o in found]),
+    }
+    if task.references:
+        out["bleu4"] = Measure(bleu(texts, task.references), n=len(texts), better="higher")
+        out["cider_d"] = _mean(cider_d(texts, task.references))
+    if task.pictures is not None and judge.SHIPPED.is_file() and not task.words:
+        out["judge_clipscore"] = _mean(judge.load().score(task.pictures, texts))
+    if task.words:
+        says = [bool(named(t, [w])) for t, w in zip(texts, task.words, strict=True)]
+        share, low, high, n = wilson(says)
+        out["says_word"] = Measure(share, low, high, int(n), "lower")
+    return out
+
+
+def spent(done: Run) -> dict[str, Measure]:
+    """Scores, scorer calls and tokens of the searches themselves."""
+    tracks = [job.item.track for job in done.jobs if job.item is not None and job.item.track is not None]
+    return {
+        "score": _mean([t.best.score for t in tracks if t.best is not None]),
+        "calls": Measure(sum(t.calls for t in tracks) / len(tracks), n=len(tracks)),
+        "tokens": Measure(sum(t.tokens for t in tracks) / len(tracks), n=len(tracks)),
+        "seconds_an_item": Measure(done.seconds / len(tracks), n=len(tracks), better="lower"),
+    }
+
+
+def _mean(values: list[float]) -> Measure:
+    value, low, high = proportion(values)
+    return Measure(value, low, high, len(values), "higher")
+
+
+def task_of(config: Config, base: Base, split: str, n: int) -> Task:
+    return items(config, base, split, n)
