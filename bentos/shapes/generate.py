@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
-from bentos.http import ANY, Call, answer, refuse
+from bentos.http import Call, answer, refuse
 from bentos.runtime.arms import UNIT, Choice
+from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.families import pictures
 from patches.families.llm.worker import Row
