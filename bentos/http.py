@@ -6,6 +6,7 @@ what we did not foresee is a 500 that says nothing about our insides.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import hashlib
@@ -15,6 +16,8 @@ import itertools
 import json
 import logging
 import os
+import re
+import reprlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -29,25 +32,50 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from registry.errors import BadRequest, ConfigError, Forbidden, PatchbayError, TooLarge, TooMany, Unauthorised
+from registry.errors import (
+    BadRequest,
+    ConfigError,
+    Failed,
+    Forbidden,
+    NotReady,
+    PatchbayError,
+    TooLarge,
+    TooMany,
+    Unauthorised,
+    plain,
+)
 
 log = logging.getLogger("patchbay")
 
 MAX_BODY_BYTES = 2 << 20
+PART_S, BODY_S = 10.0, 60.0
+"""how long the next part of a body may take, and all of it"""
+MAX_BYTES_IN_FLIGHT = 128 << 20
+"""of bodies that are being received, together"""
+OFF_LOOP_BYTES = 64 << 10
+"""a larger body is read on another thread, so that nobody else's request waits for it"""
+MAX_DEPTH = 32
+"""brackets within brackets"""
 ANY = "any"
 """scope of a call that every known token may make"""
 MAX_FILES = 64
 """of one multipart form"""
-SCOPES = ("generate", "classify", "explain", "compare", "outcomes", "metrics")
+SCOPES = ("generate", "classify", "explain", "render", "compare", "outcomes", "metrics")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-         503: "unavailable_error"}  # fmt: skip
+         408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 429: "rate_limit_error", 503: "unavailable_error"}  # fmt: skip
 
 
 class WrongType(BadRequest):
     """The body is not JSON by its own header."""
 
     status = 415
+
+
+class TooSlow(BadRequest):
+    """The rest of the body does not come."""
+
+    status = 408
 
 
 @dataclass
@@ -76,6 +104,8 @@ class Token:
     name: str
     scopes: frozenset[str]
     bucket: Bucket | None
+    tenant: str = ""
+    """whose units, galleries and keys are its own; tokens may share one. Empty where there are no tokens"""
 
 
 OPEN = Token("anyone", frozenset(SCOPES), None)
@@ -84,11 +114,14 @@ OPEN = Token("anyone", frozenset(SCOPES), None)
 class Tokens:
     """Who may call. Without a file everybody on this machine may, and nobody else.
 
-    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600}}.
+    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600,
+    "tenant": "..."}}; the tenant, by default the name, owns units, galleries and keys.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, origins: str = "") -> None:
+        """origins: of pages elsewhere that may call, with commas: https://a.example,https://b.example"""
         self.known: dict[str, Token] | None = None
+        self.origins = frozenset(o.strip() for o in origins.split(",") if o.strip())
         if file is None:
             return
         try:
@@ -100,7 +133,7 @@ class Tokens:
     @classmethod
     def from_environment(cls) -> Tokens:
         name = os.environ.get("PATCHBAY_TOKENS")
-        return cls(Path(name) if name else None)
+        return cls(Path(name) if name else None, os.environ.get("PATCHBAY_ORIGINS", ""))
 
     def check_host(self, host: str) -> None:
         """Raises ConfigError if anybody on the network could call without a token."""
@@ -139,7 +172,10 @@ def _token(key: str, about: dict[str, Any]) -> Token:
         raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
     rate = float(about.get("per_minute", 0))
     bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
-    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket)
+    tenant = str(about.get("tenant", about["name"]))
+    if not re.fullmatch(r"[\x20-\x7e]{1,64}", tenant):
+        raise ValueError(f"the tenant {tenant[:40]!r} must be 1 to 64 printable characters")
+    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket, tenant)
 
 
 def near(request: Request) -> bool:
@@ -148,8 +184,52 @@ def near(request: Request) -> bool:
     By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
     must not be open to all of them.
     """
+    if not FORWARDED.isdisjoint(request.headers.keys()):
+        return False  # it came through a proxy here, for somebody elsewhere
+    return _loopback(_server(request))
+
+
+FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"})
+
+
+def _server(request: Request) -> str:
     server = request.scope.get("server")
-    return _loopback(server[0] if server else "")
+    return server[0] if server else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def check_browser(tokens: Tokens, request: Request) -> str | None:
+    """The foreign origin that may see the answer, or None for a call from no page or from our own. Raises Forbidden for
+    pages that may not call, and for names that lead here and are not ours (rebinding)."""
+    headers = request.headers
+    host = headers.get("host", "")
+    server = _server(request)
+    if tokens.known is None and _address(server) and _loopback(server):
+        name = _name(host)
+        if not (name == "localhost" or name.endswith(".localhost") or (_address(name) and _loopback(name))):
+            raise Forbidden(f"Host {host[:60]!r} is no name of this machine. Without tokens, call it as localhost.")
+    origin = headers.get("origin")
+    if origin is None or origin.partition("://")[2] == host:
+        return None
+    if origin in tokens.origins:
+        return origin
+    raise Forbidden(f"Pages of {origin[:60]!r} may not call this service. Allow them with PATCHBAY_ORIGINS.")
+
+
+@functools.lru_cache(maxsize=64)
+def _address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,6 +259,8 @@ class Call:
     max_bytes: int = MAX_BODY_BYTES
     files: str = ""
     """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
+    fields: bool = False
+    """whether a form's other parts are fields of the body, as OpenAI's clients send them: `n`, `patchbay[strength]`"""
 
 
 # A request's number is unique, not secret. The operating system's random numbers would cost every request a release of
@@ -193,20 +275,41 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
         request.state.number = number
+        allowed = None
         try:
+            allowed = check_browser(tokens, request)
             header = request.headers.get("authorization")
             request.state.token = tokens.admit(header, call.scope, near(request)) if call.scope else OPEN
             body = await read(request, call) if call.body else None
             response = await handler(request, body)
         except PatchbayError as e:
-            response = refuse(e)
+            response = refuse(e, number)
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception:
             log.exception("request %s failed", number)
             response = error(500, f"Something failed here; it is in the log as request {number}.", "server_error")
         response.headers["x-patchbay-request"] = number
+        if allowed is not None:
+            response.headers["access-control-allow-origin"] = allowed
+            response.headers["vary"] = "origin"
         return response
+
+    return route
+
+
+def preflight(tokens: Tokens) -> Callable[[Request], Awaitable[Response]]:
+    """What a browser asks before a page of one of `tokens.origins` calls."""
+
+    async def route(request: Request) -> Response:
+        origin = request.headers.get("origin", "")
+        if origin not in tokens.origins:
+            return Response(status_code=403)
+        return Response(status_code=204, headers={
+            "access-control-allow-origin": origin, "vary": "origin", "access-control-max-age": "600",
+            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-headers": "authorization, content-type, x-patchbay-arm, x-patchbay-unit",
+        })  # fmt: skip
 
     return route
 
@@ -218,20 +321,52 @@ async def read(request: Request, call: Call) -> Any:
     if kind != "application/json" and not (call.files and kind == "multipart/form-data"):
         also = " or multipart/form-data" if call.files else ""
         raise WrongType(f"Content-Type {kind[:60] or '(none)'!r} is not application/json{also}.")
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        raise BadRequest("Content-Length and Transfer-Encoding contradict each other; send one of them.")
+    raw = await _received(request, call.max_bytes)
+    body = call.body
+    if kind == "multipart/form-data":
+        values = await _form(request, raw, call)
+        return await asyncio.to_thread(parse, body, values)
+    if len(raw) > OFF_LOOP_BYTES:
+        return await asyncio.to_thread(lambda: parse(body, _object(raw, "The body")))
+    return parse(body, _object(raw, "The body"))
+
+
+class _Flight:
+    """Bytes of bodies that are being received by this process."""
+
+    bytes = 0
+
+
+async def _received(request: Request, limit: int) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is, BadRequest if it comes too slowly, NotReady if too many come at
+    once."""
     size = 0
     parts: list[bytes] = []
-    async for part in request.stream():
-        size += len(part)
-        if size > call.max_bytes:
-            raise TooLarge(f"The body is larger than {call.max_bytes} bytes.")
-        parts.append(part)
-    raw = b"".join(parts)
-    if kind == "multipart/form-data":
-        return parse(call.body, await _form(request, raw, call.files))
-    return parse(call.body, _object(raw, "The body"))
+    loop = asyncio.get_running_loop()
+    until = loop.time() + BODY_S
+    try:
+        async with asyncio.timeout(PART_S) as deadline:
+            async for part in request.stream():
+                size += len(part)
+                _Flight.bytes += len(part)
+                if size > limit:
+                    raise TooLarge(f"The body is larger than {limit} bytes.")
+                if _Flight.bytes > MAX_BYTES_IN_FLIGHT:
+                    raise NotReady("Too many large bodies are being received; try again in a few seconds.")
+                parts.append(part)
+                deadline.reschedule(min(until, loop.time() + PART_S))
+        return b"".join(parts)
+    except TimeoutError:
+        raise TooSlow(f"The body stopped after {size} bytes; it was given up.") from None
+    finally:
+        _Flight.bytes -= size
 
 
 def _object(raw: bytes | str, what: str) -> dict[str, Any]:
+    if raw.count("[" if isinstance(raw, str) else b"[") + raw.count("{" if isinstance(raw, str) else b"{") > MAX_DEPTH:
+        _check_depth(raw, what)
     try:
         values = orjson.loads(raw)
     except orjson.JSONDecodeError as e:
@@ -241,14 +376,28 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
     return values
 
 
-async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS = re.compile(rb"[\[\]{}]")
+
+
+def _check_depth(raw: bytes | str, what: str) -> None:
+    """Raises BadRequest for brackets nested deeper than any honest request's."""
+    depth = 0
+    text = raw.encode() if isinstance(raw, str) else raw
+    for found in _BRACKETS.finditer(_STRINGS.sub(b"", text)):
+        depth += 1 if found[0] in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise BadRequest(f"{what} nests deeper than {MAX_DEPTH} brackets.")
+
+
+async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
     """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
 
     try:
-        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=4).parse()
+        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=64).parse()
     except MultiPartException as e:
         raise BadRequest(f"The form cannot be read: {e.message[:120]}.") from None
     values: dict[str, Any] = {}
@@ -257,11 +406,34 @@ async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
         if isinstance(part, UploadFile):
             items.append({"data": base64.b64encode(await part.read()).decode()})
         elif name == "request":
-            values = _object(part, "The part 'request'")
+            values = values | _object(part, "The part 'request'")
+        elif call.fields:
+            _put(values, name, part)
         else:
             raise BadRequest(f"The form has a field {name[:60]!r}; send the files, and the other fields in 'request'.")
-    given = values.get(files, [])
-    return {**values, files: [*(given if isinstance(given, list) else [given]), *items]}
+    given = values.get(call.files, [])
+    return {**values, call.files: [*(given if isinstance(given, list) else [given]), *items]}
+
+
+def _put(values: dict[str, Any], name: str, text: str) -> None:
+    """Set a field of a form. `a[b]` is b within a; what lies within is JSON where it can be read so, else text."""
+    first, *rest = name.replace("]", "").split("[")
+    if len(rest) > 8:
+        raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
+    value: Any = text
+    if rest or text[:1] == "{":
+        _check_depth(text, f"The form's field {name[:60]!r}")
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            value = text
+    node = values
+    for key, after in zip([first, *rest][:-1], rest, strict=True):
+        inner = node.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise BadRequest(f"The form's field {key[:60]!r} is given as a value and as an object with {after[:60]!r}.")
+        node = inner
+    node[[first, *rest][-1]] = value
 
 
 def parse(model: type[BaseModel], values: Any) -> Any:
@@ -271,25 +443,34 @@ def parse(model: type[BaseModel], values: Any) -> Any:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         # the branches of a union are our names, not the caller's
-        where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))
-        given = repr(first.get("input"))[:80]
+        where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))[:200]
+        given = _shown.repr(first.get("input"))[:80]
         refusal = BadRequest(f"{where}: {first['msg']} (got {given}).")
         refusal.param = where  # type: ignore[attr-defined]
         raise refusal from None
 
 
-def refuse(e: PatchbayError) -> Response:
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
+
+
+def refuse(e: PatchbayError, number: str = "") -> Response:
+    """An error as callers see it: what is wrong with their request in full; of our own troubles, no more than that."""
     headers = {"retry-after": "2"} if e.status in (429, 503) else {}
     if e.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if e.status >= 500 and e.status != 503:
-        log.error("%s: %s", type(e).__name__, e)
-    return error(e.status, str(e), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
+    text = str(e)
+    if e.status >= 500:
+        if e.status != 503:
+            log.error("request %s: %s: %s", number, type(e).__name__, e)
+        if not isinstance(e, (NotReady, Failed)):
+            text = f"Something failed here ({type(e).__name__}); it is in the log as request {number}."
+    return error(e.status, plain(text), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
 
 
 def told(e: PatchbayError) -> dict[str, Any]:
     """What is wrong with one item of a request whose others are answered."""
-    return {"error": {"message": str(e), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
+    return {"error": {"message": plain(str(e)), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
 
 
 def error(

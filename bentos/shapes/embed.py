@@ -1,8 +1,8 @@
 """The shape `embed`: clips in; features, class scores, surprise, a reconstruction, a rollout or tracked masks out.
 
 `POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or a
-list of pictures, and may name its own arm. Arms are models of their own; `patchbay.compare` asks the base beside them.
-Clips are decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
+list of pictures, and may name its own arm. Arms are models: base beside checkpoint with `patchbay.compare`. Clips are
+decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
 `/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
 """
 
@@ -190,7 +190,7 @@ class Service:
         with contextlib.suppress(PatchbayError):  # each says so in its own error
             await run(self.runtime, list(jobs.values()))
         theirs = [_best(j, model) for j in jobs.values()]
-        self.desk.keep(request.state.number, twin.unit, [results[i].get("label") for i in jobs], theirs)
+        self.desk.keep(request.state.number, twin, [results[i].get("label") for i in jobs], theirs)
         status = max([j.error.status for j in jobs.values() if j.error], default=200)
         await self.desk.expose(request, twin, status, start)
 

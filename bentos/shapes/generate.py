@@ -39,6 +39,10 @@ MAX_CHAT_BYTES = 24 << 20
 """of a chat's body, with its pictures"""
 Make = Callable[..., Row]
 """makes a row of one prompt (`Family.prompt`)"""
+CHARS_PER_TOKEN = 16
+"""of a prompt, on the whole: text has three to five; what has more is refused before it is looked at"""
+SHORT = 4096
+"""characters that become tokens in the time another thread would take to begin"""
 
 
 # ---- what may be sent --------------------------------------------------------------------------------------------
@@ -216,6 +220,20 @@ class Text:
             self.text, self.stopped = self.text[: min(found)], True
 
 
+class News(asyncio.Event):
+    """Set when there is something to do for a request."""
+
+    first: float | None = None
+    """when its first token came"""
+
+    def latency_ms(self, start: float, lines: Sequence[Line]) -> float | None:
+        """To the first token, and per token after it: what does not grow with the answer that was asked for."""
+        if self.first is None:
+            return None
+        tokens = max(len(line.row.out) for line in lines)
+        return 1e3 * ((self.first - start) + (time.perf_counter() - self.first) / max(1, tokens - 1))
+
+
 @dataclass
 class Line:
     """One choice of one answer: a row being decoded, and its text."""
@@ -240,6 +258,7 @@ class Service:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
+        self.encoding = asyncio.Lock()
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
@@ -267,11 +286,18 @@ class Service:
         base, read = self.runtime.base, self.runtime.subject.family.prompt
         if read is None:
             raise BadRequest(f"{base.name} answers no prompts.")
-        if not urls:
+        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt if isinstance(m, dict))
+        if size > (most := CHARS_PER_TOKEN * self.runtime.settings.context):
+            raise TooLarge(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
+        if not urls and size <= SHORT and not self.encoding.locked():
             return read(base, prompt, (), begun)
+        if not urls:
+            async with self.encoding:  # long prompts one at a time, beside the event loop
+                return await asyncio.to_thread(read, base, prompt, (), begun)
         if len(urls) > MAX_PICTURES:
             raise BadRequest(f"messages: {len(urls)} pictures; {MAX_PICTURES} at most.")
-        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url) for url in urls], begun))
+        budget = pictures.Budget()
+        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url, budget) for url in urls], begun))
 
     async def complete(self, request: Request, ask: Completion) -> Response:
         prompts: list[Any]
@@ -341,11 +367,11 @@ class Service:
         except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
             self._cancel(lines)
             status = getattr(e, "status", 504)
-            await self.desk.expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
             if isinstance(e, TimeoutError):
                 raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
             raise
-        await self.desk.expose(request, choice, 200, start)
+        await self.desk.expose(request, choice, 200, start, news.latency_ms(start, lines))
         del shadow
         out = about.whole(lines, scores, getattr(ask, "echo", False), self.runtime.base.processor)
         out["patchbay"] = facts(table, choice)
@@ -363,7 +389,7 @@ class Service:
 
     def _lines(
         self, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, choice: Choice
-    ) -> tuple[list[Line], asyncio.Event]:
+    ) -> tuple[list[Line], News]:
         """The rows of a request, and the event their decoding sets when there is something to do here."""
         n = ask.n or 1
         arms = [(choice.arm, choice.label)]
@@ -380,13 +406,15 @@ class Service:
             if int(token) >= size:
                 raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
             bias[int(token)] = float(add)
-        news = asyncio.Event()
+        news = News()
         loop = asyncio.get_running_loop()
         lines: list[Line] = []
         each = bool(ask.stream or stops)
         """whether every token is of interest; if not, waking up for each would cost more than a small model does"""
 
         def ring(row: Row) -> None:
+            if news.first is None:
+                news.first = time.perf_counter()
             if each or row.finished:
                 # after a disconnect the loop may be gone; then nobody waits
                 with contextlib.suppress(RuntimeError):
@@ -406,7 +434,7 @@ class Service:
                     lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
         return lines, news
 
-    async def _receive(self, request: Request, lines: list[Line], news: asyncio.Event, start: float) -> None:
+    async def _receive(self, request: Request, lines: list[Line], news: News, start: float) -> None:
         """Wait for news, and turn new tokens into text. Raises if the caller has gone, or the deadline has passed."""
         try:
             if not news.is_set():
@@ -434,7 +462,7 @@ class Service:
                 self.runtime.cancel(line.row)
 
     async def _stream(
-        self, request: Request, ask: Ask, lines: list[Line], news: asyncio.Event, about: _About, choice: Choice,
+        self, request: Request, ask: Ask, lines: list[Line], news: News, about: _About, choice: Choice,
         start: float,
     ) -> AsyncIterator[bytes]:  # fmt: skip
         open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
@@ -458,7 +486,7 @@ class Service:
                         yield about.part(line, "", finish=line.finish)
                         open_lines.remove(line)
             status = 200
-            await self.desk.expose(request, choice, status, start)
+            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
             choice = Choice(choice.label, choice.digest)  # exposed once
             if ask.stream_options and ask.stream_options.include_usage:
                 yield about.usage_part(lines)
@@ -473,7 +501,7 @@ class Service:
             self._cancel(lines)
             if choice.experiment is not None:
                 # the caller left or it failed: an exposure all the same, or slow answers would look better
-                self.desk.later(self.desk.expose(request, choice, status, start))
+                self.desk.later(self.desk.expose(request, choice, status, start, news.latency_ms(start, lines)))
 
     def _shadow(
         self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, twin: Choice, lines: list[Line]
@@ -500,9 +528,9 @@ class Service:
                         if line.row.finished:
                             line.text.end()
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
-            self.desk.keep(number, twin.unit, control, treatment)
+            self.desk.keep(number, twin, control, treatment)
             status = max([line.row.error.status for line in shadows if line.row.error], default=200)
-            await self.desk.expose(request, twin, status, start)
+            await self.desk.expose(request, twin, status, start, news.latency_ms(start, shadows))
 
         return self.desk.later(follow())
 

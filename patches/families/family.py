@@ -67,6 +67,8 @@ class Family:
     wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
     dtype: Callable[[str], torch.dtype] = default_dtype
+    parts: Callable[[str], tuple[str, ...]] = lambda ref: ()
+    """(reference) -> references of other bases that it is made with and that must be at hand; a Bento carries them"""
 
 
 def families() -> list[str]:

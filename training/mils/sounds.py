@@ -125,7 +125,9 @@ def bank() -> tuple[str, ...]:
     for a in NAMES:
         for b in NAMES:
             if a != b and frozenset((a, b)) not in kept:
-                out |= dict.fromkeys((f"a sound of a {a} and a {b}", f"a {a} and a {b}", f"the noise of a {a} and a {b}"))
+                out |= dict.fromkeys(
+                    (f"a sound of a {a} and a {b}", f"a {a} and a {b}", f"the noise of a {a} and a {b}")
+                )
     while len(out) < 3200:
         three = [NAMES[i] for i in torch.randperm(len(NAMES), generator=g)[:3].tolist()]
         if not any(frozenset(p) in kept for p in itertools.combinations(three, 2)):

@@ -41,6 +41,7 @@ from patches.evidence.neuron_cards import (
 from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.maps import Threshold
+from patches.families.pictures import Budget
 from patches.mechanisms.neurons import NeuronEdit
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, NotFound, PatchbayError
@@ -233,12 +234,13 @@ class Service:
         refused: list[dict[str, Any]] = []
         good: list[Tensor] = []
         first: PatchbayError | None = None
+        budget = Budget()
         for values in images:
             try:
                 image = parse(Image, values)
                 if image.model is not None:
                     raise BadRequest("images: a picture's own model cannot be named here; name one for the request.")
-                good.append(pictures.pixels(self.runtime, image.data))
+                good.append(pictures.pixels(self.runtime, image.data, budget))
                 refused.append({})
             except PatchbayError as e:
                 first = first or e

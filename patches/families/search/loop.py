@@ -181,7 +181,10 @@ class Searcher:
         for item, proposal in zip(items, proposals, strict=True):
             assert item.track is not None
             if proposal.down:
-                item.ended, item.error = "failed", NotReady(f"{proposal.problem}; the rounds so far are kept.".capitalize())
+                item.ended, item.error = (
+                    "failed",
+                    NotReady(f"{proposal.problem}; the rounds so far are kept.".capitalize()),
+                )
             if not item.ended:
                 new.append((item, item.track.fresh(proposal.texts)))
         if self.config.how == "official":
