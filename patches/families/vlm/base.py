@@ -157,7 +157,7 @@ def _folder(ref: str) -> tuple[Path, str]:
 
 
 def parts(ref: str) -> tuple[str, ...]:
-    """References of the lab checkpoints that a lab base is made with: its tower, and its decoder if that is not its own."""
+    """References of what a lab base is made with: its tower, and its decoder if that is not its own."""
     if not ref.startswith("lab:"):
         return ()
     about = json.loads((_folder(ref)[0] / "config.json").read_text())
