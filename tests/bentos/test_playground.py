@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from bentos.desk import calls, openapi
+from bentos.app import calls
+from bentos.openapi import openapi
 from bentos.playground import assembled, page, policy
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger
