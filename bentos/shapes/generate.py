@@ -16,18 +16,12 @@ from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-<<<<<<< HEAD
 from bentos.desk import DEADLINE_S, Desk, facts, headers
-from bentos.http import ANY, MAX_BODY_BYTES, Call, answer, refuse
+from bentos.http import MAX_BODY_BYTES, Call, answer, refuse
 from bentos.runtime.arms import Choice
 from bentos.shapes.answers import About, Line, Text
 from bentos.shapes.messages import MAX_ROWS, Ask, Chat, Completion
-=======
-from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
-from bentos.http import Call, answer, refuse
-from bentos.runtime.arms import UNIT, Choice
 from bentos.tokens import ANY
->>>>>>> house
 from patches.engine.patch import Patch
 from patches.families import pictures
 from patches.families.llm.worker import Row
