@@ -7,7 +7,7 @@ import pytest
 
 from bentos.app import serve
 from bentos.http import MAX_BODY_BYTES
-from bentos.shapes.generate import MAX_TOKENS
+from bentos.shapes.messages import MAX_TOKENS
 from bentos.tokens import Tokens
 from registry.errors import ConfigError
 
