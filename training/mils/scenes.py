@@ -63,7 +63,9 @@ def scenes(split: str, n: int, seed: int = 0) -> Scenes:
     return Scenes(few.image, both[:n], where)
 
 
-def clips(split: str, n: int, frames: int = 6, seed: int = 0) -> tuple[Tensor, tuple[tuple[str, str], ...], tuple[str, ...]]:
+def clips(
+    split: str, n: int, frames: int = 6, seed: int = 0
+) -> tuple[Tensor, tuple[tuple[str, str], ...], tuple[str, ...]]:
     """n clips (n, T, 3, 96, 96) uint8 whose first thing drifts through the first half of the frames and whose second
     one through the other half, so that no frame shows both; what they are; the grounds."""
     lab, g = atlas.load(), generator("mils/clips", split, seed)

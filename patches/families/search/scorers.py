@@ -135,7 +135,9 @@ class Clip(Scorer):
             if float(torch.as_tensor(total).norm()) < 1e-4:
                 raise Invalid("The sum of these parts is nothing: what is added is taken away again.")
             return Target(F.normalize(torch.as_tensor(total), dim=0))
-        raise Invalid(f"This scorer looks at pictures and clips; it was given {', '.join(sorted(inputs)) or 'nothing'}.")
+        raise Invalid(
+            f"This scorer looks at pictures and clips; it was given {', '.join(sorted(inputs)) or 'nothing'}."
+        )
 
     def _part(self, part: Any) -> Tensor:
         return self.encode([part], Target(torch.zeros(0)))[0] if isinstance(part, str) else self.images(part)
@@ -211,7 +213,9 @@ class Preference(Clip):
         return Target(super().encode([inputs["goal"]], Target(torch.zeros(0)))[0])
 
     def encode(self, texts: Sequence[str], target: Target) -> Tensor:
-        drawn = [self.renderer.draw(texts[i : i + self.renderer.batch]) for i in range(0, len(texts), self.renderer.batch)]
+        drawn = [
+            self.renderer.draw(texts[i : i + self.renderer.batch]) for i in range(0, len(texts), self.renderer.batch)
+        ]
         return torch.stack([self.images(self.base.processor.image(x[None])) for x in torch.cat(drawn)])
 
 
@@ -219,7 +223,7 @@ class Style(Scorer):
     """Minus (1000 x the sum over blocks of the MSE of Gram matrices, plus the MSE of the content's features).
 
     Gram = F^T F / (tokens x width) of the patch tokens of an image tower's blocks, the content the tokens of one deep
-    block: the measure of Gatys et al. on a transformer's features, for the VGG that the paper uses is no part of a CLIP.
+    block: the measure of Gatys et al. on a transformer's features, for a CLIP has no VGG, which the paper uses.
     """
 
     GRAMS, CONTENT, WEIGHT = (0.0, 0.25, 0.5), 0.75, 1000.0
@@ -267,7 +271,9 @@ class Style(Scorer):
         for i in range(0, len(texts), n):
             grams, content = self.describe(self.renderer.draw(texts[i : i + n], target.content))
             wanted = target.vector.split([grams.shape[1], content.shape[1]])
-            made.append(torch.stack([(a - b).square().sum(1) for a, b in zip((grams, content), wanted, strict=True)], 1))
+            made.append(
+                torch.stack([(a - b).square().sum(1) for a, b in zip((grams, content), wanted, strict=True)], 1)
+            )
         return torch.cat(made)
 
     def compare(self, features: Tensor, target: Target) -> Tensor:

@@ -78,7 +78,9 @@ def load(ref: str, device: str = "cpu") -> Base:
 
 def base(ref: str, name: str, model: Any, ears: Ears, folder: Path) -> Base:
     """A Base of a saved model; its digest covers every file of the folder that shapes an output."""
-    kept = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt") and f.name != manifest.NAME)
+    kept = sorted(
+        f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt") and f.name != manifest.NAME
+    )
     digest = manifest.digest_of({f.name: manifest.sha256(f) for f in kept})
     return Base(ref, name, digest, model, ears, "", "search")
 
@@ -121,7 +123,8 @@ def save(model: Any, ears: Ears, folder: Path) -> None:
 
 def tiny(seed: int = 0) -> Base:
     """A random small CLAP, saved and loaded as one from the hub would be."""
-    model, ears = small("a sound of bell horn drum bird rain low high twice and".split(), seed=seed)
+    words = ("a", "sound", "of", "bell", "horn", "drum", "bird", "rain", "low", "high", "twice", "and")
+    model, ears = small(words, seed=seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         save(model, ears, folder)

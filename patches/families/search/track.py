@@ -134,7 +134,9 @@ class Track:
             if record.get("step") != self.step:
                 raise BadArtifact(f"The trace has round {record.get('step')!r} where {self.step} should be.")
             if record["step"] == 0 and record["bank"] != self.bank.digest:
-                raise BadArtifact(f"The trace was begun with the bank {record['bank'][:16]}, not {self.bank.digest[:16]}.")
+                raise BadArtifact(
+                    f"The trace was begun with the bank {record['bank'][:16]}, not {self.bank.digest[:16]}."
+                )
             self._replay(dict(record))
 
     def _replay(self, record: dict[str, Any]) -> None:

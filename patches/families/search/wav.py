@@ -66,7 +66,9 @@ def _samples(body: bytes, kind: int, bits: int) -> np.ndarray:
         parts = np.frombuffer(body[: len(body) // 3 * 3], np.uint8).reshape(-1, 3).astype(np.int32)
         whole = parts[:, 0] | parts[:, 1] << 8 | parts[:, 2] << 16
         return (whole - ((whole >> 23) << 24)).astype(np.float64) / 2**23
-    raise Invalid(f"Samples of format {kind} with {bits} bits cannot be read; send PCM of 8, 16, 24 or 32 bits, or floats.")
+    raise Invalid(
+        f"Samples of format {kind} with {bits} bits cannot be read; send PCM of 8, 16, 24 or 32 bits, or floats."
+    )
 
 
 def encode(samples: Tensor, rate: int) -> bytes:
