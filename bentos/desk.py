@@ -181,7 +181,9 @@ class Desk:
         """Wait until an event is on the disk. Raises NotReady if that fails or takes too long."""
         try:
             async with asyncio.timeout(seconds):
-                return await asyncio.shield(asyncio.wrap_future(future))
+                written = asyncio.wrap_future(future)
+                written.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever waited may have gone
+                return await asyncio.shield(written)
         except TimeoutError:
             raise NotReady("The event log does not answer; send this again with the same key.") from None
         except PatchbayError:

@@ -422,6 +422,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
         raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
     value: Any = text
     if rest or text[:1] == "{":
+        _check_depth(text, f"The form's field {name[:60]!r}")
         try:
             value = orjson.loads(text)
         except orjson.JSONDecodeError:

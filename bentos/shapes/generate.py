@@ -296,7 +296,8 @@ class Service:
                 return await asyncio.to_thread(read, base, prompt, (), begun)
         if len(urls) > MAX_PICTURES:
             raise BadRequest(f"messages: {len(urls)} pictures; {MAX_PICTURES} at most.")
-        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url) for url in urls], begun))
+        budget = pictures.Budget()
+        return await asyncio.to_thread(lambda: read(base, prompt, [pictures.read(url, budget) for url in urls], begun))
 
     async def complete(self, request: Request, ask: Completion) -> Response:
         prompts: list[Any]
@@ -317,7 +318,7 @@ class Service:
         return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
 
     async def about(self, request: Request, _: None) -> Response:
-        """What may be sent: whether the model sees pictures, what each arm's mechanism takes as `patchbay.ask` (its JSON
+        """What may be sent: whether the model sees pictures, what the arm's mechanism takes as `patchbay.ask` (JSON
         schema), and pictures sealed with the arm that is named (`?model=`), to begin with."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
         arm = self.runtime.subject.arms.get(choice.arm) if choice.arm is not None else None

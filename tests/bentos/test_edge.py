@@ -189,12 +189,11 @@ def test_a_long_prompt_becomes_tokens_on_another_thread_and_the_same_ones(servic
             from bentos.shapes import generate
             from patches.families.llm.text import encode
 
-            own = next(v for k, v in s.app.state.desk.__dict__.items() if k == "runtime")
-            shape = generate.Service(s.app.state.desk)
+            base, shape = s.runtime.base, generate.Service(s.app.state.desk)
             text = "abc " * 2000
-            assert await shape._encode(text) == encode(own.base, text)
-            many = await asyncio.gather(*(shape._encode(text) for _ in range(6)), shape._encode("short"))
-            assert many[-1] == encode(own.base, "short")
+            assert (await shape._read(text))().prompt == encode(base, text)
+            many = await asyncio.gather(*(shape._read(text) for _ in range(6)), shape._read("short"))
+            assert many[-1]().prompt == encode(base, "short")
 
     asyncio.run(work())
 

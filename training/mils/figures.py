@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from patches.evidence import read_evidence
 
-def drawn(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+
+def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """name -> matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    from training.mils import EVIDENCE
-
-    found = json.loads((folder / EVIDENCE).read_text())
+    found = read_evidence(folder)
     curve = Figure(figsize=(6, 3.4), layout="constrained")
     left = curve.subplots()
     rounds = range(len(found["val_f1_by_round"]))

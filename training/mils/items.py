@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patches.families.base import Base
@@ -146,11 +145,3 @@ def _both(config: Config, base: Base, split: str, n: int) -> Task:
     ]
     true = [(t, *s) for t, s in zip(things, heard.names, strict=True)]
     return Task(inputs, true, (*_names(), *sounds.NAMES))
-
-
-def proportion(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval over items (2,000 resamples, fixed seed)."""
-    x = torch.tensor(values, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    means = x[torch.randint(len(x), (2000, len(x)), generator=g)].mean(1).sort().values
-    return float(x.mean()), float(means[50]), float(means[-51])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from patches.engine.patch import ONLY
 from patches.families.base import Base
 from patches.families.search.scorers import Renderer
 from patches.families.search.track import digest
@@ -17,9 +18,9 @@ from registry.measure import Measure
 from training.mils import judge
 from training.mils.config import Config
 from training.mils.draw import Drawer, Grounder
-from training.mils.items import Task, items, proportion
+from training.mils.items import Task, items
 from training.tasks.captions import bleu, cider_d, named, objects
-from training.tasks.intervals import wilson
+from training.tasks.intervals import mean, share
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,18 @@ def metrics(done: Run, texts: Sequence[str] | None = None) -> dict[str, Measure]
     texts = list(texts if texts is not None else done.texts)
     found = [objects(t, true, task.names) for t, true in zip(texts, task.true, strict=True)]
     out = {
-        "f1": _mean([o.f1 for o in found]),
-        "recall": _mean([o.recall for o in found]),
-        "precision": _mean([o.precision for o in found]),
+        "f1": mean([o.f1 for o in found]),
+        "recall": mean([o.recall for o in found]),
+        "precision": mean([o.precision for o in found]),
     }
     if task.references:
         out["bleu4"] = Measure(bleu(texts, task.references), n=len(texts), better="higher")
-        out["cider_d"] = _mean(cider_d(texts, task.references))
+        out["cider_d"] = mean(cider_d(texts, task.references))
     if task.pictures is not None and judge.SHIPPED.is_file() and not task.words:
-        out["judge_clipscore"] = _mean(judge.load().score(task.pictures, texts))
+        out["judge_clipscore"] = mean(judge.load().score(task.pictures, texts))
     if task.words:
         says = [bool(named(t, [w])) for t, w in zip(texts, task.words, strict=True)]
-        share, low, high, n = wilson(says)
-        out["says_word"] = Measure(share, low, high, int(n), "lower")
+        out["says_word"] = share(says, "lower")
     return out
 
 
@@ -117,16 +117,18 @@ def spent(done: Run) -> dict[str, Measure]:
     """Scores, scorer calls and tokens of the searches themselves."""
     tracks = [job.item.track for job in done.jobs if job.item is not None and job.item.track is not None]
     return {
-        "score": _mean([t.best.score for t in tracks if t.best is not None]),
+        "score": mean([t.best.score for t in tracks if t.best is not None]),
         "calls": Measure(sum(t.calls for t in tracks) / len(tracks), n=len(tracks)),
         "tokens": Measure(sum(t.tokens for t in tracks) / len(tracks), n=len(tracks)),
         "seconds_an_item": Measure(done.seconds / len(tracks), n=len(tracks), better="lower"),
     }
 
 
-def _mean(values: list[float]) -> Measure:
-    value, low, high = proportion(values)
-    return Measure(value, low, high, len(values), "higher")
+def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, float | Measure]:
+    """The search on the test split; arm None: the same with no round, which is the best line of the same bank."""
+    task = task_of(config, subject.bases["scorer"], "test", config.items)
+    done = run(subject, task, ONLY, strength=0.0 if arm is None else 1.0)
+    return {**metrics(done), **spent(done)}
 
 
 def task_of(config: Config, base: Base, split: str, n: int) -> Task:

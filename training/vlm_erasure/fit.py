@@ -1,4 +1,4 @@
-"""Choosing an erasure: where, along which direction, how strongly, and below which confidence; on val pictures alone."""
+"""Choosing an erasure: where, along which direction, how strongly, below which confidence; on val pictures alone."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Scenes, Seen, coco, lab, see
 
 
+FEWER = {"test:neutral": 3, "test:pair": 10, "held:alone": 6}
+"""parts beside the claim's own: by how much they are smaller"""
+
+
 def scenes(config: Config, part: str, kind: str = "alone") -> Scenes:
-    """Pictures of `val` or `test`. COCO's two parts are different pictures of one folder."""
-    n = config.val_scenes if part == "val" else config.test_scenes
+    """Pictures of `val`, `test` or a part of FEWER. COCO's two parts are different pictures of one folder."""
+    n = config.val_scenes if part == "val" else max(4, config.test_scenes // FEWER.get(part, 1))
     if config.pictures == "lab":
         split, _, which = part.partition(":")
         return lab(split, n, config.seed, which or kind)
@@ -52,7 +56,8 @@ def candidates(config: Config, base: Base, objects: tuple[str, ...]) -> Iterator
             where = depths if text < 0 else (text,) * len(depths)
             for own in config.own:
                 for weight in config.weights:
-                    name = f"depths {list(depths)} word {'same' if text < 0 else text}{' own' if own else ''} weight {weight:g}"
+                    word = f"{'same' if text < 0 else text}{' own' if own else ''}"
+                    name = f"depths {list(depths)} word {word} weight {weight:g}"
                     yield name, make(
                         base, depths, where, weight=weight, own=own, objects=objects, normed=config.normed,
                         rounds=config.rounds,

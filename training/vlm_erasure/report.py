@@ -6,7 +6,6 @@ nothing was chosen on, with bootstrap intervals.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +162,8 @@ def where(subject: Subject, seen: Seen, said: measure.Said, field: Tensor, confi
 
 
 def elsewhere(subject: Subject, part: str, patch: EraseEdit, config: Config) -> dict[str, Any]:
-    """Base and automatic mode on scenes of another kind or style, a third as many."""
-    fewer = replace(config, test_scenes=max(8, config.test_scenes // (2 if "neutral" in part else 4)))
-    seen = see(subject.base, scenes(fewer, part), config.question)
+    """Base and automatic mode on scenes of another kind or style."""
+    seen = see(subject.base, scenes(config, part), config.question)
     said = measure.captions(subject, seen, max_tokens=config.max_tokens)
     sure = confidence(subject, seen, patch)
     new, _ = measure.automatic(subject, seen, said.mask, sure, patch.config.limit, patch, config.rounds)
@@ -214,7 +212,8 @@ def _curve(table: dict[str, Any]) -> Any:
     names = list(table)
     values = [table[n]["auroc"] for n in names]
     a.barh(range(len(names)), [v.value for v in values],
-           xerr=[[v.value - (v.low or v.value) for v in values], [(v.high or v.value) - v.value for v in values]])  # fmt: skip
+           xerr=[[v.value - (v.low or v.value) for v in values],
+                 [(v.high or v.value) - v.value for v in values]])  # fmt: skip
     a.axvline(0.5, color="black", lw=0.8)
     a.set_yticks(range(len(names)), names, fontsize=7)
     a.set(xlim=(0, 1), xlabel="AUROC, true against invented mentions")

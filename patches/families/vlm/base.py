@@ -1,7 +1,7 @@
 """Vision-language bases: loading by reference, the random tiny one, and the words' states that erasing needs.
 
-References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (transformers'
-layout, safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
+References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (in
+transformers' layout; safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
 
 Shapes: B rows, T tokens, D the decoder's width, L decoder layers; depth 0 is what enters the decoder (the projector's
 output at image tokens), depth l the output of layer l.

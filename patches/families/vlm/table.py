@@ -1,4 +1,4 @@
-"""What MLflow asks of a vision-language model: a picture, a question, what the mechanism may be told; a text comes out."""
+"""What MLflow asks of a vision-language model: a picture, a question, what the mechanism is told; and a text."""
 
 from patches.families.table import Column, Table
 
