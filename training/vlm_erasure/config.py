@@ -29,17 +29,17 @@ class Config:
     """where erasing is tried; 0 is the projector's output. (-1,) stands for every depth but the last"""
     text_depths: tuple[int, ...] = (-1, 0)
     """depths a word's direction is taken from; -1: the one it is erased at"""
-    weights: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    weights: tuple[float, ...] = (1.0, 1.5, 2.0)
     own: tuple[bool, ...] = (False, True)
     """whether the mean word is taken out of a direction"""
     normed: bool = True
     """whether the lens passes states through the final norm"""
     rounds: int = 3
-    kept: float = 0.95
+    kept: float = 0.9
     """share of true mentions a setting should keep; below it counts against it"""
-    val_scenes: int = 300
+    val_scenes: int = 400
     """pictures that settings are chosen on"""
-    sweep_captions: int = 120
+    sweep_captions: int = 90
     """of their captions with an invention, how many the sweep erases in"""
     test_scenes: int = 600
     """pictures that are only reported on"""

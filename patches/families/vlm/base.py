@@ -1,7 +1,7 @@
 """Vision-language bases: loading by reference, the random tiny one, and the words' states that erasing needs.
 
-References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (transformers'
-layout, safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
+References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (in
+transformers' layout; safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
 
 Shapes: B rows, T tokens, D the decoder's width, L decoder layers; depth 0 is what enters the decoder (the projector's
 output at image tokens), depth l the output of layer l.
@@ -154,6 +154,14 @@ def _folder(ref: str) -> tuple[Path, str]:
         f"{ref[:80]!r} names no vision-language base. Write lab:vlm, lab:vlm-projector, "
         "hf-hub:llava-hf/llava-1.5-7b-hf or local-dir:path."
     )
+
+
+def parts(ref: str) -> tuple[str, ...]:
+    """References of what a lab base is made with: its tower, and its decoder if that is not its own."""
+    if not ref.startswith("lab:"):
+        return ()
+    about = json.loads((_folder(ref)[0] / "config.json").read_text())
+    return tuple(about[k] for k in ("tower", "decoder") if about.get(k))
 
 
 # ---- the decoder's inside -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ are separate (`config.get_text_config()`).
 | LLaVA, LLaVA-NeXT, lab:vlm | model.language_model.layers | model.language_model.norm | lm_head | a patch (a tile) |
 | Idefics3, SmolVLM | model.text_model.layers | model.text_model.norm | lm_head | scale^2 patches |
 | Qwen2-VL, Qwen2.5-VL | model.language_model.layers | model.language_model.norm | lm_head | 2 x 2 patches, M-RoPE |
-| InstructBLIP | language_model.model.layers | language_model.model.norm | language_model.lm_head | a Q-Former query, no place |
+| InstructBLIP | language_model.model.layers | language_model.model.norm | language_model.lm_head | a Q-Former's query |
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Layout:
     grids: Callable[[Any, Pixels], list[Grid]]
     """(model, pixels) -> per picture, how its image tokens lie"""
     positions: Callable[[Any, Tensor, Pixels], tuple[Tensor, int]] | None = None
-    """(model, ids (1, T), pixels) -> M-RoPE positions (3, T) and what is added to a column for later ones; None: columns"""
+    """(model, ids (1, T), pixels) -> M-RoPE positions (3, T), and what is added to later columns; None: columns"""
     keys: tuple[str, ...] = ("pixel_values",)
     """the processor's outputs that belong to the pictures"""
 
