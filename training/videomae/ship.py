@@ -18,8 +18,8 @@ from registry import config as configs
 from training.tasks import motion
 from training.tasks.intervals import wilson
 from training.videomae import tuning
-from training.videomae.progression import SCRATCH, Sweep, labelled, test
 from training.videomae.pretraining import new
+from training.videomae.progression import SCRATCH, Sweep, labelled, test
 
 
 def ship(sweep: Path, row: str, folder: Path, seed: int = 0) -> MaskedVideo:
@@ -54,10 +54,10 @@ def card(model: MaskedVideo, how: Sweep, row: str, seed: int) -> str:
         value, low, high, n = wilson(torch.cat(said) == held.label)
         lines.append(f"| {name} | {value:.3f} [{low:.3f}, {high:.3f}] | {int(n)} |")
     trained = (
-        "Nothing: weights are random; probe and fine-tuned copy are fitted on the labelled clips alone."
+        "None: the encoder is random; probe and fine-tuned copy saw the labelled clips alone."
         if row == SCRATCH
-        else f"{how.steps} steps of {how.batch} clips out of {how.pool} ({row}), each one of 96 views; {how.mask} mask of "
-        f"{how.ratio}; the clip's {how.still} frame taken away."
+        else f"{how.steps} steps of {how.batch} clips out of {how.pool} ({row}), each one of 96 views; {how.mask} mask "
+        f"of {how.ratio}; the clip's {how.still} frame taken away."
     )
     size = how.size
     return "\n".join([
