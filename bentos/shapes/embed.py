@@ -64,7 +64,9 @@ class Video(BaseModel):
         list[Any], Field(min_length=1, max_length=MAX_CLIPS, json_schema_extra={"items": ClipIn.model_json_schema()})
     ]
     """each is judged for itself"""
-    wants: Annotated[list[Want], Field(min_length=1, max_length=7)] = Field(default_factory=lambda: ["scores"])
+    wants: Annotated[list[Want], Field(min_length=1, max_length=7)] = Field(
+        default_factory=lambda: list[Want](["scores"])
+    )
     layer: Annotated[int, Field(ge=0, le=512)] | None = None
     """of features, tokens and track: 0 is the embedding; by default the last (of track the middle)"""
     stride: Annotated[int, Field(ge=0, le=64)] = 0

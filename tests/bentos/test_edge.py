@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from bentos import http as edge
-from bentos.http import Tokens, check_browser, near
+from bentos.tokens import Tokens, check_browser, near
 from patches.families.pictures import Budget, read
 from registry.errors import BadRequest, Forbidden, Invalid, PatchbayError, TooLarge, plain, unsecret
 
@@ -144,6 +144,25 @@ def test_deep_nesting_is_the_callers_error_on_every_route(service, raw, path):
             assert len(got.content) < 2000
 
     asyncio.run(work())
+
+
+TAILS = {
+    "escapes": b'\\"' * 900_000,
+    "quotes": b'"' * 900_001,
+    "words": b'"a' * 500_000,
+    "backslashes": b"\\" * 900_001,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_no_body_takes_long_to_look_through(tail):
+    """Nesting is looked for in one pass: a pattern that begins again at every quote would take hours."""
+    raw = b'{"a":[' + b"[]," * 40 + tail
+    start = time.process_time()
+    with pytest.raises(BadRequest):
+        edge._object(raw, "The body")
+    assert time.process_time() - start < 3
 
 
 def test_brackets_in_strings_are_no_nesting(service):
@@ -311,7 +330,7 @@ def test_whatever_a_decoder_raises_is_its_pictures_fault(pictures, monkeypatch):
 
 
 def test_a_preflight_is_answered_for_pages_that_may_call(home):
-    from bentos.desk import application
+    from bentos.app import application
     from bentos.runtime import Settings
 
     async def work():

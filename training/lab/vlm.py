@@ -414,7 +414,6 @@ def about(config: Config, tower_digest: str, features_width: int) -> dict[str, A
         "layers": config.layers,
         "heads": config.heads,
         "mlp": config.mlp,
-        "context": 64,
         "vocabulary": list(VOCABULARY),
     }
 

@@ -35,7 +35,7 @@ class Config:
     normed: bool = True
     """whether the lens passes states through the final norm"""
     rounds: int = 3
-    kept: float = 0.95
+    kept: float = 0.9
     """share of true mentions a setting should keep; below it counts against it"""
     val_scenes: int = 400
     """pictures that settings are chosen on"""

@@ -156,6 +156,14 @@ def _folder(ref: str) -> tuple[Path, str]:
     )
 
 
+def parts(ref: str) -> tuple[str, ...]:
+    """References of what a lab base is made with: its tower, and its decoder if that is not its own."""
+    if not ref.startswith("lab:"):
+        return ()
+    about = json.loads((_folder(ref)[0] / "config.json").read_text())
+    return tuple(about[k] for k in ("tower", "decoder") if about.get(k))
+
+
 # ---- the decoder's inside -----------------------------------------------------------------------------------------
 
 

@@ -11,5 +11,5 @@ TABLE = Table(
         Column("ask", "string", '{"erase": ["egg"]}', required=False),
     ),
     gives=(Column("text", "string", "a chicken on grass"),),
-    params={"max_tokens": ("long", 64), "strength": ("double", 1.0)},
+    params={"max_tokens": ("long", 32), "strength": ("double", 1.0)},
 )
