@@ -32,8 +32,8 @@ def fit(config: Config, folder: Path) -> Manifest:
     want = config.size.frames, config.size.image, motion.CLASSES
     if (base.model.frames, base.model.size, base.model.classes) != want:
         raise ConfigError(
-            f"{config.base} reads {base.model.frames} frames of {base.model.size} px, {len(base.model.classes)} classes; "
-            f"this recipe has {want[0]}, {want[1]} and {len(want[2])}. Name another base."
+            f"{config.base} reads {base.model.frames} frames of {base.model.size} px, {len(base.model.classes)} "
+            f"classes; this recipe has {want[0]}, {want[1]} and {len(want[2])}. Name another base."
         )
     place = home() / "resume" / f"videomae-{manifest.digest_of(asdict(config))[:16]}"
     model = made(config, place)

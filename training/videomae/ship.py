@@ -62,8 +62,8 @@ def card(model: MaskedVideo, how: Sweep, row: str, seed: int) -> str:
     size = how.size
     return "\n".join([
         f"# lab:video-{row.replace('_', '-')}", "",
-        f"A VideoMAE of the lab ({size.frames} frames of {size.image} px, patch {size.patch}, width {size.width}, depth "
-        f"{size.depth}), transformers' layout, half precision on disk.", "",
+        f"A VideoMAE of the lab ({size.frames} frames of {size.image} px, patch {size.patch}, width {size.width}, "
+        f"depth {size.depth}), transformers' layout, half precision on disk.", "",
         f"Pre-training: {trained}", f"Seed {seed}; {how.more} labelled clips of train.", "",
         "| eleven motions, test split of the lab (icons and grounds unseen) | accuracy, 95 % | n |", "|---|---|---|",
         *lines, "", "Chance is 0.091. Numbers are lab numbers. Made by `python -m training.videomae.ship`.", "",
