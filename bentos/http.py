@@ -199,15 +199,19 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
     return values
 
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[\]{}]")
+_PIECES = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+"""strings, the last of which may not end, and brackets outside of them; each byte is looked at once"""
 
 
 def _check_depth(raw: bytes, what: str) -> None:
     """Raises BadRequest for brackets nested deeper than any honest request's."""
     depth = 0
-    for found in _BRACKETS.finditer(_STRINGS.sub(b"", raw)):
-        depth += 1 if found[0] in b"[{" else -1
+    for found in _PIECES.finditer(raw):
+        piece = found[0]
+        if piece in b"[{":
+            depth += 1
+        elif piece in b"]}":
+            depth -= 1
         if depth > MAX_DEPTH:
             raise BadRequest(f"{what} nests deeper than {MAX_DEPTH} brackets.")
 
@@ -244,7 +248,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
         raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
     value: Any = text
     if rest or text[:1] == "{":
-        _check_depth(text, f"The form's field {name[:60]!r}")
+        _check_depth(text.encode(), f"The form's field {name[:60]!r}")
         try:
             value = orjson.loads(text)
         except orjson.JSONDecodeError:

@@ -146,6 +146,25 @@ def test_deep_nesting_is_the_callers_error_on_every_route(service, raw, path):
     asyncio.run(work())
 
 
+TAILS = {
+    "escapes": b'\\"' * 900_000,
+    "quotes": b'"' * 900_001,
+    "words": b'"a' * 500_000,
+    "backslashes": b"\\" * 900_001,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_no_body_takes_long_to_look_through(tail):
+    """Nesting is looked for in one pass: a pattern that begins again at every quote would take hours."""
+    raw = b'{"a":[' + b"[]," * 40 + tail
+    start = time.process_time()
+    with pytest.raises(BadRequest):
+        edge._object(raw, "The body")
+    assert time.process_time() - start < 3
+
+
 def test_brackets_in_strings_are_no_nesting(service):
     async def work():
         async with service() as s:

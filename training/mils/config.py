@@ -49,7 +49,7 @@ def _search(**how: object) -> SearchConfig:
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        search=_search(keep=6, ask=6, steps=2), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
+        search=_search(keep=6, ask=6, steps=2, calls=200), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
         sound_steps=2,
     ),
     "lab": Config(search=_search()),

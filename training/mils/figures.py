@@ -27,12 +27,10 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     left.legend(handles=[*left.get_lines()[:1], *right.get_lines()], loc="lower right", fontsize=8)
     bars = Figure(figsize=(6, 3.4), layout="constrained")
     axis = bars.subplots()
-    shown = [
-        m for m in ("f1", "recall", "precision", "bleu4", "judge_clipscore", "says_word") if m in results["patched"]
-    ]
+    shown = [m for m in results["patched"] if m.startswith(("target/", "quality/")) and m != "quality/cider_d"]
     for k, side in enumerate(("base", "patched")):
         axis.bar([i + 0.4 * k for i in range(len(shown))], [results[side][m] for m in shown], 0.4,
                  label={"base": "best of the bank", "patched": "search"}[side])  # fmt: skip
-    axis.set_xticks([i + 0.2 for i in range(len(shown))], shown)
+    axis.set_xticks([i + 0.2 for i in range(len(shown))], [m.partition("/")[2] for m in shown])
     axis.legend()
     return {"rounds": curve, "beside_the_bank": bars}

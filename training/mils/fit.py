@@ -1,4 +1,4 @@
-"""Fitting: search for val items, choose the number of rounds, seal configuration, bank, patch, sound model and trace."""
+"""Fitting: search for val items, choose the number of rounds, seal it with bank, patch, sound model and trace."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     finally:
         subject.close()
     write_trace(done, folder / TRACE)
-    curve = [measure.metrics(done, done.texts_at(k))["f1"].value for k in range(search.steps + 1)]
+    curve = [measure.metrics(done, done.texts_at(k))["target/f1"].value for k in range(search.steps + 1)]
     chosen = next((k for k, f in enumerate(curve) if f >= max(curve) - WITHIN and k > 0), search.steps)
     found = {
         "val_items": config.fit_items, "val_f1_by_round": [round(f, 4) for f in curve], "rounds": chosen,

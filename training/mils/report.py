@@ -24,8 +24,8 @@ OFFICIAL_ITEMS = 2
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """n = config.items of test: the best line of the bank, random lines and mutation at as many scorer calls, the search
-    itself, and with a patch on the scorer the same search without it; paired differences in F1; both loops' pace."""
+    """On config.items of test: the best line of the bank, random lines and mutation at as many scorer calls, the search
+    itself, with a patch on the scorer the same without it; paired differences in F1; both loops' pace."""
     about = manifest.read(folder)
     search = configs.parse(SearchConfig, about.config)
     arms = {ONLY: search, "random": replace(search, generator="random")}
@@ -39,15 +39,22 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
             subject.add(name, Search(asdict(other), folder))
     draft = Draft(about)
     task = measure.task_of(config, subject.bases["scorer"], "test", config.items)
-    at_work = measure.worker(subject)
     f1: dict[str, list[float]] = {}
     for name in ("bank", *arms):
         arm, strength = (ONLY, 0.0) if name == "bank" else (name, 1.0)
-        done = measure.run(subject, task, arm, strength, with_worker=at_work)
-        draft.keep("test", name, value={**measure.metrics(done), **measure.spent(done)})
+        done = measure.run(subject, task, arm, strength)
+        draft.keep(
+            "test",
+            name,
+            value={
+                **measure.metrics(done),
+                **measure.spent(done),
+                "seconds_an_item": Measure(done.seconds / len(task.inputs), n=len(task.inputs)),
+            },
+        )
         f1[name] = [objects(t, true, task.names).f1 for t, true in zip(done.texts, task.true, strict=True)]
         if name == ONLY:
-            by_round = {k: measure.metrics(done, done.texts_at(k))["f1"] for k in range(search.steps + 1)}
+            by_round = {k: measure.metrics(done, done.texts_at(k))["target/f1"] for k in range(search.steps + 1)}
             draft.keep("f1_by_round", value=by_round)
             draft.keep("examples", value=[list(pair) for pair in zip(done.texts[:8], task.true[:8], strict=True)])
         if name != "bank":

@@ -117,8 +117,8 @@ def test_statistics_know_noise_and_themselves() -> None:
 
 def test_a_masked_model_learns_what_it_can_see() -> None:
     pool = stages.draw("moving_circles", 8, frames=4, size=16, objects=8)
-    _, log = pretrain(pool, SMALL, Plan(steps=200, batch=16, ratio=0.5, peak=3e-3))
-    assert log["loss"][-1] < 0.9 * log["loss"][0]
+    _, log = pretrain(pool, SMALL, Plan(steps=150, batch=16, ratio=0.5, peak=3e-3, still="keep"))
+    assert log["loss"][-1] < 0.8 * log["loss"][0]
 
 
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
