@@ -6,6 +6,11 @@ application that BentoML serves, and asked by the requests a user would send. Pi
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
