@@ -170,6 +170,12 @@ def _clip_heads(mode: str = "zero", tokens: str = "all", **tensors: torch.Tensor
     return HeadEdit(HeadConfig(clip.SITES["heads"], ((0, 1), (1, 0), (1, 3)), 4, mode, tokens), tensors)
 
 
+def _direction(norm: str) -> DirectionEdit:
+    """Two domains of two classes in the tiny diffusion model's image embedding."""
+    config = DirectionConfig("given.image", ("a", "b", "c", "d"), ("one", "one", "two", "two"), norm=norm)
+    return DirectionEdit(config, {"means": torch.nn.functional.normalize(_seeded(4, 24), dim=1)})
+
+
 @cache
 def _denoiser() -> Any:
     """The tiny diffusion model that `Family.tiny` makes."""
@@ -180,12 +186,6 @@ def _denoising() -> dict[str, torch.Tensor]:
     pipe = _denoiser()
     told = {name: _seeded(4, *shape) for name, shape in pipe.conditions.items()}
     return {"sample": _seeded(4, *pipe.shape), "timestep": torch.tensor([20.0, 300.0, 700.0, 950.0]), **told}
-
-
-def _direction(norm: str) -> DirectionEdit:
-    """Two domains of two classes in the tiny diffusion model's image embedding."""
-    config = DirectionConfig("given.image", ("a", "b", "c", "d"), ("one", "one", "two", "two"), norm=norm)
-    return DirectionEdit(config, {"means": torch.nn.functional.normalize(_seeded(4, 24), dim=1)})
 
 
 MEMBERS: dict[str, Member] = {
