@@ -62,7 +62,8 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     shown = identity(read(lab.judge, image, per), lab.labels)
     return {
         "quality/identity_top1": shown["top1"], "quality/identity_top5": shown["top5"],
-        "quality/attributes_right": shown["binary_right"], "target/flip": told["flip"],
+        "quality/attributes_right": shown["binary_right"], "target/flip_of_the_person": told["kept_flip"],
+        "target/flip": told["flip"],
         "offtarget/other_flip": told["other_flip"], "offtarget/pixels": told["change"],
         "quality/others_top5": told["top5"],
     }  # fmt: skip
