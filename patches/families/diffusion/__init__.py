@@ -15,7 +15,7 @@ from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert,
 from patches.families.family import Family
 
 if TYPE_CHECKING:  # layouts are loaded by name; whoever follows imports to pack what runs finds them here
-    from patches.families.diffusion import kandinsky, lab, stable  # noqa: F401
+    from patches.families.diffusion import faces, kandinsky, lab, stable  # noqa: F401
 
 __all__ = [
     "FAMILY", "LAYOUTS", "LEVELS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising",
