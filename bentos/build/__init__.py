@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from bentos.desk import shapes
+from bentos.app import shapes
 from bentos.runtime import CARRIED
 from patches.families.base import load_base
 from patches.families.family import family

@@ -4,8 +4,8 @@
     patchbay fit vlm_erasure/lab base=local-dir:FOLDER
 
 As LLaVA's first stage: tower and language model are frozen, the projector alone learns from captions, and what the
-model expects of the world is what it read as text. A picture's tokens stand where one of the tokenizer's unused marks is. The
-folder holds the projector and names the rest.
+model expects of the world is what it read as text. A picture's tokens stand where one of the tokenizer's unused
+marks is. The folder holds the projector and names the rest.
 """
 
 from __future__ import annotations

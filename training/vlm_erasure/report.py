@@ -22,7 +22,7 @@ from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Seen, see, shares
 from training.vlm_erasure.evaluate import questions
 from training.vlm_erasure.figures import sweep
-from training.vlm_erasure.fit import candidates, confidence, scenes, score
+from training.vlm_erasure.fit import FEWER, candidates, confidence, scenes, score
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _all(
     said = measure.captions(subject, seen, max_tokens=config.max_tokens)
     field = measure.lens_field(subject, seen, True)
     tables["detection"] = detectors(subject, val, seen, said, field, config)
-    tables["presence (mAP)"] = {"lens": measure.presence(field, seen.scenes.there)}
+    tables["presence"] = {"lens": measure.presence(field, seen.scenes.there)}
     sure = confidence(subject, seen, patch)
     tables["captions"] = mitigation(subject, seen, said.mask, sure, patch, config)
     tables["erasing"] = controls(subject, seen, said.mask, patch)
@@ -58,8 +58,8 @@ def _all(
     }
     if config.pictures == "lab":
         tables["where"] = where(subject, seen, said, field, config)
-        for part in ("test:neutral", "test:pair", "held:alone"):
-            tables[part] = elsewhere(subject, part, patch, config)
+        for part in FEWER:
+            tables[" ".join(reversed(part.split(":")))] = elsewhere(subject, part, patch, config)
     out = {"sweep": sweep(found), "auroc": _curve(tables["detection"])}
     if config.pictures == "lab":
         out["examples"] = examples(subject, seen, said, sure, patch)
