@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from patches.families.base import Base
 from patches.families.diffusion.adapters import Adapter, read_adapter, truncated, write_adapter
-from patches.families.diffusion.asked import LEVELS, TABLE, changed, drawn, levels, png, predict, prepare
+from patches.families.diffusion.asked import LEVELS, changed, drawn, levels, png, predict, prepare
 from patches.families.diffusion.base import LAYOUTS, SITES, Condition, Pipe, Processor, dtype_of, load, parts, wrap
 from patches.families.diffusion.inversion import METHODS
 from patches.families.diffusion.schedule import SOLVERS, Schedule
+from patches.families.diffusion.table import TABLE
 from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert, Regenerate
 from patches.families.family import Family
 
