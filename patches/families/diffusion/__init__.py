@@ -51,7 +51,7 @@ FAMILY = Family(
         "stable": lambda: _purpose("stable"),
         "kandinsky": lambda: _purpose("kandinsky"),
         "faces": lambda: _purpose("faces"),
-    },  # fmt: skip
+    },
     sites=SITES,
     dtype=dtype_of,
     parts=parts,

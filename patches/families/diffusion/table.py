@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patches.families.family import Column, Table
+from patches.families.table import Column, Table
 
 TABLE = Table(
     takes=(
