@@ -1,8 +1,8 @@
 """Video: pre-training against the official recipe's code path, and rollouts with a KV cache against recomputing.
 
 The official path is written out as the public code has it: a 3-D convolution over every patch, boolean masks that
-gather (three of them), attention as softmax(Q K^T) V, AdamW parameter by parameter, `.item()` every step. Both train the same
-weights on the same batches, turn about, on the same device.
+gather (three of them), attention as softmax(Q K^T) V, AdamW parameter by parameter, `.item()` every step. Both train
+the same weights on the same batches, turn about, on the same device.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from registry import config as configs
 from training.tasks import motion
 from training.tasks.intervals import wilson
 from training.videomae import tuning
-from training.videomae.progression import SCRATCH, Sweep, labelled, test
 from training.videomae.pretraining import new
+from training.videomae.progression import SCRATCH, Sweep, labelled, test
 
 
 def ship(sweep: Path, row: str, folder: Path, seed: int = 0) -> MaskedVideo:
@@ -54,16 +54,16 @@ def card(model: MaskedVideo, how: Sweep, row: str, seed: int) -> str:
         value, low, high, n = wilson(torch.cat(said) == held.label)
         lines.append(f"| {name} | {value:.3f} [{low:.3f}, {high:.3f}] | {int(n)} |")
     trained = (
-        "Nothing: weights are random; probe and fine-tuned copy are fitted on the labelled clips alone."
+        "None: the encoder is random; probe and fine-tuned copy saw the labelled clips alone."
         if row == SCRATCH
-        else f"{how.steps} steps of {how.batch} clips out of {how.pool} ({row}), each one of 96 views; {how.mask} mask of "
-        f"{how.ratio}; the clip's {how.still} frame taken away."
+        else f"{how.steps} steps of {how.batch} clips out of {how.pool} ({row}), each one of 96 views; {how.mask} mask "
+        f"of {how.ratio}; the clip's {how.still} frame taken away."
     )
     size = how.size
     return "\n".join([
         f"# lab:video-{row.replace('_', '-')}", "",
-        f"A VideoMAE of the lab ({size.frames} frames of {size.image} px, patch {size.patch}, width {size.width}, depth "
-        f"{size.depth}), transformers' layout, half precision on disk.", "",
+        f"A VideoMAE of the lab ({size.frames} frames of {size.image} px, patch {size.patch}, width {size.width}, "
+        f"depth {size.depth}), transformers' layout, half precision on disk.", "",
         f"Pre-training: {trained}", f"Seed {seed}; {how.more} labelled clips of train.", "",
         "| eleven motions, test split of the lab (icons and grounds unseen) | accuracy, 95 % | n |", "|---|---|---|",
         *lines, "", "Chance is 0.091. Numbers are lab numbers. Made by `python -m training.videomae.ship`.", "",

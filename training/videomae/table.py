@@ -171,8 +171,12 @@ def figure(folder: Path) -> Any:
         ax = f.add_subplot(1, len(panels), i + 1)
         there = [s for s in stages.STAGES if (s, protocol, labels) in numbers]
         got = [numbers[s, protocol, labels] for s in there]
-        ax.errorbar([stages.STAGES.index(s) for s in there], [g["value"] for g in got],
-                    [[g["value"] - g["low"] for g in got], [g["high"] - g["value"] for g in got]], marker="o")  # fmt: skip
+        ax.errorbar(
+            [stages.STAGES.index(s) for s in there],
+            [g["value"] for g in got],
+            [[g["value"] - g["low"] for g in got], [g["high"] - g["value"] for g in got]],
+            marker="o",
+        )
         for end, style in ((SCRATCH, ":"), (NATURAL, "--")):
             if (end, protocol, labels) in numbers:
                 ax.axhline(numbers[end, protocol, labels]["value"], ls=style, color="grey", label=end)
