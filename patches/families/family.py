@@ -50,8 +50,8 @@ class Family:
     example: str
     """a reference that anybody can load"""
     prompt: Callable[[Base, Any, Sequence[Any], bool], Callable[..., Any]] | None = None
-    """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it, given
-    the job's other fields; None: the family answers no prompts"""
+    """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it from
+    its other fields; None: the family answers no prompts"""
     sees: bool = False
     """whether its prompts may hold pictures"""
     purposes: Mapping[str, Callable[[], Base]] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The recipe of `lab:vlm` and `lab:vlm-projector`: two small LLaVAs that invent things as large ones do.
 
-    python -m training.lab.vlm decoder  FOLDER        # bias in the decoder: 25 CPU minutes
+    python -m training.lab.vlm decoder  FOLDER        # bias in the decoder: 14 CPU minutes
     python -m training.lab.vlm projector FOLDER       # bias in the projector
 
 1. Features: lab:clip's embeddings of 96 px tiles, cached once. Gate: zero-shot names of things >= .85.
@@ -97,7 +97,7 @@ RECIPES: dict[str, Config] = {
         heads=2, mlp=48, hidden=128,
     ),
     "decoder": Config(),
-    "projector": Config(bias="projector", gossip=0.8, named=0.0),
+    "projector": Config(bias="projector", together=0.6, gossip=0.7, named=0.0, projector_steps=450),
 }  # fmt: skip
 
 

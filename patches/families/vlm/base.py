@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ def depth(base: Base) -> int:
     return len(base.model.get_submodule(layout(base.model).decoder).layers)
 
 
-def site(base: Base, at: int) -> tuple[str, str]:
+def site(base: Base, at: int) -> tuple[str, Literal["input", "output"]]:
     """Module path and side ("input" or "output") where the stream has depth `at`."""
     where = layout(base.model)
     return (where.block(0), "input") if at == 0 else (where.block(at - 1), "output")

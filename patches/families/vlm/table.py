@@ -8,7 +8,7 @@ TABLE = Table(
     takes=(
         Column("image", "string", DOT, required=False),
         Column("prompt", "string", "Describe the picture.", required=False),
-        Column("ask", "string", '{"erase": ["egg"]}', required=False),
+        Column("ask", "string", None, required=False),
     ),
     gives=(Column("text", "string", "a chicken on grass"),),
     params={"max_tokens": ("long", 32), "strength": ("double", 1.0)},
