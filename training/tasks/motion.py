@@ -22,8 +22,9 @@ from torch import Generator, Tensor, nn
 from patches.families.video.pixels import normalise
 from patches.families.video.probe import Pooling, Probe
 from training.lab.video import actions
+from training.lab.worlds import MOTIONS
 
-CLASSES = actions.MOTIONS
+CLASSES = MOTIONS
 POSITIVE, NEGATIVE = 0.75, 0.25
 """gates: no number of a transformer is believed unless the positive control is above and the negative one below"""
 
