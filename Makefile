@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint check bench docs
+.PHONY: demo test lint check drill drill-night bench docs
 
 demo: $(READY)   ## the whole path once, on a real language model: fit, log, compare, serve, ask, split, promote
 	$(PY) docs/demo.py $(ARGS)
@@ -16,6 +16,13 @@ lint: $(READY)
 	.venv/bin/mypy
 
 check: lint test ## what CI runs
+
+drill: $(READY)  ## what broke it once, tried again: the short form, which CI runs
+	$(PY) -m tests.drill --short $(ARGS)
+
+drill-night: $(READY)   ## the long form, written to docs/DRILL.md, and every test that is marked slow
+	$(PY) -m tests.drill --night --write $(ARGS)
+	$(PY) -m pytest -q -m slow
 
 bench: $(READY)  ## base, patched and folded, interleaved; in process and over HTTP
 	$(PY) -m pytest -q tests/bench -m bench --benchmark-json=.patchbay/bench.json $(ARGS)

@@ -1,7 +1,7 @@
-"""What every service does beside its own question: who is routed where, exposures and outcomes, health, documents.
+"""Everything a service does besides its own endpoints: routing to arms, exposures and outcomes, health, documents.
 
 A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A
-shape is a module `bentos.<shape>` with ROUTES and a class `Service(desk)` whose methods they call; several shapes of
+shape is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; the shapes of
 one system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and
 so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.
@@ -13,44 +13,33 @@ Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/liv
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
-import os
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 
 from bentos import playground
-from bentos.http import ANY, Call, Tokens, answer, endpoint, parse
-from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
-from bentos.runtime.arms import Choice, Table, choose, other
+from bentos.http import Call, answer, parse
+from bentos.openapi import openapi
+from bentos.runtime import SHADOW_QUEUE, Runtime
+from bentos.runtime.arms import Choice, Table, choose, other, owned
+from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.families.worker import Job
 from registry.ab import experiment as experiments
 from registry.ab.events import Kept
 from registry.ab.experiment import CONTROL, TREATMENT
-from registry.ab.ledger import Ledger
-from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError
-from registry.home import home
-from registry.systems import System, system
+from registry.ab.ledger import BASE
+from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, plain
 
 DEADLINE_S = 300.0
 WRITTEN_S, OUTCOME_S = 1.0, 5.0
 """how long an answer waits for its exposure to be on the disk, and an outcome for itself"""
-KEEP_ALIVE_S = 75
-"""idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 KEPT_SHADOWS = 512
 T = TypeVar("T")
-
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -82,6 +71,9 @@ class Outcome(BaseModel):
 
 class Outcomes(BaseModel):
     """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
+
+    documented: ClassVar[type[BaseModel]] = Outcome
+    """what the OpenAPI document shows of it"""
 
     model_config = ConfigDict(extra="allow")
     outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
@@ -116,7 +108,9 @@ class Desk:
         """Who answers: by header, else by the body's `model`; the table stays the one a request began with."""
         table = self.table()
         unit = request.headers.get("x-patchbay-unit") or unit
-        return table, choose(table, request.headers.get("x-patchbay-arm") or model, unit)
+        token = request.state.token
+        wish = request.headers.get("x-patchbay-arm") or model
+        return table, choose(table, wish, unit, token.tenant, "compare" in token.scopes)
 
     @staticmethod
     def check_compare(request: Request, wanted: bool) -> None:
@@ -146,22 +140,28 @@ class Desk:
 
     def model(self, choice: Choice) -> str:
         """What answered, as OpenAI's field `model` says it."""
-        patch = "base" if choice.arm is None else f"sha256:{choice.digest[:16]}"
+        digest = choice.shown[1]
+        patch = f"sha256:{digest[:16]}" if digest not in ("", BASE) else digest or "auto"
         return f"{self.runtime.base.name}/{patch}"
 
     # ---- experiments ---------------------------------------------------------------------------------------------
 
-    async def expose(self, request: Request, choice: Choice, status: int, start: float) -> None:
-        """Write an exposure, durable before the answer is finished."""
+    async def expose(
+        self, request: Request, choice: Choice, status: int, start: float, latency_ms: float | None = None
+    ) -> None:
+        """Write an exposure, durable before the answer is finished.
+
+        latency_ms: what does not depend on how much was asked for; by default the time since `start`.
+        """
         self.runtime.counts.answers[choice.label, status] += 1
         x, events = choice.experiment, self.runtime.events
         if x is None or events is None or choice.unit is None or choice.side is None:
             return
         if 400 <= status < 500 and status != 499:
             return  # refused before any arm could matter
-        latency = (time.perf_counter() - start) * 1e3
+        latency = (time.perf_counter() - start) * 1e3 if latency_ms is None else latency_ms
         future = events.expose(
-            x, choice.unit, choice.side, request=request.state.number, status=status, latency_ms=latency
+            x, choice.counted, choice.side, request=request.state.number, status=status, latency_ms=latency
         )
         try:
             await self.kept(future, WRITTEN_S)
@@ -173,7 +173,9 @@ class Desk:
         """Wait until an event is on the disk. Raises NotReady if that fails or takes too long."""
         try:
             async with asyncio.timeout(seconds):
-                return await asyncio.shield(asyncio.wrap_future(future))
+                written = asyncio.wrap_future(future)
+                written.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever waited may have gone
+                return await asyncio.shield(written)
         except TimeoutError:
             raise NotReady("The event log does not answer; send this again with the same key.") from None
         except PatchbayError:
@@ -189,14 +191,14 @@ class Desk:
             self.runtime.counts.shadows_dropped += 1
             if self.runtime.events:
                 assert choice.unit is not None
-                self.runtime.events.drop(choice.experiment, choice.unit)
+                self.runtime.events.drop(choice.experiment, choice.counted)
             return None
         return other(choice)
 
-    def keep(self, number: str, unit: str | None, control: Any, treatment: Any) -> None:
-        """Both answers of a shadow request, so that somebody can score them."""
+    def keep(self, number: str, choice: Choice, control: Any, treatment: Any) -> None:
+        """Both answers of a shadow request, so that somebody of the same tenant can score them."""
         both: dict[str, Any] = {CONTROL: control, TREATMENT: treatment}
-        self.shadows[number] = {"unit": unit, **both, "agree": control == treatment}
+        self.shadows[number] = {"owner": choice.owner, "unit": choice.unit, **both, "agree": control == treatment}
         while len(self.shadows) > KEPT_SHADOWS:
             self.shadows.pop(next(iter(self.shadows)))
 
@@ -209,10 +211,9 @@ class Desk:
 
     async def outcomes(self, request: Request, body: Outcomes) -> Response:
         """Count outcomes; a bad one is refused for itself and the others count."""
-        del request
         many = body.outcomes is not None
         rows = body.outcomes if body.outcomes is not None else [body.model_dump(exclude={"outcomes"})]
-        results = await asyncio.gather(*(self._outcome(row) for row in rows))
+        results = await asyncio.gather(*(self._outcome(row, request.state.token.tenant) for row in rows))
         if not many:
             if (e := results[0].pop("raised", None)) is not None:
                 raise e
@@ -221,7 +222,7 @@ class Desk:
             r.pop("raised", None)
         return answer({"outcomes": results})
 
-    async def _outcome(self, values: Any) -> dict[str, Any]:
+    async def _outcome(self, values: Any, owner: str) -> dict[str, Any]:
         try:
             one = parse(Outcome, values)
             x, events = self._experiment(one.experiment), self.runtime.events
@@ -233,12 +234,13 @@ class Desk:
                 )
             if x.mode == "split" and one.arm is not None:
                 raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
-            await asyncio.to_thread(events.arm_of, x.name, one.unit)
-            new = await self.kept(events.outcome(x, one.unit, value, arm=one.arm, key=one.key), OUTCOME_S)
+            unit, key = owned(owner, one.unit), owned(owner, one.key) if one.key else None
+            await asyncio.to_thread(events.arm_of, x.name, unit)
+            new = await self.kept(events.outcome(x, unit, value, arm=one.arm, key=key), OUTCOME_S)
             return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
         except PatchbayError as e:
-            unit = values.get("unit") if isinstance(values, dict) else None
-            return {"unit": unit, "status": "refused", "code": e.status, "error": str(e), "raised": e}
+            said = values.get("unit") if isinstance(values, dict) else None
+            return {"unit": said, "status": "refused", "code": e.status, "error": plain(str(e)), "raised": e}
 
     def _experiment(self, name: str | None) -> experiments.Experiment:
         x = self.table().experiment
@@ -258,12 +260,14 @@ class Desk:
             return answer({"experiment": None})
         decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
         shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
-        return answer({**decision.evidence(), "experiment": experiments.plain(x), "shadows": shadows})
+        about = {k: v for k, v in experiments.plain(x).items() if k != "salt"}  # it tells which unit gets which arm
+        return answer({**decision.evidence(), "experiment": about, "shadows": shadows})
 
     async def shadow_answers(self, request: Request, _: None) -> Response:
         """Both answers of recent shadow requests, so that somebody can score them."""
-        del request
-        return answer({"shadows": [{"request": k, **v} for k, v in self.shadows.items()]})
+        owner = request.state.token.tenant
+        own = {k: v for k, v in self.shadows.items() if v["owner"] == owner}
+        return answer({"shadows": [{"request": k, **v} for k, v in own.items()]})
 
     # ---- about the service ---------------------------------------------------------------------------------------
 
@@ -273,15 +277,15 @@ class Desk:
         names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
         names += [f"sha256:{d}" for d in sorted(table.loaded)]
         made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
-        about = {**facts(table, None), "judge": self.runtime.judging or None, "warning": self.runtime.warning}
+        about = {**facts(table, None), "judge": self.runtime.judging or None, "warning": plain(self.runtime.warning)}
         return answer({"object": "list", "data": made, "patchbay": about})
 
     async def ready(self, request: Request, _: None) -> Response:
         del request
         if why := self.runtime.ill():
-            return answer({"ready": False, "why": why}, 503, {"retry-after": "2"})
+            return answer({"ready": False, "why": plain(why)}, 503, {"retry-after": "2"})
         out = {"ready": True, **facts(self.table(), None), "judge": self.runtime.judging or None}
-        return answer({**out, "warning": warning} if (warning := self.runtime.warning) else out)
+        return answer({**out, "warning": warning} if (warning := plain(self.runtime.warning)) else out)
 
     async def live_probe(self, request: Request, _: None) -> Response:
         del request
@@ -322,12 +326,14 @@ def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
         x = table.experiment
         more = {"champion": table.champion, "challenger": table.challenger, "experiment": x.name if x else None}
         return {**out, **more, "loaded": sorted(table.loaded)}
-    out |= {"arm": choice.label, "patch": choice.digest, "unit": choice.unit}
+    label, digest = choice.shown
+    out |= {"arm": label, "patch": digest, "unit": choice.unit}
     return out | {"experiment": choice.experiment.name if choice.experiment else None}
 
 
 def headers(table: Table, choice: Choice) -> dict[str, str]:
-    out = {"x-patchbay-arm": choice.label, "x-patchbay-patch": choice.digest, "x-patchbay-base": table.base_digest}
+    label, digest = choice.shown
+    out = {"x-patchbay-arm": label, "x-patchbay-patch": digest, "x-patchbay-base": table.base_digest}
     if choice.experiment is not None:
         out |= {"x-patchbay-experiment": choice.experiment.name, "x-patchbay-unit": choice.unit or ""}
     return out
@@ -347,114 +353,3 @@ ROUTES: tuple[Call, ...] = (
     Call("GET", "/docs.json", "openapi"),
     Call("GET", "/", "playground"),
 )
-
-
-def shapes(row: System) -> list[Any]:
-    """The modules that answer for a system. Raises NotFound if none of its shapes is written yet."""
-    here = Path(__file__).parent / "shapes"
-    there = [s for s in row.services if here.joinpath(*s.split(".")).with_suffix(".py").is_file()]
-    found = [importlib.import_module(f"bentos.shapes.{s}") for s in there]
-    if not found:
-        raise NotFound(f"{row.name} is served as {' and '.join(row.services)}, which is not written yet.")
-    return found
-
-
-def calls(row: System) -> list[Call]:
-    """Every route of a system's service."""
-    return [*(r for m in shapes(row) for r in m.ROUTES), *ROUTES]
-
-
-def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of `routes`."""
-    paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-    error = {"description": "refused; error.message names the value and the way out"}
-    for r in routes:
-        about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
-        codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
-        codes += ["404"] if r.scope and not r.body else []
-        about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
-        names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
-        if names:
-            about["parameters"] = [
-                {"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names
-            ]
-        if r.body is not None:
-            made = (Outcome if r.body is Outcomes else r.body).model_json_schema(
-                ref_template="#/components/schemas/{model}"
-            )
-            schemas |= made.pop("$defs", {})
-            schemas[made["title"]] = made
-            schema = {"$ref": f"#/components/schemas/{made['title']}"}
-            about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        if r.scope is not None:
-            about["security"] = [{"bearer": []}, {}]
-        paths.setdefault(r.path, {})[r.method.lower()] = about
-    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"patchbay {title}", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": bearer},
-    }
-
-
-def application(settings: Settings | None = None, tokens: Tokens | None = None) -> Starlette:
-    """The whole service as an ASGI application; its lifespan starts and stops the runtime."""
-    settings = settings or Settings.from_environment()
-    guard = tokens or Tokens.from_environment()
-    row = system(settings.system)
-    modules, routes = shapes(row), calls(row)
-    answering: dict[str, Any] = {}  # handler -> who has it
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        runtime = Runtime(settings)
-        desk = Desk(runtime, routes, " + ".join(row.services))
-        app.state.desk = desk
-        answering.update({r.handler: desk for r in ROUTES})
-        for module in modules:
-            answering.update(dict.fromkeys([r.handler for r in module.ROUTES], module.Service(desk)))
-        await asyncio.to_thread(runtime.start)
-        try:
-            yield
-        finally:
-            await desk.close()
-            await asyncio.to_thread(runtime.stop)
-
-    app = Starlette(lifespan=lifespan)
-
-    def route(r: Call) -> Route:
-        async def call(request: Request, body: Any) -> Response:
-            response: Response = await getattr(answering[r.handler], r.handler)(request, body)
-            return response
-
-        return Route(r.path, endpoint(guard, r, call), methods=[r.method])
-
-    app.router.routes.extend(map(route, routes))
-    return app
-
-
-def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
-    """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
-
-    Raises as `check`, before anything is started.
-    """
-    Tokens.from_environment().check_host(host)
-    settings = {
-        **os.environ, "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()), "BENTOML_DO_NOT_TRACK": "true",
-    }  # fmt: skip
-    declared = Settings.from_environment(settings)
-    check(declared, None if declared.pinned else Ledger().head(declared.system))
-    command = [
-        sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
-        "--timeout-keep-alive", str(KEEP_ALIVE_S),
-    ]  # fmt: skip
-    root = Path(__file__).parent.parent
-    if not background:
-        # whoever ends this process means the service, and a parent that only waits would hold torch in its memory
-        os.chdir(root)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(command[0], command, settings)
-    return subprocess.Popen(command, env=settings, cwd=root)

@@ -6,20 +6,15 @@ what we did not foresee is a 500 that says nothing about our insides.
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import functools
-import hashlib
-import hmac
-import ipaddress
 import itertools
-import json
 import logging
-import os
+import re
+import reprlib
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -29,19 +24,31 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from registry.errors import BadRequest, ConfigError, Forbidden, PatchbayError, TooLarge, TooMany, Unauthorised
+from bentos.tokens import OPEN, Tokens, check_browser, near
+from registry.errors import (
+    BadRequest,
+    Failed,
+    NotReady,
+    PatchbayError,
+    TooLarge,
+    plain,
+)
 
 log = logging.getLogger("patchbay")
-
 MAX_BODY_BYTES = 2 << 20
-ANY = "any"
-"""scope of a call that every known token may make"""
+PART_S, BODY_S = 10.0, 60.0
+"""how long the next part of a body may take, and all of it"""
+MAX_BYTES_IN_FLIGHT = 128 << 20
+"""of bodies that are being received, together"""
+OFF_LOOP_BYTES = 64 << 10
+"""a larger body is read on another thread, so that nobody else's request waits for it"""
+MAX_DEPTH = 32
+"""brackets within brackets"""
 MAX_FILES = 64
 """of one multipart form"""
-SCOPES = ("generate", "classify", "explain", "compare", "outcomes", "metrics")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-         503: "unavailable_error"}  # fmt: skip
+         408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 429: "rate_limit_error", 503: "unavailable_error"}  # fmt: skip
 
 
 class WrongType(BadRequest):
@@ -50,115 +57,10 @@ class WrongType(BadRequest):
     status = 415
 
 
-@dataclass
-class Bucket:
-    """Calls a token may still make; refills continuously."""
+class TooSlow(BadRequest):
+    """The rest of the body does not come."""
 
-    per_s: float
-    burst: float
-    left: float
-    at: float = field(default_factory=time.monotonic)
-
-    def take(self) -> bool:
-        now = time.monotonic()
-        self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
-        self.at = now
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
-
-
-@dataclass(frozen=True)
-class Token:
-    """A caller: known by the sha256 of its bearer token, never by the token."""
-
-    name: str
-    scopes: frozenset[str]
-    bucket: Bucket | None
-
-
-OPEN = Token("anyone", frozenset(SCOPES), None)
-
-
-class Tokens:
-    """Who may call. Without a file everybody on this machine may, and nobody else.
-
-    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600}}.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        self.known: dict[str, Token] | None = None
-        if file is None:
-            return
-        try:
-            listed = json.loads(file.read_text())
-            self.known = {key.lower(): _token(key, about) for key, about in listed.items()}
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-            raise ConfigError(f"The token file {file.name} cannot be read: {e}.") from None
-
-    @classmethod
-    def from_environment(cls) -> Tokens:
-        name = os.environ.get("PATCHBAY_TOKENS")
-        return cls(Path(name) if name else None)
-
-    def check_host(self, host: str) -> None:
-        """Raises ConfigError if anybody on the network could call without a token."""
-        if self.known is None and host not in ("127.0.0.1", "::1", "localhost"):
-            raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
-
-    def admit(self, header: str | None, scope: str, near: bool) -> Token:
-        """The caller. near: from this machine. Raises Unauthorised, Forbidden or TooMany."""
-        if self.known is None:
-            if not near:
-                raise Unauthorised(
-                    "This service has no tokens, so it answers only its own machine. Set PATCHBAY_TOKENS."
-                )
-            return OPEN
-        scheme, _, value = (header or "").partition(" ")
-        if scheme.lower() != "bearer" or not value:
-            raise Unauthorised("This service wants a bearer token: Authorization: Bearer <token>.")
-        digest = hashlib.sha256(value.strip().encode()).hexdigest()
-        found = None
-        for key, token in self.known.items():  # all of them, so that time says nothing about which matched
-            if hmac.compare_digest(key, digest):
-                found = token
-        if found is None:
-            raise Unauthorised("This bearer token is not known here.")
-        if scope not in (ANY, *found.scopes):
-            raise Forbidden(f"The token of {found.name} lacks the scope {scope!r}.")
-        if found.bucket and not found.bucket.take():
-            raise TooMany(f"{found.name} is over its {found.bucket.per_s * 60:g} calls a minute.")
-        return found
-
-
-def _token(key: str, about: dict[str, Any]) -> Token:
-    if len(key) != 64:
-        raise ValueError("keys must be sha256 digests of tokens")
-    if unknown := set(about.get("scopes", SCOPES)) - set(SCOPES):
-        raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
-    rate = float(about.get("per_minute", 0))
-    bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
-    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket)
-
-
-def near(request: Request) -> bool:
-    """Whether a call came in on a loopback address, or over no network at all.
-
-    By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
-    must not be open to all of them.
-    """
-    server = request.scope.get("server")
-    return _loopback(server[0] if server else "")
-
-
-@functools.lru_cache(maxsize=64)
-def _loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a unix socket, or a call within the process
-        return True
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    status = 408
 
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
@@ -179,6 +81,8 @@ class Call:
     max_bytes: int = MAX_BODY_BYTES
     files: str = ""
     """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
+    fields: bool = False
+    """whether a form's other parts are fields of the body, as OpenAI's clients send them: `n`, `patchbay[strength]`"""
 
 
 # A request's number is unique, not secret. The operating system's random numbers would cost every request a release of
@@ -193,20 +97,41 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
         request.state.number = number
+        allowed = None
         try:
+            allowed = check_browser(tokens, request)
             header = request.headers.get("authorization")
             request.state.token = tokens.admit(header, call.scope, near(request)) if call.scope else OPEN
             body = await read(request, call) if call.body else None
             response = await handler(request, body)
         except PatchbayError as e:
-            response = refuse(e)
+            response = refuse(e, number)
         except ClientDisconnect:
             response = Response(status_code=499)
         except Exception:
             log.exception("request %s failed", number)
             response = error(500, f"Something failed here; it is in the log as request {number}.", "server_error")
         response.headers["x-patchbay-request"] = number
+        if allowed is not None:
+            response.headers["access-control-allow-origin"] = allowed
+            response.headers["vary"] = "origin"
         return response
+
+    return route
+
+
+def preflight(tokens: Tokens) -> Callable[[Request], Awaitable[Response]]:
+    """What a browser asks before a page of one of `tokens.origins` calls."""
+
+    async def route(request: Request) -> Response:
+        origin = request.headers.get("origin", "")
+        if origin not in tokens.origins:
+            return Response(status_code=403)
+        return Response(status_code=204, headers={
+            "access-control-allow-origin": origin, "vary": "origin", "access-control-max-age": "600",
+            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-headers": "authorization, content-type, x-patchbay-arm, x-patchbay-unit",
+        })  # fmt: skip
 
     return route
 
@@ -218,20 +143,53 @@ async def read(request: Request, call: Call) -> Any:
     if kind != "application/json" and not (call.files and kind == "multipart/form-data"):
         also = " or multipart/form-data" if call.files else ""
         raise WrongType(f"Content-Type {kind[:60] or '(none)'!r} is not application/json{also}.")
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        raise BadRequest("Content-Length and Transfer-Encoding contradict each other; send one of them.")
+    raw = await _received(request, call.max_bytes)
+    body = call.body
+    if kind == "multipart/form-data":
+        values = await _form(request, raw, call)
+        return await asyncio.to_thread(parse, body, values)
+    if len(raw) > OFF_LOOP_BYTES:
+        return await asyncio.to_thread(lambda: parse(body, _object(raw, "The body")))
+    return parse(body, _object(raw, "The body"))
+
+
+class _Flight:
+    """Bytes of bodies that are being received by this process."""
+
+    bytes = 0
+
+
+async def _received(request: Request, limit: int) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is, BadRequest if it comes too slowly, NotReady if too many come at
+    once."""
     size = 0
     parts: list[bytes] = []
-    async for part in request.stream():
-        size += len(part)
-        if size > call.max_bytes:
-            raise TooLarge(f"The body is larger than {call.max_bytes} bytes.")
-        parts.append(part)
-    raw = b"".join(parts)
-    if kind == "multipart/form-data":
-        return parse(call.body, await _form(request, raw, call.files))
-    return parse(call.body, _object(raw, "The body"))
+    loop = asyncio.get_running_loop()
+    until = loop.time() + BODY_S
+    try:
+        async with asyncio.timeout(PART_S) as deadline:
+            async for part in request.stream():
+                size += len(part)
+                _Flight.bytes += len(part)
+                if size > limit:
+                    raise TooLarge(f"The body is larger than {limit} bytes.")
+                if _Flight.bytes > MAX_BYTES_IN_FLIGHT:
+                    raise NotReady("Too many large bodies are being received; try again in a few seconds.")
+                parts.append(part)
+                deadline.reschedule(min(until, loop.time() + PART_S))
+        return b"".join(parts)
+    except TimeoutError:
+        raise TooSlow(f"The body stopped after {size} bytes; it was given up.") from None
+    finally:
+        _Flight.bytes -= size
 
 
 def _object(raw: bytes | str, what: str) -> dict[str, Any]:
+    raw = raw.encode() if isinstance(raw, str) else raw
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+        _check_depth(raw, what)
     try:
         values = orjson.loads(raw)
     except orjson.JSONDecodeError as e:
@@ -241,14 +199,31 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
     return values
 
 
-async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
+_PIECES = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+"""strings, the last of which may not end, and brackets outside of them; each byte is looked at once"""
+
+
+def _check_depth(raw: bytes, what: str) -> None:
+    """Raises BadRequest for brackets nested deeper than any honest request's."""
+    depth = 0
+    for found in _PIECES.finditer(raw):
+        piece = found[0]
+        if piece in b"[{":
+            depth += 1
+        elif piece in b"]}":
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise BadRequest(f"{what} nests deeper than {MAX_DEPTH} brackets.")
+
+
+async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
     """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
 
     try:
-        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=4).parse()
+        form = await MultiPartParser(request.headers, whole(), max_files=MAX_FILES, max_fields=64).parse()
     except MultiPartException as e:
         raise BadRequest(f"The form cannot be read: {e.message[:120]}.") from None
     values: dict[str, Any] = {}
@@ -257,11 +232,34 @@ async def _form(request: Request, raw: bytes, files: str) -> dict[str, Any]:
         if isinstance(part, UploadFile):
             items.append({"data": base64.b64encode(await part.read()).decode()})
         elif name == "request":
-            values = _object(part, "The part 'request'")
+            values = values | _object(part, "The part 'request'")
+        elif call.fields:
+            _put(values, name, part)
         else:
             raise BadRequest(f"The form has a field {name[:60]!r}; send the files, and the other fields in 'request'.")
-    given = values.get(files, [])
-    return {**values, files: [*(given if isinstance(given, list) else [given]), *items]}
+    given = values.get(call.files, [])
+    return {**values, call.files: [*(given if isinstance(given, list) else [given]), *items]}
+
+
+def _put(values: dict[str, Any], name: str, text: str) -> None:
+    """Set a field of a form. `a[b]` is b within a; what lies within is JSON where it can be read so, else text."""
+    first, *rest = name.replace("]", "").split("[")
+    if len(rest) > 8:
+        raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
+    value: Any = text
+    if rest or text[:1] == "{":
+        _check_depth(text.encode(), f"The form's field {name[:60]!r}")
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            value = text
+    node = values
+    for key, after in zip([first, *rest][:-1], rest, strict=True):
+        inner = node.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise BadRequest(f"The form's field {key[:60]!r} is given as a value and as an object with {after[:60]!r}.")
+        node = inner
+    node[[first, *rest][-1]] = value
 
 
 def parse(model: type[BaseModel], values: Any) -> Any:
@@ -271,25 +269,34 @@ def parse(model: type[BaseModel], values: Any) -> Any:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         # the branches of a union are our names, not the caller's
-        where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))
-        given = repr(first.get("input"))[:80]
+        where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))[:200]
+        given = _shown.repr(first.get("input"))[:80]
         refusal = BadRequest(f"{where}: {first['msg']} (got {given}).")
         refusal.param = where  # type: ignore[attr-defined]
         raise refusal from None
 
 
-def refuse(e: PatchbayError) -> Response:
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
+
+
+def refuse(e: PatchbayError, number: str = "") -> Response:
+    """An error as callers see it: what is wrong with their request in full; of our own troubles, no more than that."""
     headers = {"retry-after": "2"} if e.status in (429, 503) else {}
     if e.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if e.status >= 500 and e.status != 503:
-        log.error("%s: %s", type(e).__name__, e)
-    return error(e.status, str(e), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
+    text = str(e)
+    if e.status >= 500:
+        if e.status != 503:
+            log.error("request %s: %s: %s", number, type(e).__name__, e)
+        if not isinstance(e, (NotReady, Failed)):
+            text = f"Something failed here ({type(e).__name__}); it is in the log as request {number}."
+    return error(e.status, plain(text), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
 
 
 def told(e: PatchbayError) -> dict[str, Any]:
     """What is wrong with one item of a request whose others are answered."""
-    return {"error": {"message": str(e), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
+    return {"error": {"message": plain(str(e)), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
 
 
 def error(

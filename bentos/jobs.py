@@ -33,9 +33,10 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bentos.http import ANY, OPEN, Call, answer, told
+from bentos.http import Call, answer, told
 from bentos.job_store import OPEN as OPEN_STATES
 from bentos.job_store import JobStore, Record, State
+from bentos.tokens import ANY, OPEN
 from registry.errors import BadRequest, Conflict, NotFound, NotReady, PatchbayError, TooLarge, TooMany
 from registry.home import home
 

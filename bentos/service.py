@@ -28,10 +28,11 @@ FINISH_S, GONE_S = 4.0, 9.5
 
 @contextlib.asynccontextmanager
 async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
-    from bentos.desk import application
+    from bentos.app import application
 
     async with contextlib.AsyncExitStack() as stack:
         try:
+            _share_cores()
             inner = application()
             outer.router.routes.extend(inner.router.routes)
             await stack.enter_async_context(inner.router.lifespan_context(inner))
@@ -46,6 +47,15 @@ async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
 def _worker() -> bool:
     """Whether this process is one that BentoML started to work, and not a test or another server."""
     return sys.argv[0].replace(os.sep, "/").endswith("_bentoml_impl/worker/service.py")
+
+
+def _share_cores() -> None:
+    """One core is the event loop's; torch's threads spin on the others, unless the environment says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores - 1))
 
 
 def _end(e: Exception) -> None:
@@ -84,6 +94,11 @@ def _stop_in_time(runtime: Any) -> None:
 
         signal.signal(number, told)
 
+
+if _worker():
+    from bentos.connections import install
+
+    install()
 
 app = Starlette(lifespan=_lifespan)
 

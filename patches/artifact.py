@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as loads
+from safetensors.torch import save_file
 from torch import Tensor
 
-from patches.engine.edits import Weight
 from patches.engine.patch import Patch
 from registry import config, manifest
-from registry.errors import BadArtifact, NotFinite, PatchError
+from registry.errors import BadArtifact, ConfigError, NotFinite, Tampered
 from registry.manifest import Manifest
 from registry.systems import system
 
@@ -43,9 +43,12 @@ def load(
     if about.kind != "patch":
         raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}, not a patch.")
     cls = system(about.system).load_patch()
-    tensors = load_file(folder / TENSORS) if TENSORS in about.files else {}
+    tensors = loads(manifest.take(folder, about, TENSORS)) if TENSORS in about.files else {}
     check_finite(tensors, str(folder))
-    return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+    try:
+        return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+    except ConfigError as e:
+        raise Tampered(f"{folder} holds no config of {about.system}: {e}") from None
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -54,20 +57,3 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         if x.is_floating_point() and not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).sum())
             raise NotFinite(f"{where}: {bad} of {x.numel()} numbers of {name[:80]!r} are NaN or infinite. Fit again.")
-
-
-def check_servable(folder: Path, *, system: str, base: str | None) -> None:
-    """Raises what would keep the artifact in `folder` from being an arm of `system` on the base with this digest
-    (None: any base). Whether it answers well, only a service finds out."""
-    about = manifest.read(folder, base=base)
-    if about.system != system:
-        raise BadArtifact(f"{folder} is of {about.system}, not of {system}.")
-    if about.kind not in ("patch", "model", "search"):
-        raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to serve.")
-    if about.kind != "patch":
-        return
-    _, patch = load(folder, base=base)
-    if any(isinstance(e, Weight) for e in patch.edits()):
-        raise PatchError(
-            f"{folder} edits weights, which rows of one batch share, so it cannot be an arm. Fold it: patchbay export"
-        )

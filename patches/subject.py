@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from patches import artifact
-from patches.engine.edits import Edit
+from patches.engine.edits import Edit, Weight
 from patches.engine.patch import ONLY, Applied, Patch, apply
 from patches.families.base import Base, load_base
 from patches.families.family import Family, family
@@ -206,7 +206,9 @@ def load_arm(folder: Path, about: Manifest, device: str = "cpu") -> Arm:
                 f"sha256:{about.digest[:16]} is a model that stands alone: {system(about.system).family} arms are "
                 "patches, or it was made from no base. Load it as a base: local-dir:<folder>."
             )
-        return Model(load_weights(folder, about, device))
+        made = load_weights(folder, about, device)
+        artifact.check_finite(dict(made.model.named_parameters()), str(folder))
+        return Model(made)
     raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to run.")
 
 
@@ -225,6 +227,26 @@ def load_weights(folder: Path, about: Manifest, device: str) -> Base:
     if kind.load_folder is not None:
         return replace(kind.load_folder(folder, device), family=kind.name)
     return load_base(f"local-dir:{folder}", kind.name, device)
+
+
+def check_servable(folder: Path, name: str, bases: Mapping[str, str]) -> None:
+    """Raises what would keep a sealed folder from being an arm of system `name` on bases with these digests (role ->
+    digest; none: on any). Whether it answers well, only a service finds out."""
+    about = manifest.read(folder)
+    row = system(name)
+    if about.system != name:
+        raise BadArtifact(f"{folder} is of {about.system}, not of {name}.")
+    for role, label in about.bases.items():
+        if role in bases and label.rpartition("@")[2] != bases[role]:
+            raise WrongBase(f"{folder} was made from {label[:80]}, not from the base {bases[role][:16]}.")
+    if about.kind == "patch":
+        if any(isinstance(e, Weight) for e in artifact.load(folder)[1].edits()):
+            raise PatchError(f"{folder} edits weights, which rows of one batch share. Fold it: patchbay export")
+    elif about.kind == "model":
+        if alone(about):
+            raise NotFound(f"{folder} is a model that stands alone, and no arm of {name}.")
+    elif about.kind != "search" or not row.roles:
+        raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to run.")
 
 
 def check_memory(about: Manifest, device: str) -> None:

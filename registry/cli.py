@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError
+from registry.errors import ConfigError, Conflict, Invalid, NotFound, PatchbayError, unsecret
 from registry.systems import SYSTEMS, system
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,9 @@ def push(args: argparse.Namespace) -> Says:
     store, ledgers = _store(), _ledger()
     about = _manifest(args.folder)
     name = about.system
+    if about.kind == "finding":  # something to read: it is nobody's challenger
+        pushed = store.push(args.folder)
+        return Says(f"{name}@{pushed.version} sha256:{pushed.digest[:16]} is kept. {pushed.url}", **asdict(pushed))
     _check_served(name, args.folder, about, args.force)
     pushed = store.push(args.folder)
     ledgers.challenge(ledgers.Ledger(), name, pushed.digest, who=_who())
@@ -104,7 +108,9 @@ def show(args: argparse.Namespace) -> Says:
     """one artifact: lineage, config, metrics; or a system: its ledger"""
     if args.ref in SYSTEMS:
         ledgers = _ledger()
-        entries = ledgers.Ledger().history(args.ref, 20)
+        ledger = ledgers.Ledger()
+        ledger.verify(args.ref)
+        entries = ledger.history(args.ref, 20)
         rows = [(_when(e.at), e.action, e.champion[:16], (e.challenger or "-")[:16], e.who) for e in entries]
         table = _table(("when", "action", "champion", "challenger", "who"), rows)
         return Says(table, history=[asdict(e) for e in entries])
@@ -143,6 +149,11 @@ def split(args: argparse.Namespace) -> Says:
     ledgers.split(ledger, name, experiments.plain(made), who=_who())
     warning = _mirror(_store(), name)
     text = f"{name}: {share:.0%} of units get sha256:{treatment[:16]} ({made.mode}, experiment {made.name}).{warning}"
+    wanted = made.margin or made.tau * (made.high - made.low)
+    text += (
+        f"\nIt takes up to {experiments.power(made, wanted):,} units until a difference of {wanted:g} is found 80 % of "
+        f"the time; outcomes must lie from {made.low:g} to {made.high:g} and use that range."
+    )
     return Says(text, experiment=made.name, share=share)
 
 
@@ -188,7 +199,7 @@ def rollback(args: argparse.Namespace) -> Says:
 
 def serve(args: argparse.Namespace) -> Says:
     """serve a system: base and every patch in one process, OpenAI-compatible where it generates"""
-    importlib.import_module("bentos.desk").serve(system(args.system).name, host=args.host, port=args.port)
+    importlib.import_module("bentos.app").serve(system(args.system).name, host=args.host, port=args.port)
     return Says("stopped")
 
 
@@ -281,16 +292,17 @@ def _check_digest(name: str, digest: str, force: bool) -> None:
 def _check_served(name: str, folder: Path, about: Any, force: bool) -> None:
     """Raises Conflict for what a service of this system could not serve beside its champion; it may be forced."""
     head = _ledger().Ledger().head(name)
-    base = None
+    bases: dict[str, str] = {}
     if head and head.champion not in ("base", about.digest):
-        base = _manifest(_store().pull(head.champion)).base_digest
+        now = _manifest(_store().pull(head.champion)).bases
+        bases = {role: label.rpartition("@")[2] for role, label in now.items()}
     try:
-        importlib.import_module("patches.artifact").check_servable(folder, system=name, base=base)
+        importlib.import_module("patches.subject").check_servable(folder, name, bases)
     except PatchbayError as e:
-        if force:
-            return
-        why = f"the champion of {name} is on base {base[:16]}: {e}" if base and about.base_digest != base else str(e)
-        raise Conflict(f"A service of {name} could not serve this; --force does it all the same. {why}") from None
+        if not force:
+            raise Conflict(
+                f"A service of {name} could not serve this beside its champion; --force does it all the same. {e}"
+            ) from None
 
 
 def _who() -> str:
@@ -433,20 +445,24 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             system(args.system)
         except NotFound as e:
-            print(e, file=sys.stderr)
-            return 2
+            return _refused(e, 2)
     try:
         said = VERBS[args.verb](args)
     except (ConfigError, Invalid) as e:
-        print(e, file=sys.stderr)
-        return 2
+        return _refused(e, 2)
     except PatchbayError as e:
-        print(e, file=sys.stderr)
-        return 1
+        return _refused(e, 1)
+    except (OSError, sqlite3.Error) as e:
+        return _refused(f"This machine refuses it: {e}. Look at the disk and at who may write there.", 1)
     except KeyboardInterrupt:
         return 130
     print(json.dumps(said, default=str) if args.json else said.text)
     return 0
+
+
+def _refused(why: object, status: int) -> int:
+    print(unsecret(str(why)), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

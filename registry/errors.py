@@ -19,6 +19,7 @@
         ├── Tampered       a byte, a file or the manifest itself is not what was sealed
         ├── Outside        a path that leaves the folder
         ├── Linked         a symbolic link where a file should be
+        ├── Odd            a pipe, a folder or a device where a file should be
         ├── Oversize       a header or a file beyond its limit
         ├── NotFinite      a tensor holds NaN or infinity
         └── WrongBase      fitted on another base than the one it is applied to
@@ -28,6 +29,7 @@ The command line prints the message alone; the services map `status` in one plac
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -132,9 +134,27 @@ class Oversize(BadArtifact):
     """A manifest, a tensor header or a file is larger than any honest one."""
 
 
+class Odd(BadArtifact):
+    """The folder holds something that is no file: a pipe, a socket, a device, a folder of that name."""
+
+
 class NotFinite(BadArtifact):
     """A tensor holds NaN or infinity; what it touches would be neither answer nor error."""
 
 
 class WrongBase(BadArtifact):
     """The artifact was made from another base than the one it is to be used on."""
+
+
+_SECRET = re.compile(r"(?<=://)[^/@\s]+@")
+_PLACE = re.compile(r"(?<![\w.:/])/(?!v1/)(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
+
+
+def plain(text: str) -> str:
+    """A message as strangers may read it: no passwords in addresses, of paths on this machine the last part alone."""
+    return _PLACE.sub(".../", _SECRET.sub("***@", text))
+
+
+def unsecret(text: str) -> str:
+    """A message without the passwords in addresses."""
+    return _SECRET.sub("***@", text)

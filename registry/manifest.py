@@ -16,11 +16,12 @@ import json
 import math
 import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from registry.errors import BadArtifact, ConfigError, Linked, Outside, Oversize, Tampered, Unsealed, WrongBase
+from registry.errors import BadArtifact, ConfigError, Linked, Odd, Outside, Oversize, Tampered, Unsealed, WrongBase
 
 NAME = "manifest.json"
 Kind = Literal["patch", "model", "search", "finding", "report"]
@@ -150,13 +151,16 @@ def _parse(folder: Path) -> Manifest:
     if file.is_symlink():
         raise Linked(f"{file} is a symbolic link; artifacts are plain files. Pull the artifact again.")
     try:
+        _check_plain(file)
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise Oversize(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; no manifest is.")
         about = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Unsealed(f"{folder} has no {NAME}: it was never sealed. Run the fit again.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Tampered(f"{file} is not JSON. Pull the artifact again.") from None
+    except OSError as e:
+        raise Tampered(f"{file} cannot be read ({e.strerror}). Pull the artifact again.") from None
     schema = about.get("schema", 1) if isinstance(about, dict) else 1
     if isinstance(schema, int) and schema > SCHEMA:
         raise Tampered(f"{file} is of schema {schema}, and this patchbay reads up to {SCHEMA}. Update patchbay.")
@@ -170,11 +174,25 @@ def _parse(folder: Path) -> Manifest:
     manifest = Manifest(**about)
     if manifest.kind not in get_args(Kind):
         raise Tampered(f"{file} says kind {str(manifest.kind)[:40]!r}; it must be one of {', '.join(get_args(Kind))}.")
-    if not all(isinstance(part, dict) for part in (manifest.files, manifest.config, manifest.bases)):
-        raise Tampered(f"{file}: files, config and bases must be objects.")
+    if not all(isinstance(part, dict) for part in (manifest.files, manifest.config, manifest.bases, manifest.tensors)):
+        raise Tampered(f"{file}: files, config, bases and tensors must be objects.")
+    texts = [manifest.system, *manifest.files.values(), *manifest.bases.values()]
+    if not isinstance(manifest.parents, list) or not all(isinstance(t, str) for t in [*texts, *manifest.parents]):
+        raise Tampered(f"{file}: system, digests, bases and parents must be texts.")
     for name in manifest.files:
         _inside(folder, name)
+    if odd := sorted(manifest.tensors.keys() ^ {n for n in manifest.files if n.endswith(".safetensors")}):
+        raise Tampered(f"{file} lists tensors of {odd[0][:80]!r} but not the file, or the file but not its tensors.")
     return manifest
+
+
+def _check_plain(file: Path) -> None:
+    """Raises Odd for what is neither a file nor missing: reading a pipe would wait for ever."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        kind = next((name for test, name in kinds if test(mode)), "a device")
+        raise Odd(f"{file} is {kind} where a file should be. Pull the artifact again.")
 
 
 def _inside(folder: Path, name: str) -> None:
@@ -191,6 +209,8 @@ def _walk(folder: Path) -> list[str]:
             path = Path(at) / name
             if path.is_symlink():
                 raise Linked(f"{path} is a symbolic link; artifacts are plain files. Copy the file in its place.")
+        for name in files:
+            _check_plain(Path(at, name))
         names += [Path(at, f).relative_to(folder).as_posix() for f in files]
         if len(names) > MAX_FILES:
             raise Oversize(f"{folder} holds more than {MAX_FILES} files; no artifact does.")
@@ -203,11 +223,19 @@ def _tensors(file: Path) -> dict[str, list[Any]]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if length > MAX_HEADER_BYTES or length + 8 > size:
-            raise Oversize(f"{file} claims a header of {length} bytes; the limit is {min(MAX_HEADER_BYTES, size - 8)}.")
+            most = max(0, min(MAX_HEADER_BYTES, size - 8))
+            raise Oversize(f"{file} claims a header of {length} bytes; the limit is {most}.")
         try:
             header = json.loads(f.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Tampered(f"{file} has no readable safetensors header.") from None
+    try:
+        return _listed(file, header, size - length - 8)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise Tampered(f"{file}: its safetensors header is not one ({type(e).__name__}: {str(e)[:60]}).") from None
+
+
+def _listed(file: Path, header: dict[str, Any], room: int) -> dict[str, list[Any]]:
     header.pop("__metadata__", None)
     end = 0
     out = {}
@@ -217,9 +245,23 @@ def _tensors(file: Path) -> dict[str, list[Any]]:
             raise Tampered(f"{file}: the bytes of {name[:80]!r} do not follow the ones before.")
         end = stop
         out[name] = [about["dtype"], about["shape"]]
-    if end + length + 8 != size:
-        raise Tampered(f"{file} is {size} bytes, but its header accounts for {end + length + 8}.")
+    if end != room:
+        raise Tampered(f"{file} has {room} bytes of tensors, but its header accounts for {end}.")
     return out
+
+
+def take(folder: Path, about: Manifest, name: str) -> bytes:
+    """A sealed file's bytes, which are the ones that were hashed: nobody can swap the file between check and use.
+
+    Raises Tampered if they are not what was sealed, or were not sealed at all.
+    """
+    try:
+        raw = (Path(folder) / name).read_bytes()
+    except OSError as e:
+        raise Tampered(f"{folder}/{name} cannot be read ({e.strerror}). Pull the artifact again.") from None
+    if hashlib.sha256(raw).hexdigest() != about.files.get(name):
+        raise Tampered(f"{folder}/{name} is not what was sealed. Pull the artifact again.")
+    return raw
 
 
 def sha256(file: Path) -> str:
@@ -232,4 +274,4 @@ def is_digest(text: str) -> bool:
     return DIGEST.fullmatch(text) is not None
 
 
-__all__ = ["BadArtifact", "Manifest", "canonical", "digest_of", "is_digest", "read", "sha256", "write"]
+__all__ = ["BadArtifact", "Manifest", "canonical", "digest_of", "is_digest", "read", "sha256", "take", "write"]

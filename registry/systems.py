@@ -97,7 +97,8 @@ class System:
 
 _ROWS = (
     System("clip_sae", "Steer and suppress sparse-autoencoder features of CLIP's vision transformer",
-           "2504.08729", "clip", "patches.mechanisms.features:FeatureEdit", ("classify", "embeddings", "explain.features"),
+           "2504.08729", "clip", "patches.mechanisms.features:FeatureEdit",
+           ("classify", "embeddings", "explain.features"),
            Claim("lab:clip right under a wrong written word", .048, .487, .039, "as many random features", 2000,
                  "71a76e194d79f75f",
                  beside="says the word 56.6 % -> 2.5 %; clean accuracy - 0.6 points (control - 4.6); under a blank "

@@ -49,6 +49,7 @@ SHAPES = {
     "classify": Ask("/v1/classify", lambda: {"images": [picture()], "labels": ["cat", "dog"]}),
     "embed": Ask("/v1/video", lambda: {"clips": [film()], "wants": ["scores", "features", "surprise"]}),
     "embeddings": Ask("/v1/embeddings", lambda: {"input": [f"data:image/png;base64,{picture()['data']}"]}),
+    "render": Ask("/v1/images/generations", lambda: {"prompt": "a cat", "patchbay": {"steps": 2, "seed": 1}}),
     "explain.features": Ask("/v1/explain/encode", lambda: {"image": picture()}),
     "explain.heads": Ask("/v1/explain/heads"),
     "explain.neurons": Ask("/v1/explain/neurons"),

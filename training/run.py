@@ -102,7 +102,7 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None)
     data = (sealed.name.replace("/", "-"), manifest.digest_of(asdict(config))[:16])
     config = _on(config, device)
     given = getattr(config, "base", "") if not row.roles else ""
-    model = Subject.load(folder, given or None, device or str(getattr(config, "device", "cpu")))
+    model = Subject.load(folder, given or None, str(device or getattr(config, "device", "cpu")))
     try:
         _seed(getattr(config, "seed", 0))
         sides = {side: measures(job.evaluate(model, config, arm)) for side, arm in SIDES.items()}

@@ -80,7 +80,7 @@ class Runtime:
         try:
             pinned = self.settings.pinned
             self.ledger = None if pinned else Ledger()
-            head = self.ledger.head(self.settings.system) if self.ledger else None
+            head = self.ledger.sound(self.settings.system) if self.ledger else None
             s, row = self.settings, system(self.settings.system)
             refs = check(s, head)
             bases = {role: load_base(refs[role], kind, s.device) for role, kind in row.bases.items()}
@@ -243,7 +243,7 @@ class Runtime:
                     self._forget_unused()
                     continue
                 seen, tried = now, time.monotonic()
-                head = self.ledger.head(self.settings.system)
+                head = self.ledger.sound(self.settings.system)
                 if again or self.table is None or (head.hash if head else "") != self.table.head:
                     table = self._follow_once(head)
                     if self.table is None or table.champion != self.table.champion:

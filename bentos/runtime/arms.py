@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from registry.ab.experiment import CONTROL, TREATMENT, Arm, Experiment, assign
+from registry.ab.experiment import CONTROL, OWNER, TREATMENT, Arm, Experiment, assign
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, NotFound
 
@@ -48,6 +48,20 @@ class Choice:
     """set if this answer is an exposure"""
     side: Arm | None = None
     unit: str | None = None
+    owner: str = ""
+    """whose unit it is: the tenant of the token that named it; empty where there are no tokens"""
+    told: bool = True
+    """whether the caller may know the arm; in an experiment, one who only generates may not choose whom to hurt"""
+
+    @property
+    def counted(self) -> str:
+        """The unit as the experiment counts it."""
+        return owned(self.owner, self.unit or "")
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Label and digest as the caller is told them."""
+        return (self.label, self.digest) if self.told or self.experiment is None else ("auto", "")
 
     @property
     def arm(self) -> str | None:
@@ -55,8 +69,16 @@ class Choice:
         return None if self.digest == BASE else self.digest
 
 
-def choose(table: Table, wish: str | None, unit: str | None) -> Choice:
-    """The arm for a wish. Raises NotFound naming what can be asked for, BadRequest for a unit that cannot be one."""
+def owned(owner: str, unit: str) -> str:
+    """A unit of one tenant: nobody else's unit has that name."""
+    return f"{owner}{OWNER}{unit}" if owner else unit
+
+
+def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", told: bool = True) -> Choice:
+    """The arm for a wish of `owner`, who may know it if `told`.
+
+    Raises NotFound naming what can be asked for, BadRequest for a unit that cannot be one.
+    """
     if unit is not None and not UNIT.fullmatch(unit):
         raise BadRequest(f"unit {unit[:40]!r} must be 1 to 128 printable characters without spaces.")
     name = (wish or "auto").strip()
@@ -70,8 +92,8 @@ def choose(table: Table, wish: str | None, unit: str | None) -> Choice:
         if x is None:
             return Choice("champion", table.champion)
         unit = unit or secrets.token_hex(8)
-        side = CONTROL if x.mode == "shadow" else assign(x, unit)
-        return Choice(side, x.arm_digest(side), x, side, unit)
+        side = CONTROL if x.mode == "shadow" else assign(x, owned(owner, unit))
+        return Choice(side, x.arm_digest(side), x, side, unit, owner, told)
     if name == BASE:
         return Choice(BASE, BASE)
     if name == "champion":
@@ -93,4 +115,4 @@ def choose(table: Table, wish: str | None, unit: str | None) -> Choice:
 def other(choice: Choice) -> Choice:
     """The arm a shadow decodes beside the control."""
     assert choice.experiment is not None
-    return Choice(TREATMENT, choice.experiment.treatment, choice.experiment, TREATMENT, choice.unit)
+    return replace(choice, label=TREATMENT, digest=choice.experiment.treatment, side=TREATMENT)

@@ -94,7 +94,7 @@ class Judge:
         """Judge the live experiment; act on the ledger if it says so."""
         if self.r.ledger is None or self.r.events is None:
             return None
-        head = self.r.ledger.head(self.r.settings.system)
+        head = self.r.ledger.sound(self.r.settings.system)
         if head is None or head.experiment is None:
             return None
         x = experiments.load(head.experiment)

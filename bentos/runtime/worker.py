@@ -16,7 +16,7 @@ from bentos.runtime.threads import Watch
 from patches.engine.isolate import fail, named
 from patches.families.worker import Job, Worker
 from registry.ab.ledger import BASE
-from registry.errors import Failed, NotReady, TooMany
+from registry.errors import Failed, NotReady, PatchbayError, TooMany
 
 log = logging.getLogger("patchbay")
 
@@ -72,7 +72,18 @@ class Loop:
         with self._counting:
             for row in rows:
                 self.inflight[row.arm or BASE] += 1
-        self.tell(lambda: self.worker.add(rows))
+        self.tell(lambda: self._join(rows))
+
+    def _join(self, rows: Sequence[Any]) -> None:
+        try:
+            self.worker.add(rows)
+        except Exception as e:  # checked before, but nobody may wait for a job that nobody runs
+            why = e if isinstance(e, PatchbayError) else Failed(f"This job cannot be queued ({type(e).__name__}).")
+            for row in rows:
+                fail(row, why)
+                self._done(row)
+                self._tell_of(row)
+            raise
 
     def cancel(self, row: Any) -> None:
         """Stop a row; its neighbours do not notice."""
@@ -124,16 +135,7 @@ class Loop:
     def _step(self) -> None:
         """One step of the worker, and what it means for those who wait."""
         start = time.perf_counter()
-        try:
-            touched: Sequence[Job] = self.worker.step()
-        except Exception:
-            # a worker finds the job that fails (patches.isolate); this is the worker itself
-            log.exception("a step failed as a whole; the running jobs are given up")
-            touched, waiting = list(self.worker.running), list(self.worker.waiting)
-            for row in touched:
-                fail(row, Failed("The step of this job failed; it is in the log. Try again."))
-            self.worker.reset()
-            self.worker.add(waiting)
+        touched: Sequence[Job] = self.worker.advance()
         self.counts.steps += 1
         self.counts.rows += len(touched)
         self.counts.seconds += time.perf_counter() - start
@@ -197,7 +199,7 @@ class Loop:
         row.on_step = lambda r: done.set() if r.finished else None
         with self._counting:
             self.inflight[digest] += 1
-        self.tell(lambda: self.worker.add([row]))
+        self.tell(lambda: self._join([row]))
         until = time.monotonic() + CALL_S
         while not done.wait(0.5):
             if self.watch.stopping.is_set() or time.monotonic() > until:

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from bentos import jobs
 from bentos.desk import Desk, Extra, Strict, facts, headers
-from bentos.http import ANY, Call, answer
+from bentos.http import Call, answer
 from bentos.runtime.arms import UNIT, Choice
 from bentos.shapes.films import stacked, unpacked
+from bentos.tokens import ANY
 from patches.families.pictures import MAX_BYTES, read
 from patches.families.search import wav
 from patches.families.search.config import Budget

@@ -30,6 +30,7 @@ from patches.evidence import label_set
 from patches.evidence.label_set import LabelSet
 from patches.families import clip
 from patches.families.clip.worker import Picture
+from patches.families.pictures import Budget
 from registry.ab.ledger import BASE
 from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
 
@@ -143,8 +144,9 @@ class Service:
         self.desk.check_compare(request, ask.patchbay.compare)
         try:
             by, sealed = await self._label_set(table, choice, ask)
+            budget = Budget()
             entries = await asyncio.to_thread(
-                lambda: [self._entry(request, ask, choice, values) for values in ask.images]
+                lambda: [self._entry(request, ask, choice, values, budget) for values in ask.images]
             )
             if all(e.refused for e in entries):
                 assert entries[0].refused is not None
@@ -172,14 +174,14 @@ class Service:
             return await self.classifiers.carried(table, choice)
         return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
 
-    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any) -> Entry:
+    def _entry(self, request: Request, ask: Classify, choice: Choice, values: Any, budget: Budget) -> Entry:
         try:
             image = parse(Image, values)
             if image.model is not None:
                 choice = self.desk.choice(request, image.model, ask.user)[1]
                 if choice.experiment is not None:
                     raise BadRequest("images: a picture's own model cannot be auto; name that for the whole request.")
-            x = pictures.pixels(self.runtime, image.data)
+            x = pictures.pixels(self.runtime, image.data, budget)
         except PatchbayError as e:
             return Entry(choice, refused=e)
         job = Picture(x, arm=choice.arm, strength=ask.patchbay.strength)
@@ -191,7 +193,8 @@ class Service:
         if entry.failed is not None:
             return {"index": index, **told(entry.failed)}
         assert entry.job is not None
-        out = {"index": index, "arm": entry.choice.label, "patch": entry.choice.digest}
+        label, digest = entry.choice.shown
+        out = {"index": index, "arm": label, "patch": digest}
         out |= scores(entry.job, by, top)
         return out | {"base": scores(entry.beside, by, top)} if entry.beside is not None else out
 
@@ -208,7 +211,7 @@ class Service:
         await pictures.embed(self.runtime, list(jobs.values()))
         control = [results[i].get("label") for i in jobs]
         treatment = [scores(p, by, 1)["label"] if p.out is not None else None for p in jobs.values()]
-        self.desk.keep(request.state.number, twin.unit, control, treatment)
+        self.desk.keep(request.state.number, twin, control, treatment)
         status = max([p.error.status for p in jobs.values() if p.error], default=200)
         await self.desk.expose(request, twin, status, start)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bentos.desk import DEADLINE_S, Strict
 from bentos.runtime import Runtime
 from patches.families.clip.worker import Picture
-from patches.families.pictures import MAX_BYTES, read
+from patches.families.pictures import MAX_BYTES, Budget, guarded, read
 from registry.errors import NotReady
 
 MAX_BODY_BYTES = 48 << 20
@@ -41,10 +41,11 @@ Images = Annotated[
 """each is judged for itself, so that a bad one costs its neighbours nothing"""
 
 
-def pixels(runtime: Runtime, data: str) -> Tensor:
+def pixels(runtime: Runtime, data: str, budget: Budget | None = None) -> Tensor:
     """(3, H, W) of a picture, as the base's processor makes it. Raises as `read`."""
-    made: Tensor = runtime.base.processor.image(read(data))[0]
-    return made
+    with guarded():
+        made: Tensor = runtime.base.processor.image(read(data, budget))[0]
+        return made
 
 
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:

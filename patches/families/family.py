@@ -7,7 +7,7 @@ runtime, export, build, store, pyfunc and command line ask this value.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,11 @@ class Family:
     """(subject, DataFrame, params) -> what MLflow's pyfunc answers, one row per row; the arm is the subject's own"""
     example: str
     """a reference that anybody can load"""
+    prompt: Callable[[Base, Any, Sequence[Any], bool], Callable[..., Any]] | None = None
+    """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it from
+    its other fields; None: the family answers no prompts"""
+    sees: bool = False
+    """whether its prompts may hold pictures"""
     purposes: Mapping[str, Callable[[], Base]] = field(default_factory=dict)
     """tiny:<name> -> a small base made for a purpose, such as a planted truth"""
     sites: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +67,8 @@ class Family:
     wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
     dtype: Callable[[str], torch.dtype] = default_dtype
+    parts: Callable[[str], tuple[str, ...]] = lambda ref: ()
+    """(reference) -> references of other bases that it is made with and that must be at hand; a Bento carries them"""
 
 
 def families() -> list[str]:

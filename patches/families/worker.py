@@ -6,6 +6,7 @@ MLflow's pyfunc all drive it by the same few methods.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from registry.errors import PatchbayError
+from patches.engine.isolate import fail
+from registry.errors import Failed, PatchbayError
 
 if TYPE_CHECKING:
     from patches.engine.patch import Patch
+
+
+log = logging.getLogger("patchbay")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -79,7 +84,23 @@ class Worker(ABC, Generic[J]):
 
     @abstractmethod
     def step(self) -> list[J]:
-        """One forward of the batch; returns the jobs that took part. Those finished among them have left it."""
+        """One forward of the batch; returns the jobs that took part. Those finished among them have left it.
+
+        A job that makes the forward raise, or whose numbers are not finite, fails alone (patches.engine.isolate).
+        """
+
+    def advance(self) -> list[J]:
+        """`step` for many callers: if it raises as a whole, the jobs that ran fail and those that wait stay."""
+        try:
+            return self.step()
+        except Exception:
+            log.exception("a step failed as a whole; its running jobs are given up")
+            ran, waiting = list(self.running), list(self.waiting)
+            for job in ran:
+                fail(job, Failed("The step of this job failed; it is in the log. Try again."))
+            self.reset()
+            self.waiting.extend(waiting)
+            return ran
 
     @abstractmethod
     def cancel(self, job: J) -> None:
@@ -151,8 +172,8 @@ class Fleet(Worker[Job]):
             worker.add(theirs)
 
     def step(self) -> list[Job]:
-        """One step of every worker that has something to do."""
-        return [job for worker in self.all if not worker.idle for job in worker.step()]
+        """One step of every worker that has something to do; what one of them raises, the others do not notice."""
+        return [job for worker in self.all if not worker.idle for job in worker.advance()]
 
     def cancel(self, job: Job) -> None:
         self.of(job.arm).cancel(job)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from registry.ab.experiment import CONTROL, P99_BETS, TREATMENT, Arm, ArmStats, Experiment, Summary, bet_p99
+from registry.ab.experiment import CONTROL, OWNER, P99_BETS, TREATMENT, Arm, ArmStats, Experiment, Summary, bet_p99
 from registry.errors import NotFound, NotReady
 from registry.home import home
 
@@ -40,6 +41,8 @@ GIVE_UP_S = 10.0
 HUNG_S = 60.0
 """a writer that has work and has done none of it for so long is not well"""
 CLOSE_S = 5.0
+TOKEN_UNITS, UNIT_CALLS = 20, 20
+"""units that a token has before its share is looked at, and calls of a token's unit that count"""
 P99_FROM = 100
 """control calls before its p99 means anything"""
 
@@ -300,6 +303,8 @@ class _Unit:
     """What one unit did."""
 
     arm: Arm
+    counted: bool = True
+    calls: int = 0
     n: int = 0
     total: float = 0.0
     crossed: bool = False
@@ -326,6 +331,12 @@ class _Totals:
     p99: tuple[float, ...] = (0.0,) * len(P99_BETS)
     p99_calls: int = 0
     dropped: int = 0
+    owners: Counter[str] = field(default_factory=Counter)
+    """tenant -> its units that count"""
+    uncounted: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    """outcomes so far"""
 
     def fold(
         self, x: Experiment, id: int, kind: str, unit: str, arm: Arm | None, share: float | None,
@@ -340,11 +351,19 @@ class _Totals:
             self.dropped += 1
 
     def _expose(self, x: Experiment, unit: str, arm: Arm, share: float, status: int, latency_ms: float | None) -> None:
+        owner, known = unit.rpartition(OWNER)[0], self.units.get(unit)
+        if known is None and not self._admit(x, owner):
+            self.units[unit] = _Unit(arm, counted=False)
+            self.uncounted += 1
+            return
+        if known is not None and (not known.counted or (owner and known.calls >= UNIT_CALLS)):
+            return  # one token's, or one unit's, however often it calls
         stats = self.arms[arm]
         self.arms[arm] = replace(stats, calls=stats.calls + 1, errors=stats.errors + (status >= 500 or status == 0))
-        known = self.units.get(unit)
+        if known is not None:
+            known.calls += 1
         if known is None:
-            self.units[unit] = _Unit(arm)
+            self.units[unit] = _Unit(arm, calls=1)
             self.arms[arm] = replace(self.arms[arm], units=stats.units + 1)
             if x.mode == "split":
                 c, t = self.ratio.get(share, (0, 0))
@@ -355,10 +374,20 @@ class _Totals:
         if latency_ms is not None:
             self._latency(x, arm, latency_ms)
 
+    def _admit(self, x: Experiment, owner: str) -> bool:
+        """Whether one more unit of a tenant counts: it may have the first few, and then its share of all."""
+        if owner:
+            mine, whole = self.owners[owner] + 1, self.owners.total() + 1
+            if x.token_share < 1.0 and mine > TOKEN_UNITS and mine > x.token_share * whole:
+                return False
+            self.owners[owner] += 1
+        return True
+
     def _outcome(self, unit: str, arm: Arm | None, value: float) -> None:
         known = self.units.get(unit)
-        if known is None:
+        if known is None or not known.counted:
             return  # a unit that never saw an arm says nothing about one
+        self.low, self.high = min(self.low, value), max(self.high, value)
         if arm is not None:
             before = len(known.answers)
             known.answers.setdefault(arm, value)
@@ -401,6 +430,7 @@ class _Totals:
         return Summary(
             self.arms[CONTROL], self.arms[TREATMENT], dict(self.ratio), self.crossovers, self.pairs, self.wins,
             self.losses, self.pair_total, self.pair_squares, self.p99, self.p99_calls, self.dropped,
+            len(self.owners), self.uncounted, self.low, self.high,
         )  # fmt: skip
 
 

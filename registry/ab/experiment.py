@@ -35,9 +35,15 @@ BUCKETS = 10_000
 Arm = Literal["control", "treatment"]
 CONTROL: Arm = "control"
 TREATMENT: Arm = "treatment"
+OWNER = "\x1f"
+"""between the tenant of a token and its unit"""
 SRM_E = 1000.0
 P99_ALLOWED = 0.02
 P99_BETS = (2.0, 8.0, 20.0)
+BLIND = 0.05
+"""of the declared range: outcomes that use less of it can hardly be told apart"""
+EVENTS = 5
+"""outcomes of the rarer kind in each arm before an interval is believed: with fewer it leans to one side"""
 HEALTH_CALLS, HEALTH_RATE, HEALTH_E = 200, 0.02, 100.0
 
 
@@ -89,6 +95,8 @@ class Experiment:
     mode: Literal["split", "shadow"] = "split"
     guardrails: tuple[Guardrail, ...] = DEFAULT_GUARDRAILS
     promote_on_win: bool = False
+    token_share: float = 0.5
+    """most of the units that may be one token's, where callers have tokens; the rest do not count. 1: one is trusted"""
 
     def __post_init__(self) -> None:
         problems = {
@@ -98,6 +106,7 @@ class Experiment:
             "margin: 0 or more": self.margin < 0,
             "tau: more than 0": self.tau <= 0,
             "min_n: at least 2": self.min_n < 2,
+            "token_share: more than 0, at most 1": not 0.0 < self.token_share <= 1.0,
             "low: below high": not self.low < self.high,
             "control, treatment: digests of 64 hex digits, or base": not all(
                 a == "base" or is_digest(a) for a in (self.control, self.treatment)
@@ -189,6 +198,13 @@ class Summary:
     p99_calls: int = 0
     dropped: int = 0
     """shadow answers given up under load"""
+    tokens: int = 0
+    """tenants with units that count; 0 where there are no tokens"""
+    uncounted: int = 0
+    """units left out, because their token has more than its share"""
+    seen_low: float = math.inf
+    seen_high: float = -math.inf
+    """outcomes so far lie between"""
 
 
 @dataclass(frozen=True)
@@ -291,7 +307,7 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
     verdict: Literal["better", "worse", "not_inferior", "undecided", "sample_ratio_mismatch"] = "undecided"
     if sample_ratio_e(summary) >= SRM_E:
         verdict = "sample_ratio_mismatch"
-    elif min(n_c, n_t) >= x.min_n:
+    elif min(n_c, n_t) >= x.min_n and (x.mode == "shadow" or min(_events(x, c), _events(x, t)) >= EVENTS):
         # the pair test decides between better and worse exactly; the interval decides how much
         sure = e >= 1 / alpha if x.mode == "shadow" else True
         if (low > 0 or (x.mode == "shadow" and d > 0)) and sure:
@@ -301,6 +317,29 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
         elif x.margin > 0 and low > -x.margin:
             verdict = "not_inferior"
     return Result(d, low, high, n_c, n_t, mean_c, mean_t, e, verdict)
+
+
+def _events(x: Experiment, s: ArmStats) -> float:
+    """How many whole outcomes of the rarer kind an arm has: of 100 with a mean of 5 % of the range, 5."""
+    low, high = s.total - x.low * s.n, x.high * s.n - s.total
+    return min(low, high) / (x.high - x.low) if s.n else 0.0
+
+
+def power(x: Experiment, difference: float, spread: float = 0.25, target: float = 0.8) -> int:
+    """Units, of both arms together, until a true difference is found in `target` of experiments.
+
+    difference: in the outcome's units; spread: variance of an outcome as a share of its range squared (1/4: the most).
+    The interval's half width and the estimate's own noise together must be less than the difference.
+    """
+    width, share = x.high - x.low, min(max(x.share, 1e-6), 1 - 1e-6)
+    noise = 0.8416 if target == 0.8 else 2.0
+    low, high = 2, 1 << 40
+    while low < high:
+        n = (low + high) // 2
+        variance = spread * width * width / n * (1 / share + 1 / (1 - share))
+        _, half = interval(0.0, variance, x.tau * width, x.alpha)
+        low, high = (low, n) if half + noise * math.sqrt(variance) <= difference else (n + 1, high)
+    return low
 
 
 def sample_ratio_e(summary: Summary) -> float:
@@ -377,10 +416,20 @@ def judge(experiment: Experiment, summary: Summary) -> Decision:
             return decide("rollback", f"guardrail {metric}: {state}")
     if result.verdict in ("better", "not_inferior"):
         why = f"{result.verdict.replace('_', ' ')}: {result.effect:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
+        if experiment.promote_on_win and summary.tokens == 1 and experiment.token_share < 1.0:
+            return decide("continue", f"{why}, but every unit is one token's; token_share=1 trusts it")
         return decide("promote" if experiment.promote_on_win else "continue", why)
     if result.verdict == "worse":
         return decide("rollback", f"worse: {result.effect:+.3f} [{result.low:+.3f}, {result.high:+.3f}]")
-    return decide("continue", "undecided")
+    return decide("continue", f"undecided{_blind(experiment, summary)}")
+
+
+def _blind(x: Experiment, s: Summary) -> str:
+    """Why nothing may ever be decided: outcomes that use a sliver of the range they were declared to have."""
+    used = s.seen_high - s.seen_low
+    if min(s.control.n, s.treatment.n) < x.min_n or used > BLIND * (x.high - x.low):
+        return ""
+    return f"; outcomes lie from {s.seen_low:g} to {s.seen_high:g} of {x.low:g} to {x.high:g}: declare that range"
 
 
 def describe(experiment: Experiment, decision: Decision) -> str:

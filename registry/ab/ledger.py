@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from registry.errors import Conflict, NotFound, Tampered
+from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.home import home
 from registry.manifest import canonical, digest_of, is_digest
 
@@ -62,7 +63,9 @@ class Ledger:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = Path(path or home() / "ledger.db")
-        with closing(self._open()) as db:
+        self._sound: dict[str, tuple[int, str]] = {}
+        """system -> number and hash of the last entry whose chain was recomputed here"""
+        with self._db() as db:
             db.executescript(_TABLE)
 
     def head(self, system: str) -> Entry | None:
@@ -79,7 +82,7 @@ class Ledger:
 
     def version(self) -> int:
         """Grows with every entry of any system; microseconds, so that a service may ask often."""
-        with closing(self._open()) as db:
+        with self._db() as db:
             return int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0])
 
     def append(
@@ -98,7 +101,7 @@ class Ledger:
         for digest in (champion, challenger):
             if digest is not None and digest != BASE and not is_digest(digest):
                 raise NotFound(f"{str(digest)[:80]!r} is neither a digest nor {BASE!r}; resolve the reference first.")
-        with closing(self._open()) as db:
+        with self._db() as db:
             db.execute("BEGIN IMMEDIATE")  # one writer from here to the commit, in any process
             row = db.execute(
                 "SELECT hash, at FROM entries WHERE system = ? ORDER BY seq DESC LIMIT 1", (system,)
@@ -133,21 +136,50 @@ class Ledger:
         last: dict[str, str] = {}
         entries = self._read("(?1 IS NULL OR system = ?1) ORDER BY seq", system)
         for e in entries:
-            body = {k: v for k, v in asdict(e).items() if k != "hash"}
-            if e.previous != last.get(e.system, "") or digest_of(body) != e.hash:
+            if e.previous != last.get(e.system, "") or _hash(e) != e.hash:
                 raise Tampered(f"Entry {e.seq} of {self.path} ({e.system}, {e.action}) is not what was written.")
             last[e.system] = e.hash
         return len(entries)
 
+    def sound(self, system: str) -> Entry | None:
+        """The head, after recomputing the chain of what is new since the last time. Raises Tampered as `verify`."""
+        seq, last = self._sound.get(system, (0, ""))
+        head = None
+        for e in self._read("system = ? AND seq >= ? ORDER BY seq", system, seq):
+            if (e.seq == seq and e.hash != last) or (e.seq > seq and e.previous != last) or _hash(e) != e.hash:
+                raise Tampered(f"Entry {e.seq} of {self.path} ({e.system}, {e.action}) is not what was written.")
+            seq, last, head = e.seq, e.hash, e
+        if head is None and seq:
+            raise Tampered(f"Entries of {self.path} ({system}) are gone. Restore the ledger.")
+        self._sound[system] = (seq, last)
+        return head
+
     def _read(self, where: str, *values: Any) -> list[Entry]:
-        with closing(self._open()) as db:
-            return [_entry(row) for row in db.execute(f"SELECT * FROM entries WHERE {where}", values)]
+        with self._db() as db:
+            rows = db.execute(f"SELECT * FROM entries WHERE {where}", values).fetchall()
+        try:
+            return [_entry(row) for row in rows]
+        except (ValueError, TypeError) as e:
+            raise Tampered(f"An entry of {self.path} cannot be read ({e}). Restore the ledger.") from None
+
+    @contextmanager
+    def _db(self) -> Iterator[sqlite3.Connection]:
+        """A connection for a while. Raises NotReady for what goes wrong with the file."""
+        try:
+            with closing(self._open()) as db:
+                yield db
+        except sqlite3.Error as e:
+            raise NotReady(f"The ledger {self.path} cannot be used: {e}. Try again, or look who has it open.") from None
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        db = sqlite3.connect(self.path, timeout=5, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         return db
+
+
+def _hash(e: Entry) -> str:
+    return digest_of({k: v for k, v in asdict(e).items() if k != "hash"})
 
 
 def _row(e: Entry) -> tuple[Any, ...]:

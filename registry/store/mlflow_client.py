@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry import manifest
-from registry.errors import ConfigError, NotFound, NotReady
+from registry.errors import ConfigError, NotFound, NotReady, unsecret
 from registry.home import home
 
 BASE = "base"
@@ -39,7 +39,7 @@ def tracking_uri() -> str:
 
 
 def ui_url() -> str:
-    uri = tracking_uri()
+    uri = unsecret(tracking_uri())
     return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
 
 
@@ -56,14 +56,14 @@ def connected() -> Iterator[MlflowClient]:
             _OPENED.add(uri)
         yield MlflowClient(uri)
     except SQLAlchemyError as e:
-        raise NotReady(f"MLflow's database {uri} failed: {str(e).partition(chr(10))[0][:300]}") from None
+        raise NotReady(f"MLflow's database {unsecret(uri)} failed: {str(e).partition(chr(10))[0][:300]}") from None
     except MlflowException as e:
         text = str(e).partition("\n")[0][:300]
         if e.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise NotFound(f"MLflow at {uri} does not have it: {text}") from None
+            raise NotFound(f"MLflow at {unsecret(uri)} does not have it: {text}") from None
         if e.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise ConfigError(f"MLflow refused: {text}") from None
-        raise NotReady(f"MLflow at {uri} failed: {text} Check MLFLOW_TRACKING_URI and the server.") from None
+        raise NotReady(f"MLflow at {unsecret(uri)} failed: {text} Check MLFLOW_TRACKING_URI and the server.") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ import torch
 from patches.engine.edits import Act, Side, Weight
 from patches.engine.patch import Patch
 from patches.families import clip
+from patches.families.family import family
+from patches.mechanisms.direction import DirectionConfig, DirectionEdit
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate
 from patches.mechanisms.sink import SinkConfig, SinkEdit
+from patches.mechanisms.subspace import Layer, SubspaceConfig, SubspaceEdit, linear_layers, size
 
 D, M = 32, 48
 
@@ -110,6 +114,17 @@ def _heads(mode: str = "zero", **tensors: torch.Tensor) -> HeadEdit:
     return HeadEdit(HeadConfig(site, ((0, 1), (2, 0), (2, 3)), 4, mode), tensors)
 
 
+def _subspace(*layers: Layer) -> SubspaceEdit:
+    """A point of a random weight space, by default over two projections of the tiny language model."""
+    layers = layers or tuple(Layer(f"model.layers.{i}.mlp.up_proj", (1, D), (M, 1)) for i in (0, 2))
+    d, m = size(layers), 3
+    tensors = {
+        "mean": _seeded(d) * 0.5, "sd": torch.full((d,), 0.2), "basis": torch.linalg.qr(_seeded(d, m)).Q,
+        "std": torch.tensor([3.0, 2.0, 1.0]), "z": torch.tensor([1.0, -1.0, 0.5]),
+    }  # fmt: skip
+    return SubspaceEdit(SubspaceConfig(layers, 1.5), tensors)
+
+
 LLM: dict[str, Callable[[], Patch]] = {
     "sink-zero": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3))), {}),
     "sink-clip": lambda: SinkEdit(
@@ -139,11 +154,13 @@ LLM: dict[str, Callable[[], Patch]] = {
     "heads-zero": lambda: _heads(),
     "heads-mean": lambda: _heads("mean", value=_seeded(3, D // 4)),
     "heads-scale": lambda: _heads("scale", factor=torch.tensor([0.5, 2.0, -1.0])),
+    "subspace": _subspace,
     "erase": lambda: Erase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}),
     "low-rank": lambda: LowRank(NoConfig(), {"a": _seeded(2, D), "b": _seeded(M, 2)}),
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
 }
-FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights")
+FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights",
+         "subspace")  # fmt: skip
 """of LLM, those with a form in weights; the others are refused with what to do instead. A mean needs a bias to go to,
 and the tiny Llama has none"""
 
@@ -151,6 +168,24 @@ and the tiny Llama has none"""
 def _clip_heads(mode: str = "zero", tokens: str = "all", **tensors: torch.Tensor) -> HeadEdit:
     """Three of the tiny CLIP's heads, four a layer."""
     return HeadEdit(HeadConfig(clip.SITES["heads"], ((0, 1), (1, 0), (1, 3)), 4, mode, tokens), tensors)
+
+
+def _direction(norm: str) -> DirectionEdit:
+    """Two domains of two classes in the tiny diffusion model's image embedding."""
+    config = DirectionConfig("given.image", ("a", "b", "c", "d"), ("one", "one", "two", "two"), norm=norm)
+    return DirectionEdit(config, {"means": torch.nn.functional.normalize(_seeded(4, 24), dim=1)})
+
+
+@cache
+def _denoiser() -> Any:
+    """The tiny diffusion model that `Family.tiny` makes."""
+    return family("diffusion").tiny(0).model
+
+
+def _denoising() -> dict[str, torch.Tensor]:
+    pipe = _denoiser()
+    told = {name: _seeded(4, *shape) for name, shape in pipe.conditions.items()}
+    return {"sample": _seeded(4, *pipe.shape), "timestep": torch.tensor([20.0, 300.0, 700.0, 950.0]), **told}
 
 
 MEMBERS: dict[str, Member] = {
@@ -164,9 +199,14 @@ MEMBERS: dict[str, Member] = {
     "clip neurons-mean": Member(
         lambda: ablate(clip.site("neurons", 1), range(0, 128, 3), _seeded(128)[::3]), True, "clip"
     ),
+    "diffusion subspace": Member(
+        lambda: _subspace(*linear_layers(_denoiser(), ("to_v", "to_out.0"), 2, under="denoiser")), True, "diffusion"
+    ),
     "clip erase": Member(
         lambda: ClipErase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}), family="clip"
     ),
+    "diffusion direction": Member(lambda: _direction("unit"), family="diffusion"),
+    "diffusion direction, free": Member(lambda: _direction("free"), family="diffusion"),
 }
 """family and name -> member"""
 MECHANISMS = LLM
@@ -191,6 +231,7 @@ def _ids() -> torch.Tensor:
 
 PROBES = {
     "llm": Probe(lambda: {"input_ids": _ids()}, lambda out: out.logits),
+    "diffusion": Probe(_denoising, lambda out: out),
     "clip": Probe(lambda: {"image": _seeded(4, 3, 32, 32)}, lambda out: out["image_features"]),
 }
 """family -> how it is asked; a family that mechanisms are tried on says so here"""

@@ -145,7 +145,7 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(caps
     assert run(capsys, "promote", "attention_sink@challenger")[0] == 0
     for name, (folder, bad) in {
         "another base": sealed(tmp_path / "base", other),
-        "another kind": sealed(tmp_path / "kind", ours, kind="report"),
+        "another kind": sealed(tmp_path / "kind", ours, kind="search"),
     }.items():
         code, out, err = run(capsys, "push", str(folder))
         assert (code, out) == (1, ""), name

@@ -27,7 +27,7 @@ def test_it_is_measured_and_reported_as_ever():
     got = run.evaluate(OLD, FEW)
     assert got.sides["patched"]["quality/repeat_prefix_128"].value == 1.0
     assert got.sides["base"]["quality/repeat_prefix_128"].value < 1.0
-    assert {"norms", "repeats", "candidates"} <= got.figures.keys()
+    assert {"norms", "repeats", "candidates"} <= got.figures["patched"].keys()
     full = run.report(OLD, FEW)
     at = full.tables["variants"]["what"].index("sealed / prefix / 128")
     assert full.tables["variants"]["value"][at] == pytest.approx(1.0)

@@ -239,13 +239,24 @@ def celeba(
     return _dataset("celeba", split, (f"not {target}", target), layout, label, extras, about, device)
 
 
-def coco(split: Split = "test", n: int = 2000, seed: int = 0, correlation: float = 0.9, device: str = "cpu") -> Dataset:
-    """Three things: the first of a pair (label: which pair), its partner or not, and others.
+def coco(
+    split: Split = "test",
+    n: int = 2000,
+    seed: int = 0,
+    correlation: float = 0.9,
+    device: str = "cpu",
+    kind: str = "crowd",
+) -> Dataset:
+    """Three things: the first of a pair (label: which pair), its partner or not, and others. Another kind: company.py.
 
     In train the partner is there with probability `correlation`, elsewhere with 1/2; where it is not, a thing of
     another pair stands in its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool;
     POPE's adversarial question is the partner of what is there, its random one any other class.
     """
+    if kind != "crowd":
+        from training.lab.company import company  # which draws with what is here
+
+        return company(split, n, seed, kind, correlation, device=device)
     lab, classes = atlas.load(), coco_classes()
     g = _start("coco", split, n, seed)
     pairs = len(PAIRS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -26,11 +27,12 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse, told
+from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
 from bentos.runtime.arms import Choice
 from bentos.shapes import pictures
 from bentos.shapes.pictures import Image, Images
+from bentos.tokens import ANY
 from patches import artifact
 from patches.engine.patch import apply
 from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery
@@ -38,8 +40,9 @@ from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens
 from patches.families.clip.maps import Threshold
-from patches.families.pictures import read
+from patches.families.pictures import Budget, guarded, read
 from registry import manifest
+from registry.ab.experiment import OWNER
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, Conflict, NotFound, PatchbayError, TooLarge
 from registry.home import home
@@ -232,7 +235,7 @@ class Service:
         if (ask.heads is None) == (ask.property is None):
             raise BadRequest("Give exactly one of heads and property to look in.")
         heads = [_head(h) for h in ask.heads] if ask.heads else await self._of(choice, ask.property or "")
-        gallery = await self._gallery(choice.digest, ask.gallery)
+        gallery = await self._gallery(choice.digest, ask.gallery, request.state.token.tenant)
         gallery.place(heads)
         x = await self._pixels(ask.image) if ask.image is not None else None
 
@@ -257,12 +260,16 @@ class Service:
     async def galleries(self, request: Request, _: None) -> Response:
         """What there is to look in: the gallery sealed with a patch, and uploaded ones by digest."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        data = [{"gallery": d.name} for d in sorted(_place().iterdir()) if re.fullmatch("[0-9a-f]{64}", d.name)]
+        data = [
+            {"gallery": d.name}
+            for d in sorted(_place(request.state.token.tenant).iterdir())
+            if re.fullmatch("[0-9a-f]{64}", d.name)
+        ]
         out: dict[str, Any] = {"object": "list", "data": data, "sealed": None}
         if choice.digest != BASE:
             try:
-                own = await self._gallery(choice.digest, None)
-                out["sealed"] = {"pictures": len(own), "layers": list(own.layers), "kept": own.kept}
+                sealed = await self._gallery(choice.digest, None, "")
+                out["sealed"] = {"pictures": len(sealed), "layers": list(sealed.layers), "kept": sealed.kept}
             except NotFound:
                 pass
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
@@ -272,11 +279,11 @@ class Service:
         table, choice = self.desk.choice(request, ask.model or "champion")
         if ask.names is not None and len(ask.names) != len(ask.images):
             raise BadRequest(f"names: there are {len(ask.names)} names for {len(ask.images)} images.")
-        before = await self._gallery(choice.digest, ask.gallery) if ask.gallery else None
+        before = await self._gallery(choice.digest, ask.gallery, request.state.token.tenant) if ask.gallery else None
         have = len(before) if before else 0
         if have + len(ask.images) > MAX_GALLERY:
             raise TooLarge(f"{have} + {len(ask.images)} pictures are more than the {MAX_GALLERY} of a gallery.")
-        like = before or await self._gallery(choice.digest, None)
+        like = before or await self._gallery(choice.digest, None, "")
         rows, refused = await asyncio.to_thread(self._readable, ask.images)
         if not rows:
             raise BadRequest(f"No picture could be read. The first: {refused[0]['error']['message']}")
@@ -292,17 +299,18 @@ class Service:
 
         made = await self._call(look)
         async with self.sealing:
-            digest = await asyncio.to_thread(self._seal, made, ask.gallery)
+            digest = await asyncio.to_thread(self._seal, made, ask.gallery, request.state.token.tenant)
         out = {"object": "gallery", "gallery": digest, "pictures": len(made), "added": len(rows), "refused": refused}
         return answer({**out, "kept": made.kept, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def forget(self, request: Request, _: None) -> Response:
         """Delete an uploaded gallery."""
         digest = request.path_params["gallery"]
-        folder = _uploaded(digest)
+        owner = request.state.token.tenant
+        folder = _uploaded(digest, owner)
         async with self.sealing:
             await asyncio.to_thread(shutil.rmtree, folder, True)
-        self.kept.pop(digest, None)
+        self.kept.pop(owner + OWNER + digest, None)
         return answer({"object": "gallery", "gallery": digest, "deleted": True})
 
     # ---- their parts ---------------------------------------------------------------------------------------------
@@ -348,21 +356,21 @@ class Service:
             raise NotFound(f"No head is called {name[:40]!r}. Labels: {', '.join(names)}.")
         return heads[:MAX_HEADS]
 
-    async def _gallery(self, digest: str, uploaded: str | None) -> Gallery:
-        key = uploaded or digest
+    async def _gallery(self, digest: str, uploaded: str | None, owner: str) -> Gallery:
+        key = owner + OWNER + uploaded if uploaded else digest
         if key not in self.kept:
             if uploaded is None and digest == BASE:
                 raise NotFound("The base has no gallery; name a patch as `model`, or upload one.")
-            self.kept[key] = await asyncio.to_thread(self._read, digest, uploaded)
+            self.kept[key] = await asyncio.to_thread(self._read, digest, uploaded, owner)
             while len(self.kept) > KEPT:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)
         return self.kept[key]
 
-    def _read(self, digest: str, uploaded: str | None) -> Gallery:
+    def _read(self, digest: str, uploaded: str | None, owner: str) -> Gallery:
         if uploaded is None:
             return load_gallery(self.runtime.folder(digest) / "gallery")
-        folder = _uploaded(uploaded)
+        folder = _uploaded(uploaded, owner)
         manifest.read(folder, digest=uploaded, base=self.runtime.base.digest)
         return load_gallery(folder)
 
@@ -370,21 +378,21 @@ class Service:
         """(number, as the processor makes it, small uint8) of the pictures that can be read; why others cannot."""
         from torchvision.transforms.functional import pil_to_tensor
 
-        rows, refused = [], []
+        rows, refused, budget = [], [], Budget()
         for i, image in enumerate(images):
             try:
-                picture = read(parse(Image, image).data)
+                with guarded():
+                    picture = read(parse(Image, image).data, budget)
+                    x = self.runtime.base.processor.image(picture)[0]
+                    picture.thumbnail((256, 256))
+                    rows.append((i, x, pil_to_tensor(picture)))
             except PatchbayError as e:
                 refused.append({"index": i, **told(e)})
-                continue
-            x = self.runtime.base.processor.image(picture)[0]
-            picture.thumbnail((256, 256))
-            rows.append((i, x, pil_to_tensor(picture)))
         return rows, refused
 
-    def _seal(self, made: Gallery, parent: str | None) -> str:
+    def _seal(self, made: Gallery, parent: str | None, owner: str) -> str:
         """The digest it is kept under. Raises Conflict if too many are kept."""
-        place = _place()
+        place = _place(owner)
         part = Path(tempfile.mkdtemp(dir=place, prefix=".part-"))
         try:
             save_gallery(made, part)
@@ -401,15 +409,18 @@ class Service:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _place() -> Path:
+def _place(owner: str) -> Path:
+    """Where a tenant's galleries lie."""
     place = home() / "galleries"
+    if owner:
+        place /= "of-" + hashlib.sha256(owner.encode()).hexdigest()[:32]
     place.mkdir(parents=True, exist_ok=True)
     return place
 
 
-def _uploaded(digest: str) -> Path:
+def _uploaded(digest: str, owner: str) -> Path:
     """Where an uploaded gallery lies. Raises NotFound for anything that is not the digest of one."""
-    folder = _place() / digest if re.fullmatch("[0-9a-f]{64}", digest) else None
+    folder = _place(owner) / digest if re.fullmatch("[0-9a-f]{64}", digest) else None
     if folder is None or not folder.is_dir():
         raise NotFound(f"There is no uploaded gallery {digest[:64]!r}; see GET /v1/explain/gallery.")
     return folder

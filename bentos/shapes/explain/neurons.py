@@ -20,11 +20,12 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse, told
+from bentos.http import Call, answer, parse, told
 from bentos.runtime.arms import Choice
 from bentos.shapes import pictures
 from bentos.shapes.classify import Classifiers, Label, Templates
 from bentos.shapes.pictures import Image
+from bentos.tokens import ANY
 from patches import artifact
 from patches.evidence.neuron_cards import (
     MINE_NEURONS,
@@ -41,6 +42,7 @@ from patches.evidence.neuron_cards import (
 from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.maps import Threshold
+from patches.families.pictures import Budget
 from patches.mechanisms.neurons import NeuronEdit
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, NotFound, PatchbayError
@@ -233,12 +235,13 @@ class Service:
         refused: list[dict[str, Any]] = []
         good: list[Tensor] = []
         first: PatchbayError | None = None
+        budget = Budget()
         for values in images:
             try:
                 image = parse(Image, values)
                 if image.model is not None:
                     raise BadRequest("images: a picture's own model cannot be named here; name one for the request.")
-                good.append(pictures.pixels(self.runtime, image.data))
+                good.append(pictures.pixels(self.runtime, image.data, budget))
                 refused.append({})
             except PatchbayError as e:
                 first = first or e

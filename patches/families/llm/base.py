@@ -44,10 +44,11 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
     check_device(device)
     folder, name = _folder(ref)
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
+            trust_remote_code=False,  # left unset, transformers asks on the terminal
             use_safetensors=True,
             attn_implementation="sdpa",
             dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),

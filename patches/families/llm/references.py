@@ -90,10 +90,11 @@ def _from_gguf(parts: list[Path], name: str) -> Path:
                     with part.open("rb") as f:
                         shutil.copyfileobj(f, whole)
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
+                trust_remote_code=False,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
             )

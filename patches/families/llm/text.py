@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from patches.families.base import Base
 from patches.families.llm.table import TABLE
 from patches.families.llm.worker import Decoder, Row
+from registry.errors import Invalid
 
 if TYPE_CHECKING:
     from patches.subject import Subject
@@ -30,6 +32,16 @@ def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:
         prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def maker(base: Base, what: Prompt | Sequence[int], pictures: Sequence[Any] = (), begun: bool = False) -> Any:
+    """What makes rows of a text, a chat or token ids: maker(...)(arm=..., max_tokens=...). Raises Invalid for
+    pictures."""
+    if pictures:
+        raise Invalid(f"{base.name} reads text and sees no pictures; send text, or ask a vision-language model.")
+    if isinstance(what, str) or (what and isinstance(what[0], Mapping)):
+        return partial(Row, encode(base, cast(Prompt, what), begun))
+    return partial(Row, list(cast(Sequence[int], what)))
 
 
 def generate(

@@ -162,7 +162,7 @@ class Decoder(Worker[Row]):
     """A running batch: `add` sequences, call `step` until `idle`."""
 
     def __init__(self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None) -> None:
-        config = base.model.config
+        config = base.model.config.get_text_config()  # of a model that also sees, the part that reads
         self.base, self.applied, self.slots = base, applied, slots
         self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
         """prompt and answer together, in tokens"""
@@ -179,7 +179,7 @@ class Decoder(Worker[Row]):
 
     def reset(self) -> None:
         """Forget what is queued, running and cached."""
-        model, config = self.base.model, self.base.model.config
+        model, config = self.base.model, self.base.model.config.get_text_config()
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device)  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ class Decoder(Worker[Row]):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden).float()
-        cap = getattr(self.base.model.config, "final_logit_softcapping", None)
+        cap = getattr(self.base.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _mask(self, positions: Tensor) -> Any:

@@ -68,10 +68,14 @@ def load(ref: str, device: str = "cpu") -> Base:
         raise NotFound(f"{ref[:80]!r} names no audio-text model. Write hf-hub:org/name@revision or local-dir:path.")
     if missing := [f for f in ("config.json", "preprocessor_config.json") if not (folder / f).is_file()]:
         raise NotFound(f"{folder} has no {missing[0]}. Give a folder that ClapModel and ClapProcessor were saved to.")
-    model = ClapModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+    model = (
+        ClapModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
     ears = Ears(
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        ClapFeatureExtractor.from_pretrained(folder, local_files_only=True),
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        ClapFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
     )
     return base(ref, name, model, ears, folder)
 

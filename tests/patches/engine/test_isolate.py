@@ -12,6 +12,7 @@ from patches.engine.patch import Patch, apply
 from patches.families import clip
 from patches.families.clip.worker import Embedder, Picture
 from patches.families.llm.worker import Decoder, Row
+from patches.families.worker import Fleet
 from registry.errors import Failed, Invalid, NoMemory
 
 # ---- isolate itself ------------------------------------------------------------------------------------------------
@@ -231,3 +232,30 @@ def test_an_arm_that_breaks_leaves_the_embedders_other_pictures_as_if_alone(tiny
                 worker.proof("bad")
         with pytest.raises(Failed):
             worker.run([Picture(x[0]), Picture(x[1], arm="bad")])
+
+
+def test_a_step_that_raises_as_a_whole_keeps_what_waits_and_what_other_workers_run(tiny_llm, monkeypatch):
+    """Whatever a worker gets wrong itself: its running jobs fail, its waiting ones and other models' do not."""
+    base, other = Decoder(tiny_llm, slots=2), Decoder(tiny_llm)
+    fleet = Fleet(base)
+    fleet.models = {"m": other}
+    rows = [text(n=3) for _ in range(4)]
+    mine = text(n=3)
+    mine.arm = "m"
+    fleet.add([*rows, mine])
+    leave, calls = base._leave, []
+
+    def once(slot):
+        calls.append(slot)
+        if len(calls) == 1:
+            raise KeyError("bookkeeping")
+        leave(slot)
+
+    monkeypatch.setattr(base, "_leave", once)
+    while not fleet.idle:
+        fleet.advance()
+    ends = [r.finished for r in rows]
+    assert ends[2:] == ["length", "length"]  # waited, and were kept
+    assert set(ends[:2]) <= {"failed", "length"}
+    assert all(isinstance(r.error, Failed) for r in rows if r.finished == "failed")
+    assert mine.finished == "length"

@@ -66,15 +66,15 @@ def _families() -> list[str]:
 @pytest.mark.parametrize("name", _families())
 def test_what_a_familys_table_takes_and_gives_is_what_it_predicts(name):
     from patches.families.family import family
-    from patches.families.table import table, wheels
+    from patches.families.table import example, table, wheels
     from patches.subject import Subject
+    from registry.systems import SYSTEMS
 
     about = family(name)
     assert (table(name), dict(wheels(name))) == (about.table, dict(about.wheels))
-    if len(about.table.takes) == 0:
-        pytest.skip("takes nothing")
-    subject = Subject(about.tiny(0), about=about)
-    frame = pd.DataFrame({c.name: [c.example] for c in about.table.takes})
+    roles = next((row.roles for row in SYSTEMS.values() if row.family == name and row.roles), {"base": name})
+    subject = Subject({role: family(kind).tiny(0) for role, kind in roles.items()}, about=about)
+    frame = example(about.table)
     got = subject.predict(frame, {})
     subject.close()
     names = list(got.columns) if isinstance(got, pd.DataFrame) else [about.table.gives[0].name]
@@ -110,8 +110,7 @@ def test_a_picture_may_be_bytes_base64_or_a_path_and_labels_a_list(versions, pla
     assert off.equals(base.predict(pd.DataFrame({"image": [pictures[1]], "labels": ['["cat", "sun"]']})))
 
 
-def test_mlflow_evaluates_versions(versions, place, monkeypatch):
-    monkeypatch.chdir(place)  # MLflow keeps what it evaluates in ./mlruns
+def test_mlflow_evaluates_versions(versions, place):
     from patches.families.clip.table import EXAMPLE
 
     def right(predictions: Any, targets: Any, metrics: Any) -> Any:
@@ -121,7 +120,8 @@ def test_mlflow_evaluates_versions(versions, place, monkeypatch):
     metric = mlflow.models.make_metric(eval_fn=right, greater_is_better=True, name="right")
     pictures = pd.DataFrame({"image": [EXAMPLE] * 3, "labels": ['["cat", "sun"]'] * 3, "truth": ["cat", "sun", "cat"]})
     prompts = pd.DataFrame({"prompt": ["hello", "a a"], "truth": ["", ""]})
-    mlflow.set_experiment("evaluations")
+    at = mlflow.create_experiment("evaluations", (place / "evaluations").as_uri())  # by default: ./mlruns
+    mlflow.set_experiment(experiment_id=at)
     for name, table, of in (("clip", pictures, {"predictions": "label"}), ("llm", prompts, {})):
         for side in ("base", "patched"):
             with mlflow.start_run():

@@ -1,0 +1,62 @@
+"""Connections that say nothing: closed. Of more than there may be, the newest are.
+
+uvicorn waits for ever for the rest of a request's head, and takes as many connections as the system lets it. What it
+offers to build on is its protocol class, so `limit` gives it one that knows deadlines; a body's own are in
+`bentos.http`, and idle connections uvicorn closes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+HEAD_S = 15.0
+"""from the first moment of a connection, or the first byte of a later request, to the end of its head"""
+MAX_CONNECTIONS = 2000
+
+
+def limit(protocol: type[Any]) -> type[Any]:
+    """A protocol like uvicorn's own, with a deadline for each request's head."""
+
+    class Limited(protocol):  # type: ignore[misc]
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > MAX_CONNECTIONS:
+                transport.close()
+                return
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:  # the head is here
+                self._heard()
+            elif self._deadline is None:
+                self._expect()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._heard()
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            self._deadline = asyncio.get_running_loop().call_later(HEAD_S, self._give_up)
+
+        def _heard(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _give_up(self) -> None:
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.close()
+
+    return Limited
+
+
+def install() -> None:
+    """Make servers that this process starts from here on use it."""
+    from uvicorn.protocols.http import auto
+
+    if not hasattr(auto.AutoHTTPProtocol, "_deadline"):
+        auto.AutoHTTPProtocol = limit(auto.AutoHTTPProtocol)

@@ -1,0 +1,80 @@
+"""Draw pictures with many adapters at once, for measurement: DDIM in large batches, each adapter with its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.engine.patch import ONLY, apply
+from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, split
+from training.lab.faces import Judge
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any, layers: Sequence[Layer], scale: float, theta: Tensor | None, text: Tensor, noise: Tensor, *,
+    guidance: float, steps: int, both: bool = False, chunk: int = 24,
+) -> Tensor:  # fmt: skip
+    """Pictures (n, 3, H, W) of n rows; adapter i of theta (K, d) draws the i-th run of n / K rows; None: the base.
+
+    text (n, L, C), noise (n, c, h, w). both: the null half of guidance goes through the adapter too, as in the paper;
+    by default it is the unpatched base.
+    """
+    k = 1 if theta is None else len(theta)
+    each = len(text) // k
+    null = pipe.null()["text"]
+    if theta is None:
+        parts = [(None, t, x) for t, x in zip(text.split(chunk * 4), noise.split(chunk * 4), strict=True)]
+    else:
+        rows = chunk * each
+        parts = list(zip(theta.split(chunk), text.split(rows), noise.split(rows), strict=True))
+    return torch.cat([pipe.pictures(_denoise(pipe, layers, scale, *p, null, guidance, steps, both)) for p in parts])
+
+
+def _denoise(
+    pipe: Any, layers: Sequence[Layer], scale: float, theta: Tensor | None, text: Tensor, x: Tensor, null: Tensor,
+    guidance: float, steps: int, both: bool,
+) -> Tensor:  # fmt: skip
+    """DDIM; rows are doubled as (own, null)."""
+    n, levels = len(x), pipe.schedule.levels(steps)
+    condition = torch.cat([text, null.expand_as(text)])
+    names = [ONLY] * n + [ONLY if both else None] * n
+    held = {} if theta is None else {"theta": torch.cat([theta, theta]) if both else theta}
+    arms = {} if theta is None else {ONLY: AdapterSet(AdapterSetConfig(tuple(layers), scale), held)}
+    with apply(pipe, arms) as on:
+        for t, to in zip(levels, [*levels[1:], None], strict=True):
+            level = torch.full((2 * n,), float(t))
+            with on.rows(names if theta is not None else [None] * (2 * n)):
+                own, other = pipe(sample=torch.cat([x, x]), timestep=level, text=condition).chunk(2)
+            x0, eps = pipe.schedule.split(x, other + guidance * (own - other), t)
+            a, s = pipe.schedule.at(to)
+            x = a * x0 + s * eps
+    return x
+
+
+def joined(
+    layers: Sequence[Layer], one: Tensor, other: Tensor, weight: float | Tensor = 1.0
+) -> tuple[tuple[Layer, ...], Tensor]:
+    """Two adapters as one of both ranks: the sum of their updates, the second times `weight` (K,) or a number."""
+    out, layered = [], []
+    w = weight[:, None, None] if isinstance(weight, Tensor) else weight
+    for layer, (a1, b1), (a2, b2) in zip(layers, split(layers, one), split(layers, other), strict=True):
+        a, b = torch.cat([a1, a2.expand_as(a1)], -2), torch.cat([b1, w * b2.expand_as(b1)], -1)
+        layered.append(Layer(layer.site, tuple(a.shape[1:]), tuple(b.shape[1:])))
+        out += [a.flatten(1), b.flatten(1)]
+    return tuple(layered), torch.cat(out, 1)
+
+
+def read(judge: Judge, image: Tensor, each: int) -> Tensor:
+    """(K, each, 9) attributes of pictures (K * each, ...)."""
+    return judge.read(image).unflatten(0, (-1, each))
+
+
+def retrieve(said: Tensor, people: Tensor) -> Tensor:
+    """(n,) rank of each row's own person among `people` (n, k) by distance of standardised attributes; 0 is found."""
+    sd = people.std(0).clamp(min=0.1)
+    d = torch.cdist(said / sd, people / sd)
+    return (d < d.diagonal()[:, None]).sum(1)
