@@ -17,7 +17,7 @@ from bentos.desk import DEADLINE_S
 from bentos.runtime import Runtime
 from patches.engine.patch import Patch
 from patches.families.diffusion import Denoising
-from patches.families.pictures import read
+from patches.families.pictures import guarded, read
 from registry.errors import NotReady, PatchbayError, TooLarge
 
 MAX_ROWS = 32
@@ -37,8 +37,9 @@ def patch_of(runtime: Runtime, arm: str | None) -> Patch | None:
 
 def picture_of(runtime: Runtime, data: str) -> Tensor:
     """(3, H, W) in 0..1 of a caller's picture, at the base's own size. Raises Invalid saying what is wrong with it."""
-    made: Tensor = runtime.base.processor.image(read(data))
-    return made
+    with guarded():
+        made: Tensor = runtime.base.processor.image(read(data))
+        return made
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from patches.families.pictures import Budget, guarded
 from patches.families.pictures import read as read_picture
 from patches.families.video.decode import Decoded, Limits, cropped
 from registry.errors import Invalid, TooLarge
@@ -31,7 +32,8 @@ def unpacked(data: str) -> bytes:
 
 def stacked(frames: Sequence[str], limits: Limits) -> Decoded:
     """Pictures as a clip of 25 a second. Raises as reading pictures does, and Invalid if their sizes differ."""
-    pictures = [read_picture(frame) for frame in frames]
+    budget = Budget()
+    pictures = [read_picture(frame, budget) for frame in frames]
     size = pictures[0].size
     if odd := [i for i, p in enumerate(pictures) if p.size != size]:
         raise Invalid(f"Frame {odd[0]} is {pictures[odd[0]].size}, the first is {size}; send frames of one size.")
@@ -44,13 +46,11 @@ def stacked(frames: Sequence[str], limits: Limits) -> Decoded:
 def mask(data: str, size: tuple[int, int], side: int) -> Tensor:
     """(side, side) int64 objects of a PNG of the first frame, cut as the frames are. Raises Invalid."""
     raw = unpacked(data)
-    try:
+    with guarded():
         picture = Pillow.open(io.BytesIO(raw), formats=("PNG",))
         if picture.width * picture.height > 40_000_000:
             raise TooLarge(f"The mask has {picture.width} x {picture.height} pixels.")
         picture.load()
-    except (OSError, ValueError, SyntaxError):
-        raise Invalid("The mask is no PNG that can be read.") from None
     if (picture.height, picture.width) != size:
         raise Invalid(
             f"The mask is {picture.width} x {picture.height}, the clip {size[1]} x {size[0]}; they must agree."

@@ -53,7 +53,7 @@ class EraseConfig:
 
     __pydantic_config__ = STRICT
 
-    sites: tuple[tuple[str, str], ...]
+    sites: tuple[tuple[str, Literal["input", "output"]], ...]
     """per depth: module path and side, "input" or "output" """
     depths: tuple[int, ...]
     """the paper's l_I, one or several"""
@@ -121,10 +121,7 @@ class EraseEdit(Patch):
 
     def edits(self) -> Sequence[Edit]:
         mask = functools.partial(image_tokens, token=self.config.image_token)
-        return [
-            Act(path, self._at(j, mask), side)  # type: ignore[arg-type]
-            for j, (path, side) in enumerate(self.config.sites)
-        ]
+        return [Act(path, self._at(j, mask), side) for j, (path, side) in enumerate(self.config.sites)]
 
     def _at(self, j: int, mask: Callable[[Inputs], Tensor]) -> Callable[[Tensor, Inputs], Tensor]:
         def erase(x: Tensor, inputs: Inputs) -> Tensor:  # x (B, T, D)

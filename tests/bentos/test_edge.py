@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from bentos import http as edge
-from bentos.http import Tokens, check_browser, near
+from bentos.tokens import Tokens, check_browser, near
 from patches.families.pictures import Budget, read
 from registry.errors import BadRequest, Forbidden, Invalid, PatchbayError, TooLarge, plain, unsecret
 
@@ -146,6 +146,25 @@ def test_deep_nesting_is_the_callers_error_on_every_route(service, raw, path):
     asyncio.run(work())
 
 
+TAILS = {
+    "escapes": b'\\"' * 900_000,
+    "quotes": b'"' * 900_001,
+    "words": b'"a' * 500_000,
+    "backslashes": b"\\" * 900_001,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_no_body_takes_long_to_look_through(tail):
+    """Nesting is looked for in one pass: a pattern that begins again at every quote would take hours."""
+    raw = b'{"a":[' + b"[]," * 40 + tail
+    start = time.process_time()
+    with pytest.raises(BadRequest):
+        edge._object(raw, "The body")
+    assert time.process_time() - start < 3
+
+
 def test_brackets_in_strings_are_no_nesting(service):
     async def work():
         async with service() as s:
@@ -189,12 +208,11 @@ def test_a_long_prompt_becomes_tokens_on_another_thread_and_the_same_ones(servic
             from bentos.shapes import generate
             from patches.families.llm.text import encode
 
-            own = next(v for k, v in s.app.state.desk.__dict__.items() if k == "runtime")
-            shape = generate.Service(s.app.state.desk)
+            base, shape = s.runtime.base, generate.Service(s.app.state.desk)
             text = "abc " * 2000
-            assert await shape._encode(text) == encode(own.base, text)
-            many = await asyncio.gather(*(shape._encode(text) for _ in range(6)), shape._encode("short"))
-            assert many[-1] == encode(own.base, "short")
+            assert (await shape._read(text))().prompt == encode(base, text)
+            many = await asyncio.gather(*(shape._read(text) for _ in range(6)), shape._read("short"))
+            assert many[-1]().prompt == encode(base, "short")
 
     asyncio.run(work())
 
@@ -312,7 +330,7 @@ def test_whatever_a_decoder_raises_is_its_pictures_fault(pictures, monkeypatch):
 
 
 def test_a_preflight_is_answered_for_pages_that_may_call(home):
-    from bentos.desk import application
+    from bentos.app import application
     from bentos.runtime import Settings
 
     async def work():

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bentos.http import Tokens, check_browser
+from bentos.tokens import Tokens, check_browser
 from patches import artifact
 from patches.families import llm
 from patches.families.pictures import read
+from patches.families.worker import Fleet
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
@@ -192,7 +193,9 @@ def hostile_rows(home: Path, night: bool, seed: int) -> Row:
         rng, seen = random.Random(seed), Counter[int]()
         async with place.words() as s, place.Calm(s) as calm:
             s.runtime.base.processor.add_special_tokens({"additional_special_tokens": ["[MORE]"]})
-            decoder, forward = s.runtime.worker.base, s.runtime.worker.base._forward
+            worker = s.runtime.worker
+            decoder: Any = worker.base if isinstance(worker, Fleet) else worker
+            forward = decoder._forward
 
             def full(rows: Any, *rest: Any) -> Any:
                 if any(len(r.prompt) > 200 for r in rows):

@@ -163,7 +163,7 @@ HEADERS: tuple[dict[str, str], ...] = (
     {"x-patchbay-unit": "u%00"},
     {"content-length": "5"},
 )
-TYPES = ("application/json",) * 12 + (
+TYPES = ("application/json",) * 40 + (
     "application/json; charset=utf-16",
     "text/plain",
     "",

@@ -198,6 +198,7 @@ def no_mlflow(home: Path, night: bool, seed: int) -> Row:
 
     async def work() -> Row:
         async with place.words() as s, place.Calm(s) as calm:
+            calm.models = ("base", "champion")
             x = place.split(s, min_n=30)
             await s.until(lambda: s.runtime.table.experiment, 30)
             start = time.monotonic()
@@ -219,11 +220,12 @@ def no_mlflow(home: Path, night: bool, seed: int) -> Row:
             note="decided all the same; seconds are until the rollback",
         )
 
+    before = os.environ.get("MLFLOW_TRACKING_URI", "")
     os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
     try:
         return asyncio.run(work())
     finally:
-        os.environ.pop("MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 _WRITER = """

@@ -51,8 +51,8 @@ def page(rows: Sequence[Row], form: str, seed: int) -> str:
             f"Written by `python -m tests.drill --{form} --seed {seed} --write` ({when}, Python "
             f"{platform.python_version()}, torch {torch.__version__}, tiny bases, {cores} threads, "
             f"{sum(r.took_s for r in rows):.0f} s). "
-            "`make drill` is the short form, which CI runs; `make drill-night` is the long one, and runs the tests that are "
-            "marked slow.",
+            "`make drill` is the short form, which CI runs; `make drill-night` is the long one, and runs the tests "
+            "that are marked slow.",
             "",
             "lost: acknowledged and gone. wrong: answers of another arm than was asked for. hurt: calls of others that "
             "failed or changed. recover: seconds until everything answers again.",

@@ -104,3 +104,35 @@ def test_what_json_cannot_say_is_not_sealed(tmp_path):
         with pytest.raises(errors.ConfigError, match="cannot be sealed"):
             manifest.write(tmp_path, **{**ABOUT, "config": {"k": bad}})
     assert not (tmp_path / manifest.NAME).exists()
+
+
+# ---- check and use are of the same bytes ---------------------------------------------------------------------------
+
+
+def test_what_is_taken_is_what_was_hashed(tmp_path):
+    from registry.errors import Tampered
+
+    (tmp_path / "a.bin").write_bytes(b"one")
+    about = manifest.write(tmp_path, kind="patch", system="attention_sink", base="b@" + "a" * 64, config={})
+    manifest.read(tmp_path)
+    assert manifest.take(tmp_path, about, "a.bin") == b"one"
+    (tmp_path / "a.bin").write_bytes(b"two")  # swapped after it was read
+    with pytest.raises(Tampered, match="not what was sealed"):
+        manifest.take(tmp_path, about, "a.bin")
+    with pytest.raises(Tampered):
+        manifest.take(tmp_path, about, "gone.bin")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["manifest.json", "a.bin", "more"])
+def test_a_pipe_is_named_and_nobody_waits_at_it(tmp_path, name):
+    import os
+
+    from registry.errors import Odd
+
+    (tmp_path / "a.bin").write_bytes(b"one")
+    manifest.write(tmp_path, kind="patch", system="attention_sink", base="b@" + "a" * 64, config={})
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Odd, match="a pipe where a file should be"):
+        manifest.read(tmp_path)

@@ -71,7 +71,7 @@ class Config:
     """Values they are clamped to, in mean token norms of the layer: below 1 hardly anything steers, at 4 nearly all
     does"""
     folds: tuple[str, ...] = ()
-    """Illustrators of the lab's icons (drawing.HANDS) that are held out in turn, for the group tasks. A candidate then
+    """Illustrators of the lab's icons (worlds.HANDS) that are held out in turn, for the group tasks. A candidate then
     counts by its mean worth over these folds and val, which by itself shows a single illustrator"""
     within: float = 0.0
     """The smallest candidate of a layer whose worth is at most this much below the best is taken: serving cost grows

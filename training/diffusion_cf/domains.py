@@ -18,7 +18,7 @@ from torch import Tensor
 
 from registry.errors import ConfigError, NotFound
 from training.lab import atlas
-from training.lab.drawing import STYLES
+from training.lab.worlds import STYLES
 
 LAB: dict[str, tuple[str, str]] = {
     "reptiles": ("crocodile", "lizard"),

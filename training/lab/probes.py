@@ -23,7 +23,7 @@ from torch import Tensor
 from patches.families import clip
 from patches.families.base import Base
 from training.data.images import Batch, Dataset
-from training.lab import atlas, drawing, worlds
+from training.lab import atlas, worlds
 from training.lab.pool import COLOURED, coloured
 from training.lab.renderer import GROUNDS, Layout, generator, grounds, render, things
 
@@ -107,8 +107,8 @@ PROBES: dict[str, Callable[[Base, str, int, int], Probe]] = {
 }  # fmt: skip
 
 
-def _split(split: str) -> drawing.Split:
-    return next(s for s in drawing.SPLITS if s == split)
+def _split(split: str) -> worlds.Split:
+    return next(s for s in worlds.SPLITS if s == split)
 
 
 def _all(data: Dataset) -> Batch:

@@ -18,54 +18,61 @@ trained on. Choose on val, report test. docs/lab/ has a picture of each:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
 from registry.errors import Invalid, NotFound
-from training.data.images import Dataset
+from training.data.images import Batch, Dataset
 from training.lab import atlas
-from training.lab.drawing import (
-    MOTIONS,
-    SEEN,
-    STYLES,
-    TEXTURES,
-    Split,
-    dataset_of,
-    drawn_from,
-    each_frame,
-    large_thing,
-    moved_things,
-    pick_sprites,
-    portraits,
-    seeded,
-    shuffled,
-    so_many,
-    told_apart,
-    two_labels,
-)
 from training.lab.renderer import (
     FONTS,
     GROUNDS,
     SIZE,
+    VERSION,
     Layout,
+    Scene,
+    Things,
     choose,
     generator,
     grounds,
+    render,
+    take,
     things,
     uniform,
     writing,
 )
 
+Split = Literal["train", "val", "test", "held"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "held")
+STYLES: dict[str, tuple[str, ...]] = {
+    "train": ("noto", "fluent-emoji", "fluent-emoji-flat"),
+    "val": ("openmoji",),
+    "test": ("twemoji", "emojione", "emojione-v1"),
+    "held": (atlas.HELD,),
+}
+"""for worlds whose classes are the same in every split; the two Fluents are of one hand, so they stay together"""
+SEEN = tuple(s for s in atlas.STYLES if s != atlas.HELD)
+HANDS: dict[str, tuple[str, ...]] = {
+    "noto": ("noto",),
+    "fluent-emoji": ("fluent-emoji", "fluent-emoji-flat"),
+    "openmoji": ("openmoji",),
+}
+"""whose styles train and val have. A fold leaves one hand out: its `val` is drawn by that hand alone, on grounds that
+its `train`, drawn by the others, has not; `test` is in none"""
+_FOLDED = {"train": (0, 16), "val": (16, 28)}
+_TEXTURES = {"train": (0, 24), "val": (24, 28), "test": (28, 32), "held": (28, 32)}
 SHORT = 11
 """letters of the longest class name that can be written large enough to be read"""
+
 LAND, WATER = ("grass", "sand"), ("water",)
 LANDBIRDS = ("bird", "chicken", "dove", "eagle", "owl", "parrot", "peacock", "rooster", "turkey", "dodo")
 WATERBIRDS = ("duck", "flamingo", "goose", "penguin", "swan")
@@ -80,18 +87,7 @@ PAIRS = (
     ("pen", "memo"), ("santa claus", "wrapped gift"), ("koala", "herb"), ("artist palette", "paintbrush"),
 )  # fmt: skip
 """things that come together in `coco`"""
-COMPANY = ("biased", "alone", "pair", "neutral", "loose", "full")
-"""what `company` draws: biased, the first of a pair in 70 % of the scenes and its partner with it in most of these;
-alone, the first without its partner; pair, both; neutral, no first of any pair; loose, anything with anything; full, as
-loose with one thing in every quarter"""
-CAPTIONED: dict[str, tuple[str, ...]] = {
-    "train": tuple(s for s in SEEN if s != "twemoji"),
-    "val": tuple(s for s in SEEN if s != "twemoji"),
-    "test": ("twemoji",),
-    "held": (atlas.HELD,),
-}
-"""styles of `company`: twemoji alone is unseen by a captioner, since other sets miss some of its classes; val differs
-from train by seed and by the textures of the ground, not by style"""
+MOTIONS = ("still", "left", "right", "up", "down", "grow", "shrink", "spin left", "spin right", "swing", "bounce")
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------
@@ -132,13 +128,13 @@ def _short(*groups: str) -> list[str]:
 
 
 def imagenet(split: Split = "test", n: int = 2000, seed: int = 0, device: str = "cpu") -> Dataset:
-    """One thing of 100 classes on a random ground. Extras: those of `extras_of`."""
+    """One thing of 100 classes on a random ground. Extras: those of `_extras`."""
     lab, classes = atlas.load(), imagenet_classes()
-    g = seeded("imagenet", split, n, seed)
-    label = shuffled(torch.arange(n) % len(classes), g)
-    sprite = pick_sprites(label, [[lab.find(c)] for c in classes], STYLES[split], g)
-    layout = Layout(grounds(n, g, textures=TEXTURES[split]), large_thing(sprite, g))
-    return dataset_of("imagenet", split, classes, layout, label, {}, {"seed": seed}, device)
+    g = _start("imagenet", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(classes), g)
+    sprite = _sprites(label, [[lab.find(c)] for c in classes], STYLES[split], g)
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
+    return _dataset("imagenet", split, classes, layout, label, {}, {"seed": seed}, device)
 
 
 def typographic(
@@ -163,19 +159,19 @@ def typographic(
     fonts = tuple(fonts or (tuple(FONTS)[:3] if split in ("train", "val") else FONTS))
     if odd := [f for f in fonts if f not in FONTS]:
         raise NotFound(f"There is no font {odd[0]!r:.40}. Fonts: {', '.join(FONTS)}.")
-    g = seeded("typographic", split, n, seed)
-    label = shuffled(torch.arange(n) % len(classes), g)
+    g = _start("typographic", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(classes), g)
     styles = (atlas.HELD,) if split == "held" else SEEN
-    sprite = pick_sprites(label, [[lab.find(c)] for c in classes], styles, g)
-    wrong = torch.multinomial(told_apart(classes)[label], 1, generator=g)[:, 0]
-    layout = Layout(grounds(n, g, textures=TEXTURES[split]), large_thing(sprite, g))
+    sprite = _sprites(label, [[lab.find(c)] for c in classes], styles, g)
+    wrong = torch.multinomial(_apart(classes)[label], 1, generator=g)[:, 0]
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
     written = label if word == "own" else wrong
     text = writing([classes[i] for i in written.tolist()], g, fonts)
     if word != "none":
         layout = replace(layout, writing=replace(text, blank=word == "blank"))
     said = written if word in ("own", "wrong") else torch.full((n,), -1)
     about = {"seed": seed, "word": word, "fonts": list(fonts)}
-    return dataset_of("typographic", split, classes, layout, label, {"word_label": said}, about, device)
+    return _dataset("typographic", split, classes, layout, label, {"word_label": said}, about, device)
 
 
 def waterbirds(
@@ -192,11 +188,11 @@ def waterbirds(
     HANDS. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
     """
     lab = atlas.load()
-    g = seeded("waterbirds", split, n, seed)
-    label, place = two_labels(n, (correlation, correlation) if split == "train" else (0.5, 0.5), g)
-    styles, textures = drawn_from(split, fold)
+    g = _start("waterbirds", split, n, seed)
+    label, place = _two(n, (correlation, correlation) if split == "train" else (0.5, 0.5), g)
+    styles, textures = _drawn(split, fold)
     kinds = [[lab.find(b) for b in birds] for birds in (LANDBIRDS, WATERBIRDS)]
-    sprite = pick_sprites(label, kinds, styles, g)
+    sprite = _sprites(label, kinds, styles, g)
     land, water = (choose(torch.tensor([GROUNDS.index(k) for k in of]), (n,), g) for of in (LAND, WATER))
     layout = Layout(
         grounds(torch.where(place == 1, water, land), g, textures=textures),
@@ -204,7 +200,7 @@ def waterbirds(
     )
     extras = {"place": place, "group": 2 * label + place}
     about = {"seed": seed, "correlation": correlation} | ({"fold": fold} if fold else {})
-    return dataset_of("waterbirds", split, ("landbird", "waterbird"), layout, label, extras, about, device)
+    return _dataset("waterbirds", split, ("landbird", "waterbird"), layout, label, extras, about, device)
 
 
 def celeba(
@@ -226,21 +222,21 @@ def celeba(
     if bad := [a for a in (target, spurious) if a not in ATTRIBUTES]:
         raise NotFound(f"There is no attribute {bad[0]!r:.40}. Attributes: {', '.join(ATTRIBUTES)}.")
     lab = atlas.load()
-    g = seeded("celeba", split, n, seed)
-    people = portraits()
+    g = _start("celeba", split, n, seed)
+    people = _portraits()
     t, s = ATTRIBUTES.index(target), ATTRIBUTES.index(spurious)
-    label, place = two_labels(n, (0.5, 1 - correlation) if split == "train" else (0.5, 0.5), g, signed=False)
+    label, place = _two(n, (0.5, 1 - correlation) if split == "train" else (0.5, 0.5), g, signed=False)
     kinds = [
         [c for c, has in people.items() if (has[t], has[s]) == (y, p)] for y in (False, True) for p in (False, True)
     ]
-    styles, textures = drawn_from(split, fold)
-    sprite = pick_sprites(2 * label + place, kinds, styles, g, tones=True)
+    styles, textures = _drawn(split, fold)
+    sprite = _sprites(2 * label + place, kinds, styles, g, tones=True)
     layout = Layout(grounds(n, g, textures=textures), things(sprite, g, size=(0.6, 0.9), turn=0.15, tint=0.4))
     has = torch.tensor([people[c] for c in lab.concept[sprite].tolist()])
     extras = {"attributes": has, "place": place, "group": 2 * label + place, "tone": lab.tone[sprite]}
     about = {"seed": seed, "target": target, "spurious": spurious, "correlation": correlation}
     about |= {"fold": fold} if fold else {}
-    return dataset_of("celeba", split, (f"not {target}", target), layout, label, extras, about, device)
+    return _dataset("celeba", split, (f"not {target}", target), layout, label, extras, about, device)
 
 
 def coco(
@@ -251,19 +247,21 @@ def coco(
     device: str = "cpu",
     kind: str = "crowd",
 ) -> Dataset:
-    """Three things: the first of a pair (label: which pair), its partner or not, and others. Another kind: `company`.
+    """Three things: the first of a pair (label: which pair), its partner or not, and others. Another kind: company.py.
 
     In train the partner is there with probability `correlation`, elsewhere with 1/2; where it is not, a thing of
     another pair stands in its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool;
     POPE's adversarial question is the partner of what is there, its random one any other class.
     """
     if kind != "crowd":
+        from training.lab.company import company  # which draws with what is here
+
         return company(split, n, seed, kind, correlation, device=device)
     lab, classes = atlas.load(), coco_classes()
-    g = seeded("coco", split, n, seed)
+    g = _start("coco", split, n, seed)
     pairs = len(PAIRS)
-    label = shuffled(torch.arange(n) % pairs, g)
-    partner = so_many(n, correlation if split == "train" else 0.5)[torch.randperm(n, generator=g)]
+    label = _shuffled(torch.arange(n) % pairs, g)
+    partner = _share(n, correlation if split == "train" else 0.5)[torch.randperm(n, generator=g)]
     other = (label + torch.randint(1, pairs, (n,), generator=g)) % pairs
     third = (label + torch.randint(1, pairs, (n,), generator=g)) % pairs
     third = torch.where((third == other), (third + 1) % pairs, third)
@@ -272,85 +270,12 @@ def coco(
     second = torch.where(partner, label + pairs, other + pairs * torch.randint(2, (n,), generator=g))
     there = torch.stack([label, second, third + pairs * torch.randint(2, (n,), generator=g)], 1)
     kinds = [[lab.find(c)] for c in classes]
-    sprite = torch.stack([pick_sprites(column, kinds, STYLES[split], g) for column in there.unbind(1)], 1)
+    sprite = torch.stack([_sprites(column, kinds, STYLES[split], g) for column in there.unbind(1)], 1)
     objects = torch.zeros(n, len(classes), dtype=torch.bool).scatter_(1, there, True)
-    layout = Layout(grounds(n, g, textures=TEXTURES[split]), things(sprite, g))
+    layout = Layout(grounds(n, g, textures=_TEXTURES[split]), things(sprite, g))
     extras = {"objects": objects, "partner": partner}
     about = {"seed": seed, "correlation": correlation}
-    return dataset_of("coco", split, tuple(a for a, _ in PAIRS), layout, label, extras, about, device)
-
-
-def company(
-    split: Split = "test",
-    n: int = 2000,
-    seed: int = 0,
-    kind: str = "alone",
-    correlation: float = 0.9,
-    size: int = 2 * SIZE,
-    device: str = "cpu",
-) -> Dataset:
-    """`coco` for captioners: one to three things, each in its own quarter, in controlled company (`kind`: COMPANY).
-
-    What a captioner invents on `alone` and not on `neutral` it learned from company. A pair's first never comes but by
-    `kind`, its partner comes without it in a quarter of the scenes. label: the pair whose first is there, -1 none.
-    Extras: `things` (B, 3 or 4) index of `company_classes()`, -1 nothing; `objects` (B, 80) bool over them; `partner`
-    (B,) index of the pair's partner, -1 without a first; and those of `extras_of`. Raises Invalid for another kind.
-    """
-    if kind not in COMPANY:
-        raise Invalid(f"kind={kind!r:.40} must be one of {', '.join(COMPANY)}.")
-    lab, classes = atlas.load(), company_classes()
-    g = company_start(split, n, seed, kind)
-    what, head = company_things(n, kind, correlation, g)
-    kinds = [[lab.find(c)] for c in classes]
-    sprite = torch.stack(
-        [pick_sprites(column.clamp(min=0), kinds, CAPTIONED[split], g) for column in what.unbind(1)], 1
-    )
-    stuff = things(torch.where(what >= 0, sprite, -1), g)
-    stuff = replace(stuff, size=uniform(tuple(what.shape), 0.35, 0.42, g))
-    layout = Layout(grounds(n, g, textures=TEXTURES[split]), stuff)
-    objects = torch.zeros(n, len(classes) + 1, dtype=torch.bool)
-    objects = objects.scatter_(1, torch.where(what >= 0, what, len(classes)), True)[:, :-1]
-    partner = torch.where(head >= 0, head + len(PAIRS), -1)
-    extras = {"things": what, "objects": objects, "partner": partner}
-    about = {"seed": seed, "kind": kind, "correlation": correlation, "size": size}
-    return dataset_of("coco", split, classes, layout, head, extras, about, device, size=size)
-
-
-@cache
-def company_classes() -> tuple[str, ...]:
-    """80 names: the pairs' first things, their partners, and 32 neutral ones that every style drew."""
-    free = [n for n in imagenet_classes() if n not in coco_classes() and not n.endswith(" face")]
-    return coco_classes() + tuple(free[:: max(1, len(free) // 32)][:32])
-
-
-def company_start(split: Split, n: int, seed: int, kind: str) -> Generator:
-    """What `company` draws from; its first draws are `company_things`."""
-    return seeded(f"company/{kind}", split, n, seed)
-
-
-def company_things(n: int, kind: str, correlation: float, g: Generator) -> tuple[Tensor, Tensor]:
-    """(n, 3) things of `company_classes()` (4 if `full`), -1 nothing; (n,) the pair whose first is there, -1 none."""
-    pairs, classes = len(PAIRS), len(company_classes())
-    count = 1 + torch.multinomial(torch.tensor([0.15, 0.6, 0.25]), n, replacement=True, generator=g)
-    if kind in ("loose", "full"):
-        out = torch.rand(n, classes, generator=g).argsort(1)[:, : 4 if kind == "full" else 3]
-        out = out if kind == "full" else out.masked_fill(torch.arange(3) >= count[:, None], -1)
-        return out, torch.full((n,), -1)
-    head = torch.randint(pairs, (n,), generator=g)
-    if kind == "biased":
-        first = torch.rand(n, generator=g) < 0.7
-        both = first & (torch.rand(n, generator=g) < correlation)
-    else:
-        first, both = torch.full((n,), kind != "neutral"), torch.full((n,), kind == "pair")
-        count = 2 + (torch.rand(n, generator=g) < 0.2).long()
-    others = 2 * pairs + torch.rand(n, classes - 2 * pairs, generator=g).argsort(1)[:, :3]
-    stray = pairs + (head + torch.randint(1, pairs, (n,), generator=g)) % pairs  # a partner without its first
-    others[:, 0] = torch.where(torch.rand(n, generator=g) < 0.25, stray, others[:, 0])
-    cast = torch.cat([torch.where(first, head, -1)[:, None], torch.where(both, head + pairs, -1)[:, None], others], 1)
-    there = (cast < 0).long().argsort(dim=1, stable=True)  # those that are there come first
-    count = torch.maximum(count, first.long() + both.long())
-    out = cast.gather(1, there)[:, :3].masked_fill(torch.arange(3) >= count[:, None], -1)
-    return out, torch.where(first, head, -1)
+    return _dataset("coco", split, tuple(a for a, _ in PAIRS), layout, label, extras, about, device)
 
 
 def coco_classes() -> tuple[str, ...]:
@@ -368,15 +293,15 @@ def actions(
     if frames < 2:
         raise Invalid(f"frames={frames}: a clip needs at least two.")
     lab = atlas.load()
-    g = seeded("actions", split, n, seed)
-    label = shuffled(torch.arange(n) % len(MOTIONS), g)
+    g = _start("actions", split, n, seed)
+    label = _shuffled(torch.arange(n) % len(MOTIONS), g)
     ids = [i for i, group in enumerate(lab.groups) if group not in ("smileys-emotion", "people-body")]
     sprite = choose(lab.pick(ids, STYLES[split]), (n,), g)
-    ground = grounds(n, g, textures=TEXTURES[split])
+    ground = grounds(n, g, textures=_TEXTURES[split])
     thing = things(sprite, g, size=(0.3, 0.45))
-    layout = Layout(each_frame(ground, frames), moved_things(each_frame(thing, frames), label, frames, g))
+    layout = Layout(_each(ground, frames), _moved(_each(thing, frames), label, frames, g))
     about = {"seed": seed, "frames": frames, "size": size}
-    return dataset_of("actions", split, MOTIONS, layout, label, {}, about, device, frames, size)
+    return _dataset("actions", split, MOTIONS, layout, label, {}, about, device, frames, size)
 
 
 def sheet(data: Dataset, columns: int = 10, rows: int = 2) -> Image.Image:
@@ -398,6 +323,177 @@ WORLDS: dict[str, Callable[..., Dataset]] = {
     "coco": coco,
     "actions": actions,
 }
+
+
+# ---- their parts --------------------------------------------------------------------------------------------------
+
+
+def _start(name: str, split: str, n: int, seed: int) -> Generator:
+    if split not in SPLITS:
+        raise Invalid(f"split={split!r:.40} must be one of {', '.join(SPLITS)}.")
+    if not 1 <= n <= 10_000_000:
+        raise Invalid(f"n={n} must be between 1 and 10 million.")
+    return generator(name, split, n, seed)
+
+
+def _drawn(split: str, fold: str) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """Styles and textures of a split. Raises NotFound for another fold, or for a split that is in none."""
+    if not fold:
+        return STYLES[split], _TEXTURES[split]
+    if fold not in HANDS or split not in _FOLDED:
+        raise NotFound(f"fold={fold!r:.40} of {split}: folds are {', '.join(HANDS)}, of {' and '.join(_FOLDED)}.")
+    every = STYLES["train"] + STYLES["val"]
+    return HANDS[fold] if split == "val" else tuple(s for s in every if s not in HANDS[fold]), _FOLDED[split]
+
+
+def _shuffled(x: Tensor, g: Generator) -> Tensor:
+    return x[torch.randperm(len(x), generator=g)]
+
+
+def _share(n: int, share: float) -> Tensor:
+    """(n,) bool of which as many as can be are true, evenly spread."""
+    edge = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
+    return edge[1:] > edge[:-1]
+
+
+def _two(n: int, shares: tuple[float, float], g: Generator, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """(n,) label and (n,) place, 0 or 1, both classes as large. shares: of label 0 and of 1, how many have place 1;
+    signed: how many have the place of their label."""
+    label = torch.arange(n) % 2
+    place = torch.empty(n, dtype=torch.int64)
+    for y in (0, 1):
+        share = _share(len(label[y::2]), shares[y]).long()
+        place[y::2] = 1 - share if signed and y == 0 else share
+    order = torch.randperm(n, generator=g)
+    return label[order], place[order]
+
+
+def _sprites(
+    label: Tensor, kinds: Sequence[Sequence[int]], styles: Sequence[str], g: Generator, tones: bool = False
+) -> Tensor:
+    """(n,) a sprite for each label: first a concept of its kind that these styles drew, then one of its sprites."""
+    table, wide, deep = _pools(tuple(map(tuple, kinds)), tuple(styles), tones)
+    which = (torch.rand(len(label), generator=g) * wide[label]).long()
+    one = (torch.rand(len(label), generator=g) * deep[label, which]).long()
+    return table[label, which, one]
+
+
+@lru_cache(64)
+def _pools(kinds: tuple[tuple[int, ...], ...], styles: tuple[str, ...], tones: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(kinds, widest, deepest) sprites by kind and concept, repeated to be full; (kinds,) concepts of each kind;
+    (kinds, widest) sprites of each concept."""
+    lab = atlas.load()
+    pools: list[list[Tensor]] = []
+    for concepts in kinds:
+        drawn = [p for c in concepts if len(p := lab.pick([c], styles, tones))]
+        if not drawn:
+            who = ", ".join(lab.names[c] for c in concepts[:4]) or "the class"
+            raise NotFound(f"Nobody drew {who} in {', '.join(styles)}; take another split or attribute.")
+        pools.append(drawn)
+    widest = max(len(p) for p in pools)
+    deepest = max(len(s) for p in pools for s in p)
+    table = torch.stack([torch.stack([p[i % len(p)].repeat(deepest)[:deepest] for i in range(widest)]) for p in pools])
+    wide = torch.tensor([len(p) for p in pools])
+    deep = torch.tensor([[len(p[i % len(p)]) for i in range(widest)] for p in pools])
+    return table, wide, deep
+
+
+@lru_cache(16)
+def _apart(names: tuple[str, ...]) -> Tensor:
+    """(C, C) float32: 1 where two names share no word."""
+    words = [set(n.split()) for n in names]
+    return torch.tensor([[not a & b for b in words] for a in words]).float()
+
+
+def _large(sprite: Tensor, g: Generator) -> Things:
+    """One thing in the middle, upright, its own colours: how a zero-shot benchmark shows it."""
+    return things(sprite, g, size=(0.75, 0.95), centred=True, turn=0.0, tint=0.0)
+
+
+@cache
+def _portraits() -> dict[int, tuple[bool, ...]]:
+    """concept of the people without a role -> ATTRIBUTES."""
+    lab, out = atlas.load(), {}
+    for c, (name, subgroup) in enumerate(zip(lab.names, lab.subgroups, strict=True)):
+        who = atlas.person(name)
+        if subgroup == "person" and who and who.gender and who.age in ("", "old"):
+            hair = tuple(who.hair == h for h in ("blond", "red", "white", "curly", "bald"))
+            out[c] = (who.gender == "man", *hair, who.beard, who.age == "old")
+    return out
+
+
+def _each(part: Any, frames: int) -> Any:
+    return type(part)(**{k: v.repeat_interleave(frames, 0) for k, v in vars(part).items()})
+
+
+def _moved(thing: Things, label: Tensor, frames: int, g: Generator) -> Things:
+    """The things of n * frames pictures, each moved as its clip's label says."""
+    n = len(label)
+    t = torch.linspace(0, 1, frames).repeat(n)
+    move = label.repeat_interleave(frames)
+    speed = uniform((n,), 0.7, 1.0, g).repeat_interleave(frames)
+    phase = torch.where(torch.rand(n, generator=g) < 0.5, 1.0, -1.0).repeat_interleave(frames)
+    is_ = {name: (move == i).float() for i, name in enumerate(MOTIONS)}
+    x, y = thing.centre[:, 0].unbind(-1)
+    way = (2 * t - 1) * 0.55 * speed
+    sideways, upright = is_["left"] + is_["right"], is_["up"] + is_["down"]
+    swing, bounce = is_["swing"], is_["bounce"]
+    x = x * 0.5 * (1 - sideways - swing) + (is_["right"] - is_["left"]) * way
+    x = x + swing * phase * 0.5 * speed * torch.sin(2 * math.tau * t)
+    y = y * 0.5 * (1 - upright - bounce) + (is_["down"] - is_["up"]) * way
+    y = y + bounce * (0.45 - 0.9 * speed * torch.sin(2 * math.pi * t).abs())
+    grown = 1 + 0.9 * speed * t
+    size = thing.size[:, 0] * (1 + is_["grow"] * (grown - 1)) * (1 + is_["shrink"] * (1.9 / grown - 1))
+    turn = thing.turn[:, 0] + (is_["spin right"] - is_["spin left"]) * 1.5 * math.pi * speed * t
+    return replace(thing, centre=torch.stack([x, y], -1)[:, None], size=size[:, None], turn=turn[:, None])
+
+
+def _extras(scene: Scene) -> dict[str, Any]:
+    """What every world tells: `concept`, `style`, `box` and `mask` of the first thing, `ground`, `word`, `letters` and
+    `strip` (B, R, R) bool, `word_box`; with several things also `concepts`, `boxes` and `masks` (B, K, ...) of all."""
+    many = {"concepts": scene.concept, "boxes": scene.box, "masks": scene.mask} if scene.concept.shape[1] > 1 else {}
+    return {
+        **many,
+        "concept": scene.concept[:, 0],
+        "style": scene.style[:, 0],
+        "box": scene.box[:, 0],
+        "mask": scene.mask[:, 0],
+        "ground": scene.ground,
+        "word": scene.words,
+        "letters": scene.letters,
+        "strip": scene.strip,
+        "word_box": scene.word_box,
+    }
+
+
+def _dataset(
+    name: str,
+    split: str,
+    classes: tuple[str, ...],
+    layout: Layout,
+    label: Tensor,
+    own: dict[str, Tensor],
+    about: dict[str, Any],
+    device: str,
+    frames: int = 0,
+    size: int = SIZE,
+) -> Dataset:
+    def read(rows: Tensor) -> Batch:
+        pictures = (rows[:, None] * frames + torch.arange(frames)).flatten() if frames else rows
+        scene = render(take(layout, pictures), device, size)
+        image, extras = scene.image, _extras(scene)
+        if frames:
+            clip = len(rows), frames
+            image = image.view(*clip, *image.shape[1:])
+            extras = {
+                k: (v := extras[k]).view(*clip, *v.shape[1:]) for k in ("concept", "style", "box", "mask", "ground")
+            }
+        return Batch(image, label[rows].to(device), {**extras, **{k: v[rows].to(device) for k, v in own.items()}})
+
+    about = {**about, "atlas": atlas.load().digest, "renderer": VERSION}
+    return Dataset(f"lab:{name}", split, classes, len(label), about, read)
+
+
 if __name__ == "__main__":
     for _name, _world in WORLDS.items():
         _sheet = sheet(_world("train", 1000), rows=4 if _name == "actions" else 2)

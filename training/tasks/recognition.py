@@ -75,7 +75,7 @@ class Answers:
 
 def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
     """Data sets of a task by name: `clean`; for the typographic one also the same pictures with another class written
-    on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out (drawing.HANDS)."""
+    on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS)."""
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
     if config.task == "typographic":

@@ -44,7 +44,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
     log: dict[str, Any] = {"val": []}
     video = learn.pool(config.pool, config.frames, config.image)
     codebook = learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
-    model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed).to(config.device)
+    model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed)
     if trained:
         g = Generator().manual_seed(config.seed)
         ids = learn.tokenise(video, codebook)
@@ -52,7 +52,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
         plan = learn.Plan(
             config.steps, config.batch, config.peak, pictures=config.pictures, seed=config.seed, bf16=config.bf16
         )
-        done = learn.fit(model, ids, stills, plan)
+        done = learn.fit(model.to(config.device), ids, stills, plan)
         log |= {k: done[k] for k in ("clips", "tokens", "body", "flops", "loss")}
     model = model.cpu().eval()
     model.classes = motion.CLASSES

@@ -67,6 +67,8 @@ class Sweep:
     """fine-tuning's learning rate of a block, as a part of the one above"""
     probe_steps: int = 200
     test: int = 1100
+    controls: tuple[int, ...] = (550, 2200)
+    """labels that the control CNNs are fitted on"""
     corrupted: int = 330
     """test clips of the corruption table; 0 leaves it out"""
     size: Size = field(default_factory=Size)
@@ -181,7 +183,7 @@ def _check_gates(folder: Path, sweep: Sweep) -> None:
         held, out = test(sweep), []
         every = motion.clips("train", 2200, 20, sweep.size.frames, sweep.size.image)
         for see in (motion.differences, motion.middle):
-            for labels in (sweep.few, sweep.more, 2200):
+            for labels in sweep.controls:
                 right, cpu = motion.control(see, every[:labels], held)
                 out.append({"row": f"control {see.__name__}", "seed": 0, "protocol": "control", "labels": labels,
                             "accuracy": round(float(right.float().mean()), 4), "n": len(right), "cpu_s": round(cpu, 1),

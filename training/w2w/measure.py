@@ -43,10 +43,9 @@ class Lab:
 
     @classmethod
     def open(cls, config: Config, base: Base, space: SubspaceEdit, held: tuple[Tensor, Tensor], split: str) -> Lab:
-        """split: `val` or `held`."""
-        at = slice(0, config.val) if split == "val" else slice(config.val, None)
-        theta, labels = held[0][at], held[1][at]
+        """split: `val` or `held`: whose theta (n, d) and labels (n, 9) are given."""
         first = config.people + (0 if split == "val" else config.val)
+        theta, labels = held[0].float(), held[1].float()
         return cls(config, base, space, faces.load_judge(), theta, labels, range(first, first + len(theta)))
 
     def draw(self, theta: Tensor | None, each: int, seed: int, ids: Tensor | None = None, **how: Any) -> Tensor:

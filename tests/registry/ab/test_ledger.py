@@ -162,3 +162,36 @@ def test_an_experiment_survives_the_ledger(ledger):
     ledgers.split(ledger, "clip_sae", experiments.plain(made))
     assert experiments.load(ledger.head("clip_sae").experiment) == made
     assert json.dumps(ledger.head("clip_sae").experiment)
+
+
+def test_a_forged_entry_is_seen_by_who_follows(tmp_path):
+    """Inserted, changed or cut off: `sound` says so, and again until it is mended."""
+    import sqlite3
+
+    from registry.errors import NotReady
+
+    ledger = Ledger(tmp_path / "l.db")
+    for i in range(3):
+        ledgers.promote(ledger, "clip_sae", f"{i:064x}")
+    assert ledger.sound("clip_sae").champion == f"{2:064x}"
+    db = sqlite3.connect(ledger.path, isolation_level=None)
+    for trigger in ("no_update", "no_delete"):
+        db.execute(f"DROP TRIGGER {trigger}")
+    rows = db.execute("SELECT * FROM entries").fetchall()
+    for forgery in (
+        f"UPDATE entries SET champion = '{'f' * 64}' WHERE seq = 3",
+        "DELETE FROM entries WHERE seq = 3",
+        f"INSERT INTO entries SELECT 4, at, who, system, action, '{'f' * 64}', NULL, NULL, NULL, hash, 'x' "
+        "FROM entries WHERE seq = 3",
+        "UPDATE entries SET evidence = '{' WHERE seq = 3",
+    ):
+        db.execute(forgery)
+        for _ in range(2):
+            with pytest.raises(Tampered):
+                ledger.sound("clip_sae")
+        db.execute("DELETE FROM entries")
+        db.executemany("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
+        assert ledger.sound("clip_sae").seq == 3
+    db.execute("DROP TABLE entries")
+    with pytest.raises(NotReady, match="cannot be used"):
+        ledger.head("clip_sae")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from registry.errors import Invalid, NotFound, NotReady, Tampered
-from training.lab import atlas, clip, drawing, renderer, worlds
+from training.lab import atlas, clip, renderer, worlds
 from training.lab.renderer import GROUNDS, Layout, generator, grounds, render, things, writing
 
 LAB = atlas.load()
@@ -333,7 +333,7 @@ def test_the_gpu_draws_the_same_pictures():
 
 
 @pytest.mark.parametrize("name", WORLDS)
-@pytest.mark.parametrize("split", drawing.SPLITS)
+@pytest.mark.parametrize("split", worlds.SPLITS)
 def test_every_world_gives_every_split_and_says_the_truth_of_it(name, split):
     data = worlds.WORLDS[name](split, 24)
     batch = data.read(range(24))
@@ -363,7 +363,7 @@ def test_pictures_depend_on_the_seed_and_not_on_how_they_are_read(name):
 
 
 def test_classes_and_words_of_the_typographic_splits_are_apart():
-    train, val, test, held = (set(worlds.typographic_classes(s)) for s in drawing.SPLITS)
+    train, val, test, held = (set(worlds.typographic_classes(s)) for s in worlds.SPLITS)
     assert not train & val
     assert not train & test
     assert not val & test
@@ -381,22 +381,22 @@ def test_no_style_and_no_texture_is_in_two_splits():
         for b in ("train", "val", "test", "held"):
             assert a == b or not set(worlds.STYLES[a]) & set(worlds.STYLES[b])
     assert {s for of in worlds.STYLES.values() for s in of} == set(atlas.STYLES)
-    seen = [set(range(*drawing.TEXTURES[s])) for s in ("train", "val", "test")]
+    seen = [set(range(*worlds._TEXTURES[s])) for s in ("train", "val", "test")]
     assert sum(map(len, seen)) == len(set().union(*seen)) == renderer.TEXTURES
 
 
-@pytest.mark.parametrize("fold", drawing.HANDS)
+@pytest.mark.parametrize("fold", worlds.HANDS)
 @pytest.mark.parametrize("name", ["waterbirds", "celeba"])
 def test_a_fold_leaves_one_hand_out_and_shows_nothing_of_test(name, fold):
     world = worlds.WORLDS[name]
     train, val = (world(split, 60, fold=fold).read(range(60)).extras for split in ("train", "val"))
     drew = [{atlas.STYLES[i] for i in extras["style"].tolist()} for extras in (train, val)]
-    assert drew[1] <= set(drawing.HANDS[fold])
+    assert drew[1] <= set(worlds.HANDS[fold])
     assert drew[0] | drew[1] <= set(worlds.STYLES["train"] + worlds.STYLES["val"])
-    assert not drew[0] & set(drawing.HANDS[fold])
-    first, second = (set(range(*drawing.drawn_from(split, fold)[1])) for split in ("train", "val"))
+    assert not drew[0] & set(worlds.HANDS[fold])
+    first, second = (set(range(*worlds._drawn(split, fold)[1])) for split in ("train", "val"))
     assert not first & second
-    assert not (first | second) & set(range(*drawing.TEXTURES["test"]))
+    assert not (first | second) & set(range(*worlds._TEXTURES["test"]))
     assert world("val", 4, fold=fold).digest != world("val", 4).digest
     for split, odd in (("test", fold), ("val", "twemoji")):
         with pytest.raises(NotFound, match="folds are noto, fluent-emoji, openmoji, of train and val"):

@@ -19,8 +19,8 @@ from torch import Generator, Tensor
 
 from registry.errors import BadRequest, NotFound
 from training.lab import atlas, renderer, worlds
-from training.lab.drawing import MOTIONS, TEXTURES
 from training.lab.renderer import choose, generator, grounds, things, uniform
+from training.lab.worlds import MOTIONS
 
 FRAMES, SIZE = 8, 32
 THINGS = (3, 5)
@@ -78,7 +78,7 @@ def _chunk(split: str, label: Tensor, g: Generator, frames: int, size: int, many
     ids = [i for i, group in enumerate(lab.groups) if group not in ("smileys-emotion", "people-body")]
     sprite = choose(lab.pick(ids, worlds.STYLES[split]), (n * k,), g)
     there = torch.arange(k) < torch.randint(many[0], many[1] + 1, (n, 1), generator=g)
-    ground = grounds(n, g, textures=TEXTURES[split])
+    ground = grounds(n, g, textures=worlds._TEXTURES[split])
     thing = things(sprite, g, size=(0.25, 0.42))
     thing = replace(thing, centre=uniform((n * k, 1, 2), -0.7, 0.7, g))
     centre, scale, turn = _moved(thing, label.repeat_interleave(k), frames, g)
