@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from patches.families.clip.labelled import picture_of
 from patches.families.clip.table import EXAMPLE
 from patches.families.family import Column, Table
 from patches.families.search.config import Budget
@@ -37,7 +38,7 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
     jobs = []
     for i, value in enumerate(frame["image"]):
         try:
-            pixels = subject.base.processor.image(labelled._picture(value))
+            pixels = subject.base.processor.image(picture_of(value))
         except Invalid as e:
             raise type(e)(f"Row {i}: {e}") from None
         jobs.append(Searching(arm=subject.only, strength=float(params["strength"]), inputs={"pixels": pixels},
