@@ -173,7 +173,8 @@ def edits(
         if each:
             out[s]["each"] = {n: over_people(m.flip) for n, m in zip(names, ours, strict=True)}
             out[s]["each_random"] = {n: over_people(m.flip) for n, m in zip(names, random, strict=True)}
-    unmoved = Moved(*[torch.zeros(len(p0))] * 3, retrieve(p0.mean(1), lab.labels))
+    still = torch.zeros(len(p0))
+    unmoved = Moved(still, still, still, retrieve(p0.mean(1), lab.labels))
     out[0.0] = {"top1": summary([unmoved])["top1"], "top5": summary([unmoved])["top5"]}
     return out
 
