@@ -121,7 +121,13 @@ _ROWS = (
                  "five random neurons of the same layers; n = 16, where the base has 25 %", 50, "b5b50e4fd8bd6c76",
                  beside="perplexity x 0.999 to 1.001 on three kinds of text; the paper's own patch 19 % (n = 16)")),
     System("vlm_erasure", "Erase hallucinated objects from a vision-language model's image features",
-           "2410.02762", "vlm", "patches.mechanisms.erase:EraseEdit", ("generate",)),
+           "2410.02762", "vlm", "patches.mechanisms.erase:EraseEdit", ("generate",),
+           Claim("things lab:vlm invents (bias in its decoder) that are gone when the request erases them", .0, .747,
+                 .264, "as much taken along a random direction", 174, "81a68a6bd92cc715",
+                 beside="a random absent thing erased: 4.6 %; true mentions kept 93 %; automatic: CHAIR_i 13.9 % -> "
+                 "9.4 %, recall 82.6 % -> 85.2 % (n 600); bias in the projector: gone 99.4 %, kept 100 %, CHAIR_i "
+                 "13.5 % -> 6.6 %; AUROC of the lens .982, of the word's own probability .640; simpler, and lower in "
+                 "CHAIR_i (3.5 %) without the recall: deleting the flagged words")),
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
            "2501.18096", "search", None, ("caption",), roles={"scorer": "clip", "generator": "llm"}),
     System("toto", "Autoregressive video pre-training on visual tokens",

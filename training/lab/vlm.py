@@ -287,7 +287,9 @@ class Pieces:
 
 def pieces(*seen: Features) -> Pieces:
     """All tiles that show one thing (over .7 of it and little of others), or none."""
-    rows, of, at = [], {}, 0
+    rows: list[Tensor] = []
+    of: dict[tuple[int, int], list[int]] = {}
+    at = 0
     for one in seen:
         best = one.share.max(1)
         shown = torch.where(best.values > 0.7, one.things.gather(1, best.indices), -2)
@@ -451,13 +453,14 @@ def run(config: Config, folder: Path, recipe: str = "", test: int = 400) -> dict
 def measure(model: lab.LabVLM, clip: Any, tower: str, n: int) -> dict[str, Any]:
     """The gates, and captions of every kind of test scene (twemoji, never seen by the projector)."""
     out: dict[str, Any] = {f"reads {k}": reads(model, k) for k in ("loose", "biased", "alone")}
-    for split, kind, share_of in (
+    parts: tuple[tuple[worlds.Split, str, float], ...] = (
         ("val", "alone", 0.75),
         ("test", "alone", 1.0),
         ("test", "neutral", 0.75),
         ("test", "pair", 0.25),
         ("held", "alone", 0.25),
-    ):
+    )
+    for split, kind, share_of in parts:
         seen = features(tower, split, max(4, int(n * share_of)), 0, kind)
         said = mentions(caption(model, model.projector(seen.tiles)))
         out[f"{split} {kind}"] = scores(said, objects(seen.things), seen.head)

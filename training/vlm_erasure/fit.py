@@ -18,6 +18,7 @@ from patches.mechanisms.erase import EraseEdit, make
 from patches.subject import Subject
 from registry.manifest import Manifest
 from training.vlm_erasure import measure
+from training.vlm_erasure.chair import auroc
 from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Scenes, Seen, coco, lab, see
 
@@ -156,10 +157,10 @@ def best_depths(field: Tensor, said: Tensor, there: Tensor) -> tuple[tuple[int, 
     confidence there. A single depth must beat the paper's maximum to be taken."""
     right, wrong = said & there, said & ~there
     L = field.shape[1]
-    options = {tuple(range(L)): field.amax(1), **{(d,): field[:, d] for d in range(L)}}
+    options: dict[tuple[int, ...], Tensor] = {tuple(range(L)): field.amax(1), **{(d,): field[:, d] for d in range(L)}}
     if not bool(wrong.any()) or not bool(right.any()):
         return (0,), field[:, 0]
-    best = max(options, key=lambda k: measure.auroc(options[k][right], options[k][wrong]))
+    best = max(options, key=lambda k: auroc(options[k][right], options[k][wrong]))
     return best, options[best]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from patches.families.clip import labelled
+from patches.families.clip.labelled import picture_of
+from patches.families.clip.table import EXAMPLE
 from patches.families.family import Column, Table
 from patches.families.search.config import Budget
 from patches.families.search.worker import Searching, SearchWorker, answer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from patches.subject import Subject
 
 TABLE = Table(
-    takes=(Column("image", "string", labelled.EXAMPLE),),
+    takes=(Column("image", "string", EXAMPLE),),
     gives=(Column("caption", "string", "a picture of a cat"), Column("score", "double", 0.5)),
     params={"strength": ("double", 1.0), "steps": ("long", -1), "calls": ("long", 0)},
 )
@@ -37,7 +38,7 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
     jobs = []
     for i, value in enumerate(frame["image"]):
         try:
-            pixels = subject.base.processor.image(labelled._picture(value))
+            pixels = subject.base.processor.image(picture_of(value))
         except Invalid as e:
             raise type(e)(f"Row {i}: {e}") from None
         jobs.append(Searching(arm=subject.only, strength=float(params["strength"]), inputs={"pixels": pixels},
