@@ -124,7 +124,8 @@ class Service(jobs.Service):
         twin = self.desk.twin(choice)
         plain = {
             "ask": ask.model_dump(exclude={"image", "clip", "frames", "sound"}), "arm": choice.arm,
-            "label": choice.label, "unit": choice.unit, "owner": choice.owner, "side": choice.side, "number": request.state.number,
+            "label": choice.label, "unit": choice.unit, "owner": choice.owner, "side": choice.side,
+            "number": request.state.number,
             "experiment": choice.experiment.name if choice.experiment else None,
             "twin": twin.digest if twin else None, "inputs": _packed(inputs),
         }  # fmt: skip
