@@ -9,7 +9,7 @@ from patches.families.search.parse import candidate, candidates
     ("answer", "want"),
     [
         ("1. a cat on sand\n2) a dog!\n10: a 'sea'", ["a cat on sand", "a dog", "a 'sea"]),
-        ("Here are more:\n- a cat.\n* \"a dog\"\n", ["a cat", "a dog"]),
+        ('Here are more:\n- a cat.\n* "a dog"\n', ["a cat", "a dog"]),
         ('["a cat", "a dog"]', ["a cat", "a dog"]),
         ('Sure! [{"text": "a cat", "score": 0.4}]', ["a cat"]),
         ("1. 0.412: a cat\n2. a cat\n1234. a dog", ["a cat", "a dog"]),
