@@ -62,7 +62,7 @@ def bench_erasing(seeing, benchmark, count):
         "patched": lambda: run(seeing, count, lists),
         "half of each": lambda: run(seeing, count, [x if i % 2 else None for i, x in enumerate(lists)]),
     }
-    times = interleave(variants, rounds=40, warmup=5)
+    times = interleave(variants, rounds=24, warmup=3)
     assert run(seeing, count, plain) == want
     out = {name: ratio(t, times["base"]) for name, t in times.items()}
     benchmark.pedantic(variants["patched"], rounds=3)

@@ -45,10 +45,10 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     space = subject.arms["patch"]
     assert isinstance(space, SubspaceEdit)
     if not (subject.folder / HELD).is_file():
-        on = 0.0 if arm is None else 1.0
+        on, models = 0.0 if arm is None else 1.0, len(space.tensors["members"])
         return {
-            "quality/components": float(space.components) * on,
-            "target/reach": float(space.tensors["std"].sum()) * on,
+            "quality/components": Measure(space.components * on, n=models),
+            "target/reach": Measure(float(space.tensors["std"].sum()) * on, n=models),
         }
     held = load_file(subject.folder / HELD)
     lab = Lab.open(config, subject.base, space, (held["theta"], held["labels"]), "held")
@@ -62,7 +62,8 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     shown = identity(read(lab.judge, image, per), lab.labels)
     return {
         "quality/identity_top1": shown["top1"], "quality/identity_top5": shown["top5"],
-        "quality/attributes_right": shown["binary_right"], "target/flip": told["flip"],
+        "quality/attributes_right": shown["binary_right"], "target/flip_of_the_person": told["kept_flip"],
+        "target/flip": told["flip"],
         "offtarget/other_flip": told["other_flip"], "offtarget/pixels": told["change"],
         "quality/others_top5": told["top5"],
     }  # fmt: skip

@@ -125,10 +125,13 @@ def compare(lab: Lab, i: int, before: Tensor, p0: Tensor, image: Tensor) -> Move
 
 
 def summary(moved: Sequence[Moved], prefix: str = "") -> dict[str, Measure]:
-    """Means over attributes, intervals over people."""
+    """Means over attributes, intervals over people. kept_flip counts a flip only if the person is still among the five
+    nearest by the other attributes: what a base flips in nobody's face is no edit."""
     mean = {k: torch.stack([getattr(m, k) for m in moved]).nanmean(0) for k in ("flip", "other")}
     rank = torch.stack([m.rank for m in moved])
+    kept = torch.stack([m.flip * (m.rank < 5) for m in moved]).nanmean(0)
     return {
+        f"{prefix}kept_flip": over_people(kept),
         f"{prefix}flip": over_people(mean["flip"]), f"{prefix}other_flip": over_people(mean["other"], "lower"),
         f"{prefix}change": over_people(torch.stack([m.change for m in moved]).mean(0), ""),
         f"{prefix}top1": over_people((rank == 0).float().mean(0)),
