@@ -1,7 +1,7 @@
 """Everything a service does besides its own endpoints: routing to arms, exposures and outcomes, health, documents.
 
 A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A
-shape is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; the shapes of
+shape is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; shapes of
 one system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and
 so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.

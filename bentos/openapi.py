@@ -13,11 +13,14 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     schemas: dict[str, Any] = {}
     error = {"description": "refused; error.message names the value and the way out"}
+    jobs = any(r.path.startswith("/v1/jobs") for r in routes)
     for r in routes:
         about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
         codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
         codes += ["404"] if r.scope and not r.body else []
         about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
+        if jobs and r.method == "POST":
+            about["responses"] |= {"202": {"description": "accepted as a job; see /v1/jobs/{id}"}, "409": error}
         names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
         if names:
             about["parameters"] = [

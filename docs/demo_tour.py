@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,86 +58,93 @@ def picture(array: Any) -> str:
 
 
 def vlm_erasure(served: Served, folder: Path) -> str:
-    """A picture whose caption invents a thing, and the caption with what is not believed erased."""
-    about = served.get("/v1/generate?model=challenger")
+    """Pictures whose captions invent a thing, and the captions with what is not believed erased."""
     lines = []
-    for shown in about["examples"][:3]:
-        part = {"type": "image_url", "image_url": {"url": shown["picture"]}}
-        asked = {
-            "role": "user",
-            "content": [part, {"type": "text", "text": shown.get("question", "Describe the picture.")}],
-        }
+    for n, shown in enumerate(served.get("/v1/generate?model=challenger")["examples"][:3]):
+        (folder / f"vlm_erasure-{n}.png").write_bytes(base64.b64decode(shown["png"].rpartition(",")[2]))
+        text = {"type": "text", "text": shown.get("question", "Describe the picture.")}
+        asked = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": shown["png"]}}, text]}
         body = {
             "model": "challenger", "messages": [asked], "max_tokens": 24, "temperature": 0,
             "patchbay": {"compare": True, "ask": {"erase": "auto"}},
         }  # fmt: skip
         base, patched = served.post("/v1/chat/completions", body)["choices"]
-        lines.append(f"base    {base['message']['content']}\n  patched {patched['message']['content']}")
-    (folder / "vlm_erasure.json").write_text(json.dumps(about["examples"][:3])[:100_000])
+        lines += [f"base     {base['message']['content']}", f"patched  {patched['message']['content']}"]
     return "\n  ".join(lines)
 
 
 def diffusion_cf(served: Served, folder: Path) -> str:
-    """A drawing on its way into the class that differs from its own by little."""
-    from training.diffusion_cf import data
+    """A drawing that no fit has seen on its way into the class that differs from its own by little."""
+    from training.diffusion_cf.config import Config
+    from training.diffusion_cf.rows import pictures
 
-    image, source, target = data.example()
-    body = {"image": picture(image), "model": "challenger", "ask": {"target": target, "source": source}}
+    test = pictures(Config(), served.client.app.state.desk.runtime.base, "test", 1)  # type: ignore[attr-defined]
+    at = test.label.tolist().index(test.classes.index("leopard"))
+    array = (255 * (test.x[at].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)).round().byte().numpy()
+    body = {"image": picture(array), "model": "challenger", "ask": {"target": "tiger", "source": "leopard"}}
     strip = served.post("/v1/render/counterfactual", body, accept="image/png")
     (folder / "diffusion_cf.png").write_bytes(strip)
-    return f"a {source} on its way to a {target}: {folder / 'diffusion_cf.png'}"
+    return f"a leopard on its way to a tiger: [bold]{folder / 'diffusion_cf.png'}[/]"
 
 
 def w2w(served: Served, folder: Path) -> str:
-    """Four people, each drawn as they are and moved along one attribute, eight rows of one batch."""
+    """Two people, each drawn as they are and one and two gaps along one attribute: six rows of one batch."""
     rows = [
-        {"prompt": "a person", "seed": 1, "ask": {"person": p, **({"attributes": {name: 2.0}} if moved else {})}}
-        for p, name in enumerate(("beard", "glasses", "hat", "bald"))
-        for moved in (False, True)
+        {"prompt": "a person", "seed": 1, "ask": {"person": p, "attributes": {name: by}}}
+        for p, name in ((0, "beard"), (2, "hat"))
+        for by in (0.0, 1.0, 2.0)
     ]
     got = served.post("/v1/render/sample", {"model": "challenger", "rows": rows})
-    _grid([base64.b64decode(row["b64_json"]) for row in got["data"]], 2, folder / "w2w.png")
-    return f"beard, glasses, hat, bald: {folder / 'w2w.png'}"
+    if refused := [row["error"]["message"] for row in got["data"] if row.get("error")]:
+        raise SystemExit(f"w2w refused a row: {refused[0]}")
+    _grid([base64.b64decode(row["b64_json"]) for row in got["data"]], 3, folder / "w2w.png")
+    return f"two people on their way to a beard and a hat: [bold]{folder / 'w2w.png'}[/]"
 
 
 def videomae(served: Served, folder: Path) -> str:
-    """A clip, and what the model makes of it from a tenth of its patches; base beside patched."""
-    body = {
-        "clips": [_film()],
-        "model": "challenger",
-        "wants": ["scores", "reconstruction"],
-        "patchbay": {"compare": True},
-    }
-    (row,) = served.post("/v1/video", body)["results"]
-    (folder / "videomae.png").write_bytes(base64.b64decode(row["reconstruction"].rpartition(",")[2]))
-    return f"says {row['label']} (base: {row['base']['label']}); its reconstruction: {folder / 'videomae.png'}"
+    """A clip, what the model makes of it from a tenth of its patches, and what it calls the motion."""
+    wants = {"wants": ["scores", "reconstruction"], "patchbay": {"compare": True}}
+    (row,) = served.post("/v1/video", {"clips": [_film()], "model": "challenger", **wants})["results"]
+    _save(row["reconstruction"]["strip"], folder / "videomae.png")
+    said = f"says {row['label']} (base: {row['base']['label']})" if "label" in row else "has no classes"
+    return f"{said}; clip, what it saw, what it made: [bold]{folder / 'videomae.png'}[/]"
 
 
 def toto(served: Served, folder: Path) -> str:
     """A clip's first frames, continued token by token."""
     (row,) = served.post("/v1/video", {"clips": [_film()], "model": "challenger", "wants": ["rollout"]})["results"]
-    (folder / "toto.webp").write_bytes(base64.b64decode(row["rollout"].rpartition(",")[2]))
-    return f"the clip continued: {folder / 'toto.webp'}"
+    _save(row["rollout"]["strip"], folder / "toto.png")
+    return f"{row['rollout']['given']} frames, continued: [bold]{folder / 'toto.png'}[/]"
 
 
 def mils(served: Served, folder: Path) -> str:
-    """A caption that is searched for, round by round."""
+    """A caption that is searched for, round by round, beside the best line of the bank."""
     from training.lab import worlds
 
     array = worlds.WORLDS["coco"]("test", 4, 3).read(range(1)).image[0].permute(1, 2, 0).numpy()
-    body = {"image": {"data": picture(array)}, "model": "challenger", "budget": {"seconds": 20}}
-    job = served.post("/v1/caption", body)
-    until = time.monotonic() + 60
-    while job["state"] not in ("done", "failed", "cancelled") and time.monotonic() < until:
-        time.sleep(0.3)
-        job = served.get(f"/v1/jobs/{job['id']}")
-    result = job["result"]
-    return f"after {result['rounds']} rounds: {result['caption']!r}"
+    body = {"image": picture(array), "model": "challenger", "wait": 60, "patchbay": {"compare": True}}
+    got = served.post("/v1/captions", body)
+    (folder / "mils.png").write_bytes(base64.b64decode(body["image"]))
+    found = got.get("result", got)
+    curve = ", ".join(f"{score:.3f}" for score in found["curve"][:6])
+    return f"base     {found['base']['text']}\n  searched {found['text']} (best score by round: {curve} ...)"
 
 
 def _film() -> dict[str, str]:
-    """One clip of the lab's actions as an animated WebP."""
-    raise NotImplementedError
+    """One clip of the lab's actions, of the test split, as an animated WebP."""
+    from PIL import Image
+
+    from training.lab.video import actions
+
+    clip = actions.draw("test", 1).video[0]  # (T, 3, H, W) uint8
+    frames = [Image.fromarray(f.permute(1, 2, 0).numpy()) for f in clip]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=80, lossless=True)
+    return {"data": base64.b64encode(file.getvalue()).decode()}
+
+
+def _save(url: str, place: Path) -> None:
+    place.write_bytes(base64.b64decode(url.rpartition(",")[2]))
 
 
 def _grid(files: list[bytes], columns: int, place: Path) -> None:

@@ -124,7 +124,8 @@ class Service(jobs.Service):
         twin = self.desk.twin(choice)
         plain = {
             "ask": ask.model_dump(exclude={"image", "clip", "frames", "sound"}), "arm": choice.arm,
-            "label": choice.label, "unit": choice.unit, "side": choice.side, "number": request.state.number,
+            "label": choice.label, "unit": choice.unit, "owner": choice.owner, "side": choice.side,
+            "number": request.state.number,
             "experiment": choice.experiment.name if choice.experiment else None,
             "twin": twin.digest if twin else None, "inputs": _packed(inputs),
         }  # fmt: skip
@@ -197,7 +198,8 @@ class Service(jobs.Service):
         out = {"object": "caption", **_result(made["caption"])}
         if "twin" in made:
             other = _result(made["twin"])
-            self.desk.keep(ask["number"], ask["unit"], out["text"], other["text"])
+            twin = Choice(TREATMENT, sides["twin"] or BASE, unit=ask["unit"], owner=ask.get("owner", ""))
+            self.desk.keep(ask["number"], twin, out["text"], other["text"])
             await self._expose({**ask, "side": TREATMENT, "arm": sides["twin"], "label": TREATMENT}, 200, start)
         return {**out, "base": _result(made["base"])} if "base" in made else out
 
@@ -238,7 +240,9 @@ class Service(jobs.Service):
         x = self.desk.table().experiment
         if x is None or x.name != ask["experiment"]:
             x = None  # it has ended since
-        choice = Choice(ask["label"], ask["arm"] or BASE, x, ask["side"] if x else None, ask["unit"])
+        choice = Choice(
+            ask["label"], ask["arm"] or BASE, x, ask["side"] if x else None, ask["unit"], ask.get("owner", "")
+        )
         request: Any = SimpleNamespace(state=SimpleNamespace(number=ask["number"]))
         await self.desk.expose(request, choice, status, start)
 

@@ -1,6 +1,6 @@
-"""What erasing costs on the lab's vision-language model: base and patched interleaved, and 16 rows with 16 lists in one batch.
+"""What erasing costs on the lab's vision-language model: base and patched interleaved, 16 rows with 16 lists a batch.
 
-Features are made once, so that what is timed is the decoder with its edits; the tower is the same for both. Ratios only.
+Features are made once, so that what is timed is the decoder with its edits; both have the same tower. Ratios only.
 """
 
 import pytest

@@ -44,7 +44,7 @@ class Config:
 
 
 def _search(**how: object) -> SearchConfig:
-    return SearchConfig(**{"keep": 32, "ask": 32, "steps": 8, **how})  # type: ignore[arg-type]
+    return SearchConfig(**{"keep": 24, "ask": 24, "steps": 5, **how})  # type: ignore[arg-type]
 
 
 RECIPES: dict[str, Config] = {

@@ -19,7 +19,7 @@ from training.mils.config import Config
 from training.tasks.captions import objects
 from training.tasks.intervals import mean
 
-OFFICIAL_ITEMS = 2
+OFFICIAL_ITEMS = 1
 """items of the published loop, which takes one after the other"""
 
 

@@ -22,8 +22,9 @@ from torch import Generator, Tensor, nn
 from patches.families.video.pixels import normalise
 from patches.families.video.probe import Pooling, Probe
 from training.lab.video import actions
+from training.lab.worlds import MOTIONS
 
-CLASSES = actions.MOTIONS
+CLASSES = MOTIONS
 POSITIVE, NEGATIVE = 0.75, 0.25
 """gates: no number of a transformer is believed unless the positive control is above and the negative one below"""
 
@@ -39,16 +40,16 @@ def rate(step: int, steps: int, warm: int) -> float:
     return min((step + 1) / max(1, warm), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def optimiser_of(groups: list[dict[str, Any]], decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> Any:
+def optimiser_of(
+    groups: list[dict[str, Any]], decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15
+) -> Any:
     """AdamW over groups {"params", "peak"}, fused where the device has it.
 
-    eps is 1e-15: the loss of pixels in [0, 1] is so small that the gradients of a narrow model's queries are 1e-10, far
-    below Adam's usual 1e-8, and such weights would never move.
+    eps is far below its usual 1e-8: the loss of pixels in [0, 1] is so small that the gradients of a narrow model's
+    queries are 1e-10, and such weights would never move.
     """
     device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=betas, eps=1e-15, weight_decay=decay, fused=device in ("cpu", "cuda")
-    )
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=decay, fused=device in ("cpu", "cuda"))
 
 
 def autocast(device: str, wanted: bool) -> Any:

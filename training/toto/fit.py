@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Generator
 
 from patches.evidence import write_evidence
@@ -30,7 +31,7 @@ def fit(config: Config, folder: Path) -> Manifest:
             f"{config.base} reads {base.model.frames} frames of {base.model.size} px; this recipe has {model.frames}, "
             f"of {model.size}. Name another base."
         )
-    checkpoints.save(model, folder)
+    checkpoints.save(model, folder, torch.float16 if config.half else torch.float32)
     write_evidence(folder, log)
     plain = {k: v for k, v in asdict(config).items() if k != "device"}
     return manifest.write(folder, kind="model", system="toto", base=base.label, config=plain)

@@ -87,7 +87,9 @@ def new(size: Size, codebook: Codebook, frames: int, image: int, seed: int = 0) 
 
 def fit(model: TokenVideo, clips: Tensor, pictures: Tensor, plan: Plan, held: Tensor | None = None) -> dict[str, Any]:
     """Train on ids; the log has the loss on held-out clips, whole and by frame, and the compute that was spent."""
-    optimiser = optimiser_of([{"params": list(model.lm.parameters()), "peak": plan.peak}], plan.decay, (0.9, 0.95))
+    optimiser = optimiser_of(
+        [{"params": list(model.lm.parameters()), "peak": plan.peak}], plan.decay, (0.9, 0.95), 1e-12
+    )
     begun, losses = time.process_time(), []
     model.lm.train()
     for step in range(plan.steps):

@@ -57,7 +57,7 @@ RECIPES: dict[str, Config] = {
         labels=44, few=22, tune_steps=12, probe_steps=12, test_clips=66,
         val_clips=22,
     ),
-    "lab": Config(steps=1000, pool=2048, half=True),
+    "lab": Config(stage="transforming", steps=1000, pool=2048, half=True),
     "long": Config(steps=16_000, half=True),
     "demo": Config(steps=400, pool=1024, labels=110, tune_steps=100, test_clips=220, val_clips=110),
     "paper": Config(

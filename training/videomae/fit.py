@@ -38,7 +38,9 @@ def fit(config: Config, folder: Path) -> Manifest:
     place = home() / "resume" / f"videomae-{manifest.digest_of(asdict(config))[:16]}"
     model = made(config, place)
     checkpoints.save(model, folder, torch.float16 if config.half else torch.float32)
-    write_evidence(folder, chosen(checkpoints.read(folder).eval(), config))
+    again = checkpoints.read(folder).eval()
+    assert isinstance(again, MaskedVideo)
+    write_evidence(folder, chosen(again, config))
     shutil.rmtree(place, ignore_errors=True)
     plain = {k: v for k, v in asdict(config).items() if k != "device"}
     return manifest.write(folder, kind="model", system="videomae", base=base.label, config=plain)

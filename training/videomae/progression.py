@@ -170,8 +170,8 @@ def measure(net: Any, sweep: Sweep, seed: int) -> Iterator[dict[str, Any]]:
     for pooling in ("attention", "mean"):
         for labels in (sweep.few, sweep.more):
             begun = time.process_time()
-            made = motion.probe(x[:labels], seen.label[:labels], pooling, sweep.probe_steps, seed)  # type: ignore[arg-type]
-            right = motion.answers(made, y) == held.label
+            read = motion.probe(x[:labels], seen.label[:labels], pooling, sweep.probe_steps, seed)  # type: ignore[arg-type]
+            right = motion.answers(read, y) == held.label
             yield line(right, begun, protocol=f"probe {pooling}", labels=labels)
 
 

@@ -35,7 +35,9 @@ def ship(sweep: Path, row: str, folder: Path, seed: int = 0) -> MaskedVideo:
     tuned = tuning.finetune(encoder, how.size, seen, still, how.more_steps, 16, how.peak, how.decay, seed).model
     model = MaskedVideo(net, motion.CLASSES, probe, how.size.depth, tuned.net, still).eval()
     checkpoints.save(model, folder, torch.float16)
-    (folder / "README.md").write_text(card(checkpoints.read(folder).eval(), how, row, seed))
+    again = checkpoints.read(folder).eval()
+    assert isinstance(again, MaskedVideo)
+    (folder / "README.md").write_text(card(again, how, row, seed))
     return model
 
 

@@ -225,7 +225,7 @@ def _choose(config: Config, base: Base, made: Source) -> tuple[SubspaceEdit, dic
 def _judged(made: Source, z: Tensor, lab: measure.Lab) -> dict[str, float]:
     """What a candidate does on val."""
     strength = lab.config.strength
-    got = measure.edits(lab, [strength], pictures=2)[strength]
+    got = measure.edits(lab, [strength], pictures=1)[strength]
     keys = ("flip", "random_flip", "other_flip", "random_other_flip")
     flip, random, other, random_other = (float(got[k].value) for k in keys)
     binary = [i for i, a in enumerate(made.attributes) if a in faces.BINARY]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_a_trace_of_another_bank_or_with_a_hole_is_refused():
 
 def _run_and_write(file):
     s = searcher(steps=10)
-    records = [json.loads(line) for line in open(file)] if os.path.exists(file) else []
+    records = [json.loads(line) for line in Path(file).read_text().splitlines()] if os.path.exists(file) else []
     made = items(s)
     for i, item in enumerate(made):
         item.records = [r["record"] for r in records if r["item"] == i]

@@ -45,7 +45,11 @@ class Hidden(Scorer):
 
 
 WORDS = sorted({w for line in LINES for w in line.split()})
-HIDDEN = ("a picture of a cat and a fox on snow", "a picture of a pen and a sea on wood", "a picture of a bee and a key")
+HIDDEN = (
+    "a picture of a cat and a fox on snow",
+    "a picture of a pen and a sea on wood",
+    "a picture of a bee and a key",
+)
 
 
 def config(**how):
