@@ -61,9 +61,9 @@ def vlm_erasure(served: Served, folder: Path) -> str:
     """Pictures whose captions invent a thing, and the captions with what is not believed erased."""
     lines = []
     for n, shown in enumerate(served.get("/v1/generate?model=challenger")["examples"][:3]):
-        (folder / f"vlm_erasure-{n}.png").write_bytes(base64.b64decode(shown["picture"].rpartition(",")[2]))
+        (folder / f"vlm_erasure-{n}.png").write_bytes(base64.b64decode(shown["png"].rpartition(",")[2]))
         text = {"type": "text", "text": shown.get("question", "Describe the picture.")}
-        asked = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": shown["picture"]}}, text]}
+        asked = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": shown["png"]}}, text]}
         body = {
             "model": "challenger", "messages": [asked], "max_tokens": 24, "temperature": 0,
             "patchbay": {"compare": True, "ask": {"erase": "auto"}},

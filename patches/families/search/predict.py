@@ -30,7 +30,7 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
     jobs = []
     for i, value in enumerate(frame["image"]):
         try:
-            pixels = subject.base.processor.image(labelled._picture(value))
+            pixels = subject.base.processor.image(labelled.picture_of(value))
         except Invalid as e:
             raise type(e)(f"Row {i}: {e}") from None
         jobs.append(Searching(arm=subject.only, strength=float(params["strength"]), inputs={"pixels": pixels},
