@@ -140,7 +140,7 @@ _ROWS = (
            "2410.24213", "video", None, ("embed", "embeddings"),
            Claim("eleven lab motions by attentive probe of an encoder that saw generated clips; base: none", .623, .745,
                  .092, "a CNN on the middle frame", 1100, "26845f2cca8ada6c",
-                 beside="pre-trained on the task's own clips 80.5 %: 67 % [55, 81] of the gap closed, by the last stage "
+                 beside="pre-trained on the task's own clips 80.5 %: 67 % [55, 81] of the gap closed, last stage "
                  "77 % [62, 91]; fine-tuned there is no gap (from scratch 84.1 %, here 85.0 %, natural 85.7 %)")),
     System("w2w", "Sample, edit and invert in the weight space of customised diffusion models",
            "2406.09413", "diffusion", "patches.mechanisms.subspace:SubspaceEdit", ("render",),
