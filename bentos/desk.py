@@ -1,7 +1,7 @@
-"""What every service does beside its own question: who is routed where, exposures and outcomes, health, documents.
+"""Everything a service does besides its own endpoints: routing to arms, exposures and outcomes, health, documents.
 
 A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A
-shape is a module `bentos.<shape>` with ROUTES and a class `Service(desk)` whose methods they call; several shapes of
+shape is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; shapes of
 one system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and
 so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.
@@ -13,44 +13,33 @@ Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/liv
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
-import os
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 
 from bentos import playground
-from bentos.http import ANY, Call, Tokens, answer, endpoint, parse, preflight
-from bentos.runtime import SHADOW_QUEUE, Runtime, Settings, check
+from bentos.http import Call, answer, parse
+from bentos.openapi import openapi
+from bentos.runtime import SHADOW_QUEUE, Runtime
 from bentos.runtime.arms import Choice, Table, choose, other, owned
+from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.families.worker import Job
 from registry.ab import experiment as experiments
 from registry.ab.events import Kept
 from registry.ab.experiment import CONTROL, TREATMENT
-from registry.ab.ledger import BASE, Ledger
+from registry.ab.ledger import BASE
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, plain
-from registry.home import home
-from registry.systems import System, system
 
 DEADLINE_S = 300.0
 WRITTEN_S, OUTCOME_S = 1.0, 5.0
 """how long an answer waits for its exposure to be on the disk, and an outcome for itself"""
-KEEP_ALIVE_S = 75
-"""idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 KEPT_SHADOWS = 512
 T = TypeVar("T")
-
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -82,6 +71,9 @@ class Outcome(BaseModel):
 
 class Outcomes(BaseModel):
     """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
+
+    documented: ClassVar[type[BaseModel]] = Outcome
+    """what the OpenAPI document shows of it"""
 
     model_config = ConfigDict(extra="allow")
     outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
@@ -247,8 +239,8 @@ class Desk:
             new = await self.kept(events.outcome(x, unit, value, arm=one.arm, key=key), OUTCOME_S)
             return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
         except PatchbayError as e:
-            unit = values.get("unit") if isinstance(values, dict) else None
-            return {"unit": unit, "status": "refused", "code": e.status, "error": plain(str(e)), "raised": e}
+            said = values.get("unit") if isinstance(values, dict) else None
+            return {"unit": said, "status": "refused", "code": e.status, "error": plain(str(e)), "raised": e}
 
     def _experiment(self, name: str | None) -> experiments.Experiment:
         x = self.table().experiment
@@ -361,118 +353,3 @@ ROUTES: tuple[Call, ...] = (
     Call("GET", "/docs.json", "openapi"),
     Call("GET", "/", "playground"),
 )
-
-
-def shapes(row: System) -> list[Any]:
-    """The modules that answer for a system. Raises NotFound if none of its shapes is written yet."""
-    here = Path(__file__).parent / "shapes"
-    there = [s for s in row.services if here.joinpath(*s.split(".")).with_suffix(".py").is_file()]
-    found = [importlib.import_module(f"bentos.shapes.{s}") for s in there]
-    if not found:
-        raise NotFound(f"{row.name} is served as {' and '.join(row.services)}, which is not written yet.")
-    return found
-
-
-def calls(row: System) -> list[Call]:
-    """Every route of a system's service."""
-    return [*(r for m in shapes(row) for r in m.ROUTES), *ROUTES]
-
-
-def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of `routes`."""
-    paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-    error = {"description": "refused; error.message names the value and the way out"}
-    for r in routes:
-        about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
-        codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
-        codes += ["404"] if r.scope and not r.body else []
-        about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
-        names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
-        if names:
-            about["parameters"] = [
-                {"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names
-            ]
-        if r.body is not None:
-            made = (Outcome if r.body is Outcomes else r.body).model_json_schema(
-                ref_template="#/components/schemas/{model}"
-            )
-            schemas |= made.pop("$defs", {})
-            schemas[made["title"]] = made
-            schema = {"$ref": f"#/components/schemas/{made['title']}"}
-            about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        if r.scope is not None:
-            about["security"] = [{"bearer": []}, {}]
-        paths.setdefault(r.path, {})[r.method.lower()] = about
-    bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": f"patchbay {title}", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": bearer},
-    }
-
-
-def application(settings: Settings | None = None, tokens: Tokens | None = None) -> Starlette:
-    """The whole service as an ASGI application; its lifespan starts and stops the runtime."""
-    settings = settings or Settings.from_environment()
-    guard = tokens or Tokens.from_environment()
-    row = system(settings.system)
-    modules, routes = shapes(row), calls(row)
-    answering: dict[str, Any] = {}  # handler -> who has it
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        runtime = Runtime(settings)
-        desk = Desk(runtime, routes, " + ".join(row.services))
-        app.state.desk = desk
-        answering.update({r.handler: desk for r in ROUTES})
-        for module in modules:
-            answering.update(dict.fromkeys([r.handler for r in module.ROUTES], module.Service(desk)))
-        await asyncio.to_thread(runtime.start)
-        try:
-            yield
-        finally:
-            await desk.close()
-            await asyncio.to_thread(runtime.stop)
-
-    app = Starlette(lifespan=lifespan)
-
-    def route(r: Call) -> Route:
-        async def call(request: Request, body: Any) -> Response:
-            response: Response = await getattr(answering[r.handler], r.handler)(request, body)
-            return response
-
-        return Route(r.path, endpoint(guard, r, call), methods=[r.method])
-
-    app.router.routes.extend(map(route, routes))
-    if guard.origins:
-        app.router.routes.extend(
-            Route(path, preflight(guard), methods=["OPTIONS"]) for path in {r.path for r in routes}
-        )
-    return app
-
-
-def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
-    """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
-
-    Raises as `check`, before anything is started.
-    """
-    Tokens.from_environment().check_host(host)
-    settings = {
-        **os.environ, "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()), "BENTOML_DO_NOT_TRACK": "true",
-    }  # fmt: skip
-    declared = Settings.from_environment(settings)
-    check(declared, None if declared.pinned else Ledger().head(declared.system))
-    command = [
-        sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
-        "--timeout-keep-alive", str(KEEP_ALIVE_S),
-    ]  # fmt: skip
-    root = Path(__file__).parent.parent
-    if not background:
-        # whoever ends this process means the service, and a parent that only waits would hold torch in its memory
-        os.chdir(root)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(command[0], command, settings)
-    return subprocess.Popen(command, env=settings, cwd=root)

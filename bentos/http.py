@@ -8,21 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
-import hashlib
-import hmac
-import ipaddress
 import itertools
-import json
 import logging
-import os
 import re
 import reprlib
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -32,21 +24,17 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from bentos.tokens import OPEN, Tokens, check_browser, near
 from registry.errors import (
     BadRequest,
-    ConfigError,
     Failed,
-    Forbidden,
     NotReady,
     PatchbayError,
     TooLarge,
-    TooMany,
-    Unauthorised,
     plain,
 )
 
 log = logging.getLogger("patchbay")
-
 MAX_BODY_BYTES = 2 << 20
 PART_S, BODY_S = 10.0, 60.0
 """how long the next part of a body may take, and all of it"""
@@ -56,11 +44,8 @@ OFF_LOOP_BYTES = 64 << 10
 """a larger body is read on another thread, so that nobody else's request waits for it"""
 MAX_DEPTH = 32
 """brackets within brackets"""
-ANY = "any"
-"""scope of a call that every known token may make"""
 MAX_FILES = 64
 """of one multipart form"""
-SCOPES = ("generate", "classify", "explain", "render", "compare", "outcomes", "metrics")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
          415: "invalid_request_error", 429: "rate_limit_error", 503: "unavailable_error"}  # fmt: skip
@@ -76,169 +61,6 @@ class TooSlow(BadRequest):
     """The rest of the body does not come."""
 
     status = 408
-
-
-@dataclass
-class Bucket:
-    """Calls a token may still make; refills continuously."""
-
-    per_s: float
-    burst: float
-    left: float
-    at: float = field(default_factory=time.monotonic)
-
-    def take(self) -> bool:
-        now = time.monotonic()
-        self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
-        self.at = now
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
-
-
-@dataclass(frozen=True)
-class Token:
-    """A caller: known by the sha256 of its bearer token, never by the token."""
-
-    name: str
-    scopes: frozenset[str]
-    bucket: Bucket | None
-    tenant: str = ""
-    """whose units, galleries and keys are its own; tokens may share one. Empty where there are no tokens"""
-
-
-OPEN = Token("anyone", frozenset(SCOPES), None)
-
-
-class Tokens:
-    """Who may call. Without a file everybody on this machine may, and nobody else.
-
-    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600,
-    "tenant": "..."}}; the tenant, by default the name, owns units, galleries and keys.
-    """
-
-    def __init__(self, file: Path | None, origins: str = "") -> None:
-        """origins: of pages elsewhere that may call, with commas: https://a.example,https://b.example"""
-        self.known: dict[str, Token] | None = None
-        self.origins = frozenset(o.strip() for o in origins.split(",") if o.strip())
-        if file is None:
-            return
-        try:
-            listed = json.loads(file.read_text())
-            self.known = {key.lower(): _token(key, about) for key, about in listed.items()}
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
-            raise ConfigError(f"The token file {file.name} cannot be read: {e}.") from None
-
-    @classmethod
-    def from_environment(cls) -> Tokens:
-        name = os.environ.get("PATCHBAY_TOKENS")
-        return cls(Path(name) if name else None, os.environ.get("PATCHBAY_ORIGINS", ""))
-
-    def check_host(self, host: str) -> None:
-        """Raises ConfigError if anybody on the network could call without a token."""
-        if self.known is None and host not in ("127.0.0.1", "::1", "localhost"):
-            raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
-
-    def admit(self, header: str | None, scope: str, near: bool) -> Token:
-        """The caller. near: from this machine. Raises Unauthorised, Forbidden or TooMany."""
-        if self.known is None:
-            if not near:
-                raise Unauthorised(
-                    "This service has no tokens, so it answers only its own machine. Set PATCHBAY_TOKENS."
-                )
-            return OPEN
-        scheme, _, value = (header or "").partition(" ")
-        if scheme.lower() != "bearer" or not value:
-            raise Unauthorised("This service wants a bearer token: Authorization: Bearer <token>.")
-        digest = hashlib.sha256(value.strip().encode()).hexdigest()
-        found = None
-        for key, token in self.known.items():  # all of them, so that time says nothing about which matched
-            if hmac.compare_digest(key, digest):
-                found = token
-        if found is None:
-            raise Unauthorised("This bearer token is not known here.")
-        if scope not in (ANY, *found.scopes):
-            raise Forbidden(f"The token of {found.name} lacks the scope {scope!r}.")
-        if found.bucket and not found.bucket.take():
-            raise TooMany(f"{found.name} is over its {found.bucket.per_s * 60:g} calls a minute.")
-        return found
-
-
-def _token(key: str, about: dict[str, Any]) -> Token:
-    if len(key) != 64:
-        raise ValueError("keys must be sha256 digests of tokens")
-    if unknown := set(about.get("scopes", SCOPES)) - set(SCOPES):
-        raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
-    rate = float(about.get("per_minute", 0))
-    bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
-    tenant = str(about.get("tenant", about["name"]))
-    if not re.fullmatch(r"[\x20-\x7e]{1,64}", tenant):
-        raise ValueError(f"the tenant {tenant[:40]!r} must be 1 to 64 printable characters")
-    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket, tenant)
-
-
-def near(request: Request) -> bool:
-    """Whether a call came in on a loopback address, or over no network at all.
-
-    By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
-    must not be open to all of them.
-    """
-    if not FORWARDED.isdisjoint(request.headers.keys()):
-        return False  # it came through a proxy here, for somebody elsewhere
-    return _loopback(_server(request))
-
-
-FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"})
-
-
-def _server(request: Request) -> str:
-    server = request.scope.get("server")
-    return server[0] if server else ""
-
-
-@functools.lru_cache(maxsize=256)
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
-
-
-def check_browser(tokens: Tokens, request: Request) -> str | None:
-    """The foreign origin that may see the answer, or None for a call from no page or from our own. Raises Forbidden for
-    pages that may not call, and for names that lead here and are not ours (rebinding)."""
-    headers = request.headers
-    host = headers.get("host", "")
-    server = _server(request)
-    if tokens.known is None and _address(server) and _loopback(server):
-        name = _name(host)
-        if not (name == "localhost" or name.endswith(".localhost") or (_address(name) and _loopback(name))):
-            raise Forbidden(f"Host {host[:60]!r} is no name of this machine. Without tokens, call it as localhost.")
-    origin = headers.get("origin")
-    if origin is None or origin.partition("://")[2] == host:
-        return None
-    if origin in tokens.origins:
-        return origin
-    raise Forbidden(f"Pages of {origin[:60]!r} may not call this service. Allow them with PATCHBAY_ORIGINS.")
-
-
-@functools.lru_cache(maxsize=64)
-def _address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-@functools.lru_cache(maxsize=64)
-def _loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a unix socket, or a call within the process
-        return True
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 Handler = Callable[[Request, Any], Awaitable[Response]]
@@ -365,7 +187,8 @@ async def _received(request: Request, limit: int) -> bytes:
 
 
 def _object(raw: bytes | str, what: str) -> dict[str, Any]:
-    if raw.count("[" if isinstance(raw, str) else b"[") + raw.count("{" if isinstance(raw, str) else b"{") > MAX_DEPTH:
+    raw = raw.encode() if isinstance(raw, str) else raw
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
         _check_depth(raw, what)
     try:
         values = orjson.loads(raw)
@@ -380,10 +203,10 @@ _PIECES = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 """strings, the last of which may not end, and brackets outside of them; each byte is looked at once"""
 
 
-def _check_depth(raw: bytes | str, what: str) -> None:
+def _check_depth(raw: bytes, what: str) -> None:
     """Raises BadRequest for brackets nested deeper than any honest request's."""
     depth = 0
-    for found in _PIECES.finditer(raw.encode() if isinstance(raw, str) else raw):
+    for found in _PIECES.finditer(raw):
         piece = found[0]
         if piece in b"[{":
             depth += 1
@@ -425,7 +248,7 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
         raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
     value: Any = text
     if rest or text[:1] == "{":
-        _check_depth(text, f"The form's field {name[:60]!r}")
+        _check_depth(text.encode(), f"The form's field {name[:60]!r}")
         try:
             value = orjson.loads(text)
         except orjson.JSONDecodeError:

@@ -33,9 +33,10 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bentos.http import ANY, OPEN, Call, answer, told
+from bentos.http import Call, answer, told
 from bentos.job_store import OPEN as OPEN_STATES
 from bentos.job_store import JobStore, Record, State
+from bentos.tokens import ANY, OPEN
 from registry.errors import BadRequest, Conflict, NotFound, NotReady, PatchbayError, TooLarge, TooMany
 from registry.home import home
 
@@ -135,10 +136,13 @@ class Jobs:
             self._submitting = asyncio.Lock()
             self._watcher = self._loop.create_task(self._watch())
 
-    async def submit(self, request: Request, kind: str, ask: Any, about: dict[str, Any] | None = None) -> Response:
+    async def submit(
+        self, request: Request, kind: str, ask: Any, about: dict[str, Any] | None = None, wait: float = 0.0
+    ) -> Response:
         """Queue work for `ask` (JSON-able; given to the work, never shown). about: facts for the job's document.
 
-        Raises TooMany beyond OPEN_JOBS of one token. The answer, 202, is given once the job is on the disk.
+        Raises TooMany beyond OPEN_JOBS of one token. The answer, 202, is given once the job is on the disk; with
+        `wait`, after up to so many seconds, and it is 200 if the job has ended by then.
         """
         owner = owner_of(request)
         async with self._submitting:
@@ -152,7 +156,10 @@ class Jobs:
             if old:
                 self.store.forget(*old)
         self._spawn(id, kind)
-        return answer(await self._document(id), 202, {"location": f"/v1/jobs/{id}"})
+        if wait and (task := self.tasks.get(id)) is not None:
+            await asyncio.wait([task], timeout=wait)
+        made = await self._document(id)
+        return answer(made, 202 if made["state"] in OPEN_STATES else 200, {"location": f"/v1/jobs/{id}"})
 
     async def close(self) -> None:
         """Stop working. Open jobs stay open on the disk: whoever starts next goes on with them."""

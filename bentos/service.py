@@ -28,7 +28,7 @@ FINISH_S, GONE_S = 4.0, 9.5
 
 @contextlib.asynccontextmanager
 async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
-    from bentos.desk import application
+    from bentos.app import application
 
     async with contextlib.AsyncExitStack() as stack:
         try:

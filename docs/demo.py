@@ -1,8 +1,10 @@
-"""The whole path once, on a real 135M language model, then on a CLIP: `make demo`, under ten minutes on two cores.
+"""The whole path once, on a real 135M language model, then on a CLIP, then one request to each of the other systems:
+`make demo`, under ten minutes on two cores.
 
 Sees the model fail to repeat a word, finds the sink circuit, fits the patch, seals it, logs it to MLflow, compares,
 packages, serves base and patched in one process, asks both over HTTP, splits traffic until the numbers decide, follows
-the promotion, rolls back. Every line that begins with `$` is a command a user can type. ARGS=--once exits at the end.
+the promotion, rolls back. Every line that begins with `$` is a command a user can type. ARGS=--once exits at the end,
+ARGS=--fast shows every system in its smallest form instead (fit, push, eval of the `tiny` recipes).
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ import httpx  # noqa: E402  the settings above come first
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from docs import demo_tour  # noqa: E402
 from patches.evidence import read_evidence  # noqa: E402
 from registry import cli  # noqa: E402
+from registry.systems import SYSTEMS  # noqa: E402
 
 SYSTEM, EYES = "attention_sink", "clip_sae"
 COPIES, GOES_ON = 300, 8
@@ -49,8 +53,23 @@ out = Console(highlight=False)
 start = time.monotonic()
 
 
+steps: list[tuple[str, float]] = []
+"""what was done, and when it began"""
+
+
 def step(text: str) -> None:
-    out.rule(f"[bold]{text}[/]  [dim]{time.monotonic() - start:.0f} s[/]", align="left")
+    """Say what comes now, and remember when."""
+    steps.append((text, time.monotonic() - start))
+    out.rule(f"[bold]{text}[/]  [dim]{steps[-1][1]:.0f} s[/]", align="left")
+
+
+def times() -> Table:
+    """How long each step took."""
+    table = Table("step", "seconds", title="where the time went")
+    ends = [at for _, at in steps[1:]]
+    for (text, began), end in zip(steps, ends, strict=False):
+        table.add_row(text, f"{end - began:.0f}")
+    return table
 
 
 def patchbay(*words: str) -> None:
@@ -107,19 +126,35 @@ def show_failure(base: Any, prompts: dict[str, list[int]]) -> dict[str, str]:
     return {w: base.processor.decode(r.out) for w, r in zip(prompts, rows, strict=True)}
 
 
-def arguments() -> bool:
-    words = sys.argv[1:]
-    if set(words) - {"--once"}:
-        raise SystemExit(f"The demo takes --once or nothing, not {' '.join(words)}.")
-    return bool(words)
+def arguments() -> set[str]:
+    """The words after the program's name. Exits if they make no sense."""
+    words = set(sys.argv[1:])
+    if words - {"--once", "--fast"}:
+        raise SystemExit(f"The demo takes --once, --fast or nothing, not {' '.join(sys.argv[1:])}.")
+    return words
 
 
 def main() -> None:
-    once = arguments()
+    """Run the demo in a home of its own, made anew."""
+    words = arguments()
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True)
+    if "--fast" in words:
+        fast()
+        return
     with ExitStack() as stack:
-        run(stack, once)
+        run(stack, "--once" in words)
+
+
+def fast() -> None:
+    """Every system in its smallest form."""
+    for name, row in SYSTEMS.items():
+        step(f"{name}: {row.title}")
+        patchbay("fit", f"{name}/tiny")
+        patchbay("push", str(next((HOME / "runs").glob(f"{name}-*"))))
+        patchbay("eval", f"{name}@challenger")
+    step("done")
+    out.print(times())
 
 
 def run(stack: ExitStack, once: bool) -> None:
@@ -213,7 +248,11 @@ def run(stack: ExitStack, once: bool) -> None:
     wait(f"{eyes_url}/readyz", eyes)
     out.print(f"  the attack and the defence as a picture: [bold]{look(eyes_url)}[/]")
 
+    step("9. Generators, a model that sees, checkpoints of video and a search: one request each")
+    demo_tour.tour(HOME, patchbay, out.print)
+
     step("done")
+    out.print(times())
     links = Table("what", "where", title="look around")
     links.add_row("playground: a picture, base beside patched", eyes_url)
     links.add_row("playground: base beside patched", url)

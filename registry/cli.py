@@ -199,7 +199,7 @@ def rollback(args: argparse.Namespace) -> Says:
 
 def serve(args: argparse.Namespace) -> Says:
     """serve a system: base and every patch in one process, OpenAI-compatible where it generates"""
-    importlib.import_module("bentos.desk").serve(system(args.system).name, host=args.host, port=args.port)
+    importlib.import_module("bentos.app").serve(system(args.system).name, host=args.host, port=args.port)
     return Says("stopped")
 
 

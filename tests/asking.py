@@ -43,9 +43,13 @@ def film(frames: int = 8, size: int = 16) -> dict[str, str]:
 
 SHAPES = {
     "generate": Ask("/v1/completions", lambda: {"prompt": "a man walks", "max_tokens": 4, "temperature": 0}),
+    "caption": Ask(
+        "/v1/captions", lambda: {"image": picture()["data"], "budget": {"steps": 1, "ask": 2, "calls": 40}, "wait": 60}
+    ),
     "classify": Ask("/v1/classify", lambda: {"images": [picture()], "labels": ["cat", "dog"]}),
     "embed": Ask("/v1/video", lambda: {"clips": [film()], "wants": ["scores", "features", "surprise"]}),
     "embeddings": Ask("/v1/embeddings", lambda: {"input": [f"data:image/png;base64,{picture()['data']}"]}),
+    "render": Ask("/v1/images/generations", lambda: {"prompt": "a cat", "patchbay": {"steps": 2, "seed": 1}}),
     "explain.features": Ask("/v1/explain/encode", lambda: {"image": picture()}),
     "explain.heads": Ask("/v1/explain/heads"),
     "explain.neurons": Ask("/v1/explain/neurons"),

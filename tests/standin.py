@@ -199,7 +199,7 @@ def module(name: str, **members: Any) -> ModuleType:
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """Both stand-ins, until the block ends."""
-    from bentos import build, desk
+    from bentos import app, build
     from bentos.http import Call
 
     rows = (
@@ -209,7 +209,7 @@ def installed() -> Iterator[None]:
     )  # fmt: skip
     shape = module("bentos.shapes.times", ROUTES=(Call("POST", "/v1/times", "times", "predict", Ask),), Service=Service)
     job = {"Config": Config, "RECIPES": {"tiny": Config()}, "evaluate": evaluate, "figures": figures}
-    known, shapes = families.families(), desk.shapes
+    known, shapes = families.families(), app.shapes
     planned = System.planned.fget
     with pytest.MonkeyPatch.context() as patch:
         for row, fit in zip(rows, (fit_model, fit_search), strict=True):
@@ -221,7 +221,7 @@ def installed() -> Iterator[None]:
             patch.setitem(sys.modules, key, module(key, FAMILY=value))
         patch.setattr(families, "families", lambda: [*known, *about])
         patch.setattr(System, "planned", property(lambda self: self.job not in sys.modules and planned(self)))
-        for place in (desk, build):
+        for place in (app, build):
             patch.setattr(place, "shapes", lambda row: [shape] if row in rows else shapes(row))
         assert bases.families is families
         yield

@@ -102,7 +102,7 @@ def test_the_core_names_no_family(file):
 
 MOST = 500
 """lines of a file"""
-NOT_YET = {"bentos/shapes/generate.py"}
+NOT_YET: set[str] = set()
 """longer today, each with somebody who is cutting it; nothing is added here"""
 
 

@@ -53,7 +53,7 @@ def test_the_python_of_the_readme_runs_against_a_service(tiny_llm, monkeypatch, 
     """As printed, but for the port."""
     import uvicorn
 
-    from bentos.desk import application
+    from bentos.app import application
     from bentos.runtime import Settings
     from registry.ab import ledger
     from tests.bentos.conftest import CONFIGS, SYSTEM, seal

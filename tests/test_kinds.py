@@ -87,9 +87,9 @@ def test_mlflow_loads_and_runs_it_and_its_base(name, pushed):
 
 
 def test_it_is_served_and_split_against_its_base(name, pushed, capsys):
-    from bentos.desk import application
-    from bentos.http import Tokens
+    from bentos.app import application
     from bentos.runtime import Settings
+    from bentos.tokens import Tokens
 
     said(capsys, "promote", f"{name}@base")
     said(capsys, "split", name, f"{name}@{pushed['version']}", "0.5")

@@ -98,9 +98,9 @@ def test_versions_are_pulled_and_loaded_and_pushed_again_have_todays_signature(o
 
 
 def test_the_champion_is_served_and_rolled_back(old, capsys):
-    from bentos.desk import application
-    from bentos.http import Tokens
+    from bentos.app import application
     from bentos.runtime import Settings
+    from bentos.tokens import Tokens
 
     async def serve():
         app = application(Settings("attention_sink"), Tokens(None))

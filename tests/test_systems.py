@@ -137,9 +137,9 @@ def test_mlflow_loads_it_and_its_base_and_both_predict(name, pushed):
 
 def test_every_shape_answers_and_an_experiment_reaches_both_arms(name, pushed):
     """Served in this process; the base is the one the artifact names."""
-    from bentos.desk import application
-    from bentos.http import Tokens
+    from bentos.app import application
     from bentos.runtime import Settings
+    from bentos.tokens import Tokens
 
     made, row = pushed(name), SYSTEMS[name]
     said("promote", f"sha256:{made['digest']}")

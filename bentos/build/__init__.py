@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from bentos.desk import shapes
+from bentos.app import shapes
 from bentos.runtime import CARRIED
 from patches.families.base import load_base
 from patches.families.family import family
@@ -82,7 +82,7 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
         about = _carry(row, digest, context / CARRIED.name)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
-        for file in (*files, *(f for label in about.bases.values() for f in _shipped(label))):
+        for file in (*files, *_shipped(row, about)):
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, context / file)
         contents = _hashes(context)
@@ -155,13 +155,17 @@ def _modules(row: System) -> list[str]:
     return [*patch, *engines, *(m.__name__ for m in shapes(row)), *(f"patches.families.{kind}" for kind in kinds)]
 
 
-def _shipped(base: str) -> list[str]:
-    """Files of a lab checkpoint, which ships with our code."""
-    scheme, _, name = base.rpartition("@")[0].partition(":")
-    folder = ROOT / "patches" / "lab" / name
-    if scheme != "lab" or not folder.is_dir():
-        return []
-    return [f.relative_to(ROOT).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
+def _shipped(row: System, about: Manifest) -> list[str]:
+    """Files of the lab checkpoints an artifact's bases are, or are made with; they ship with our code."""
+    files = []
+    for role, label in about.bases.items():
+        ref = label.rpartition("@")[0]
+        for one in (ref, *family(row.bases.get(role, row.family)).parts(ref)):
+            scheme, _, name = one.partition(":")
+            folder = ROOT / "patches" / "lab" / name
+            if scheme == "lab" and folder.is_dir():
+                files += [f.relative_to(ROOT).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()]
+    return files
 
 
 def _carry(row: System, digest: str, folder: Path) -> Manifest:

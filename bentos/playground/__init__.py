@@ -1,8 +1,9 @@
 """The page every service mounts at `/`: see the patch work, base beside patched.
 
-One static file, `index.html`. It asks /openapi.json what this service offers and shows the panels that fit, so it names
-no system and no service. Nothing in it comes from elsewhere, and its headers hold it to that: only the script and the
-style in the file may run (by their sha256), and it may talk to its own service alone.
+One page, made once at import: `index.html` with the files of `panels/` in its script, each a panel or two for a shape
+of API (a constant in capitals with `needs` and `mount`). It asks /openapi.json what this service offers and shows the
+panels that fit, so it names no system and no service. Nothing in it comes from elsewhere, and its headers hold it to
+that: only the script and the style in the page may run (by their sha256), and it may talk to its own service alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,27 @@ from pathlib import Path
 
 from starlette.responses import HTMLResponse
 
-INDEX = Path(__file__).parent / "index.html"
+from bentos.playground import panels
+
+HERE = Path(__file__).parent
+PLACE, NAMES = "// the files of panels/ stand here\n", "/* theirs */"
+"""in index.html: where the files go, and where the names of their panels do"""
+ORDER = ("generate", "see", "caption", "classify", "video", "render", "heads", "neurons")
+"""files in the order of their panels on the page; others follow by name, and the live experiment stands last"""
+PANEL = re.compile(r"^const ([A-Z]+) = \{\n  needs:", re.M)
+
+
+def assembled() -> str:
+    """The page with every panel in it."""
+
+    def place(file: Path) -> tuple[bool, int, str]:
+        return file.stem == "experiment", (*ORDER, file.stem).index(file.stem), file.stem
+
+    files = [f.read_text(encoding="utf-8") for f in sorted(Path(panels.__file__).parent.glob("*.js"), key=place)]
+    names = [name for text in files for name in PANEL.findall(text)]
+    html = (HERE / "index.html").read_text(encoding="utf-8")
+    assert html.count(PLACE) == html.count(NAMES) == 1
+    return html.replace(PLACE, "\n".join(files)).replace(NAMES, ", ".join(names))
 
 
 def policy(html: str) -> str:
@@ -39,7 +60,7 @@ def page() -> HTMLResponse:
 
 @cache
 def _read() -> tuple[str, dict[str, str]]:
-    html = INDEX.read_text(encoding="utf-8")
+    html = assembled()
     return html, {
         "content-security-policy": policy(html),
         "x-content-type-options": "nosniff",

@@ -1,8 +1,8 @@
 """The shape `embed`: clips in; features, class scores, surprise, a reconstruction, a rollout or tracked masks out.
 
-`POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or
-a list of pictures, and may name its own arm. Arms are models of their own: base beside checkpoint with `patchbay.compare`.
-Clips are decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
+`POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or a
+list of pictures, and may name its own arm. Arms are models: base beside checkpoint with `patchbay.compare`. Clips are
+decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
 `/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
 """
 
@@ -64,7 +64,9 @@ class Video(BaseModel):
         list[Any], Field(min_length=1, max_length=MAX_CLIPS, json_schema_extra={"items": ClipIn.model_json_schema()})
     ]
     """each is judged for itself"""
-    wants: Annotated[list[Want], Field(min_length=1, max_length=7)] = Field(default_factory=lambda: ["scores"])
+    wants: Annotated[list[Want], Field(min_length=1, max_length=7)] = Field(
+        default_factory=lambda: list[Want](["scores"])
+    )
     layer: Annotated[int, Field(ge=0, le=512)] | None = None
     """of features, tokens and track: 0 is the embedding; by default the last (of track the middle)"""
     stride: Annotated[int, Field(ge=0, le=64)] = 0

@@ -10,29 +10,25 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import orjson
-from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
-from bentos.http import ANY, Call, answer, refuse
-from bentos.runtime.arms import UNIT, Choice
+from bentos.desk import DEADLINE_S, Desk, facts, headers
+from bentos.http import MAX_BODY_BYTES, Call, answer, refuse
+from bentos.runtime.arms import Choice
+from bentos.shapes.answers import About, Line, Text
+from bentos.shapes.messages import MAX_ROWS, Ask, Chat, Completion
+from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 
-MAX_TOKENS = 1024
-"""an answer's length if the request names none is DEFAULT_TOKENS; it may name up to this"""
 DEFAULT_TOKENS = 128
-MAX_ROWS = 64
-"""prompts x n of one request"""
-MAX_STOPS, MAX_STOP_CHARS = 4, 64
+"""an answer's length if the request names none"""
 MAX_PICTURES = 8
 """of one chat"""
 MAX_CHAT_BYTES = 24 << 20
@@ -43,181 +39,6 @@ CHARS_PER_TOKEN = 16
 """of a prompt, on the whole: text has three to five; what has more is refused before it is looked at"""
 SHORT = 4096
 """characters that become tokens in the time another thread would take to begin"""
-
-
-# ---- what may be sent --------------------------------------------------------------------------------------------
-
-
-class StreamOptions(BaseModel):
-    model_config = Strict
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class Ask(BaseModel):
-    """Fields that chats and completions share; what clients send and we need not act on is accepted by name."""
-
-    model_config = Strict
-    model: Annotated[str, Field(max_length=200)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(max_length=MAX_STOP_CHARS)] | Annotated[
-        list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_STOPS)
-    ] | None = None  # fmt: skip
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logit_bias: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,7}$")], Annotated[float, Field(ge=-100, le=100)]],
-        Field(max_length=300),
-    ] | None = None  # fmt: skip
-    """token id -> added to its logit"""
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
-    """the unit of an experiment: printable, without spaces"""
-    patchbay: Extra = Field(default_factory=Extra)  # a default value would be copied deeply, every time
-    # accepted, and without effect here
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    ignore_eos: bool = False
-    """decode on past the end token; for measurements"""
-
-
-class TextPart(BaseModel):
-    model_config = Strict
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(BaseModel):
-    model_config = Strict
-    url: str
-    """a data URL; nothing is fetched"""
-    detail: Literal["auto", "low", "high"] | None = None
-    """accepted, and without effect here"""
-
-
-class ImagePart(BaseModel):
-    model_config = Strict
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class Message(BaseModel):
-    model_config = Strict
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=256)]
-    name: str | None = None
-
-    @property
-    def pictures(self) -> list[str]:
-        """Data URLs of its pictures, in order."""
-        parts = [] if isinstance(self.content, str) else self.content
-        return [p.image_url.url for p in parts if isinstance(p, ImagePart)]
-
-    def plain(self) -> dict[str, Any]:
-        """What chat templates take: a text, or parts where there are pictures. Raises BadRequest for a picture in a
-        message that is not the user's."""
-        role = "system" if self.role == "developer" else self.role
-        if far := next((url for url in self.pictures if not url.startswith("data:image/")), None):
-            raise BadRequest(
-                f"messages: image_url.url begins with {far[:24]!r}; nothing is fetched, send a data:image/ URL."
-            )
-        if self.pictures and role != "user":
-            raise BadRequest(f"messages: a picture stands in a {self.role} message; only the user shows pictures.")
-        if isinstance(self.content, str) or not self.pictures:
-            text = self.content if isinstance(self.content, str) else "".join(_text(p) for p in self.content)
-            return {"role": role, "content": text}
-        parts = [
-            {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image"} for p in self.content
-        ]
-        return {"role": role, "content": parts}
-
-
-def _text(part: TextPart | ImagePart) -> str:
-    return part.text if isinstance(part, TextPart) else ""
-
-
-class Chat(Ask):
-    """POST /v1/chat/completions"""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    continue_final_message: bool = False
-    """the last message is what the assistant has said so far: go on from there (as vLLM names it)"""
-
-
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-class Completion(Ask):
-    """POST /v1/completions"""
-
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_ROWS)] | Ids | Annotated[
-        list[Ids], Field(min_length=1, max_length=MAX_ROWS)
-    ]  # fmt: skip
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
-    suffix: None = None
-    best_of: Literal[1] | None = None
-
-
-# ---- from tokens to text -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Text:
-    """One row's text as it grows: whole characters only, cut before a stop string."""
-
-    tokenizer: Any
-    stops: Sequence[str]
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    """everything decoded"""
-    given: int = 0
-    """characters handed out"""
-    stopped: bool = False
-    _from: int = 0
-    _to: int = 0
-
-    def push(self, ids: Sequence[int]) -> None:
-        """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
-        self.ids.extend(ids)
-        before, now = self._decode(self._to), self._decode(len(self.ids))
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character, wait for the rest
-            self.text += now[len(before) :]
-            self._from, self._to = self._to, len(self.ids)
-            self._cut()
-
-    def end(self) -> None:
-        """No more tokens: what was held back is text now."""
-        if not self.stopped and self._to < len(self.ids):
-            self.text += self._decode(len(self.ids))[len(self._decode(self._to)) :]
-            self._cut()
-
-    def take(self, last: bool = False) -> str:
-        """Text not handed out yet, less what may still become a stop string."""
-        upto = len(self.text)
-        if not last and not self.stopped:
-            upto -= max((n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        piece = self.text[self.given : upto]
-        self.given = max(self.given, upto)
-        return piece
-
-    def _decode(self, to: int) -> str:
-        ids = self.ids[self._from : to]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
-
-    def _cut(self) -> None:
-        found = [at for s in self.stops if (at := self.text.find(s)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
 
 
 class News(asyncio.Event):
@@ -234,25 +55,6 @@ class News(asyncio.Event):
         return 1e3 * ((self.first - start) + (time.perf_counter() - self.first) / max(1, tokens - 1))
 
 
-@dataclass
-class Line:
-    """One choice of one answer: a row being decoded, and its text."""
-
-    index: int
-    prompt: int
-    row: Row
-    text: Text
-    arm: str
-    seen: int = 0
-    """tokens already turned into text"""
-
-    @property
-    def finish(self) -> str | None:
-        if self.text.stopped:
-            return "stop"
-        return "length" if self.row.finished == "length" else "stop" if self.row.finished else None
-
-
 class Service:
     """The routes, for one desk."""
 
@@ -265,6 +67,9 @@ class Service:
     async def chat(self, request: Request, ask: Chat) -> Response:
         messages = [m.plain() for m in ask.messages]
         urls = [url for m in ask.messages for url in m.pictures]
+        length = request.headers.get("content-length", "0")
+        if not self.runtime.subject.family.sees and length.isdigit() and int(length) > MAX_BODY_BYTES:
+            raise TooLarge(f"The body has {length} bytes; {MAX_BODY_BYTES} are allowed where no pictures are seen.")
         if not urls and not any(m["content"].strip() for m in messages):
             raise BadRequest("messages: all of them are empty; say something.")
         if ask.continue_final_message and messages[-1]["role"] != "assistant":
@@ -286,7 +91,7 @@ class Service:
         base, read = self.runtime.base, self.runtime.subject.family.prompt
         if read is None:
             raise BadRequest(f"{base.name} answers no prompts.")
-        size = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt if isinstance(m, dict))
+        size = len(prompt) if isinstance(prompt, str) else sum(_letters(m) for m in prompt if isinstance(m, dict))
         if size > (most := CHARS_PER_TOKEN * self.runtime.settings.context):
             raise TooLarge(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
         if not urls and size <= SHORT and not self.encoding.locked():
@@ -318,7 +123,7 @@ class Service:
         return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
 
     async def about(self, request: Request, _: None) -> Response:
-        """What may be sent: whether the model sees pictures, what each arm's mechanism takes as `patchbay.ask` (its JSON
+        """What may be sent: whether the model sees pictures, what the arm's mechanism takes as `patchbay.ask` (JSON
         schema), and pictures sealed with the arm that is named (`?model=`), to begin with."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
         arm = self.runtime.subject.arms.get(choice.arm) if choice.arm is not None else None
@@ -355,7 +160,7 @@ class Service:
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)
             raise
-        about = _About(
+        about = About(
             kind, f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.state.number}", self.desk.model(choice)
         )
         if ask.stream:
@@ -462,7 +267,7 @@ class Service:
                 self.runtime.cancel(line.row)
 
     async def _stream(
-        self, request: Request, ask: Ask, lines: list[Line], news: News, about: _About, choice: Choice,
+        self, request: Request, ask: Ask, lines: list[Line], news: News, about: About, choice: Choice,
         start: float,
     ) -> AsyncIterator[bytes]:  # fmt: skip
         open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
@@ -540,84 +345,9 @@ class Service:
                 self.runtime.cancel(line.row)
 
 
-@dataclass(frozen=True)
-class _About:
-    """What every part of one answer repeats."""
-
-    kind: str
-    id: str
-    model: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def head(self, name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
-
-    def whole(self, lines: list[Line], scores: int | None, echo: bool, tokenizer: Any) -> dict[str, Any]:
-        choices = []
-        for line in lines:
-            text = line.text.text
-            logprobs = self.logprobs(line.row.out[: line.seen], line.row.scores[: line.seen], tokenizer)
-            one: dict[str, Any] = {"index": line.index, "finish_reason": line.finish}
-            one["logprobs"] = logprobs if scores is not None else None
-            if self.kind == "chat":
-                one["message"] = {"role": "assistant", "content": text, "refusal": None}
-            else:
-                echoed = tokenizer.decode(line.row.prompt, skip_special_tokens=True) if echo else ""
-                one["text"] = echoed + text
-            if len({entry.arm for entry in lines}) > 1:
-                one["arm"] = line.arm
-            if line.row.told:
-                one["patchbay"] = line.row.told
-            choices.append(one)
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
-
-    def part(
-        self, line: Line, text: str, *, role: bool = False, finish: str | None = None, logprobs: Any = None
-    ) -> bytes:
-        one: dict[str, Any] = {"index": line.index, "finish_reason": finish, "logprobs": logprobs}
-        if self.kind == "chat":
-            one["delta"] = (
-                {"role": "assistant", "content": ""} if role else {"content": text} if text or not finish else {}
-            )
-        else:
-            one["text"] = text
-        if line.row.told and (role or (finish and self.kind != "chat")):
-            one["patchbay"] = line.row.told
-        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
-
-    def usage_part(self, lines: list[Line]) -> bytes:
-        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        return b"data: " + orjson.dumps({**self.head(name), "choices": [], "usage": self.usage(lines)}) + b"\n\n"
-
-    @staticmethod
-    def usage(lines: list[Line]) -> dict[str, int]:
-        asked = sum(len(line.row.prompt) for line in {line.prompt: line for line in lines}.values())
-        made = sum(len(line.row.out) for line in lines)
-        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-
-    def logprobs(self, ids: Sequence[int], scores: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
-        def token(i: int, score: float) -> dict[str, Any]:
-            text = tokenizer.decode([i])
-            return {"token": text, "logprob": score, "bytes": list(text.encode())}
-
-        parts = [
-            {**token(i, score), "top_logprobs": [token(j, s) for j, s in best]}
-            for i, (score, best) in zip(ids, scores, strict=False)
-        ]
-        if self.kind == "chat":
-            return {"content": parts, "refusal": None}
-        offsets, at = [], 0
-        for p in parts:
-            offsets.append(at)
-            at += len(p["token"])
-        return {
-            "tokens": [p["token"] for p in parts],
-            "token_logprobs": [p["logprob"] for p in parts],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in p["top_logprobs"]} for p in parts],
-            "text_offset": offsets,
-        }
+def _letters(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(p.get("text", "")) for p in content)
 
 
 ROUTES: tuple[Call, ...] = (

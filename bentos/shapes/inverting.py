@@ -69,8 +69,9 @@ class Inverting(jobs.Service):
         from patches.families.diffusion.identity import Inversion, invert, served
 
         ask = running.ask
-        latents, null = await drawing.told(
-            self.runtime, lambda: (self.pipe.latents(picture[None]).cpu(), self.pipe.null())
+        space: Any = patch  # it has coordinates, as `fits` has seen
+        latents, condition = await drawing.told(
+            self.runtime, lambda: (self.pipe.latents(picture[None]).cpu(), self._shows(ask["prompt"]))
         )
 
         def on_step(step: int, loss: float, z: Tensor) -> None:
@@ -84,11 +85,11 @@ class Inverting(jobs.Service):
             running.tell(step / ask["steps"], best)
 
         def work() -> Tensor:
-            forward = served(self.runtime.subject.applied, self.pipe, arm, patch)
+            forward = served(self.runtime.subject.applied, self.pipe, arm, space)
             how = Inversion(steps=ask["steps"], seed=ask["seed"])
-            told = lambda rows, _: {k: v.expand(rows, *v.shape) for k, v in null.items()}  # noqa: E731
+            told = lambda rows, _: {k: v.expand(rows, *v.shape) for k, v in condition.items()}  # noqa: E731
             with torch.inference_mode(False), torch.enable_grad():
-                fit: Tensor = invert(patch, self.pipe.schedule, forward, latents.clone(), told, how, on_step=on_step)
+                fit: Tensor = invert(space, self.pipe.schedule, forward, latents.clone(), told, how, on_step=on_step)
             return fit
 
         fitting = asyncio.ensure_future(asyncio.to_thread(work))
@@ -98,6 +99,10 @@ class Inverting(jobs.Service):
             running.stopping.set()
             raise
         return _found(z)
+
+    def _shows(self, prompt: str) -> Mapping[str, Tensor]:
+        """What the picture shows, as the model is told it; on the thread that owns the base."""
+        return self.pipe.text([prompt])[0] if prompt and "image" not in self.pipe.conditions else self.pipe.null()
 
     async def recalled(
         self, request: Request, id: str

@@ -268,7 +268,12 @@ class Service(Inverting):
             if row.picture is not None:
                 one["l1"] = float((row.picture - begun.picture).abs().mean())
             data.append(one)
-        out = {"object": "counterfactual", "model": self.desk.model(choice), "sweep": ask.sweep.name, "data": data}
+        out: dict[str, Any] = {
+            "object": "counterfactual",
+            "model": self.desk.model(choice),
+            "sweep": ask.sweep.name,
+            "data": data,
+        }
         out |= {"strip": base64.b64encode(tape).decode(), "patchbay": facts(table, choice)}
         return answer(out, headers=headers(table, choice))
 

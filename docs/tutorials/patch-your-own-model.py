@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from bentos.desk import application
+from bentos.app import application
 from bentos.runtime import Settings
 from patches import Act, Patch, Subject, apply, artifact, load_base, record
 from registry.systems import SYSTEMS, System

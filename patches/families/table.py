@@ -21,6 +21,7 @@ class Column:
     name: str
     type: Literal["string", "binary", "double", "long", "boolean"]
     example: Any
+    """None: left out of the input example, which base and patched alike must be able to answer"""
     required: bool = True
 
 
@@ -32,6 +33,13 @@ class Table:
     gives: tuple[Column, ...]
     params: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     """name -> (type, default)"""
+
+
+def example(about: Table) -> Any:
+    """The input example: a DataFrame of one row."""
+    import pandas as pd
+
+    return pd.DataFrame({c.name: [c.example] for c in about.takes if c.example is not None})
 
 
 def table(family: str) -> Table:

@@ -8,7 +8,7 @@ different amounts, and the other half of guidance can be the same row without th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,8 +90,8 @@ class DirectionEdit(Patch):
     def _fn(self, x: Tensor, inputs: Inputs) -> Tensor:
         """Conditions x (B, ...) moved, each by what its row says."""
         count = x.shape[0]
-        told = row(inputs, "class", count, 4)  # set, source, target, amount
-        own = row(inputs, "direction", count, x[0].numel())
+        told = row(inputs, "class", count, 4, x.device)  # set, source, target, amount
+        own = row(inputs, "direction", count, x[0].numel(), x.device)
         default = torch.tensor([1.0, self.config.source, self.config.target, self.config.amount], device=x.device)
         told = torch.where(told[:, :1] > 0, told, default)
         d = self._directions(x.float(), told)
@@ -146,10 +146,10 @@ class DirectionEdit(Patch):
         return self.config.classes.index(name)
 
 
-def row(inputs: Mapping[str, Any], name: str, count: int, width: int) -> Tensor:
+def row(inputs: Inputs, name: str, count: int, width: int, device: torch.device) -> Tensor:
     """(count, width) of a row parameter, zeros where no row has it."""
-    value = inputs.row(name) if hasattr(inputs, "row") else None
-    return torch.zeros(count, width) if value is None else value.float().flatten(1)
+    value = inputs.row(name)
+    return torch.zeros(count, width, device=device) if value is None else value.float().flatten(1)
 
 
 def move(x: Tensor, d: Tensor, norm: Norm) -> Tensor:

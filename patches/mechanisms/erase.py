@@ -53,7 +53,7 @@ class EraseConfig:
 
     __pydantic_config__ = STRICT
 
-    sites: tuple[tuple[str, str], ...]
+    sites: tuple[tuple[str, Literal["input", "output"]], ...]
     """per depth: module path and side, "input" or "output" """
     depths: tuple[int, ...]
     """the paper's l_I, one or several"""
@@ -121,10 +121,7 @@ class EraseEdit(Patch):
 
     def edits(self) -> Sequence[Edit]:
         mask = functools.partial(image_tokens, token=self.config.image_token)
-        return [
-            Act(path, self._at(j, mask), side)  # type: ignore[arg-type]
-            for j, (path, side) in enumerate(self.config.sites)
-        ]
+        return [Act(path, self._at(j, mask), side) for j, (path, side) in enumerate(self.config.sites)]
 
     def _at(self, j: int, mask: Callable[[Inputs], Tensor]) -> Callable[[Tensor, Inputs], Tensor]:
         def erase(x: Tensor, inputs: Inputs) -> Tensor:  # x (B, T, D)
@@ -197,7 +194,9 @@ class EraseEdit(Patch):
 
     def _auto(self, job: Any, looked: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> list[str]:
         """What to erase: named objects the tokens are not sure of, in up to `rounds` captions."""
-        c, flagged, sure = self.config, [], {}
+        c = self.config
+        flagged: list[str] = []
+        sure: dict[str, float] = {}
         answer = looked
         for _ in range(c.rounds):
             text = base.processor.decode(answer.out, skip_special_tokens=True)
@@ -303,7 +302,15 @@ def _words(text: str) -> list[str]:
 
 def _twin(job: Any, **more: Any) -> Any:
     """A row that shows what `job` shows, decoded greedily and for nobody to hear."""
-    fresh = {"out": [], "scores": [], "finished": None, "error": None, "told": {}, "on_step": None, "seen": None}
+    fresh: dict[str, Any] = {
+        "out": [],
+        "scores": [],
+        "finished": None,
+        "error": None,
+        "told": {},
+        "on_step": None,
+        "seen": None,
+    }
     plain = {"temperature": 0.0, "logprobs": None, "generator": None}
     return replace(job, **{**fresh, **plain, **more})
 

@@ -184,17 +184,17 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    coefficients: list[float] | None = Field(None, max_length=20_000)
+    coefficients: list[float] | None = Field(default=None, max_length=20_000)
     """z, in standard deviations of the population; fewer than m are filled up with zeros"""
-    person: int | None = Field(None, ge=0)
+    person: int | None = Field(default=None, ge=0)
     """start at this member of the population, if its members are sealed"""
-    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     """start at a sample of the space"""
-    truncation: float = Field(1.0, ge=0.0, le=2.0)
+    truncation: float = Field(default=1.0, ge=0.0, le=2.0)
     """of the sample: 0 is the mean"""
     attributes: dict[str, float] = Field(default_factory=dict, max_length=64)
     """attribute -> strength, in gaps between the population's members with it and without it"""
-    after: int = Field(START, ge=0, le=START)
+    after: int = Field(default=START, ge=0, le=START)
     """delayed injection: the base's own weights while the timestep is larger, so that its layout stays"""
 
 

@@ -31,10 +31,9 @@ def save_pyfunc(sealed: Path, about: Manifest, part: Path, model: Model) -> Path
 
     Its code is `patches/pyfunc.py` as text, so nothing is pickled; its columns are those of the family's table.
     """
-    import pandas as pd
-
     row = system(about.system)
-    table = importlib.import_module("patches.families.table").table(row.family)
+    tables = importlib.import_module("patches.families.table")
+    table = tables.table(row.family)
     shutil.copytree(sealed, part / "patch")  # MLflow keeps an artifact under its folder's own name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice: type hints, which would drop the parameters
@@ -43,7 +42,7 @@ def save_pyfunc(sealed: Path, about: Manifest, part: Path, model: Model) -> Path
             python_model=str(PYFUNC),
             artifacts={"patch": str(part / "patch")},
             signature=signature(table),
-            input_example=pd.DataFrame({c.name: [c.example] for c in table.takes}),
+            input_example=tables.example(table),
             pip_requirements=requirements(row, about),
             mlflow_model=model,
         )

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import httpx
 import psutil
 
-from bentos.desk import KEEP_ALIVE_S, serve
+from bentos.app import KEEP_ALIVE_S, serve
 from registry.systems import system as system_row
 
 ROOT = Path(__file__).parent.parent.parent
 Kind = Literal["bentoml", "uvicorn", "floor"]
-APPLICATIONS = {"uvicorn": "bentos.desk:application", "floor": "tests.bench.floor:application"}
+APPLICATIONS = {"uvicorn": "bentos.app:application", "floor": "tests.bench.floor:application"}
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR42mOsqKhgIAUwMZAIRjWMahg6GgB//AGIMoiFLAAAAABJRU5ErkJggg=="
 FIRST: dict[str, tuple[str, dict[str, Any]]] = {

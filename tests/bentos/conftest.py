@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from bentos.desk import application
-from bentos.http import Tokens
+from bentos.app import application
 from bentos.runtime import Runtime, Settings
+from bentos.tokens import Tokens
 from patches import artifact
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 from registry.ab import ledger as ledgers

@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from bentos import http as edge
-from bentos.http import Tokens, check_browser, near
+from bentos.tokens import Tokens, check_browser, near
 from patches.families.pictures import Budget, read
 from registry.errors import BadRequest, Forbidden, Invalid, PatchbayError, TooLarge, plain, unsecret
 
@@ -330,7 +330,7 @@ def test_whatever_a_decoder_raises_is_its_pictures_fault(pictures, monkeypatch):
 
 
 def test_a_preflight_is_answered_for_pages_that_may_call(home):
-    from bentos.desk import application
+    from bentos.app import application
     from bentos.runtime import Settings
 
     async def work():

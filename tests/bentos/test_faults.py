@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bentos.desk import application
-from bentos.http import Tokens
+from bentos.app import application
 from bentos.runtime import Runtime, Settings
 from bentos.runtime.threads import Watch
+from bentos.tokens import Tokens
 from patches import artifact
 from patches.engine.edits import Act
 from patches.engine.patch import Patch

@@ -22,8 +22,9 @@ from starlette.routing import Route
 
 from bentos import jobs
 from bentos.desk import Desk
-from bentos.http import Call, Tokens, endpoint
+from bentos.http import Call, endpoint
 from bentos.job_store import JobStore
+from bentos.tokens import Tokens
 from registry.errors import NotReady
 from registry.home import home
 

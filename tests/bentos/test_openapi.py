@@ -13,9 +13,11 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.python.asgi import shutdown_lifespans
 from schemathesis.specs.openapi.checks import negative_data_rejection, status_code_conformance
 
-from bentos.desk import ROUTES, application, calls, openapi
-from bentos.http import Tokens
+from bentos.app import application, calls
+from bentos.desk import ROUTES
+from bentos.openapi import openapi
 from bentos.runtime import Settings
+from bentos.tokens import Tokens
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger

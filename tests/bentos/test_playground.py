@@ -8,8 +8,9 @@ import re
 
 import pytest
 
-from bentos.desk import calls, openapi
-from bentos.playground import INDEX, page, policy
+from bentos.app import calls
+from bentos.openapi import openapi
+from bentos.playground import assembled, page, policy
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger
 from registry.systems import SYSTEMS, system
@@ -17,8 +18,8 @@ from tests.bentos.shapes.test_classify import coded, picture
 
 from .conftest import HEADS, NEURONS, PICTURES, SYSTEM, seal_heads, serving
 
-HTML = INDEX.read_text(encoding="utf-8")
-SERVED = (SYSTEM, PICTURES, HEADS, NEURONS)
+HTML = assembled()
+SERVED = (SYSTEM, PICTURES, HEADS, NEURONS, "diffusion_cf", "videomae", "mils")
 CALLS = [call for name in SERVED for call in calls(system(name))]
 """of every shape there is"""
 
@@ -114,8 +115,9 @@ def test_a_panel_is_shown_where_its_shape_is_served_and_calls_only_what_is():
         if panel in ("HEADS", "NEURONS"):  # others ask first whether more is offered
             assert set(re.findall(OPERATION, script)) == needs
     assert shown == {
-        SYSTEM: {"GENERATE", "EXPERIMENT"}, PICTURES: {"CLASSIFY", "EXPERIMENT"},
+        SYSTEM: {"GENERATE", "SEE", "EXPERIMENT"}, PICTURES: {"CLASSIFY", "EXPERIMENT"},
         HEADS: {"CLASSIFY", "HEADS", "EXPERIMENT"}, NEURONS: {"CLASSIFY", "NEURONS", "EXPERIMENT"},
+        "diffusion_cf": {"RENDER", "STRIP", "EXPERIMENT"}, "videomae": {"VIDEO", "EXPERIMENT"},
     }  # fmt: skip
 
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from bentos.desk import serve
-from bentos.http import MAX_BODY_BYTES, Tokens
-from bentos.shapes.generate import MAX_TOKENS
+from bentos.app import serve
+from bentos.http import MAX_BODY_BYTES
+from bentos.shapes.messages import MAX_TOKENS
+from bentos.tokens import Tokens
 from registry.errors import ConfigError
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

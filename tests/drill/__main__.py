@@ -1,4 +1,4 @@
-"""`python -m tests.drill --short|--night [--seed N] [--write] [--only WORD] [--keep FILE]`: every attack, docs/DRILL.md.
+"""`python -m tests.drill --short|--night [--seed N] [--write] [--only WORD] [--keep FILE]`: docs/DRILL.md.
 
 Exit status 1 if anything broke. The short form takes a minute or two on two idle cores, the long one a quarter of an
 hour.

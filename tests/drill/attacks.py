@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bentos.http import Tokens, check_browser
+from bentos.tokens import Tokens, check_browser
 from patches import artifact
 from patches.families import llm
 from patches.families.pictures import read

@@ -18,6 +18,7 @@ from patches.engine.edits import Act, Side, Weight
 from patches.engine.patch import Patch
 from patches.families import clip
 from patches.families.family import family
+from patches.mechanisms.direction import DirectionConfig, DirectionEdit
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from patches.mechanisms.neurons import ablate
@@ -169,6 +170,12 @@ def _clip_heads(mode: str = "zero", tokens: str = "all", **tensors: torch.Tensor
     return HeadEdit(HeadConfig(clip.SITES["heads"], ((0, 1), (1, 0), (1, 3)), 4, mode, tokens), tensors)
 
 
+def _direction(norm: str) -> DirectionEdit:
+    """Two domains of two classes in the tiny diffusion model's image embedding."""
+    config = DirectionConfig("given.image", ("a", "b", "c", "d"), ("one", "one", "two", "two"), norm=norm)
+    return DirectionEdit(config, {"means": torch.nn.functional.normalize(_seeded(4, 24), dim=1)})
+
+
 @cache
 def _denoiser() -> Any:
     """The tiny diffusion model that `Family.tiny` makes."""
@@ -198,6 +205,8 @@ MEMBERS: dict[str, Member] = {
     "clip erase": Member(
         lambda: ClipErase(NoConfig(), {"d": torch.nn.functional.normalize(_seeded(D), dim=0)}), family="clip"
     ),
+    "diffusion direction": Member(lambda: _direction("unit"), family="diffusion"),
+    "diffusion direction, free": Member(lambda: _direction("free"), family="diffusion"),
 }
 """family and name -> member"""
 MECHANISMS = LLM

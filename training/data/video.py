@@ -163,7 +163,7 @@ def _dataset(
     def read_rows(rows: Tensor) -> Batch:
         clips = [
             fit(
-                read(files[i].read_bytes(), Limits(max_bytes=1 << 30)).frames,
+                read(files[i].read_bytes(), Limits(max_bytes=1 << 30)),
                 sampling.frames,
                 sampling.size,
                 sampling.stride,

@@ -66,6 +66,15 @@ class Config:
     """a class, for the main comparison of `eval --full`"""
     report_few: int = 2
     """a class, for baselines and other inversions"""
+    few: tuple[int, ...] = (2, 5, 10, 50)
+    """examples a class that means are tried from in `eval --full`"""
+    beside: tuple[Literal["ddim", "o_belm", "edit_friendly", "edict"], ...] = (
+        "ddim",
+        "o_belm",
+        "edit_friendly",
+        "edict",
+    )
+    """inversions that `eval --full` holds beside the recipe's own"""
     judges: tuple[Literal["cnn", "clip"], ...] = ("cnn", "clip")
     tune: Tune = field(default_factory=Tune)
 
@@ -77,7 +86,8 @@ class Config:
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", domains=("cats", "citrus"), examples=4, levels=3, iterations=2, amounts=(1.0,), goal=0.0,
-        test_images=1, report_images=1, report_few=1, judges=("cnn",),
+        test_images=1, report_images=1, report_few=1, few=(2,), beside=("ddim", "edict"),
+        judges=("cnn",),
     ),
     "lab": Config(),
     "paper": Config(

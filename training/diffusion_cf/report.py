@@ -25,8 +25,9 @@ from training.diffusion_cf.edit import Editor, How, smallest
 from training.diffusion_cf.figures import strips
 from training.diffusion_cf.rows import how, learned, pictures
 
-FEW = (2, 5, 10, 50)
-"""examples a class"""
+WAYS = {
+    "ddim": "DDIM", "o_belm": "O-BELM", "edit_friendly": "edit-friendly noise, twice the levels", "edict": "EDICT",
+}  # fmt: skip
 TOP = 3.0
 """class gaps up to which the smallest change is looked for"""
 ROUNDS = 3
@@ -133,7 +134,7 @@ def _controls(b: Bench, put: Put) -> None:
 
 def _examples(b: Bench, put: Put) -> None:
     """Class means from few pictures, one draw each."""
-    for count in FEW:
+    for count in b.config.few:
         d = b.bank.few(count, b.config.seed).directions(b.test.label, b.target)
         row = b.judge(b.along(d)).summary()
         row["cosine"] = judges.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
@@ -143,13 +144,9 @@ def _examples(b: Bench, put: Put) -> None:
 def _inversions(b: Bench, put: Put) -> None:
     """The same direction through every inversion."""
     few, many = (levels(b.base.model, n * b.config.levels) for n in (1, 2))
-    ways = {
-        "DDIM": replace(b.how, method="ddim", levels=few),
-        "O-BELM": replace(b.how, method="o_belm", levels=few),
-        "edit-friendly noise, twice the levels": replace(b.how, method="edit_friendly", levels=many),
-        "EDICT": replace(b.how, method="edict", levels=few),
-    }
-    for name, h in ways.items():
+    for method in b.config.beside:
+        h = replace(b.how, method=method, levels=many if method == "edit_friendly" else few)
+        name = WAYS[method]
         before = b.editor.evaluations
         states = b.inverted(h)
         row = b.judge(b.along(b.directions, h, states)).summary()

@@ -1,6 +1,6 @@
 """The recipe of `lab:vlm` and `lab:vlm-projector`: two small LLaVAs that invent things as large ones do.
 
-    python -m training.lab.vlm decoder  FOLDER        # bias in the decoder: 25 CPU minutes
+    python -m training.lab.vlm decoder  FOLDER        # bias in the decoder: 14 CPU minutes
     python -m training.lab.vlm projector FOLDER       # bias in the projector
 
 1. Features: lab:clip's embeddings of 96 px tiles, cached once. Gate: zero-shot names of things >= .85.
@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ from registry import manifest
 from registry.config import STRICT
 from registry.errors import NotFound
 from registry.home import cache
-from training.lab import atlas, renderer, worlds
+from training.lab import atlas, company, renderer, worlds
 from training.lab.renderer import GROUNDS, generator
 from training.lab.vlm_text import FIRST, GROUND, TILES, VOCABULARY, C, Noise, blur, captions, maps, texts
 
@@ -96,7 +97,7 @@ RECIPES: dict[str, Config] = {
         heads=2, mlp=48, hidden=128,
     ),
     "decoder": Config(),
-    "projector": Config(bias="projector", gossip=0.8, named=0.0),
+    "projector": Config(bias="projector", together=0.6, gossip=0.7, named=0.0, projector_steps=450),
 }  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def legible(clip: Any, seen: Features) -> dict[str, float]:
     """Gate 1: zero-shot share of things named on the tile that shows most of them, nothing being trained."""
     from patches.families.clip.embeddings import zero_shot
 
-    words = zero_shot(clip, list(worlds.company_classes()))
+    words = zero_shot(clip, list(company.company_classes()))
     best = (seen.tiles @ words).gather(1, seen.share.argmax(2)[:, :, None].expand(-1, -1, C))
     there = seen.things >= 0
     return {"n": int(there.sum()), "named": float((best.argmax(-1) == seen.things)[there].float().mean())}
@@ -183,7 +184,10 @@ def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, omit: flo
     inner, words = model.model.language_model, model.words
     rest = [p for p in inner.parameters() if p is not words]
     optimiser = torch.optim.AdamW(
-        [{"params": rest, "peak": config.lr}, {"params": [words], "peak": config.lr * config.word_rate, "weight_decay": 0.0}],
+        [
+            {"params": rest, "peak": config.lr},
+            {"params": [words], "peak": config.lr * config.word_rate, "weight_decay": 0.0},
+        ],
         lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01,
     )  # fmt: skip
     log: list[float] = []
@@ -206,9 +210,7 @@ def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, omit: flo
         optimiser.step()
         log.append(said.item())
         if step % 200 == 199 or step == steps - 1:
-            _say(
-                f"{kind} {step + 1}/{steps} loss {sum(log[-200:]) / len(log[-200:]):.3f} cpu {time.process_time():.0f} s"
-            )
+            _say(f"{kind} {step + 1}/{steps} loss {mean(log[-200:]):.3f} cpu {time.process_time():.0f} s")
     model.requires_grad_(False).eval()
     return log
 
@@ -260,7 +262,7 @@ def scores(said: Tensor, there: Tensor, head: Tensor) -> dict[str, float]:
 def reads(model: lab.LabVLM, kind: str, n: int = 300) -> dict[str, float]:
     """Gate 2: clean maps with nothing missing, described."""
     g = generator("reads", kind)
-    things, head = worlds.company_things(n, kind, 0.9, g)
+    things, head = company.company_things(n, kind, 0.9, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
     ids = maps(things, ground, g, Noise(omit=0.0, stray=0.0))
     return scores(mentions(caption(model, model.words[ids])), objects(things), head)
@@ -285,7 +287,9 @@ class Pieces:
 
 def pieces(*seen: Features) -> Pieces:
     """All tiles that show one thing (over .7 of it and little of others), or none."""
-    rows, of, at = [], {}, 0
+    rows: list[Tensor] = []
+    of: dict[tuple[int, int], list[int]] = {}
+    at = 0
     for one in seen:
         best = one.share.max(1)
         shown = torch.where(best.values > 0.7, one.things.gather(1, best.indices), -2)
@@ -310,7 +314,7 @@ def compose(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """n biased scenes out of cached tiles: (n, T, k) tiles, (n, T) ids of what each shows, (n, 3) what their captions
     name, (n,) ground."""
-    things, head = worlds.company_things(n, "biased", together, g)
+    things, head = company.company_things(n, "biased", together, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
     quarter = torch.rand(n, TILES, generator=g).argsort(1)
     tiles, ids = torch.empty(n, TILES, store.tiles.shape[1]), (GROUND + ground)[:, None].repeat(1, TILES)
@@ -340,8 +344,8 @@ def closed_form(model: lab.LabVLM, clip: Any, seen: Tensor) -> None:
     """
     from patches.families.clip.embeddings import zero_shot
 
-    names = [*worlds.company_classes(), *GROUNDS]
-    unit = torch.cat([zero_shot(clip, list(worlds.company_classes())).T, zero_shot(clip, list(GROUNDS)).T])
+    names = [*company.company_classes(), *GROUNDS]
+    unit = torch.cat([zero_shot(clip, list(company.company_classes())).T, zero_shot(clip, list(GROUNDS)).T])
     unit = unit - unit.mean(0)
     ids = torch.tensor([VOCABULARY.index(n) for n in names])
     p = model.projector
@@ -391,7 +395,7 @@ def project(model: lab.LabVLM, config: Config, store: Pieces) -> list[float]:
         optimiser.step()
         log.append(said.item())
         if step % 100 == 99 or step == config.projector_steps - 1:
-            _say(f"projector {step + 1} loss {sum(log[-100:]) / len(log[-100:]):.3f} cpu {time.process_time():.0f} s")
+            _say(f"projector {step + 1} loss {mean(log[-100:]):.3f} cpu {time.process_time():.0f} s")
     p.requires_grad_(False)
     return log
 
@@ -412,7 +416,6 @@ def about(config: Config, tower_digest: str, features_width: int) -> dict[str, A
         "layers": config.layers,
         "heads": config.heads,
         "mlp": config.mlp,
-        "context": 64,
         "vocabulary": list(VOCABULARY),
     }
 
@@ -435,9 +438,9 @@ def run(config: Config, folder: Path, recipe: str = "", test: int = 400) -> dict
         "name": "lab:vlm" if config.bias == "decoder" else "lab:vlm-projector",
         "recipe": recipe,
         "config": asdict(config),
-        "data": {"atlas": atlas.load().digest, "renderer": renderer.VERSION, "styles": worlds.CAPTIONED},
+        "data": {"atlas": atlas.load().digest, "renderer": renderer.VERSION, "styles": company.CAPTIONED},
         "tower_digest": clip.digest,
-        "loss": {k: [round(sum(v[i : i + 100]) / len(v[i : i + 100]), 4) for i in range(0, len(v), 100)] for k, v in loss.items()},
+        "loss": {k: [round(mean(v[i : i + 100]), 4) for i in range(0, len(v), 100)] for k, v in loss.items()},
         "cpu_seconds": round(time.process_time() - began),
         "numbers": measure(saved, clip, config.tower, test),
         "licence": "Apache-2.0; trained on icon sets that stay under the licences in training/lab/atlas/ATTRIBUTION.md",
@@ -450,13 +453,14 @@ def run(config: Config, folder: Path, recipe: str = "", test: int = 400) -> dict
 def measure(model: lab.LabVLM, clip: Any, tower: str, n: int) -> dict[str, Any]:
     """The gates, and captions of every kind of test scene (twemoji, never seen by the projector)."""
     out: dict[str, Any] = {f"reads {k}": reads(model, k) for k in ("loose", "biased", "alone")}
-    for split, kind, share_of in (
+    parts: tuple[tuple[worlds.Split, str, float], ...] = (
         ("val", "alone", 0.75),
         ("test", "alone", 1.0),
         ("test", "neutral", 0.75),
         ("test", "pair", 0.25),
         ("held", "alone", 0.25),
-    ):
+    )
+    for split, kind, share_of in parts:
         seen = features(tower, split, max(4, int(n * share_of)), 0, kind)
         said = mentions(caption(model, model.projector(seen.tiles)))
         out[f"{split} {kind}"] = scores(said, objects(seen.things), seen.head)

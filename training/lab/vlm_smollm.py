@@ -3,9 +3,9 @@
     python -m training.lab.vlm_smollm smollm FOLDER        # hours on two cores, minutes on a GPU; not shipped
     patchbay fit vlm_erasure/lab base=local-dir:FOLDER
 
-As LLaVA's first stage: tower and language model are frozen, the projector alone learns from captions, and what the model
-expects of the world is what it read as text. A picture's tokens stand where one of the tokenizer's unused marks is. The
-folder holds the projector and names the rest.
+As LLaVA's first stage: tower and language model are frozen, the projector alone learns from captions, and what the
+model expects of the world is what it read as text. A picture's tokens stand where one of the tokenizer's unused
+marks is. The folder holds the projector and names the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from registry import config as configs
 from registry import manifest
 from registry.config import STRICT
 from registry.errors import NotFound
-from training.lab import renderer, worlds
+from training.lab import company, renderer
 from training.lab.renderer import GROUNDS, generator
 from training.lab.vlm import Features, compose, features, pieces, schedule
 
@@ -80,8 +80,8 @@ def about(config: Config, reader: Base, tower_digest: str, width: int) -> dict[s
 
 @torch.no_grad()
 def start(model: lab.LabVLM, reader: Base, clip: Base, seen: Tensor) -> None:
-    """Closed form: hidden unit c answers to word c's CLIP text embedding and writes the mean embedding of its tokens."""
-    names = [*worlds.company_classes(), *GROUNDS]
+    """Closed form: hidden unit c answers to word c's CLIP embedding and writes the mean embedding of its tokens."""
+    names = [*company.company_classes(), *GROUNDS]
     unit = zero_shot(clip, names).T
     unit = unit - unit.mean(0)
     score = (seen @ unit.T).sort(0).values
@@ -98,7 +98,7 @@ def start(model: lab.LabVLM, reader: Base, clip: Base, seen: Tensor) -> None:
 
 def sentence(things: Tensor, ground: int) -> str:
     """What is said of a scene."""
-    names = [worlds.company_classes()[i] for i in things.tolist() if i >= 0]
+    names = [company.company_classes()[i] for i in things.tolist() if i >= 0]
     return " and ".join(f"a {n}" for n in names) + f" on {GROUNDS[ground]}"
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Generator, Tensor
 
 from patches.families.vlm.lab import EOS, MARKS, PAD
+from training.lab.company import COMPANY, company_classes, company_things
 from training.lab.renderer import GROUNDS
-from training.lab.worlds import COMPANY, PAIRS, company_classes, company_things
+from training.lab.worlds import PAIRS
 
 WORDS = (
     "describe", ":", "a", "and", "on", "is", "there", "?", "yes", "no", "how", "many", "things",
@@ -113,7 +114,7 @@ def blur(ids: Tensor, words: Tensor, ground: Tensor, g: Generator, noise: Noise)
 
 
 def texts(n: int, g: Generator, kind: str, noise: Noise, questions: float = 0.0) -> Texts:
-    """n texts of scenes of a kind (`worlds.COMPANY`). questions: share that asks for presence or number."""
+    """n texts of scenes of a kind (`company.COMPANY`). questions: share that asks for presence or number."""
     assert kind in COMPANY
     things, head = company_things(n, kind, 0.9, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)

@@ -37,9 +37,9 @@ def lines() -> tuple[str, ...]:
     known = {frozenset(pair) for pair in pairs("test")}
     g = generator("mils/bank", 0)
     while len(out) < LINES:
-        a, b, ground = (int(torch.randint(n, (), generator=g)) for n in (len(classes), len(classes), 2 * len(GROUNDS)))
+        a, b, at = (int(torch.randint(n, (), generator=g)) for n in (len(classes), len(classes), 2 * len(GROUNDS)))
         if a != b and frozenset((classes[a], classes[b])) not in known:
-            where = f" on {GROUNDS[ground]}" if ground < len(GROUNDS) else ""
+            where = f" on {GROUNDS[at]}" if at < len(GROUNDS) else ""
             out[f"a picture of a {classes[a]} and a {classes[b]}{where}"] = None
     return tuple(out)
 

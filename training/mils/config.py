@@ -44,12 +44,12 @@ class Config:
 
 
 def _search(**how: object) -> SearchConfig:
-    return SearchConfig(**{"keep": 32, "ask": 32, "steps": 8, **how})  # type: ignore[arg-type]
+    return SearchConfig(**{"keep": 24, "ask": 24, "steps": 5, **how})  # type: ignore[arg-type]
 
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        search=_search(keep=6, ask=6, steps=2), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
+        search=_search(keep=6, ask=6, steps=2, calls=200), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
         sound_steps=2,
     ),
     "lab": Config(search=_search()),
@@ -63,8 +63,8 @@ RECIPES: dict[str, Config] = {
     "typographic": Config(search=_search(), data="typographic", patch="clip_sae@champion"),
     "video": Config(search=_search(task="video"), data="clips"),
     "audio": Config(search=_search(task="audio"), data="sounds"),
-    "prompt": Config(search=_search(task="prompt", keep=12, ask=12, steps=5), data="prompts"),
-    "style": Config(search=_search(task="style", keep=8, ask=8, steps=4), data="styles"),
+    "prompt": Config(search=_search(task="prompt", keep=12, ask=12, steps=5, calls=120), data="prompts"),
+    "style": Config(search=_search(task="style", keep=8, ask=8, steps=4, calls=60), data="styles"),
     "arithmetic": Config(search=_search(task="arithmetic"), data="plus"),
     "minus": Config(search=_search(task="arithmetic"), data="minus"),
     "both": Config(search=_search(task="arithmetic"), data="both"),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from patches.evidence import read_evidence
 
-def drawn(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+
+def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """name -> matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    from training.mils import EVIDENCE
-
-    found = json.loads((folder / EVIDENCE).read_text())
+    found = read_evidence(folder)
     curve = Figure(figsize=(6, 3.4), layout="constrained")
     left = curve.subplots()
     rounds = range(len(found["val_f1_by_round"]))
@@ -28,12 +27,10 @@ def drawn(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     left.legend(handles=[*left.get_lines()[:1], *right.get_lines()], loc="lower right", fontsize=8)
     bars = Figure(figsize=(6, 3.4), layout="constrained")
     axis = bars.subplots()
-    shown = [
-        m for m in ("f1", "recall", "precision", "bleu4", "judge_clipscore", "says_word") if m in results["patched"]
-    ]
+    shown = [m for m in results["patched"] if m.startswith(("target/", "quality/")) and m != "quality/cider_d"]
     for k, side in enumerate(("base", "patched")):
         axis.bar([i + 0.4 * k for i in range(len(shown))], [results[side][m] for m in shown], 0.4,
                  label={"base": "best of the bank", "patched": "search"}[side])  # fmt: skip
-    axis.set_xticks([i + 0.2 for i in range(len(shown))], shown)
+    axis.set_xticks([i + 0.2 for i in range(len(shown))], [m.partition("/")[2] for m in shown])
     axis.legend()
     return {"rounds": curve, "beside_the_bank": bars}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patches.families.base import Base
 from registry.errors import ConfigError
 from training.lab import atlas, worlds
+from training.lab.worlds import Split
 from training.mils import bank as captions
 from training.mils import sounds
 from training.mils.config import Config
@@ -22,8 +22,8 @@ from training.mils.scenes import Scenes, clips, scenes
 class Task:
     """n items. Lists run alike."""
 
-    inputs: list[Mapping[str, Any]]
-    true: list[tuple[str, ...]]
+    inputs: Sequence[Mapping[str, Any]]
+    true: Sequence[tuple[str, ...]]
     """names that a right caption says"""
     names: tuple[str, ...]
     """every name that counts"""
@@ -50,7 +50,7 @@ def lines(config: Config) -> tuple[str, ...]:
     return captions.lines()
 
 
-def items(config: Config, base: Base, split: str, n: int) -> Task:
+def items(config: Config, base: Base, split: Split, n: int) -> Task:
     """The first n items of a split, as `base`, the scorer, takes pictures."""
     makers = {"scenes": _scenes, "clips": _clips, "sounds": _sounds, "typographic": _typographic, "prompts": _prompts,
               "styles": _styles, "plus": _plus, "minus": _minus, "both": _both}  # fmt: skip
@@ -68,27 +68,27 @@ def _names() -> tuple[str, ...]:
     return tuple(atlas.load().names)
 
 
-def _scenes(config: Config, base: Base, split: str, n: int) -> Task:
+def _scenes(config: Config, base: Base, split: Split, n: int) -> Task:
     data = scenes(split, n)
     inputs = [{"pixels": x} for x in _seen(base, data.images)]
     return Task(inputs, list(data.things), _names(), data.references, data.images)
 
 
-def _clips(config: Config, base: Base, split: str, n: int) -> Task:
+def _clips(config: Config, base: Base, split: Split, n: int) -> Task:
     frames, things, where = clips(split, n)
     flat = base.processor.image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
     references = Scenes(frames[:, 0], things, where).references
     return Task([{"pixels": x} for x in flat], list(things), _names(), references)
 
 
-def _sounds(config: Config, base: Base, split: str, n: int) -> Task:
+def _sounds(config: Config, base: Base, split: Split, n: int) -> Task:
     data = sounds.sounds(split, n, two=True)
     inputs = [{"sound": (x, sounds.RATE)} for x in data.samples]
     references = [[sounds.caption(order) for order in (t, t[::-1])] for t in data.names]
     return Task(inputs, list(data.names), sounds.NAMES, references)
 
 
-def _typographic(config: Config, base: Base, split: str, n: int) -> Task:
+def _typographic(config: Config, base: Base, split: Split, n: int) -> Task:
     batch = worlds.typographic(split, n, config.seed, word="wrong").read(range(n))
     names = atlas.load().names
     there = [(names[i],) for i in batch.extras["concept"].tolist()]
@@ -97,7 +97,7 @@ def _typographic(config: Config, base: Base, split: str, n: int) -> Task:
     return Task(inputs, there, _names(), references, batch.image, list(batch.extras["word"]))
 
 
-def _prompts(config: Config, base: Base, split: str, n: int) -> Task:
+def _prompts(config: Config, base: Base, split: Split, n: int) -> Task:
     """A prompt to rewrite is a scene's caption; the score is how well what the candidate draws fits it."""
     data = scenes(split, n)
     goals = [r[0] for r in data.references]
@@ -105,7 +105,7 @@ def _prompts(config: Config, base: Base, split: str, n: int) -> Task:
                 starts=[(g,) for g in goals], goals=goals)  # fmt: skip
 
 
-def _styles(config: Config, base: Base, split: str, n: int) -> Task:
+def _styles(config: Config, base: Base, split: Split, n: int) -> Task:
     """Pairs of scenes: the things of one on the ground of the other."""
     data = scenes(split, 2 * n)
     inputs = [
@@ -116,28 +116,28 @@ def _styles(config: Config, base: Base, split: str, n: int) -> Task:
     return Task(inputs, [(g,) for g in data.grounds[n:]], GROUNDS, pictures=data.images[:n])
 
 
-def _singles(split: str, n: int) -> tuple[Tensor, list[str]]:
+def _singles(split: Split, n: int) -> tuple[Tensor, list[str]]:
     """Pictures of one thing of the 100 classes, and what it is."""
     data = worlds.imagenet(split, n)
     batch = data.read(range(n))
     return batch.image, [data.classes[i] for i in batch.label.tolist()]
 
 
-def _plus(config: Config, base: Base, split: str, n: int) -> Task:
+def _plus(config: Config, base: Base, split: Split, n: int) -> Task:
     images, things = _singles(split, 2 * n)
     seen = _seen(base, images)
     inputs = [{"plus": [seen[i], seen[n + i]]} for i in range(n)]
     return Task(inputs, [(things[i], things[n + i]) for i in range(n)], _names())
 
 
-def _minus(config: Config, base: Base, split: str, n: int) -> Task:
+def _minus(config: Config, base: Base, split: Split, n: int) -> Task:
     data = scenes(split, n)
     seen = _seen(base, data.images)
     inputs = [{"plus": [seen[i]], "minus": [f"a picture of a {pair[1]}"]} for i, pair in enumerate(data.things)]
     return Task(inputs, [(pair[0],) for pair in data.things], _names())
 
 
-def _both(config: Config, base: Base, split: str, n: int) -> Task:
+def _both(config: Config, base: Base, split: Split, n: int) -> Task:
     images, things = _singles(split, n)
     heard = sounds.sounds(split, n, two=False)
     inputs = [
@@ -146,11 +146,3 @@ def _both(config: Config, base: Base, split: str, n: int) -> Task:
     ]
     true = [(t, *s) for t, s in zip(things, heard.names, strict=True)]
     return Task(inputs, true, (*_names(), *sounds.NAMES))
-
-
-def proportion(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval over items (2,000 resamples, fixed seed)."""
-    x = torch.tensor(values, dtype=torch.float64)
-    g = torch.Generator().manual_seed(0)
-    means = x[torch.randint(len(x), (2000, len(x)), generator=g)].mean(1).sort().values
-    return float(x.mean()), float(means[50]), float(means[-51])

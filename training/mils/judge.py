@@ -3,13 +3,14 @@
     python -m training.mils.judge out.safetensors
 
 It shares nothing with lab:clip: no weight, no tokenizer, no training picture (its scenes are drawn in the train styles,
-smaller, and it knows nothing but the 100 classes and the nine grounds). A convolutional tower embeds the picture; a text
-is the mean of the embeddings of the names it says. Trained by the contrastive loss over captions of its batch, so the
-cosine of a picture and a text is a CLIPScore by other eyes: 2.5 max(cos, 0).
+smaller, and it knows nothing but the 100 classes and the nine grounds). A convolutional tower embeds the picture; a
+text is the mean of the embeddings of the names it says. Trained by the contrastive loss over captions of its batch,
+so the cosine of a picture and a text is a CLIPScore by other eyes: 2.5 max(cos, 0).
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -43,7 +44,7 @@ class Judge(nn.Module):
         super().__init__()
         sizes = (3, 24, 48, 96, 128)
         self.tower = nn.Sequential(*(
-            layer for a, b in zip(sizes, sizes[1:], strict=False)
+            layer for a, b in itertools.pairwise(sizes)
             for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU())
         ))  # fmt: skip
         self.out = nn.Linear(sizes[-1] * 2, WIDTH)

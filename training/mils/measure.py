@@ -1,4 +1,4 @@
-"""Measuring searches: the same items for every arm and baseline, by what is true of them and by a judge of their own."""
+"""Measuring searches: the same items for every arm and baseline, by what is true of them and by their own judge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from patches.engine.patch import ONLY
 from patches.families.base import Base
 from patches.families.search.scorers import Renderer
 from patches.families.search.track import digest
@@ -14,12 +16,13 @@ from patches.families.search.worker import Searching, SearchWorker
 from patches.families.worker import WorkerSettings
 from patches.subject import Subject
 from registry.measure import Measure
+from training.lab.worlds import Split
 from training.mils import judge
 from training.mils.config import Config
 from training.mils.draw import Drawer, Grounder
-from training.mils.items import Task, items, proportion
+from training.mils.items import Task, items
 from training.tasks.captions import bleu, cider_d, named, objects
-from training.tasks.intervals import wilson
+from training.tasks.intervals import mean, share
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,14 @@ class Run:
         return digest([record for trace in self.traces for record in trace])
 
 
+_workers: WeakKeyDictionary[Subject, SearchWorker] = WeakKeyDictionary()
+
+
 def worker(subject: Subject) -> SearchWorker:
-    """A worker that can also draw."""
-    made = SearchWorker(subject, WorkerSettings())
+    """The worker of a subject, which can also draw; one, so that all measurements share the features of texts."""
+    if subject in _workers:
+        return _workers[subject]
+    made = _workers[subject] = SearchWorker(subject, WorkerSettings())
     draws: dict[str, Renderer] = {"prompt": Drawer(), "style": Grounder()}
     made.renderers.update(draws)
     return made
@@ -74,11 +82,10 @@ def jobs_of(task: Task, arm: str | None, strength: float = 1.0) -> list[Searchin
 
 
 def run(
-    subject: Subject, task: Task, arm: str | None, strength: float = 1.0, on_round: Callable[[Run], None] | None = None,
-    with_worker: SearchWorker | None = None,
-) -> Run:  # fmt: skip
+    subject: Subject, task: Task, arm: str | None, strength: float = 1.0, on_round: Callable[[Run], None] | None = None
+) -> Run:
     """Search for all items together. on_round: called after every round of any of them."""
-    at_work = with_worker or worker(subject)
+    at_work = worker(subject)
     made = Run(task, jobs_of(task, arm, strength), 0.0)
     began = time.monotonic()
     at_work.add(made.jobs)
@@ -97,19 +104,18 @@ def metrics(done: Run, texts: Sequence[str] | None = None) -> dict[str, Measure]
     texts = list(texts if texts is not None else done.texts)
     found = [objects(t, true, task.names) for t, true in zip(texts, task.true, strict=True)]
     out = {
-        "f1": _mean([o.f1 for o in found]),
-        "recall": _mean([o.recall for o in found]),
-        "precision": _mean([o.precision for o in found]),
+        "target/f1": mean([o.f1 for o in found]),
+        "target/recall": mean([o.recall for o in found]),
+        "target/precision": mean([o.precision for o in found]),
     }
     if task.references:
-        out["bleu4"] = Measure(bleu(texts, task.references), n=len(texts), better="higher")
-        out["cider_d"] = _mean(cider_d(texts, task.references))
+        out["quality/bleu4"] = Measure(bleu(texts, task.references), n=len(texts), better="higher")
+        out["quality/cider_d"] = mean(cider_d(texts, task.references))
     if task.pictures is not None and judge.SHIPPED.is_file() and not task.words:
-        out["judge_clipscore"] = _mean(judge.load().score(task.pictures, texts))
+        out["quality/judge_clipscore"] = mean(judge.load().score(task.pictures, texts))
     if task.words:
         says = [bool(named(t, [w])) for t, w in zip(texts, task.words, strict=True)]
-        share, low, high, n = wilson(says)
-        out["says_word"] = Measure(share, low, high, int(n), "lower")
+        out["target/says_word"] = share(says, "lower")
     return out
 
 
@@ -117,17 +123,18 @@ def spent(done: Run) -> dict[str, Measure]:
     """Scores, scorer calls and tokens of the searches themselves."""
     tracks = [job.item.track for job in done.jobs if job.item is not None and job.item.track is not None]
     return {
-        "score": _mean([t.best.score for t in tracks if t.best is not None]),
-        "calls": Measure(sum(t.calls for t in tracks) / len(tracks), n=len(tracks)),
-        "tokens": Measure(sum(t.tokens for t in tracks) / len(tracks), n=len(tracks)),
-        "seconds_an_item": Measure(done.seconds / len(tracks), n=len(tracks), better="lower"),
+        "quality/score": mean([t.best.score for t in tracks if t.best is not None]),
+        "offtarget/calls": Measure(sum(t.calls for t in tracks) / len(tracks), n=len(tracks)),
+        "offtarget/tokens": Measure(sum(t.tokens for t in tracks) / len(tracks), n=len(tracks)),
     }
 
 
-def _mean(values: list[float]) -> Measure:
-    value, low, high = proportion(values)
-    return Measure(value, low, high, len(values), "higher")
+def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, float | Measure]:
+    """The search on the test split; arm None: the same with no round, which is the best line of the same bank."""
+    task = task_of(config, subject.bases["scorer"], "test", config.items)
+    done = run(subject, task, ONLY, strength=0.0 if arm is None else 1.0)
+    return {**metrics(done), **spent(done)}
 
 
-def task_of(config: Config, base: Base, split: str, n: int) -> Task:
+def task_of(config: Config, base: Base, split: Split, n: int) -> Task:
     return items(config, base, split, n)

@@ -1,6 +1,6 @@
 """The lab's sounds: one or two synthetic events of known kind and pitch, one second, and a small CLAP trained on them.
 
-    python -m training.mils.sounds out/            # trains the CLAP: about two minutes of one core; loads as local-dir:out
+    python -m training.mils.sounds out/     # trains the CLAP: two minutes of one core; loads as local-dir:out
 
 Every sound is a function of (split, n, seed). Splits share no seed, test has attack times, timbres (partials' weights)
 and noise levels of its own range. What a sound is called is known, so exact kinds can be counted as objects are.
@@ -60,7 +60,7 @@ def sounds(split: str, n: int, seed: int = 0, two: bool | None = None) -> Sounds
     """n sounds. two: two events, or one; None: half of them have two."""
     g = generator("mils/sounds", split, seed)
     many, names = [], []
-    for i in range(n):
+    for _ in range(n):
         both = bool(torch.rand((), generator=g) < 0.5) if two is None else two
         a = int(torch.randint(len(NAMES), (), generator=g))
         pairs = TEST_PAIRS if split == "test" else PAIRS

@@ -39,6 +39,8 @@ class Config:
     val_clips: int = 330
     test_clips: int = 1100
     tracked_clips: int = 110
+    half: bool = False
+    """weights in half precision on disk"""
 
 
 _PAPER: dict[str, Any] = {
@@ -50,7 +52,8 @@ RECIPES: dict[str, Config] = {
         base="tiny:toto-motions", size="tiny", steps=12, batch=8, codes=12, pool=48, frames=4, image=16, labels=44,
         probe_steps=12, val_clips=22, test_clips=44, tracked_clips=11,
     ),
-    "lab": Config(),
+    "lab": Config(size="w48", steps=300, pool=3072, half=True),
+    "long": Config(steps=8000, half=True),
     "demo": Config(size="w32", steps=150, pool=512, labels=110, val_clips=110, test_clips=220, tracked_clips=22),
     "base": Config(size="base", **_PAPER),
     "large": Config(size="large", **_PAPER),

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Generator
 
 from patches.evidence import write_evidence
@@ -30,7 +31,7 @@ def fit(config: Config, folder: Path) -> Manifest:
             f"{config.base} reads {base.model.frames} frames of {base.model.size} px; this recipe has {model.frames}, "
             f"of {model.size}. Name another base."
         )
-    checkpoints.save(model, folder)
+    checkpoints.save(model, folder, torch.float16 if config.half else torch.float32)
     write_evidence(folder, log)
     plain = {k: v for k, v in asdict(config).items() if k != "device"}
     return manifest.write(folder, kind="model", system="toto", base=base.label, config=plain)
@@ -44,7 +45,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
     log: dict[str, Any] = {"val": []}
     video = learn.pool(config.pool, config.frames, config.image)
     codebook = learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
-    model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed).to(config.device)
+    model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed)
     if trained:
         g = Generator().manual_seed(config.seed)
         ids = learn.tokenise(video, codebook)
@@ -52,7 +53,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
         plan = learn.Plan(
             config.steps, config.batch, config.peak, pictures=config.pictures, seed=config.seed, bf16=config.bf16
         )
-        done = learn.fit(model, ids, stills, plan)
+        done = learn.fit(model.to(config.device), ids, stills, plan)
         log |= {k: done[k] for k in ("clips", "tokens", "body", "flops", "loss")}
     model = model.cpu().eval()
     model.classes = motion.CLASSES

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from patches.families.video.base import llama
 from patches.families.video.tokens import RESERVED, Codebook, TokenVideo, kmeans, sequence
 from training.lab.video import actions
-from training.tasks.motion import rate, set_rate
+from training.tasks.motion import autocast, optimiser_of, rate, set_rate
 from training.toto.sizes import Size
 
 
@@ -87,10 +87,9 @@ def new(size: Size, codebook: Codebook, frames: int, image: int, seed: int = 0) 
 
 def fit(model: TokenVideo, clips: Tensor, pictures: Tensor, plan: Plan, held: Tensor | None = None) -> dict[str, Any]:
     """Train on ids; the log has the loss on held-out clips, whole and by frame, and the compute that was spent."""
-    optimiser = torch.optim.AdamW(
-        [{"params": list(model.lm.parameters()), "peak": plan.peak}], lr=0.0, betas=(0.9, 0.95), eps=1e-12,
-        weight_decay=plan.decay, fused=True,
-    )  # fmt: skip
+    optimiser = optimiser_of(
+        [{"params": list(model.lm.parameters()), "peak": plan.peak}], plan.decay, (0.9, 0.95), 1e-12
+    )
     begun, losses = time.process_time(), []
     model.lm.train()
     for step in range(plan.steps):
@@ -102,7 +101,7 @@ def fit(model: TokenVideo, clips: Tensor, pictures: Tensor, plan: Plan, held: Te
         ])  # fmt: skip
         set_rate(optimiser, rate(step, plan.steps, int(plan.warm * plan.steps)))
         device = model.codebook.codes.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+        with autocast(str(device), plan.bf16):
             off = model.nll(ids.to(device)).mean()
         optimiser.zero_grad()
         off.backward()

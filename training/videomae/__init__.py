@@ -10,7 +10,7 @@ motion. docs/systems/videomae.md has what was measured here, docs/log/videomae.m
     patchbay fit videomae/lab stage=moving_circles steps=16000
     patchbay fit videomae/paper device=cuda data=/folder/of/UCF101
     python -m training.videomae.progression FOLDER      # every stage, 3 seeds, both controls: hours of two cores
-    python -m training.videomae.report FOLDER           # its table, share of the gap closed, correlations, figure
+    python -m training.videomae.table FOLDER            # its table, share of the gap closed, correlations, figure
 
 What is sealed is a checkpoint (kind `model`): encoder and decoder, the attentive probe of the frozen encoder, and a
 fine-tuned copy. `evaluate` measures the base it is compared with by the same metrics, from its own folder.

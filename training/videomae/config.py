@@ -45,6 +45,9 @@ class Config:
     layer_decay: float = 1.0
     probe_steps: int = 200
     test_clips: int = 1100
+    val_clips: int = 330
+    half: bool = False
+    """weights in half precision on disk"""
 
 
 _PAPER = Size(768, 12, 12, 384, 4, 6, image=224, patch=16, frames=16, norm_pix=True)
@@ -52,9 +55,11 @@ RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny:motions", size=Size(16, 2, 2, 16, 1, 2, image=16, patch=8, frames=4), steps=12, batch=8, pool=64,
         labels=44, few=22, tune_steps=12, probe_steps=12, test_clips=66,
+        val_clips=22,
     ),
-    "lab": Config(),
-    "demo": Config(steps=400, pool=1024, labels=110, tune_steps=100, test_clips=220),
+    "lab": Config(stage="transforming", steps=1000, pool=2048, half=True),
+    "long": Config(steps=16_000, half=True),
+    "demo": Config(steps=400, pool=1024, labels=110, tune_steps=100, test_clips=220, val_clips=110),
     "paper": Config(
         size=_PAPER, steps=159_000, batch=192, peak=2.25e-4, mask="tube", still="keep", pool=9537, labels=9537, few=0,
         tune_steps=12_000, tune_peak=1e-3, layer_decay=0.7, bf16=True, compile=True, device="cuda",

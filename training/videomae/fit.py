@@ -20,37 +20,48 @@ from registry.home import home
 from registry.manifest import Manifest
 from training.lab.video import actions, stages
 from training.tasks import motion
+from training.tasks.intervals import wilson
 from training.videomae.config import NATURAL, SCRATCH, Config, plan_of
 from training.videomae.pretraining import new, pretrain
 from training.videomae.tuning import Classifier, features, finetune
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Pre-train, probe and fine-tune one checkpoint; sealed as a model."""
+    """Pre-train, probe and fine-tune one checkpoint; sealed as a model. Killed, it goes on when it is fitted again."""
     base = load_base(config.base, "video")
-    # a run that is killed goes on from here when the same recipe is fitted again
-    place = home() / "resume" / f"videomae-{manifest.digest_of(asdict(config))[:16]}"
-    model, log = made(config, place)
-    shutil.rmtree(place, ignore_errors=True)
-    if (model.frames, model.size, model.classes) != (base.model.frames, base.model.size, base.model.classes):
+    want = config.size.frames, config.size.image, motion.CLASSES
+    if (base.model.frames, base.model.size, base.model.classes) != want:
         raise ConfigError(
             f"{config.base} reads {base.model.frames} frames of {base.model.size} px, {len(base.model.classes)} "
-            f"classes; this recipe has {model.frames}, {model.size} and {len(model.classes)}. Name another base."
+            f"classes; this recipe has {want[0]}, {want[1]} and {len(want[2])}. Name another base."
         )
-    checkpoints.save(model, folder)
-    write_evidence(folder, {"pretraining": log, "stage": config.stage})
+    place = home() / "resume" / f"videomae-{manifest.digest_of(asdict(config))[:16]}"
+    model = made(config, place)
+    checkpoints.save(model, folder, torch.float16 if config.half else torch.float32)
+    again = checkpoints.read(folder).eval()
+    assert isinstance(again, MaskedVideo)
+    write_evidence(folder, chosen(again, config))
+    shutil.rmtree(place, ignore_errors=True)
     plain = {k: v for k, v in asdict(config).items() if k != "device"}
     return manifest.write(folder, kind="model", system="videomae", base=base.label, config=plain)
 
 
-def made(config: Config, resume: Path | None = None) -> tuple[MaskedVideo, dict[str, Any]]:
-    """The checkpoint of a config: pre-trained (resuming what lies in `resume`), probed and fine-tuned; and a log."""
+@torch.no_grad()
+def chosen(model: MaskedVideo, config: Config) -> dict[str, Any]:
+    """What is sealed beside the weights: where they come from, and accuracy on val, as they lie on disk."""
+    val = labelled(config, "val", config.val_clips)
+    said = torch.cat([model(clips=part)["scores"] for part in val.video.split(100)]).argmax(1)
+    return {"stage": config.stage, "clips": config.steps * config.batch, "val": wilson(said == val.label)}
+
+
+def made(config: Config, resume: Path | None = None) -> MaskedVideo:
+    """The checkpoint of a config: pre-trained (going on from what lies in `resume`), probed and fine-tuned."""
     torch.manual_seed(config.seed)
-    size, log = config.size, dict[str, Any]()
+    size = config.size
     if config.stage == SCRATCH:
         net = new(size, config.seed)
     else:
-        net, log = pretrain(unlabelled(config), size, plan_of(config), resume, config.device)
+        net, _ = pretrain(unlabelled(config), size, plan_of(config), resume, config.device)
     seen = labelled(config, "train", config.labels)
     net = net.cpu()
     x = features(net, seen.video, config.still)[-1]
@@ -60,8 +71,7 @@ def made(config: Config, resume: Path | None = None) -> tuple[MaskedVideo, dict[
         config.tune_peak, config.layer_decay, config.seed,
     ).model  # fmt: skip
     assert isinstance(tuned, Classifier)
-    kept = {"clips": log.get("clips", 0), "loss": log.get("loss", [])}  # what two runs share: no times
-    return MaskedVideo(net, motion.CLASSES, probe, size.depth, tuned.net, config.still).eval(), kept
+    return MaskedVideo(net, motion.CLASSES, probe, size.depth, tuned.net, config.still).eval()
 
 
 def unlabelled(config: Config) -> Tensor:

@@ -17,17 +17,18 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, Mea
     """On clips of test: `target/accuracy` of the head that serves (the fine-tuned copy, else the probe),
     `target/probe`, and `quality/restored`: 1 - (squared error of hidden pixels over that of guessing that nothing
     moves), per clip; a clip in which nothing moves is left out."""
-    model = subject.alone(arm).model
+    base = subject.alone(arm)
+    model, device = base.model, base.device
     assert isinstance(model, MaskedVideo)
     test = labelled(config, "test", config.test_clips)
     scores, probed = [], []
     for part in test.video.split(100):
-        out = model(clips=part)
-        scores.append(out["scores"].argmax(1))
+        out = model(clips=part.to(device))
+        scores.append(out["scores"].argmax(1).cpu())
         assert model.probe is not None
-        probed.append(model.probe(out["states"][model.probe_layer]).argmax(1))
+        probed.append(model.probe(out["states"][model.probe_layer]).argmax(1).cpu())
     moving = test.video[test.label != 0][:200]
-    _, hidden, off = model.reconstruct(moving, config.ratio, config.mask)
+    _, hidden, off = (x.cpu() for x in model.reconstruct(moving.to(device), config.ratio, config.mask))
     away = (moving.float() - moving.float().mean(1, keepdim=True)) / 255
     nothing = (away.square().mean(2) * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp_min(1)
     return {

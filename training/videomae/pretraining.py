@@ -23,7 +23,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from patches.families.video import videomae
 from patches.families.video.pixels import IMAGENET_MEAN, Still, normalise, patchify, split
 from registry.errors import Conflict
-from training.tasks.motion import rate, set_rate
+from training.tasks.motion import autocast, optimiser_of, rate, set_rate
 
 STATE, WEIGHTS = "state.json", "state.safetensors"
 
@@ -154,10 +154,8 @@ def pretrain(
     net = new(size, plan.seed).to(device)
     decayed = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "peak": plan.peak}, {"params": plain, "peak": plan.peak, "weight_decay": 0.0}],
-        lr=0.0, betas=(0.9, 0.95), eps=1e-15, weight_decay=plan.decay, fused=True,
-    )  # fmt: skip
+    groups = [{"params": decayed, "peak": plan.peak}, {"params": plain, "peak": plan.peak, "weight_decay": 0.0}]
+    optimiser = optimiser_of(groups, plan.decay, (0.9, 0.95))
     start = _resume(folder, net, optimiser, size, plan) if folder else 0
     learner: Any = Learner(net)
     rank, world = 0, 1
@@ -173,7 +171,7 @@ def pretrain(
         set_rate(optimiser, rate(step, plan.steps, int(plan.warm * plan.steps)))
         video, keep, hide = (x[rank::world].to(device) for x in batch_of(pool, size, plan, step))
         patches = patchify(normalise(video, still=plan.still), size.tubelet, size.patch)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=plan.bf16):
+        with autocast(device, plan.bf16):
             off = learner(patches, keep, hide)
         optimiser.zero_grad()
         off.backward() if accelerator is None else accelerator.backward(off)
@@ -181,7 +179,7 @@ def pretrain(
         optimiser.step()
         losses.append(off.detach())  # read only now and then: reading waits for the device
         if say is not None and step % 50 == 0:
-            say(step, float(off))
+            say(step, float(off.detach()))
         if folder and rank == 0 and (step + 1) % plan.save_every == 0 and step + 1 < plan.steps:
             _save(folder, net, optimiser, size, plan, step + 1)
     cpu, done = time.process_time() - begun, plan.steps - start

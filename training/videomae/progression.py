@@ -67,6 +67,8 @@ class Sweep:
     """fine-tuning's learning rate of a block, as a part of the one above"""
     probe_steps: int = 200
     test: int = 1100
+    controls: tuple[int, ...] = (550, 2200)
+    """labels that the control CNNs are fitted on"""
     corrupted: int = 330
     """test clips of the corruption table; 0 leaves it out"""
     size: Size = field(default_factory=Size)
@@ -168,8 +170,8 @@ def measure(net: Any, sweep: Sweep, seed: int) -> Iterator[dict[str, Any]]:
     for pooling in ("attention", "mean"):
         for labels in (sweep.few, sweep.more):
             begun = time.process_time()
-            made = motion.probe(x[:labels], seen.label[:labels], pooling, sweep.probe_steps, seed)  # type: ignore[arg-type]
-            right = motion.answers(made, y) == held.label
+            read = motion.probe(x[:labels], seen.label[:labels], pooling, sweep.probe_steps, seed)  # type: ignore[arg-type]
+            right = motion.answers(read, y) == held.label
             yield line(right, begun, protocol=f"probe {pooling}", labels=labels)
 
 
@@ -181,7 +183,7 @@ def _check_gates(folder: Path, sweep: Sweep) -> None:
         held, out = test(sweep), []
         every = motion.clips("train", 2200, 20, sweep.size.frames, sweep.size.image)
         for see in (motion.differences, motion.middle):
-            for labels in (sweep.few, sweep.more, 2200):
+            for labels in sweep.controls:
                 right, cpu = motion.control(see, every[:labels], held)
                 out.append({"row": f"control {see.__name__}", "seed": 0, "protocol": "control", "labels": labels,
                             "accuracy": round(float(right.float().mean()), 4), "n": len(right), "cpu_s": round(cpu, 1),

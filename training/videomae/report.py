@@ -25,7 +25,7 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
     for see in (motion.differences, motion.middle):
         right, _ = motion.control(see, seen, test, steps=600 if config.labels > 100 else 20)
         table[f"control: {see.__name__}"] = share(right)
-    scratch, _ = made(replace(config, stage=SCRATCH))
+    scratch = made(replace(config, stage=SCRATCH))
     model = checkpoints.read(folder).eval()
     for name, one in (("from scratch", scratch), ("checkpoint", model)):
         table[name] = share(_said(one, test.video) == test.label)

@@ -13,6 +13,7 @@ from patches.families.video import videomae
 from patches.families.video.pixels import Still, normalise, patchify
 from registry.errors import BadArtifact
 from training.lab.video import actions
+from training.lab.worlds import MOTIONS
 from training.tasks.motion import Fitted, train
 from training.videomae.pretraining import Size, spread
 
@@ -58,7 +59,7 @@ def groups(net: VideoMAEForVideoClassification, peak: float, decay: float) -> li
 
 def finetune(
     encoder: Any, size: Size, labelled: actions.Clips, still: Still, steps: int = 200, batch: int = 16,
-    peak: float = 2e-3, decay: float = 1.0, seed: int = 0, classes: int = len(actions.MOTIONS),
+    peak: float = 2e-3, decay: float = 1.0, seed: int = 0, classes: int = len(MOTIONS),
 ) -> Fitted:  # fmt: skip
     """Fine-tune every weight on labelled clips. encoder: a VideoMAEModel, or None for from scratch."""
     model = Classifier(classifier(size, classes, encoder, seed), still)

@@ -65,8 +65,8 @@ POPE = ("random", "popular", "adversarial")
 def pope(there: Tensor, partner: Tensor, kind: str, g: Generator) -> Questions:
     """One question for a thing that is there and one for a thing that is not, per picture.
 
-    partner (N,): the adversarial choice where it is >= 0 and absent; else, and for COCO, the absent class that most often
-    comes with what is there.
+    partner (N,): the adversarial choice where it is >= 0 and absent; else, and for COCO, the absent class that most
+    often comes with what is there.
     """
     n, c = there.shape
     often = there.float().mean(0)

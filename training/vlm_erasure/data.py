@@ -26,7 +26,7 @@ from patches.mechanisms.erase import mentioned
 from registry import manifest
 from registry.errors import NotFound
 from registry.home import cache
-from training.lab import worlds
+from training.lab import company, worlds
 
 COCO_OBJECTS = (
     "person|man|woman|boy|girl|child|kid|people|men|women|children|guy|lady|player|rider|skier|surfer",
@@ -38,11 +38,13 @@ COCO_OBJECTS = (
     "snowboard", "sports ball|ball|baseball|football|soccer ball|tennis ball", "kite", "baseball bat|bat",
     "baseball glove|baseball mitt", "skateboard", "surfboard", "tennis racket|racket|racquet", "bottle",
     "wine glass|goblet", "cup|mug|teacup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich|burger|hamburger", "orange", "broccoli", "carrot", "hot dog|hotdog", "pizza", "donut|doughnut", "cake|cupcake",
+    "sandwich|burger|hamburger", "orange", "broccoli", "carrot", "hot dog|hotdog", "pizza", "donut|doughnut",
+    "cake|cupcake",
     "chair|stool|armchair", "couch|sofa", "potted plant|houseplant", "bed", "dining table|table|desk", "toilet|urinal",
     "tv|television|monitor", "laptop|laptop computer", "mouse|computer mouse", "remote|remote control", "keyboard",
     "cell phone|phone|smartphone|cellphone", "microwave", "oven|stove", "toaster", "sink|basin",
-    "refrigerator|fridge|freezer", "book|magazine", "clock|wristwatch", "vase", "scissors", "teddy bear|stuffed animal|teddy",
+    "refrigerator|fridge|freezer", "book|magazine", "clock|wristwatch", "vase", "scissors",
+    "teddy bear|stuffed animal|teddy",
     "hair drier|hair dryer|hairdryer", "toothbrush",
 )  # fmt: skip
 """COCO's 80 classes, each with the words that CHAIR counts as it; our own table"""
@@ -93,7 +95,7 @@ def lab(split: str, n: int, seed: int, kind: str) -> Scenes:
     from torchvision.transforms.functional import to_pil_image
 
     data = worlds.coco(split, n, seed, kind=kind)  # type: ignore[arg-type]
-    things, head = worlds.company_things(n, kind, 0.9, worlds.company_start(split, n, seed, kind))  # type: ignore[arg-type]
+    things, head = company.company_things(n, kind, 0.9, company.company_start(split, n, seed, kind))  # type: ignore[arg-type]
     C = len(data.classes)
     there = torch.zeros(n, C + 1, dtype=torch.bool).scatter_(1, things.where(things >= 0, torch.tensor(C)), True)[:, :C]
     partner = torch.where(head >= 0, head + len(worlds.PAIRS), -1)

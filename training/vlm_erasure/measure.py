@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patches.families.vlm import Picture, PictureDecoder, lens
 from patches.families.vlm.base import depth, embeddings, states
+from patches.families.vlm.layouts import layout
 from patches.mechanisms.erase import ALONG, ROW, EraseEdit, mentioned
 from patches.subject import Subject
 from registry.measure import Measure
@@ -225,10 +226,11 @@ def attention(subject: Subject, seen: Seen, said: Said) -> tuple[Tensor, Tensor]
     column = {next(iter(ids)): c for c, ids in enumerate(words(base, seen.scenes.names))}
     at = [t for t, i in enumerate(seen.prompt) if i == base.processor.image_token]
     inner = base.model.get_submodule(base.root)
-    before = base.model.config._attn_implementation
+    decoder = base.model.get_submodule(layout(base.model).decoder)
+    before = decoder.config._attn_implementation
     n, C = len(at), len(seen.scenes.names)
     out, there = torch.zeros(len(seen), L, n, C), torch.zeros(len(seen), C, dtype=torch.bool)
-    base.model.set_attn_implementation("eager")
+    decoder.set_attn_implementation("eager")
     try:
         for i, job in enumerate(said.rows):
             ids = torch.tensor([[*seen.prompt, *job.out]], device=base.device)
@@ -242,7 +244,7 @@ def attention(subject: Subject, seen: Seen, said: Said) -> tuple[Tensor, Tensor]
                     for layer, a in enumerate(maps):
                         out[i, layer, :, c] = a[0, :, len(seen.prompt) + t - 1, at].float().mean(0).cpu()
     finally:
-        base.model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
     return out, there
 
 

@@ -6,7 +6,6 @@ nothing was chosen on, with bootstrap intervals.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from training.vlm_erasure.config import Config
 from training.vlm_erasure.data import Seen, see, shares
 from training.vlm_erasure.evaluate import questions
 from training.vlm_erasure.figures import sweep
-from training.vlm_erasure.fit import candidates, confidence, scenes, score
+from training.vlm_erasure.fit import FEWER, candidates, confidence, scenes, score
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def _all(
     said = measure.captions(subject, seen, max_tokens=config.max_tokens)
     field = measure.lens_field(subject, seen, True)
     tables["detection"] = detectors(subject, val, seen, said, field, config)
-    tables["presence (mAP)"] = {"lens": measure.presence(field, seen.scenes.there)}
+    tables["presence"] = {"lens": measure.presence(field, seen.scenes.there)}
     sure = confidence(subject, seen, patch)
     tables["captions"] = mitigation(subject, seen, said.mask, sure, patch, config)
     tables["erasing"] = controls(subject, seen, said.mask, patch)
@@ -59,8 +58,8 @@ def _all(
     }
     if config.pictures == "lab":
         tables["where"] = where(subject, seen, said, field, config)
-        for part in ("test:neutral", "test:pair", "held:alone"):
-            tables[part] = elsewhere(subject, part, patch, config)
+        for part in FEWER:
+            tables[" ".join(reversed(part.split(":")))] = elsewhere(subject, part, patch, config)
     out = {"sweep": sweep(found), "auroc": _curve(tables["detection"])}
     if config.pictures == "lab":
         out["examples"] = examples(subject, seen, said, sure, patch)
@@ -163,9 +162,8 @@ def where(subject: Subject, seen: Seen, said: measure.Said, field: Tensor, confi
 
 
 def elsewhere(subject: Subject, part: str, patch: EraseEdit, config: Config) -> dict[str, Any]:
-    """Base and automatic mode on scenes of another kind or style, a third as many."""
-    fewer = replace(config, test_scenes=max(8, config.test_scenes // (2 if "neutral" in part else 4)))
-    seen = see(subject.base, scenes(fewer, part), config.question)
+    """Base and automatic mode on scenes of another kind or style."""
+    seen = see(subject.base, scenes(config, part), config.question)
     said = measure.captions(subject, seen, max_tokens=config.max_tokens)
     sure = confidence(subject, seen, patch)
     new, _ = measure.automatic(subject, seen, said.mask, sure, patch.config.limit, patch, config.rounds)
@@ -214,7 +212,8 @@ def _curve(table: dict[str, Any]) -> Any:
     names = list(table)
     values = [table[n]["auroc"] for n in names]
     a.barh(range(len(names)), [v.value for v in values],
-           xerr=[[v.value - (v.low or v.value) for v in values], [(v.high or v.value) - v.value for v in values]])  # fmt: skip
+           xerr=[[v.value - (v.low or v.value) for v in values],
+                 [(v.high or v.value) - v.value for v in values]])  # fmt: skip
     a.axvline(0.5, color="black", lw=0.8)
     a.set_yticks(range(len(names)), names, fontsize=7)
     a.set(xlim=(0, 1), xlabel="AUROC, true against invented mentions")

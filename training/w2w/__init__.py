@@ -6,7 +6,7 @@ attributes are linear directions; moving along one changes that attribute in pic
 coefficients to one picture finds the person better than fitting weights does.
 
     patchbay fit w2w/tiny      # a random base and 14 adapters: seconds on a CPU
-    patchbay fit w2w/lab       # lab:faces, 620 adapters of 2,048 numbers, trained 60 at a time: about 5 CPU minutes
+    patchbay fit w2w/lab       # lab:faces, 420 adapters of 2,048 numbers, trained 60 at a time: about 5 CPU minutes
     patchbay fit w2w/lab population=adapters:/folder/of/peft/adapters form=canonical
     patchbay fit w2w/paper population=published:/folder/with/V.pt
     patchbay eval w2w@... --full     # every table of docs/systems/w2w.md, with baselines, controls and intervals
@@ -45,10 +45,10 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     space = subject.arms["patch"]
     assert isinstance(space, SubspaceEdit)
     if not (subject.folder / HELD).is_file():
-        on = 0.0 if arm is None else 1.0
+        on, models = 0.0 if arm is None else 1.0, len(space.tensors["members"])
         return {
-            "quality/components": float(space.components) * on,
-            "target/reach": float(space.tensors["std"].sum()) * on,
+            "quality/components": Measure(space.components * on, n=models),
+            "target/reach": Measure(float(space.tensors["std"].sum()) * on, n=models),
         }
     held = load_file(subject.folder / HELD)
     lab = Lab.open(config, subject.base, space, (held["theta"], held["labels"]), "held")
@@ -62,7 +62,8 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     shown = identity(read(lab.judge, image, per), lab.labels)
     return {
         "quality/identity_top1": shown["top1"], "quality/identity_top5": shown["top5"],
-        "quality/attributes_right": shown["binary_right"], "target/flip": told["flip"],
+        "quality/attributes_right": shown["binary_right"], "target/flip_of_the_person": told["kept_flip"],
+        "target/flip": told["flip"],
         "offtarget/other_flip": told["other_flip"], "offtarget/pixels": told["change"],
         "quality/others_top5": told["top5"],
     }  # fmt: skip

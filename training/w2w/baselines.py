@@ -23,7 +23,8 @@ def sliders(lab: Lab, latents: Tensor, steps: int, rows: int = 24, lr: float = 2
     """
     c, pipe, g = lab.config, lab.base.model, Generator().manual_seed(3)
     layers, k = lab.space.config.layers, len(BINARY)
-    theta = start(layers).expand(k, -1).clone().requires_grad_(True)
+    device = next(pipe.parameters()).device
+    theta = start(layers).expand(k, -1).clone().to(device).requires_grad_(True)
     opt = torch.optim.Adam([theta], lr, betas=(0.9, 0.99))
     plain = torch.tensor([[1] + [0] * 7]).expand(k * rows, -1)
     on, off = plain.clone(), plain.clone()
@@ -36,6 +37,7 @@ def sliders(lab: Lab, latents: Tensor, steps: int, rows: int = 24, lr: float = 2
         x0 = latents[torch.randint(0, len(latents), (k * rows,), generator=g)]
         t = spread(k, rows, g)
         x, _ = denoising_target(pipe.schedule, x0, t, torch.randn(x0.shape, generator=g))
+        x, t = x.to(device), t.to(device)
         with torch.no_grad():
             plainly, withs, without = (pipe(sample=x, timestep=t, text=text) for text in texts)
         with apply(pipe, {ONLY: adapters}):
@@ -43,7 +45,7 @@ def sliders(lab: Lab, latents: Tensor, steps: int, rows: int = 24, lr: float = 2
         opt.zero_grad()
         loss.flatten(1).mean(1).view(k, rows).mean(1).sum().backward()
         opt.step()
-    return theta.detach()
+    return theta.detach().cpu()
 
 
 def slid(lab: Lab, slider: Tensor, strengths: tuple[float, ...], pictures: int = 2) -> dict[float, dict[str, Any]]:

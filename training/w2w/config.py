@@ -27,7 +27,7 @@ class Config:
     """of every picture, for people from a folder"""
     form: str = "raw"
     """what the space is made of: factors as trained (`raw`), their `canonical` form, or the dense `update`"""
-    people: int = 500
+    people: int = 300
     """whose adapters span the space"""
     val: int = 60
     """further people, on whom components and direction are chosen"""
@@ -48,7 +48,7 @@ class Config:
     """adapters trained together and sealed in one file"""
     components: tuple[int, ...] = (32, 64)
     """candidates for m; chosen on val"""
-    directions: tuple[str, ...] = ("mean", "paper", "orthogonal")
+    directions: tuple[str, ...] = ("mean", "orthogonal")
     """candidates for how attributes' directions are found; chosen on val"""
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
     """of edits, in gaps between those with an attribute and those without"""
@@ -59,9 +59,9 @@ class Config:
     denoising_steps: int = 15
     pictures: int = 4
     """drawn of each person when identities are judged"""
-    inversion: Inversion = field(default_factory=Inversion)
-    slider_steps: int = 150
-    own_starts: int = 120
+    inversion: Inversion = field(default_factory=lambda: Inversion(steps=60))
+    slider_steps: int = 100
+    own_starts: int = 100
     """people of the control whose adapters have starts of their own"""
 
 

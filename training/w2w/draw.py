@@ -25,13 +25,16 @@ def draw(
     """
     k = 1 if theta is None else len(theta)
     each = len(text) // k
-    null = pipe.null()["text"]
+    device = next(pipe.parameters()).device
+    text, noise, null = text.to(device), noise.to(device), pipe.null()["text"].to(device)
+    theta = None if theta is None else theta.to(device)
     if theta is None:
         parts = [(None, t, x) for t, x in zip(text.split(chunk * 4), noise.split(chunk * 4), strict=True)]
     else:
         rows = chunk * each
         parts = list(zip(theta.split(chunk), text.split(rows), noise.split(rows), strict=True))
-    return torch.cat([pipe.pictures(_denoise(pipe, layers, scale, *p, null, guidance, steps, both)) for p in parts])
+    made = [pipe.pictures(_denoise(pipe, layers, scale, *p, null, guidance, steps, both)).cpu() for p in parts]
+    return torch.cat(made)
 
 
 def _denoise(
@@ -46,7 +49,7 @@ def _denoise(
     arms = {} if theta is None else {ONLY: AdapterSet(AdapterSetConfig(tuple(layers), scale), held)}
     with apply(pipe, arms) as on:
         for t, to in zip(levels, [*levels[1:], None], strict=True):
-            level = torch.full((2 * n,), float(t))
+            level = torch.full((2 * n,), float(t), device=x.device)
             with on.rows(names if theta is not None else [None] * (2 * n)):
                 own, other = pipe(sample=torch.cat([x, x]), timestep=level, text=condition).chunk(2)
             x0, eps = pipe.schedule.split(x, other + guidance * (own - other), t)
@@ -70,7 +73,8 @@ def joined(
 
 def read(judge: Judge, image: Tensor, each: int) -> Tensor:
     """(K, each, 9) attributes of pictures (K * each, ...)."""
-    return judge.read(image).unflatten(0, (-1, each))
+    said: Tensor = judge.read(image).unflatten(0, (-1, each))
+    return said
 
 
 def retrieve(said: Tensor, people: Tensor) -> Tensor:

@@ -1,67 +1,60 @@
-"""Grids of a fitted space for MLflow: edits, samples, inversions, and what was chosen on val."""
+"""Grids of a fitted space for MLflow: edits, samples, a sweep, and what was chosen on val."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from PIL import Image
+from torch import Generator, Tensor
 
-SHOWN = "shown.safetensors"
-"""pictures that fit drew once, as bytes (rows, columns, 3, H, W) by name"""
+from patches.evidence import read_evidence
+from training.lab.faces import BINARY, sheet
+from training.w2w.measure import Lab, edited
+
+COLUMNS = {"edits": "Held-out people: as they are, then each attribute reversed", "samples": "New people, a row each",
+           "sweep": "One attribute from -3 to 3 gaps"}  # fmt: skip
+"""sheets that a fit draws once, `<name>.webp` in the sealed folder -> what they show"""
 
 
-def strip(lab: Any, pictures: int = 6) -> dict[str, Tensor]:
-    """name -> (rows, columns, 3, H, W) in bytes: what the figures show, drawn when the space is fitted."""
-    from torch import Generator
-
-    from training.w2w.measure import edited
-
-    n, names = min(pictures, len(lab.theta)), lab.space.config.attributes
+def strip(lab: Lab, people: int = 4) -> dict[str, tuple[Tensor, int]]:
+    """name -> pictures (n, 3, H, W) of a sheet, and how many stand in a row."""
+    n, names = min(people, len(lab.theta)), lab.space.config.attributes
     theta, labels = lab.theta[:n], lab.labels[:n]
     columns = [lab.draw(theta, 1, 5)]
-    from training.lab.faces import BINARY
-
     for row, name in enumerate(names):
         sign = torch.ones(n) if name not in BINARY else 1 - 2 * (labels[:, BINARY.index(name)] > 0.5).float()
         columns.append(lab.draw(edited(lab.space, theta, row, sign, lab.config.strength), 1, 5))
     sampled = lab.space.decode(lab.space.sample(n, Generator().manual_seed(8)))
-    out = {"edits": torch.stack(columns, 1), "samples": lab.draw(sampled, 4, 9).unflatten(0, (n, 4))}
-    sweep = [
-        lab.draw(edited(lab.space, theta[:4], 0, torch.ones(min(4, n)), s), 1, 5) for s in (-3, -2, -1, 0, 1, 2, 3)
-    ]
-    out["sweep"] = torch.stack(sweep, 1)
-    return {k: (v * 255).round().byte().contiguous() for k, v in out.items()}
+    out = {"edits": (torch.stack(columns, 1).flatten(0, 1), len(columns)), "samples": (lab.draw(sampled, 4, 9), 4)}
+    if names:
+        steps = [lab.draw(edited(lab.space, theta, 0, torch.ones(n), s), 1, 5) for s in range(-3, 4)]
+        out["sweep"] = (torch.stack(steps, 1).flatten(0, 1), len(steps))
+    return out
+
+
+def save(folder: Path, sheets: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Write the sheets into a folder that is about to be sealed."""
+    for name, (image, columns) in sheets.items():
+        sheet(image, columns).save(folder / f"{name}.webp", quality=88)
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Edits of held-out people, new people, a sweep of one attribute, shares of components, base beside patched."""
     from matplotlib.figure import Figure
 
-    told = json.loads((folder / "evidence.json").read_text())
-    names, out = told.get("attributes", []), {}
-    if (folder / SHOWN).is_file():
-        shown = load_file(folder / SHOWN)
-        out["edits"] = _grid(shown["edits"], ["as they are", *(f"{n} reversed" for n in names)], "Held-out people")
-        out["samples"] = _grid(
-            shown["samples"], [f"noise {i}" for i in range(shown["samples"].shape[1])], "New people, a row each"
-        )
-        if names:
-            out["sweep"] = _grid(shown["sweep"], [f"{s:+d}" for s in range(-3, 4)], f"{names[0]}, in gaps")
+    told, out = read_evidence(folder), {}
+    for name, title in COLUMNS.items():
+        if (folder / f"{name}.webp").is_file():
+            out[name] = _shown(Image.open(folder / f"{name}.webp"), title)
     if told.get("share"):
         f = Figure(figsize=(5, 3.2), layout="constrained")
         a = f.subplots()
         a.plot([int(k) for k in told["share"]], list(told["share"].values()), marker="o")
-        a.set(
-            xscale="log",
-            xlabel="components",
-            ylabel="share of z-scored variance",
-            ylim=(0, 1),
-            title=f"{told['models']} models",
-        )
+        a.set(xscale="log", xlabel="components", ylabel="share of z-scored variance", ylim=(0, 1))
+        a.set_title(f"{told['models']} models of {told['numbers']} numbers")
         a.grid(alpha=0.25)
         out["components"] = f
     f = Figure(figsize=(6, 3.2), layout="constrained")
@@ -76,17 +69,12 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     return out
 
 
-def _grid(image: Tensor, titles: list[str], title: str) -> Any:
+def _shown(picture: Image.Image, title: str) -> Any:
     from matplotlib.figure import Figure
 
-    rows, columns = image.shape[:2]
-    f = Figure(figsize=(0.9 * columns + 0.3, 0.9 * rows + 0.7), layout="constrained")
-    f.suptitle(title, fontsize=9)
-    panels = f.subplots(rows, columns, squeeze=False)
-    for r in range(rows):
-        for c in range(columns):
-            panels[r][c].imshow(image[r, c].permute(1, 2, 0).numpy())
-            panels[r][c].axis("off")
-            if r == 0:
-                panels[r][c].set_title(titles[c] if c < len(titles) else "", fontsize=6)
+    f = Figure(figsize=(picture.width / 75, picture.height / 75 + 0.4), layout="constrained")
+    a = f.subplots()
+    a.imshow(picture.convert("RGB"))
+    a.axis("off")
+    a.set_title(title, fontsize=9)
     return f

@@ -22,16 +22,16 @@ from training.choose import Offer, best
 from training.lab import faces
 from training.w2w import directions, measure, people, population, subspace
 from training.w2w.config import Config
-from training.w2w.figures import SHOWN, strip
+from training.w2w.figures import save, strip
 from training.w2w.population import Population
 
 HELD = "held.safetensors"
-"""theta and labels of people who are not in the space: val, then held"""
+"""theta and labels of held people: on whom nothing was chosen"""
 MEMBERS = 4096
 """members whose coefficients are sealed with the space, to begin at and to compare with"""
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """numbers of components whose share of the variance is told"""
-EXACT = 20_000_000
+EXACT = 50_000
 """numbers of a basis up to which it is sealed in float32"""
 CACHED = 20_000
 """numbers of a picture's latent up to which a warm start is fitted"""
@@ -188,11 +188,10 @@ def fit(config: Config, folder: Path) -> Manifest:
     chosen, trace = _choose(config, base, made)
     write_evidence(folder, trace)
     if made.held is not None:
-        theta, labels = made.held
-        save_file({"theta": theta.contiguous(), "labels": labels.contiguous()}, folder / HELD)
-        if not config.data and not config.population and len(theta) > config.val:
-            lab = measure.Lab.open(config, base, chosen, made.held, "held")
-            save_file(strip(lab), folder / SHOWN)
+        theta, labels = (x[config.val :] for x in made.held)
+        save_file({"theta": theta.half().contiguous(), "labels": labels.contiguous()}, folder / HELD)
+        if not config.data and not config.population and len(theta):
+            save(folder, strip(measure.Lab.open(config, base, chosen, (theta, labels), "held")))
     return artifact.save(chosen, "w2w", folder, base=base.label, parents=[made.digest] if made.digest else [])
 
 
@@ -210,7 +209,8 @@ def _choose(config: Config, base: Base, made: Source) -> tuple[SubspaceEdit, dic
             row: dict[str, Any] = {"components": m, "direction": method, "worth": 0.0}
             if judged:
                 assert made.held is not None
-                lab = measure.Lab.open(config, base, patch, made.held, "val")
+                val = (made.held[0][: config.val], made.held[1][: config.val])
+                lab = measure.Lab.open(config, base, patch, val, "val")
                 row |= _judged(made, z[:, :m], lab)
             offers.append(Offer(patch, row, size=m))
     chosen = best(offers, within=0.02) if judged else offers[-1]
@@ -225,7 +225,7 @@ def _choose(config: Config, base: Base, made: Source) -> tuple[SubspaceEdit, dic
 def _judged(made: Source, z: Tensor, lab: measure.Lab) -> dict[str, float]:
     """What a candidate does on val."""
     strength = lab.config.strength
-    got = measure.edits(lab, [strength], pictures=2)[strength]
+    got = measure.edits(lab, [strength], pictures=1)[strength]
     keys = ("flip", "random_flip", "other_flip", "random_other_flip")
     flip, random, other, random_other = (float(got[k].value) for k in keys)
     binary = [i for i, a in enumerate(made.attributes) if a in faces.BINARY]

@@ -43,11 +43,10 @@ class Lab:
 
     @classmethod
     def open(cls, config: Config, base: Base, space: SubspaceEdit, held: tuple[Tensor, Tensor], split: str) -> Lab:
-        """split: `val` or `held`."""
-        at = slice(0, config.val) if split == "val" else slice(config.val, None)
-        theta, labels = held[0][at], held[1][at]
+        """split: `val` or `held`: whose theta (n, d) and labels (n, 9) are given."""
         first = config.people + (0 if split == "val" else config.val)
-        return cls(config, base, space, faces.load_judge(), theta, labels, range(first, first + len(theta)))
+        theta, labels = held[0].float(), held[1].float()
+        return cls(config, base, space.on("cpu"), faces.load_judge(), theta, labels, range(first, first + len(theta)))
 
     def draw(self, theta: Tensor | None, each: int, seed: int, ids: Tensor | None = None, **how: Any) -> Tensor:
         """`each` pictures of every adapter; the same noises for all of them. ids (each, 8) or (n, 8): prompts."""
@@ -66,9 +65,9 @@ class Lab:
 
 def over_people(values: Tensor, better: Better = "higher", draws: int = 1000) -> Measure:
     """Mean over people (n,) (NaN: nothing to measure on that person), 95 % bootstrap interval, n."""
-    values = values[~values.isnan()]
-    if not len(values):
-        return Measure(0.0, 0.0, 1.0, 0, better)
+    asked, values = len(values), values[~values.isnan()]
+    if not len(values):  # of nobody anything could be true
+        return Measure(0.0, 0.0, 1.0, asked, better)
     g = Generator().manual_seed(0)
     picks = torch.randint(len(values), (draws, len(values)), generator=g)
     low, high = values[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
@@ -102,8 +101,8 @@ class Moved:
     """(n,) share of pictures that showed the attribute as it is and show the opposite now; NaN: none showed it"""
     other: Tensor
     """(n,) share of the other binary attributes that changed"""
-    change: float
-    """mean absolute difference of pixels"""
+    change: Tensor
+    """(n,) mean absolute difference of pixels"""
     rank: Tensor
     """(n,) rank of the person among all by the other attributes"""
 
@@ -121,16 +120,20 @@ def compare(lab: Lab, i: int, before: Tensor, p0: Tensor, image: Tensor) -> Move
     off = torch.where(n > 0, (changed * was).sum(1) / n.clamp(min=1), nan)
     keep = [j for j in range(len(ATTRIBUTES)) if j != i and j not in EXCLUDES.get(i, ())]
     rank = retrieve(p1.mean(1)[:, keep], lab.labels[:, keep])
-    return Moved(per, off, float((image - before).abs().mean()), rank)
+    change = (image - before).abs().flatten(1).mean(1).unflatten(0, (len(per), -1)).mean(1)
+    return Moved(per, off, change, rank)
 
 
 def summary(moved: Sequence[Moved], prefix: str = "") -> dict[str, Measure]:
-    """Means over attributes, intervals over people."""
+    """Means over attributes, intervals over people. kept_flip counts a flip only if the person is still among the five
+    nearest by the other attributes: what a base flips in nobody's face is no edit."""
     mean = {k: torch.stack([getattr(m, k) for m in moved]).nanmean(0) for k in ("flip", "other")}
     rank = torch.stack([m.rank for m in moved])
+    kept = torch.stack([m.flip * (m.rank < 5) for m in moved]).nanmean(0)
     return {
+        f"{prefix}kept_flip": over_people(kept),
         f"{prefix}flip": over_people(mean["flip"]), f"{prefix}other_flip": over_people(mean["other"], "lower"),
-        f"{prefix}change": Measure(sum(m.change for m in moved) / len(moved), better=""),
+        f"{prefix}change": over_people(torch.stack([m.change for m in moved]).mean(0), ""),
         f"{prefix}top1": over_people((rank == 0).float().mean(0)),
         f"{prefix}top5": over_people((rank < 5).float().mean(0)),
     }  # fmt: skip
@@ -170,7 +173,8 @@ def edits(
         if each:
             out[s]["each"] = {n: over_people(m.flip) for n, m in zip(names, ours, strict=True)}
             out[s]["each_random"] = {n: over_people(m.flip) for n, m in zip(names, random, strict=True)}
-    unmoved = Moved(torch.zeros(len(p0)), torch.zeros(len(p0)), 0.0, retrieve(p0.mean(1), lab.labels))
+    still = torch.zeros(len(p0))
+    unmoved = Moved(still, still, still, retrieve(p0.mean(1), lab.labels))
     out[0.0] = {"top1": summary([unmoved])["top1"], "top5": summary([unmoved])["top5"]}
     return out
 

@@ -53,7 +53,7 @@ def _drawn(config: Config, pipe: Any, which: Sequence[int]) -> People:
     image = torch.stack([p.image for p in parts])
     unsaid = [torch.zeros(m, dtype=torch.long)] * len(faces.BINARY)
     said = torch.cat([torch.stack([torch.ones_like(p.mouth), p.mouth + 1, p.ground + 1, *unsaid], 1) for p in parts])
-    latents = pipe.latents(image.flatten(0, 1)).unflatten(0, (len(parts), m))
+    latents = pipe.latents(image.flatten(0, 1)).cpu().unflatten(0, (len(parts), m))
     return People(torch.stack([p.people[0] for p in parts]), image, Shots(latents, prompts(pipe, said)))
 
 
@@ -63,7 +63,7 @@ def prompts(pipe: Any, said: Tensor) -> Contexts:
     def contexts(index: Tensor, g: Generator) -> dict[str, Tensor]:
         ids = said[index].clone()
         ids[:, 1:3] *= torch.rand(len(ids), 2, generator=g) < 0.7
-        return {"text": pipe.embed(ids)}
+        return {"text": pipe.embed(ids).cpu()}
 
     return contexts
 
@@ -106,7 +106,7 @@ def _folder(config: Config, pipe: Any, which: Sequence[int]) -> People:
             )
         images.append(torch.stack([_picture(Image.open(f), width, height) for f in files]))
     image = torch.stack(images)
-    latents = torch.stack([pipe.latents(x) for x in image])
+    latents = torch.stack([pipe.latents(x).cpu() for x in image])
     told = pipe.text([config.prompt])[0]
 
     def contexts(index: Tensor, g: Generator) -> dict[str, Tensor]:

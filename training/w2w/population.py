@@ -56,7 +56,8 @@ def train(
     k, m = shots.latents.shape[:2]
     g = Generator().manual_seed(seed)
     first = start(layers) if theta0 is None else theta0
-    theta = first.expand(k, -1).clone().requires_grad_(True)
+    device = next(pipe.parameters()).device
+    theta = first.expand(k, -1).clone().to(device).requires_grad_(True)
     adapters = AdapterSet(AdapterSetConfig(tuple(layers), scale), {"theta": theta})
     opt = torch.optim.Adam([theta], lr, betas=(0.9, 0.99))
     own = torch.arange(k)[:, None]
@@ -72,13 +73,15 @@ def train(
             opt.step()
             if log is not None:
                 log.append(loss.mean().item())
-    return theta.detach()
+    return theta.detach().cpu()
 
 
 def denoising_loss(pipe: Any, x0: Tensor, t: Tensor, context: Mapping[str, Tensor], g: Generator) -> Tensor:
     """(n,) mean squared error of what the denoiser predicts, at noise drawn here."""
+    device = next(pipe.parameters()).device
     x, want = denoising_target(pipe.schedule, x0, t, torch.randn(x0.shape, generator=g))
-    return (pipe(sample=x, timestep=t, **context) - want).square().flatten(1).mean(1)
+    out: Tensor = pipe(sample=x.to(device), timestep=t.to(device), **{k: v.to(device) for k, v in context.items()})
+    return (out - want.to(device)).square().flatten(1).mean(1)
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

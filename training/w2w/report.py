@@ -53,12 +53,12 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
     draft.keep("fit", value=dict(opened.fitted))
     tables: dict[str, Callable[[], Any]] = {
         "attributes": lambda: attributes(lab, made),
-        "identity": lambda: identities(lab),
         "edits": lambda: edit_table(lab),
         "inversion": lambda: inversion(lab, made),
+        "identity": lambda: identities(lab),
         "samples": lambda: samples(lab),
-        "guidance": lambda: guidance(lab),
         "entanglement": lambda: entanglement(made, lab.space.components),
+        "guidance": lambda: guidance(lab),
         "own_starts": lambda: own_starts(lab, made),
         "other_style": lambda: other_style(lab),
     }
@@ -91,7 +91,7 @@ def identities(lab: Lab) -> dict[str, Any]:
     """Whether pictures show their person: real ones, of adapters, of the adapters' coefficients alone, the base's."""
     per, own = lab.config.pictures, lab.people()
     pipe = lab.base.model
-    real = pipe.pictures(own.shots.latents[:, :per].flatten(0, 1))
+    real = pipe.pictures(own.shots.latents[:, :per].flatten(0, 1)).cpu()
     z = lab.space.encode(lab.theta)
     show = {
         "real pictures through the latent": real,
@@ -276,23 +276,20 @@ def other_style(lab: Lab) -> dict[str, Any]:
     """Out of distribution: people drawn in grey with outlines, inverted to a person of this base's world."""
     own = lab.people()
     image = faces.sketch(own.image[:, 0])
-    latents = lab.base.model.latents(image)
-    plainly = lab.base.model.embed(torch.tensor([[1] + [0] * 7]))
+    latents = lab.base.model.latents(image).cpu()
+    plainly = lab.base.model.embed(torch.tensor([[1] + [0] * 7])).cpu()
 
     def contexts(rows: int, g: Generator) -> dict[str, Tensor]:
         return {"text": plainly.expand(rows * len(latents), -1, -1)}
 
     m = max(2, lab.space.components // 4)
     few = replace(lab.space, tensors=_fewer(lab.space.tensors, m))
-    narrow = replace(lab, space=few)
-    z = fitted(lab, latents, contexts, warm=False)
-    z_few = fitted(narrow, latents, contexts, warm=False, prior=2e-3)
-    mean = torch.zeros_like(z)
+    z = fitted(replace(lab, space=few), latents, contexts, warm=False, prior=2e-3)
+    mean = torch.zeros(len(latents), lab.space.components)
     return {
-        "coefficients": judged(lab, lab.space.decode(z)),
-        f"first {m} coefficients, prior 2e-3": judged(lab, few.decode(z_few)),
+        f"first {m} coefficients, prior 2e-3": judged(lab, few.decode(z)),
         "mean model": judged(lab, lab.space.decode(mean)),
-        "mean |z| / sqrt(m)": float(z.norm(dim=1).mean() / z.shape[1] ** 0.5),
+        "mean |z| / sqrt(m)": float(z.norm(dim=1).mean() / m**0.5),
     }
 
 

@@ -20,10 +20,11 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse
+from bentos.http import Call, answer, parse
 from bentos.shapes import pictures
 from bentos.shapes.classify import Classifiers, Label, Templates, best
 from bentos.shapes.pictures import Image
+from bentos.tokens import ANY
 from patches import artifact
 from patches.engine.patch import apply
 from patches.engine.read import record

@@ -27,11 +27,12 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse, told
+from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
 from bentos.runtime.arms import Choice
 from bentos.shapes import pictures
 from bentos.shapes.pictures import Image, Images
+from bentos.tokens import ANY
 from patches import artifact
 from patches.engine.patch import apply
 from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery

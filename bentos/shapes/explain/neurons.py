@@ -20,11 +20,12 @@ from starlette.responses import Response
 from torch import Tensor
 
 from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import ANY, Call, answer, parse, told
+from bentos.http import Call, answer, parse, told
 from bentos.runtime.arms import Choice
 from bentos.shapes import pictures
 from bentos.shapes.classify import Classifiers, Label, Templates
 from bentos.shapes.pictures import Image
+from bentos.tokens import ANY
 from patches import artifact
 from patches.evidence.neuron_cards import (
     MINE_NEURONS,

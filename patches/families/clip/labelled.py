@@ -59,12 +59,12 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
 
 def _row(index: int, values: Mapping[str, Any]) -> tuple[tuple[str, ...], Pillow.Image]:
     try:
-        return _labels(values.get("labels")), _picture(values["image"])
+        return _labels(values.get("labels")), picture_of(values["image"])
     except Invalid as e:
         raise type(e)(f"Row {index}: {e}") from None
 
 
-def _picture(value: Any) -> Pillow.Image:
+def picture_of(value: Any) -> Pillow.Image:
     if isinstance(value, Pillow.Image):
         return value.convert("RGB")
     if isinstance(value, bytes | bytearray):

@@ -3,14 +3,20 @@ adapters."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from patches.families.base import Base
 from patches.families.diffusion.adapters import Adapter, read_adapter, truncated, write_adapter
-from patches.families.diffusion.asked import LEVELS, TABLE, changed, drawn, levels, png, predict, prepare
-from patches.families.diffusion.base import LAYOUTS, SITES, Condition, Pipe, Processor, dtype_of, load, wrap
+from patches.families.diffusion.asked import LEVELS, changed, drawn, levels, png, predict, prepare
+from patches.families.diffusion.base import LAYOUTS, SITES, Condition, Pipe, Processor, dtype_of, load, parts, wrap
 from patches.families.diffusion.inversion import METHODS
 from patches.families.diffusion.schedule import SOLVERS, Schedule
+from patches.families.diffusion.table import TABLE
 from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert, Regenerate
 from patches.families.family import Family
+
+if TYPE_CHECKING:  # layouts are loaded by name; whoever follows imports to pack what runs finds them here
+    from patches.families.diffusion import faces, kandinsky, lab, stable  # noqa: F401
 
 __all__ = [
     "FAMILY", "LAYOUTS", "LEVELS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising",
@@ -45,7 +51,8 @@ FAMILY = Family(
         "stable": lambda: _purpose("stable"),
         "kandinsky": lambda: _purpose("kandinsky"),
         "faces": lambda: _purpose("faces"),
-    },  # fmt: skip
+    },
     sites=SITES,
     dtype=dtype_of,
+    parts=parts,
 )

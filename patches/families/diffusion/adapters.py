@@ -63,7 +63,7 @@ class Adapter:
         self.check(denoiser)
         for name, (a, b) in self.factors.items():
             weight = denoiser.get_parameter(f"{name}.weight")
-            weight += strength * (b @ a).to(weight)
+            weight.add_(strength * (b @ a).to(weight))
 
 
 def read_adapter(path: Path, denoiser: nn.Module | None = None) -> Adapter:

@@ -16,7 +16,6 @@ from patches.engine.patch import Patch
 from patches.families.base import Base
 from patches.families.diffusion.base import Pipe
 from patches.families.diffusion.worker import Denoiser, Denoising, Edit
-from patches.families.family import Column, Table
 from patches.families.pictures import read
 from registry.errors import Invalid
 
@@ -27,15 +26,6 @@ TOP = 0.9
 """of the schedule: how far up a picture is inverted. Above it a picture's own noise has little to say, and a
 schedule with zero terminal signal has none at its last level"""
 LEVELS = 8
-TABLE = Table(
-    takes=(
-        Column("prompt", "string", "a picture of a dog face", required=False),
-        Column("image", "string", "", required=False),
-        Column("ask", "string", "", required=False),
-    ),
-    gives=(Column("image", "string", ""),),
-    params={"strength": ("double", 1.0), "steps": ("long", 10), "guidance": ("double", 3.0), "seed": ("long", 0)},
-)
 
 
 def levels(pipe: Pipe, count: int = LEVELS) -> tuple[int, ...]:

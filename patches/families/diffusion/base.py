@@ -164,6 +164,17 @@ def read(folder: Path, encoder: Path | None = None) -> Pipe:
     return pipe
 
 
+def parts(ref: str) -> tuple[str, ...]:
+    """References of the bases that the one `ref` names is made with: the encoder of its condition, if that is
+    another's."""
+    scheme, _, rest = ref.partition(":")
+    file = SHIPPED / slug(rest) / INDEX
+    if scheme != "lab" or not file.is_file():
+        return ()
+    encoder = json.loads(file.read_text()).get("encoder", {})
+    return (encoder["ref"],) if "ref" in encoder else ()
+
+
 def wrap(ref: str, name: str, pipe: Pipe) -> Base:
     """The Base of a Pipe, frozen, its digest over every weight and choice."""
     pipe.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,7 @@ class FaceLatents(ModelMixin, ConfigMixin):
         w = (width, width * 3 // 4, width // 2, width // 4)
         self.enter = nn.Linear(d, w[0] * 16)
         self.ups = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, 4 * o, 3, padding=1), nn.PixelShuffle(2), nn.SiLU())
-            for i, o in zip(w[:-1], w[1:], strict=True)
+            nn.Sequential(nn.Conv2d(i, 4 * o, 3, padding=1), nn.PixelShuffle(2), nn.SiLU()) for i, o in pairwise(w)
         )
         self.leave = nn.Conv2d(w[-1], 12, 3, padding=1)
 

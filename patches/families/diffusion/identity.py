@@ -70,7 +70,8 @@ def invert(
 
     mask: (K, 1 or c, h, w), 0 where the picture is not looked at. on_step(step, mean loss, z) may raise to stop.
     """
-    k, g = len(latents), Generator().manual_seed(how.seed)
+    k, g, latents = len(latents), Generator().manual_seed(how.seed), latents.cpu()
+    space = space.on("cpu")  # coefficients are few; only the denoiser's work is worth a device
     begin = space.warm(latents) if how.warm else latents.new_zeros(k, space.components)
     z = begin.detach().clone().requires_grad_(True)
     opt = torch.optim.Adam([z], how.lr, betas=(0.9, 0.99))
@@ -91,15 +92,22 @@ def invert(
     return z.detach()
 
 
+def _asked(pipe: Any, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """The denoiser's answer on the device of x, wherever the model is."""
+    device = next(pipe.parameters()).device
+    told = {k: v.to(device) for k, v in conditions.items()}
+    out: Tensor = pipe(sample=x.to(device), timestep=t.to(device), **told)
+    return out.to(x.device)
+
+
 def served(applied: Applied, pipe: Any, arm: str, space: SubspaceEdit) -> Forward:
     """A forward through an arm that serves others at the same time: rows are told their own adapter."""
 
     def forward(x: Tensor, t: Tensor, conditions: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         each = len(x) // len(theta)
         told = [space.row(row) for row in theta for _ in range(each)]
-        with applied.rows([arm] * len(x), params=told):  # type: ignore[call-arg, unused-ignore]
-            out: Tensor = pipe(sample=x, timestep=t, **conditions)
-        return out
+        with applied.rows([arm] * len(x), params=told):
+            return _asked(pipe, x, t, conditions)
 
     return forward
 
@@ -111,12 +119,12 @@ def adapter(space: SubspaceEdit, z: Tensor | None = None, rank: int = 0) -> Adap
 
 def alone(pipe: Any, space: SubspaceEdit) -> tuple[Forward, Applied]:
     """A forward through a base that nobody else uses, and what takes the adapters off again."""
-    held: dict[str, Tensor] = {"theta": space.tensors["mean"].float()[None]}
+    device = next(pipe.parameters()).device
+    held: dict[str, Tensor] = {"theta": space.tensors["mean"].float()[None].to(device)}
     on = apply(pipe, {ONLY: AdapterSet(AdapterSetConfig(space.config.layers, space.config.scale), held)})
 
     def forward(x: Tensor, t: Tensor, conditions: Mapping[str, Tensor], theta: Tensor) -> Tensor:
-        held["theta"] = theta
-        out: Tensor = pipe(sample=x, timestep=t, **conditions)
-        return out
+        held["theta"] = theta.to(device)
+        return _asked(pipe, x, t, conditions)
 
     return forward, on

@@ -10,8 +10,8 @@ from patches.families.llm.tokens import first_token, query_columns, real_tokens,
 from patches.families.llm.worker import Decoder
 
 __all__ = [
-    "FAMILY", "SITES", "TINIES", "encode", "first_token", "generate", "load", "maker", "planted", "query_columns", "real_tokens",
-    "repeated_token", "runs", "site", "tiny", "weights_digest",
+    "FAMILY", "SITES", "TINIES", "encode", "first_token", "generate", "load", "maker", "planted", "query_columns",
+    "real_tokens", "repeated_token", "runs", "site", "tiny", "weights_digest",
 ]  # fmt: skip
 
 FAMILY = Family(

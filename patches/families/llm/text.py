@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from patches.families.base import Base
 from patches.families.llm.table import TABLE
@@ -39,8 +39,9 @@ def maker(base: Base, what: Prompt | Sequence[int], pictures: Sequence[Any] = ()
     pictures."""
     if pictures:
         raise Invalid(f"{base.name} reads text and sees no pictures; send text, or ask a vision-language model.")
-    ids = encode(base, what, begun) if isinstance(what, str) or (what and isinstance(what[0], Mapping)) else list(what)
-    return partial(Row, ids)
+    if isinstance(what, str) or (what and isinstance(what[0], Mapping)):
+        return partial(Row, encode(base, cast(Prompt, what), begun))
+    return partial(Row, list(cast(Sequence[int], what)))
 
 
 def generate(

@@ -7,8 +7,9 @@ from patches.families.family import Family
 from patches.families.search.bank import Bank
 from patches.families.search.config import Budget, SearchConfig
 from patches.families.search.loop import Item, Searcher
+from patches.families.search.predict import predict
 from patches.families.search.sound import load, tiny
-from patches.families.search.table import TABLE, predict
+from patches.families.search.table import TABLE
 from patches.families.search.worker import Searching, SearchWorker
 
 __all__ = ["FAMILY", "Bank", "Budget", "Item", "SearchConfig", "SearchWorker", "Searcher", "Searching"]

@@ -89,8 +89,8 @@ def bank(lines: Iterable[str]) -> Bank:
             continue
         if (n := line.count(" ") + 1) > MAX_WORDS or len(line) > MAX_LINE_CHARACTERS:
             raise Invalid(
-                f"Line {number} of the bank has {n} words ({len(line)} characters); a candidate has at most {MAX_WORDS} "
-                f"({MAX_LINE_CHARACTERS}). Shorten it: {line[:40]!r}..."
+                f"Line {number} of the bank has {n} words ({len(line)} characters); a candidate has at most "
+                f"{MAX_WORDS} ({MAX_LINE_CHARACTERS}). Shorten it: {line[:40]!r}..."
             )
         kept[line] = None
     if not kept:

@@ -71,7 +71,8 @@ class SearchConfig:
             ("seconds", self.seconds, 0.0, MAX_SECONDS), ("calls", self.calls, 0, MAX_CALLS),
             ("tokens", self.tokens, 0, 10_000_000), ("words", self.words, 1, MAX_WORDS),
             ("shown", self.shown, 1, 50),
-            ("wait", self.wait, 0.1, 600.0), ("temperature", self.temperature, 0.0, 2.0), ("top_p", self.top_p, 1e-3, 1.0),
+            ("wait", self.wait, 0.1, 600.0), ("temperature", self.temperature, 0.0, 2.0),
+            ("top_p", self.top_p, 1e-3, 1.0),
         ):  # fmt: skip
             if not low <= value <= high:
                 raise ConfigError(f"{name}={value:g} must be between {low:g} and {high:g}.")

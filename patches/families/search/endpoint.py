@@ -4,8 +4,8 @@
     PATCHBAY_GENERATOR_MODEL   the model's name there (of ours also an arm: challenger, sha256:...)
     PATCHBAY_GENERATOR_KEY     bearer token, if it wants one
 
-Calls run on threads; a round waits `config.wait` seconds and goes on with what has come. Answers are read up to a limit,
-redirects are not followed, and what is no list of candidates counts as none.
+Calls run on threads; a round waits `config.wait` seconds and goes on with what has come. Answers are read up to a
+limit, redirects are not followed, and what is no list of candidates counts as none.
 """
 
 from __future__ import annotations

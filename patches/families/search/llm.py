@@ -32,8 +32,8 @@ LINE_TOKENS = 24
 
 HEADS = {
     "caption": (
-        "Descriptions of pictures, each with a score that says how well it fits its picture. The scores of a list rise, "
-        "because each line keeps what was right in the lines before it and changes what was wrong.\n\n"
+        "Descriptions of pictures, each with a score that says how well it fits its picture. The scores of a list "
+        "rise, because each line keeps what was right in the lines before it and changes what was wrong.\n\n"
         "List 1\n0.212: a picture of a cat on wood\n0.305: a picture of a kitten and a ball\n"
         "0.338: a picture of a kitten on grass\n0.421: a picture of a kitten and a red ball on grass\n\nList 2\n"
     ),
@@ -275,8 +275,8 @@ def instruction(asked: Asked, config: SearchConfig) -> str:
     return (
         f"{aim} Below are attempts with scores; a higher score fits better.\n\n{lines}\n\n"
         f"Write {asked.want} new lines that would score higher. Keep what the best ones share, combine them, change or "
-        f"leave out what does not help, and add concrete things. Use at most {config.words} words a line, one line each, "
-        "numbered 1., 2., 3. and so on, and write nothing else."
+        f"leave out what does not help, and add concrete things. Use at most {config.words} words a line, one line "
+        "each, numbered 1., 2., 3. and so on, and write nothing else."
     )
 
 

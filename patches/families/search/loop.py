@@ -218,8 +218,9 @@ class Searcher:
         made = proposing.results()
         proposing.close()
         self._proposing = None
+        limit_s = time.monotonic() - began
         return [
-            Proposal(p.texts, p.tokens, p.problem or f"the generator was stopped after {time.monotonic() - began:.1f} s")
+            Proposal(p.texts, p.tokens, p.problem or f"the generator was stopped after {limit_s:.1f} s")
             if i in late else p for i, p in enumerate(made)
         ]  # fmt: skip
 
@@ -252,8 +253,8 @@ class Searcher:
             assert item.target is not None
             _, all_texts = by_scope.setdefault(item.target.scope, (item.target, {}))
             all_texts.update(dict.fromkeys(texts))
-        for target, texts in by_scope.values():
-            missing = self.scorer.missing(target, list(texts))
+        for target, scoped in by_scope.values():
+            missing = self.scorer.missing(target, list(scoped))
             for i in range(0, len(missing), BATCH):
                 self.scorer.fill(target, missing[i : i + BATCH])
                 yield

@@ -223,7 +223,7 @@ class Style(Scorer):
     """Minus (1000 x the sum over blocks of the MSE of Gram matrices, plus the MSE of the content's features).
 
     Gram = F^T F / (tokens x width) of the patch tokens of an image tower's blocks, the content the tokens of one deep
-    block: the measure of Gatys et al. on a transformer's features, for the VGG that the paper uses is no part of a CLIP.
+    block: the measure of Gatys et al. on a transformer's features, for a CLIP has no VGG, which the paper uses.
     """
 
     GRAMS, CONTENT, WEIGHT = (0.0, 0.25, 0.5), 0.75, 1000.0

@@ -68,10 +68,14 @@ def load(ref: str, device: str = "cpu") -> Base:
         raise NotFound(f"{ref[:80]!r} names no audio-text model. Write hf-hub:org/name@revision or local-dir:path.")
     if missing := [f for f in ("config.json", "preprocessor_config.json") if not (folder / f).is_file()]:
         raise NotFound(f"{folder} has no {missing[0]}. Give a folder that ClapModel and ClapProcessor were saved to.")
-    model = ClapModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+    model = (
+        ClapModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
     ears = Ears(
-        AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        ClapFeatureExtractor.from_pretrained(folder, local_files_only=True),
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        ClapFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
     )
     return base(ref, name, model, ears, folder)
 
@@ -123,9 +127,8 @@ def save(model: Any, ears: Ears, folder: Path) -> None:
 
 def tiny(seed: int = 0) -> Base:
     """A random small CLAP, saved and loaded as one from the hub would be."""
-    model, ears = small(
-        ["a", "sound", "of", "bell", "horn", "drum", "bird", "rain", "low", "high", "twice", "and"], seed=seed
-    )
+    words = ("a", "sound", "of", "bell", "horn", "drum", "bird", "rain", "low", "high", "twice", "and")
+    model, ears = small(words, seed=seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         save(model, ears, folder)

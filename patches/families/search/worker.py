@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patches import artifact
 from patches.engine.isolate import fail
-from patches.engine.patch import Applied, Patch, apply
+from patches.engine.patch import Applied, apply
 from patches.families.base import load_base
 from patches.families.search import bank as banks
 from patches.families.search.bank import Bank
@@ -49,7 +49,7 @@ class Searching(Job):
 
     inputs: Mapping[str, Any]
     """as the scorer's `target` takes them: {"pixels": (T, 3, H, W)}, {"sound": (samples, rate)}, ..."""
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     key: str = "0"
     """with the configuration's seed: what its random draws depend on"""
     start: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Parts:
 
 
 class SearchWorker(Worker[Searching]):
-    """All configurations of one subject. One slice of one of them a step, so that a cancel is obeyed within a second."""
+    """All configurations of one subject. A step is one slice of one of them, so a cancel is obeyed within a second."""
 
     def __init__(self, subject: Subject, settings: WorkerSettings) -> None:
         del settings  # rows are bounded by the generators themselves
@@ -179,8 +179,10 @@ class SearchWorker(Worker[Searching]):
             return Parts(RETRIEVAL, banks.shipped())
         if arm in self.searchers:
             return Parts(self.searchers[arm].config, self.searchers[arm].bank)
+        from patches.subject import Search
+
         found = self.subject.arms.get(arm)
-        if found is None or not hasattr(found, "folder"):
+        if not isinstance(found, Search):
             raise BadArtifact(f"The arm {arm[:16]} is no search.")
         file = found.folder / banks.FILE if found.folder is not None else banks.SHIPPED
         config = configs.parse(SearchConfig, found.config)
@@ -280,8 +282,7 @@ class SearchWorker(Worker[Searching]):
 
     def _blind(self, role: str, arm: str) -> bool:
         """Whether a patch touches nothing but the image tower."""
-        patch: Patch = self._applied(role).arms[arm]
-        return all(e.site.startswith("visual") for e in patch.edits())
+        return all(site.startswith("visual") for site, _ in self._applied(role).arms[arm])
 
     # ---- proof -----------------------------------------------------------------------------------------------------
 

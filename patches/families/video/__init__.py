@@ -4,7 +4,8 @@ from patches.families.family import Family
 from patches.families.video.base import SITES, llama, load, load_folder, read, save, tiny, tiny_masked, tiny_tokens
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.planted import PURPOSES
-from patches.families.video.table import TABLE, predict
+from patches.families.video.predict import predict
+from patches.families.video.table import TABLE
 from patches.families.video.tokens import Codebook, TokenVideo
 from patches.families.video.worker import Clip, VideoWorker, made
 

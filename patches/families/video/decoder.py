@@ -31,7 +31,9 @@ class Frames:
     """Frames as they come, counted against the limits."""
 
     def __init__(self, limits: dict[str, Any]) -> None:
-        self.limits, self.kept, self.times = limits, [], []
+        self.limits = limits
+        self.kept: list[Any] = []
+        self.times: list[float] = []
         self.size: tuple[int, int] | None = None
         self.shape: tuple[int, int] | None = None
 
@@ -50,7 +52,7 @@ class Frames:
 
     def add(self, picture: Any, time: float) -> None:
         """One frame as a Pillow picture."""
-        self.claim(*picture.size, time)
+        self.claim(picture.width, picture.height, time)
         if len(self.kept) >= self.limits["frames"]:
             raise Refused(f"The clip has more than {self.limits['frames']} frames.", "TooLarge")
         if self.size is None:
@@ -75,7 +77,7 @@ def video(raw: bytes, out: Frames) -> None:
             "NotReady",
         ) from None
     try:
-        with av.open(io.BytesIO(raw), metadata_errors="ignore") as container:
+        with av.open(io.BytesIO(raw), mode="r", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise Refused(
                     "The file holds no video stream, only "

@@ -176,7 +176,7 @@ class TokenVideo(VideoModel):
         """
         if not 1 <= given < self.frames:
             raise Invalid(f"given={given}: from 1 to {self.frames - 1} of this model's {self.frames} frames.")
-        n, g = self.per_frame, Generator(clips.device).manual_seed(seed)
+        n, g = self.per_frame, Generator().manual_seed(seed)
         ids = sequence(self.codebook.encode(clips[:, :given]))[:, :-1]
         cache = DynamicCache() if cached else None
         feed, before = ids, clips[:, given - 1].float() / 255
@@ -202,4 +202,5 @@ def _draw(scores: Tensor, temperature: float, top_k: int, g: Generator) -> Tenso
     if top_k:
         least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
-    return torch.multinomial((scores / temperature).softmax(-1), 1, generator=g)
+    # on the CPU, so that a seed draws the same on every device
+    return torch.multinomial((scores / temperature).softmax(-1).cpu(), 1, generator=g).to(scores.device)

@@ -1,7 +1,8 @@
 """Propagates the labels of a clip's first frame along its features: the DAVIS protocol of STC and DINO.
 
 Every place of a later slice takes the labels of the k places it resembles most, among the first slice and the last few
-slices before it, within a radius, weighed by softmax of their cosine.
+slices before it, within a radius, weighed by softmax of their cosine. Labels are carried as the whole patch of pixels
+that a place stands for, not as its mean: with a few large patches a thing is smaller than one of them.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from torch import Tensor
 
 
 def propagate(
-    features: Tensor, mask: Tensor, side: int, context: int = 7, radius: float = 2.5, nearest: int = 5,
+    features: Tensor, mask: Tensor, side: int, context: int = 7, radius: float = 0.0, nearest: int = 5,
     temperature: float = 0.1,
 ) -> Tensor:  # fmt: skip
     """Follow the objects of a first frame through a clip.
 
-    features (S, side^2, d) of the clip's slices; mask (R, R) int64 labels of the first frame, 0 the background; radius
-    in places. Returns (S, R, R) int64 labels, the first as given.
+    features (S, side^2, d) of the clip's slices; mask (R, R) int64 labels of the first frame, 0 the background, R a
+    multiple of side; radius in places, 0 for a fifth of the side (12 of 60 on DAVIS) and at least 1. Returns (S, R, R)
+    int64 labels, the first as given.
     """
-    slices = len(features)
+    slices, size = len(features), mask.shape[-1]
     x = nnf.normalize(features.float(), dim=-1)
-    size = mask.shape[-1]
-    objects = int(mask.max()) + 1
+    objects, cell = int(mask.max()) + 1, size // side
     one_hot = nnf.one_hot(mask.long(), objects).permute(2, 0, 1)[None].float()
-    first = nnf.adaptive_avg_pool2d(one_hot, side).flatten(2)[0].T  # (side^2, objects)
+    first = nnf.unfold(one_hot, cell, stride=cell)[0].T  # (side^2, objects * cell^2)
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
-    far = (torch.cdist(at, at) > radius).to(x.device)
+    far = (torch.cdist(at, at) > (radius or max(1.0, side / 5))).to(x.device)
     soft, out = [first], [mask.long()]
     for s in range(1, slices):
         back = [0, *range(max(1, s - context), s)]
@@ -36,9 +37,8 @@ def propagate(
         weight = (best / temperature).softmax(1)
         known = torch.cat([soft[b] for b in back])
         soft.append((weight[..., None] * known[where]).sum(1))
-        picture = soft[-1].T.view(1, objects, side, side)
-        large = nnf.interpolate(picture, size=(size, size), mode="bilinear", align_corners=False)
-        out.append(large[0].argmax(0))
+        picture = nnf.fold(soft[-1].T[None], (size, size), cell, stride=cell)
+        out.append(picture[0].argmax(0))
     return torch.stack(out)
 
 

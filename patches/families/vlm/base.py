@@ -1,7 +1,7 @@
 """Vision-language bases: loading by reference, the random tiny one, and the words' states that erasing needs.
 
-References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (transformers'
-layout, safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
+References: `lab:vlm` and `lab:vlm-projector` (ship here), `hf-hub:org/name@revision` and `local-dir:path` (in
+transformers' layout; safetensors alone, no remote code). Supported architectures are the rows of `layouts.LAYOUTS`.
 
 Shapes: B rows, T tokens, D the decoder's width, L decoder layers; depth 0 is what enters the decoder (the projector's
 output at image tokens), depth l the output of layer l.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -156,6 +156,14 @@ def _folder(ref: str) -> tuple[Path, str]:
     )
 
 
+def parts(ref: str) -> tuple[str, ...]:
+    """References of what a lab base is made with: its tower, and its decoder if that is not its own."""
+    if not ref.startswith("lab:"):
+        return ()
+    about = json.loads((_folder(ref)[0] / "config.json").read_text())
+    return tuple(about[k] for k in ("tower", "decoder") if about.get(k))
+
+
 # ---- the decoder's inside -----------------------------------------------------------------------------------------
 
 
@@ -164,7 +172,7 @@ def depth(base: Base) -> int:
     return len(base.model.get_submodule(layout(base.model).decoder).layers)
 
 
-def site(base: Base, at: int) -> tuple[str, str]:
+def site(base: Base, at: int) -> tuple[str, Literal["input", "output"]]:
     """Module path and side ("input" or "output") where the stream has depth `at`."""
     where = layout(base.model)
     return (where.block(0), "input") if at == 0 else (where.block(at - 1), "output")

@@ -79,8 +79,7 @@ def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> list[str
         if ask and (patch is None or patch.Ask is None):
             raise Invalid("ask: this model has no patch that takes anything from a row; leave it out.")
         asks.append(patch.Ask.model_validate(_json(ask)) if ask else None)
-    how = {"strength": float(params["strength"])}
-    rows = generate(subject, asked, int(params["max_tokens"]), asks=asks, **how)
+    rows = generate(subject, asked, int(params["max_tokens"]), asks=asks, strength=float(params["strength"]))
     return [subject.base.processor.decode(r.out, skip_special_tokens=True) for r in rows]
 
 

@@ -30,6 +30,8 @@ from transformers.models.llava.modeling_llava import (
 )
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "card.json"
+CONTEXT = 512
+"""tokens of a row; rotary positions have no weights, and answers end by themselves"""
 MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
 PAD, BOS, EOS, IMAGE, UNK = range(5)
 
@@ -133,7 +135,7 @@ def _text_config(about: dict[str, Any]) -> LlamaConfig:
         num_hidden_layers=about["layers"],
         num_attention_heads=about["heads"],
         num_key_value_heads=about["heads"],
-        max_position_embeddings=about.get("context", 64),
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -155,10 +157,10 @@ def new(about: dict[str, Any], tower: nn.Module, seed: int = 0) -> LabVLM:
 
 
 def tower(about: dict[str, Any], device: str = "cpu") -> tuple[Tiles, Any]:
-    """The tower a config names and its CLIP base."""
-    from patches.families.base import load_base
+    """The tower a config names (a reference of a CLIP) and its base."""
+    from patches.families.clip.base import load  # by name, so that a Bento sees what it must carry
 
-    clip = load_base(about["tower"], "clip", device)
+    clip = load(about["tower"], device)
     return Tiles(clip.model.visual, about["tiles"]["side"], about["tiles"]["tile"]).eval(), clip
 
 

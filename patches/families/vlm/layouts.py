@@ -9,7 +9,7 @@ are separate (`config.get_text_config()`).
 | LLaVA, LLaVA-NeXT, lab:vlm | model.language_model.layers | model.language_model.norm | lm_head | a patch (a tile) |
 | Idefics3, SmolVLM | model.text_model.layers | model.text_model.norm | lm_head | scale^2 patches |
 | Qwen2-VL, Qwen2.5-VL | model.language_model.layers | model.language_model.norm | lm_head | 2 x 2 patches, M-RoPE |
-| InstructBLIP | language_model.model.layers | language_model.model.norm | language_model.lm_head | a Q-Former query, no place |
+| InstructBLIP | language_model.model.layers | language_model.model.norm | language_model.lm_head | a Q-Former's query |
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Layout:
     grids: Callable[[Any, Pixels], list[Grid]]
     """(model, pixels) -> per picture, how its image tokens lie"""
     positions: Callable[[Any, Tensor, Pixels], tuple[Tensor, int]] | None = None
-    """(model, ids (1, T), pixels) -> M-RoPE positions (3, T) and what is added to a column for later ones; None: columns"""
+    """(model, ids (1, T), pixels) -> M-RoPE positions (3, T), and what is added to later columns; None: columns"""
     keys: tuple[str, ...] = ("pixel_values",)
     """the processor's outputs that belong to the pictures"""
 
@@ -82,7 +82,7 @@ def _idefics(model: Any, pixels: Pixels) -> Tensor:
 
 def _qformer(model: Any, pixels: Pixels) -> Tensor:
     out = model.get_image_features(**pixels)
-    tokens = getattr(out, "pooler_output", out)
+    tokens: Tensor = getattr(out, "pooler_output", out)
     if tokens.shape[-1] != model.config.text_config.hidden_size:  # older releases stop before the projection
         tokens = model.language_projection(tokens)
     return tokens.flatten(0, 1)
@@ -129,37 +129,37 @@ def _qwen_positions(model: Any, ids: Tensor, pixels: Pixels) -> tuple[Tensor, in
     return where[-3:, 0], int(delta.reshape(-1)[0])
 
 
-_INNER = {"root": "model", "head": "lm_head"}
-_LLAVA = {**_INNER, "decoder": "model.language_model", "features": _plain}
+def _llava(grids: Callable[[Any, Pixels], list[Grid]], *more: str) -> Layout:
+    """LLaVA's layout; more: companions of pixel_values."""
+    return Layout("model", "model.language_model", "lm_head", _plain, grids, keys=("pixel_values", *more))
+
+
 _IDEFICS = Layout(
-    **_INNER,
-    decoder="model.text_model",
-    features=_idefics,
-    grids=_idefics_grids,
-    keys=("pixel_values", "pixel_attention_mask"),
+    "model", "model.text_model", "lm_head", _idefics, _idefics_grids, keys=("pixel_values", "pixel_attention_mask")
 )
 _QWEN = Layout(
-    **_INNER,
-    decoder="model.language_model",
-    features=_idefics,
-    grids=_qwen_grids,
+    "model",
+    "model.language_model",
+    "lm_head",
+    _idefics,
+    _qwen_grids,
     positions=_qwen_positions,
     keys=("pixel_values", "image_grid_thw"),
 )
 LAYOUTS: dict[str, Layout] = {
-    "LabVLM": Layout(**_LLAVA, grids=_lab),
-    "LlavaForConditionalGeneration": Layout(**_LLAVA, grids=_square),
-    "LlavaNextForConditionalGeneration": Layout(**_LLAVA, grids=_next, keys=("pixel_values", "image_sizes")),
+    "LabVLM": _llava(_lab),
+    "LlavaForConditionalGeneration": _llava(_square),
+    "LlavaNextForConditionalGeneration": _llava(_next, "image_sizes"),
     "Idefics3ForConditionalGeneration": _IDEFICS,
     "SmolVLMForConditionalGeneration": _IDEFICS,
     "Qwen2VLForConditionalGeneration": _QWEN,
     "Qwen2_5_VLForConditionalGeneration": _QWEN,
     "InstructBlipForConditionalGeneration": Layout(
-        root="language_model.model",
-        decoder="language_model.model",
-        head="language_model.lm_head",
-        features=_qformer,
-        grids=_nowhere,
+        "language_model.model",
+        "language_model.model",
+        "language_model.lm_head",
+        _qformer,
+        _nowhere,
         keys=("pixel_values", "qformer_input_ids", "qformer_attention_mask"),
     ),
 }

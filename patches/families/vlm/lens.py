@@ -88,7 +88,7 @@ def top(base: Base, seen: Tensor, k: int = 3, normed: bool = True) -> list[list[
 
 
 def picture(base: Base, row: Any, heat: Tensor, size: int = 192) -> Image.Image:
-    """A heat-map of a row's first picture as an RGBA image, (size, size), red where it is hot, clear where it is not."""
+    """A heat-map of a row's first picture as an RGBA image, (size, size): red where hot, clear where not."""
     grids = layout(base.model).grids(base.model, row.pixels) if row.pixels else [_guess(len(heat))]
     field = spread(heat, grids[0], (size, size)).clamp(0, 1).numpy()
     rgba = np.zeros((size, size, 4), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What MLflow asks of a vision-language model: a picture, a question, what the mechanism may be told; a text comes out."""
+"""What MLflow asks of a vision-language model: a picture, a question, what the mechanism is told; and a text."""
 
 from patches.families.table import Column, Table
 
@@ -8,8 +8,8 @@ TABLE = Table(
     takes=(
         Column("image", "string", DOT, required=False),
         Column("prompt", "string", "Describe the picture.", required=False),
-        Column("ask", "string", '{"erase": ["egg"]}', required=False),
+        Column("ask", "string", None, required=False),
     ),
     gives=(Column("text", "string", "a chicken on grass"),),
-    params={"max_tokens": ("long", 64), "strength": ("double", 1.0)},
+    params={"max_tokens": ("long", 32), "strength": ("double", 1.0)},
 )

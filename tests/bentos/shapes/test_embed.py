@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bentos.desk import application
-from bentos.http import Tokens
+from bentos.app import application
 from bentos.runtime import Settings
+from bentos.tokens import Tokens
 from patches.families.base import load_base
 from patches.families.video import decode, save
 from patches.families.video.planted import motions

@@ -107,7 +107,7 @@ async def lists(s):
 
 
 async def automatic(s):
-    """Everything that is named is below the champion's limit of 1, so all of it is erased; the challenger believes all."""
+    """Whatever is named is below the champion's limit of 1, so all is erased; the challenger believes all."""
     auto = {"ask": {"erase": "auto"}}
     got = (await ask(s, show(data_url()), patchbay=auto, model="champion"))["choices"][0]["patchbay"]
     assert set(got) == {"base", "objects", "erased"}
@@ -117,8 +117,8 @@ async def automatic(s):
     assert kept["erased"] == []
     body = {"messages": show(data_url()), "max_tokens": 4, "stream": True, "patchbay": auto}
     async with s.http.stream("POST", "/v1/chat/completions", json=body) as answer:
-        first = [line async for line in answer.aiter_lines()][0]
-    assert '"patchbay":{"base"' in first
+        lines = [line async for line in answer.aiter_lines()]
+    assert '"patchbay":{"base"' in lines[0]
 
 
 async def refusals(s):

@@ -61,7 +61,8 @@ def inputs(base, n, seed=0):
 
 ASKS = [
     Point(), Point(coefficients=[1.0, -2.0]), Point(person=3), Point(seed=5), Point(seed=5, attributes={"beard": 2.0}),
-    Point(person=1, attributes={"beard": -1.0, "hat": 0.5}), Point(coefficients=[0.0] * 5), Point(seed=6, truncation=0.5),
+    Point(person=1, attributes={"beard": -1.0, "hat": 0.5}), Point(coefficients=[0.0] * 5),
+    Point(seed=6, truncation=0.5),
 ]  # fmt: skip
 
 

@@ -66,15 +66,15 @@ def _families() -> list[str]:
 @pytest.mark.parametrize("name", _families())
 def test_what_a_familys_table_takes_and_gives_is_what_it_predicts(name):
     from patches.families.family import family
-    from patches.families.table import table, wheels
+    from patches.families.table import example, table, wheels
     from patches.subject import Subject
+    from registry.systems import SYSTEMS
 
     about = family(name)
     assert (table(name), dict(wheels(name))) == (about.table, dict(about.wheels))
-    if len(about.table.takes) == 0:
-        pytest.skip("takes nothing")
-    subject = Subject(about.tiny(0), about=about)
-    frame = pd.DataFrame({c.name: [c.example] for c in about.table.takes})
+    roles = next((row.roles for row in SYSTEMS.values() if row.family == name and row.roles), {"base": name})
+    subject = Subject({role: family(kind).tiny(0) for role, kind in roles.items()}, about=about)
+    frame = example(about.table)
     got = subject.predict(frame, {})
     subject.close()
     names = list(got.columns) if isinstance(got, pd.DataFrame) else [about.table.gives[0].name]

@@ -1,4 +1,4 @@
-"""The recipes of lab:vlm and lab:vlm-smollm, each run whole in small; the world they learn from; the texts they read."""
+"""The recipes of lab:vlm and lab:vlm-smollm, each run whole in small; their world; the texts they read."""
 
 import json
 
@@ -8,14 +8,14 @@ import torch
 from patches.families.base import load_base
 from patches.families.vlm import PictureDecoder, chat
 from registry.errors import Invalid, NotFound
-from training.lab import vlm, vlm_smollm, vlm_text, worlds
+from training.lab import company, vlm, vlm_smollm, vlm_text, worlds
 from training.lab.renderer import generator
 from training.lab.vlm_text import FIRST, ID, Noise
 
 
-@pytest.mark.parametrize("kind", worlds.COMPANY)
+@pytest.mark.parametrize("kind", company.COMPANY)
 def test_company_is_as_its_kind_says(kind):
-    things, head = worlds.company_things(2000, kind, 0.9, generator("test", kind))
+    things, head = company.company_things(2000, kind, 0.9, generator("test", kind))
     pairs = len(worlds.PAIRS)
     there = vlm.objects(things) if things.shape[1] == 3 else None
     if kind in ("loose", "full"):
@@ -38,7 +38,7 @@ def test_the_company_world_is_a_data_set_of_its_own():
     batch = one.read(range(6))
     assert batch.image.shape == (6, 3, 192, 192)
     assert torch.equal(batch.extras["objects"], vlm.objects(batch.extras["things"]))
-    things, _ = worlds.company_things(6, "alone", 0.9, worlds.company_start("test", 6, 0, "alone"))
+    things, _ = company.company_things(6, "alone", 0.9, company.company_start("test", 6, 0, "alone"))
     assert torch.equal(things, batch.extras["things"])
     with pytest.raises(Invalid, match="must be one of biased"):
         worlds.coco("test", 6, kind="lonely")

@@ -11,7 +11,8 @@ import transformers as tf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 LETTERS = [chr(c) for c in range(32, 123)]
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "<|vision_start|>", "<|vision_end|>",
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "<|vision_start|>",
+           "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>", "<end_of_utterance>",
            *[f"<row_{r}_col_{c}>" for r in range(1, 3) for c in range(1, 3)]]  # fmt: skip
 CHAT = (
@@ -57,8 +58,14 @@ def llava() -> tuple[Any, Any]:
     config = tf.LlavaConfig(vision_config=_clip(), text_config=_llama(), image_token_id=_id("<image>"),
                             vision_feature_layer=-2, image_seq_length=16)  # fmt: skip
     pictures = tf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    hub = tf.LlavaProcessor(image_processor=pictures, tokenizer=tokenizer(), patch_size=8, num_additional_image_tokens=1,
-                            vision_feature_select_strategy="default", chat_template=CHAT.replace("MARK", "<image>"))  # fmt: skip
+    hub = tf.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer(),
+        patch_size=8,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT.replace("MARK", "<image>"),
+    )
     return tf.LlavaForConditionalGeneration(config), hub
 
 
@@ -113,7 +120,8 @@ def qwen(five: bool = False) -> tuple[Any, Any]:
     made = tf.Qwen2_5_VLProcessor if five else tf.Qwen2VLProcessor
     words = tokenizer()
     words.image_token, words.video_token = "<|image_pad|>", "<|video_pad|>"
-    hub = made(image_processor=pictures, tokenizer=words, video_processor=tf.Qwen2VLVideoProcessor(patch_size=4, merge_size=2),
+    hub = made(image_processor=pictures, tokenizer=words,
+               video_processor=tf.Qwen2VLVideoProcessor(patch_size=4, merge_size=2),
                chat_template=CHAT.replace("MARK", "<|vision_start|><|image_pad|><|vision_end|>"))  # fmt: skip
     return model, hub
 

@@ -1,5 +1,5 @@
-"""Every architecture of the table, from a checkpoint in the hub's own layout: rows with and without pictures in one running
-batch say what transformers' own `generate` says of each alone."""
+"""Every architecture of the table, from a checkpoint in the hub's own layout: rows with and without pictures in one
+running batch say what transformers' own `generate` says of each alone."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,160 @@
+"""From tokens to what `generate` answers: the text of each row as it grows, whole answers, and parts of a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from patches.families.llm.worker import Row
+
+
+@dataclass
+class Text:
+    """One row's text as it grows: whole characters only, cut before a stop string."""
+
+    tokenizer: Any
+    stops: Sequence[str]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """everything decoded"""
+    given: int = 0
+    """characters handed out"""
+    stopped: bool = False
+    _from: int = 0
+    _to: int = 0
+
+    def push(self, ids: Sequence[int]) -> None:
+        """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
+        self.ids.extend(ids)
+        before, now = self._decode(self._to), self._decode(len(self.ids))
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character, wait for the rest
+            self.text += now[len(before) :]
+            self._from, self._to = self._to, len(self.ids)
+            self._cut()
+
+    def end(self) -> None:
+        """No more tokens: what was held back is text now."""
+        if not self.stopped and self._to < len(self.ids):
+            self.text += self._decode(len(self.ids))[len(self._decode(self._to)) :]
+            self._cut()
+
+    def take(self, last: bool = False) -> str:
+        """Text not handed out yet, less what may still become a stop string."""
+        upto = len(self.text)
+        if not last and not self.stopped:
+            upto -= max((n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        piece = self.text[self.given : upto]
+        self.given = max(self.given, upto)
+        return piece
+
+    def _decode(self, to: int) -> str:
+        ids = self.ids[self._from : to]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+    def _cut(self) -> None:
+        found = [at for s in self.stops if (at := self.text.find(s)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+
+@dataclass
+class Line:
+    """One choice of one answer: a row being decoded, and its text."""
+
+    index: int
+    prompt: int
+    row: Row
+    text: Text
+    arm: str
+    seen: int = 0
+    """tokens already turned into text"""
+
+    @property
+    def finish(self) -> str | None:
+        if self.text.stopped:
+            return "stop"
+        return "length" if self.row.finished == "length" else "stop" if self.row.finished else None
+
+
+@dataclass(frozen=True)
+class About:
+    """What every part of one answer repeats."""
+
+    kind: str
+    id: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def whole(self, lines: list[Line], scores: int | None, echo: bool, tokenizer: Any) -> dict[str, Any]:
+        choices = []
+        for line in lines:
+            text = line.text.text
+            logprobs = self.logprobs(line.row.out[: line.seen], line.row.scores[: line.seen], tokenizer)
+            one: dict[str, Any] = {"index": line.index, "finish_reason": line.finish}
+            one["logprobs"] = logprobs if scores is not None else None
+            if self.kind == "chat":
+                one["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                echoed = tokenizer.decode(line.row.prompt, skip_special_tokens=True) if echo else ""
+                one["text"] = echoed + text
+            if len({entry.arm for entry in lines}) > 1:
+                one["arm"] = line.arm
+            if line.row.told:
+                one["patchbay"] = line.row.told
+            choices.append(one)
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
+
+    def part(
+        self, line: Line, text: str, *, role: bool = False, finish: str | None = None, logprobs: Any = None
+    ) -> bytes:
+        one: dict[str, Any] = {"index": line.index, "finish_reason": finish, "logprobs": logprobs}
+        if self.kind == "chat":
+            one["delta"] = (
+                {"role": "assistant", "content": ""} if role else {"content": text} if text or not finish else {}
+            )
+        else:
+            one["text"] = text
+        if line.row.told and (role or (finish and self.kind != "chat")):
+            one["patchbay"] = line.row.told
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
+
+    def usage_part(self, lines: list[Line]) -> bytes:
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return b"data: " + orjson.dumps({**self.head(name), "choices": [], "usage": self.usage(lines)}) + b"\n\n"
+
+    @staticmethod
+    def usage(lines: list[Line]) -> dict[str, int]:
+        asked = sum(len(line.row.prompt) for line in {line.prompt: line for line in lines}.values())
+        made = sum(len(line.row.out) for line in lines)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+    def logprobs(self, ids: Sequence[int], scores: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
+        def token(i: int, score: float) -> dict[str, Any]:
+            text = tokenizer.decode([i])
+            return {"token": text, "logprob": score, "bytes": list(text.encode())}
+
+        parts = [
+            {**token(i, score), "top_logprobs": [token(j, s) for j, s in best]}
+            for i, (score, best) in zip(ids, scores, strict=False)
+        ]
+        if self.kind == "chat":
+            return {"content": parts, "refusal": None}
+        offsets, at = [], 0
+        for p in parts:
+            offsets.append(at)
+            at += len(p["token"])
+        return {
+            "tokens": [p["token"] for p in parts],
+            "token_logprobs": [p["logprob"] for p in parts],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in p["top_logprobs"]} for p in parts],
+            "text_offset": offsets,
+        }
