@@ -299,7 +299,7 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
         k, m = summary.wins, summary.losses
         e = math.exp(min(700.0, betaln(k + 0.5, m + 0.5) - betaln(0.5, 0.5) + (k + m) * math.log(2)))
     else:
-        # an arm with few outcomes of the rarer kind believes too much in its mean: both arms' spread is the least it has
+        # an arm with few outcomes of the rarer kind believes too much in its mean: it has at least both arms' spread
         both = _mean_and_variance(c.n + t.n, c.total + t.total, c.squares + t.squares, x.low, x.high)[1] * (c.n + t.n)
         var_c, var_t = (max(v, both / s.n) if s.n else v for v, s in ((var_c, c), (var_t, t)))
         d, variance = mean_t - mean_c, var_c + var_t
