@@ -23,7 +23,7 @@ import bentoml
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-FINISH_S, GONE_S = 4.0, 9.5
+FINISH_S, GONE_S = 3.0, 8.0
 
 
 @contextlib.asynccontextmanager
