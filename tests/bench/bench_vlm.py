@@ -30,7 +30,8 @@ def seeing():
 def rows(subject, count, lists):
     """Rows of noise pictures; row i erases lists[i] (None: the base)."""
     base = subject.base
-    prompt = base.processor.prompt("<bos><image><image><image><image>describe :").ids
+    words = "<bos><image><image><image><image>describe :"
+    prompt = base.processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     g = torch.Generator().manual_seed(0)
     width = base.model.config.get_text_config().hidden_size
     return [

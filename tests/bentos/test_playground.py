@@ -19,7 +19,7 @@ from tests.bentos.shapes.test_classify import coded, picture
 from .conftest import HEADS, NEURONS, PICTURES, SYSTEM, seal_heads, serving
 
 HTML = assembled()
-SERVED = (SYSTEM, PICTURES, HEADS, NEURONS, "diffusion_cf", "videomae")
+SERVED = (SYSTEM, PICTURES, HEADS, NEURONS, "diffusion_cf", "videomae", "mils")
 CALLS = [call for name in SERVED for call in calls(system(name))]
 """of every shape there is"""
 
