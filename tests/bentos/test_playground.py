@@ -116,7 +116,8 @@ def test_a_panel_is_shown_where_its_shape_is_served_and_calls_only_what_is():
     assert shown == {
         SYSTEM: {"GENERATE", "SEE", "EXPERIMENT"}, PICTURES: {"CLASSIFY", "EXPERIMENT"},
         HEADS: {"CLASSIFY", "HEADS", "EXPERIMENT"}, NEURONS: {"CLASSIFY", "NEURONS", "EXPERIMENT"},
-        "diffusion_cf": {"RENDER", "STRIP", "EXPERIMENT"}, "videomae": {"VIDEO", "EXPERIMENT"}, "mils": {"CAPTION", "EXPERIMENT"},
+        "diffusion_cf": {"RENDER", "STRIP", "EXPERIMENT"}, "videomae": {"VIDEO", "EXPERIMENT"},
+        "mils": {"CAPTION", "EXPERIMENT"},
     }  # fmt: skip
 
 
