@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,31 +46,31 @@ class Target:
 
 
 class Features:
-    """Features (n, k) of texts by (scope, text), on the CPU; the newest MAX_TEXTS."""
+    """Features (n, k) of texts by (scope, text); the newest MAX_TEXTS. Kept in numpy, which no inference mode marks."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, str], int] = {}
-        self.table = torch.zeros(0, 0)
+        self.table = np.zeros((0, 0), np.float32)
 
     def add(self, scope: str, texts: Sequence[str], features: Tensor) -> None:
         if len(self.rows) + len(texts) > MAX_TEXTS:
             self._forget()
         n, k = len(self.rows), features.shape[1]
         if n + len(texts) > len(self.table) or self.table.shape[1] != k:
-            grown = torch.zeros(max(1024, 2 * len(self.table), n + len(texts)), k)
+            grown = np.zeros((max(1024, 2 * len(self.table), n + len(texts)), k), np.float32)
             if n:
                 grown[:n] = self.table[:n]
             self.table = grown
-        for text, row in zip(texts, features, strict=True):
+        for text, row in zip(texts, features.numpy(), strict=True):
             at = self.rows.setdefault((scope, text), len(self.rows))
             self.table[at] = row
 
     def get(self, scope: str, texts: Sequence[str]) -> Tensor:
-        return self.table[[self.rows[scope, t] for t in texts]]
+        return torch.from_numpy(self.table[[self.rows[scope, t] for t in texts]])
 
     def _forget(self) -> None:
         newer = list(self.rows.items())[len(self.rows) // 2 :]
-        self.table = self.table[[at for _, at in newer]].clone()
+        self.table = self.table[[at for _, at in newer]].copy()
         self.rows = {key: i for i, (key, _) in enumerate(newer)}
 
     def clear(self) -> None:
