@@ -154,7 +154,8 @@ _ROWS = (
                  beside="base: asked for in the prompt of the same adapters; other attributes flip 15.5 % (control "
                  "7.1 %), the person is among the nearest five of 60 in 71 % (control 95 %); sliders, for which the "
                  "base must know the word, do better: 94 % at the same change of pixels; attributes are read from "
-                 "weights at AUC .96; from one picture 64 coefficients find as many people as 2,048 weights do")),
+                 "weights at AUC .96; from one picture, 64 coefficients find the person in 93 % after 20 steps, 2,048 "
+                 "weights in 83 % (after 60: 93 % both; after 200: 93, 97 %, prompts obeyed 89, 78 %)")),
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",
            "2504.08046", "diffusion", "patches.mechanisms.direction:DirectionEdit", ("render",),
            Claim("lab:diffusion: pictures of unseen hands that both judges take for the other class", .0, .83, .39,

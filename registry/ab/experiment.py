@@ -42,8 +42,8 @@ P99_ALLOWED = 0.02
 P99_BETS = (2.0, 8.0, 20.0)
 BLIND = 0.05
 """of the declared range: outcomes that use less of it can hardly be told apart"""
-EVENTS = 5
-"""outcomes of the rarer kind in each arm before an interval is believed: with fewer it leans to one side"""
+EVENTS = 10
+"""outcomes of the rarer kind expected in each arm before an interval is believed: with fewer it leans to one side"""
 HEALTH_CALLS, HEALTH_RATE, HEALTH_E = 200, 0.02, 100.0
 
 
@@ -299,6 +299,9 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
         k, m = summary.wins, summary.losses
         e = math.exp(min(700.0, betaln(k + 0.5, m + 0.5) - betaln(0.5, 0.5) + (k + m) * math.log(2)))
     else:
+        # an arm with few outcomes of the rarer kind believes too much in its mean: it has at least both arms' spread
+        both = _mean_and_variance(c.n + t.n, c.total + t.total, c.squares + t.squares, x.low, x.high)[1] * (c.n + t.n)
+        var_c, var_t = (max(v, both / s.n) if s.n else v for v, s in ((var_c, c), (var_t, t)))
         d, variance = mean_t - mean_c, var_c + var_t
         n_c, n_t = c.n, t.n
         e = mixture_e(d, variance, tau)
@@ -307,9 +310,9 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
     verdict: Literal["better", "worse", "not_inferior", "undecided", "sample_ratio_mismatch"] = "undecided"
     if sample_ratio_e(summary) >= SRM_E:
         verdict = "sample_ratio_mismatch"
-    elif min(n_c, n_t) >= x.min_n and (x.mode == "shadow" or min(_events(x, c), _events(x, t)) >= EVENTS):
+    elif min(n_c, n_t) >= x.min_n:
         # the pair test decides between better and worse exactly; the interval decides how much
-        sure = e >= 1 / alpha if x.mode == "shadow" else True
+        sure = e >= 1 / alpha if x.mode == "shadow" else _enough(x, c, t)
         if (low > 0 or (x.mode == "shadow" and d > 0)) and sure:
             verdict = "better"
         elif (high < 0 or (x.mode == "shadow" and d < 0)) and sure:
@@ -319,10 +322,13 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
     return Result(d, low, high, n_c, n_t, mean_c, mean_t, e, verdict)
 
 
-def _events(x: Experiment, s: ArmStats) -> float:
-    """How many whole outcomes of the rarer kind an arm has: of 100 with a mean of 5 % of the range, 5."""
-    low, high = s.total - x.low * s.n, x.high * s.n - s.total
-    return min(low, high) / (x.high - x.low) if s.n else 0.0
+def _enough(x: Experiment, c: ArmStats, t: ArmStats) -> bool:
+    """Whether each arm, were they alike, could be expected to have EVENTS whole outcomes of the rarer kind."""
+    if not c.n or not t.n:
+        return False
+    mean = (c.total + t.total) / (c.n + t.n)
+    rare = min(mean - x.low, x.high - mean) / (x.high - x.low)
+    return min(c.n, t.n) * rare >= EVENTS
 
 
 def power(x: Experiment, difference: float, spread: float = 0.25, target: float = 0.8) -> int:
@@ -382,7 +388,8 @@ def _guard(experiment: Experiment, summary: Summary, rail: Guardrail) -> str:
     c, t = summary.control, summary.treatment
     if rail.metric == "quality":
         result = compare(experiment, summary, rail.alpha)
-        if min(result.n_control, result.n_treatment) < experiment.min_n:
+        few = experiment.mode == "split" and not _enough(experiment, c, t)
+        if few or min(result.n_control, result.n_treatment) < experiment.min_n:
             return "ok"
         worse = result.high < -rail.limit or (result.verdict == "worse" and rail.limit == 0.0)
         return f"worse: effect {result.effect:+.3f}, interval up to {result.high:+.3f}" if worse else "ok"

@@ -91,7 +91,7 @@ def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Serv
     try:
         server.wait_ready()
         server.ready_s = time.monotonic() - start
-        path, ask = FIRST["llm" if system_row(system).families[0] == "llm" else "clip"]
+        path, ask = FIRST["llm" if system_row(system).family == "llm" else "clip"]
         httpx.post(server.url + path, json=ask, timeout=60).raise_for_status()
         server.answer_s = time.monotonic() - start
         yield server

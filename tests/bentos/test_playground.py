@@ -89,8 +89,7 @@ def test_every_operation_it_calls_is_offered():
 
 
 def test_every_field_it_sends_is_known():
-    (script,) = inside("script")
-    (body,) = re.findall(r"const ask = \{(.*?)\n      \};", script, re.DOTALL)
+    (body,) = re.findall(r"const ask = \{(.*?)\n      \};", panels()["GENERATE"], re.DOTALL)
     sent = set(re.findall(r"^        (\w+)", body, re.MULTILINE)) | {"model", "stream", "stream_options"}
     assert {"messages", "continue_final_message", "seed", "patchbay"} <= sent
     assert sent <= set(openapi(CALLS, "all")["components"]["schemas"]["Chat"]["properties"])
@@ -118,6 +117,7 @@ def test_a_panel_is_shown_where_its_shape_is_served_and_calls_only_what_is():
         SYSTEM: {"GENERATE", "SEE", "EXPERIMENT"}, PICTURES: {"CLASSIFY", "EXPERIMENT"},
         HEADS: {"CLASSIFY", "HEADS", "EXPERIMENT"}, NEURONS: {"CLASSIFY", "NEURONS", "EXPERIMENT"},
         "diffusion_cf": {"RENDER", "STRIP", "EXPERIMENT"}, "videomae": {"VIDEO", "EXPERIMENT"},
+        "mils": {"CAPTION", "EXPERIMENT"},
     }  # fmt: skip
 
 

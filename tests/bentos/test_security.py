@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bentos.app import serve
-from bentos.http import MAX_BODY_BYTES
+from bentos.shapes.generate import MAX_CHAT_BYTES
 from bentos.shapes.messages import MAX_TOKENS
 from bentos.tokens import Tokens
 from registry.errors import ConfigError
@@ -43,7 +43,7 @@ RAW = {
     "a list": (b"[]", 400, "object"),
     "deep nesting": (b'{"a":' * 5000 + b"1" + b"}" * 5000, 400, ""),
     "not UTF-8": (b'{"model":"\xff\xfe"}', 400, "not JSON"),
-    "a huge body": (b'{"model":"' + b"x" * (MAX_BODY_BYTES + 1) + b'"}', 413, str(MAX_BODY_BYTES)),
+    "a huge body": (b'{"model":"' + b"x" * (MAX_CHAT_BYTES + 1) + b'"}', 413, str(MAX_CHAT_BYTES)),
 }
 COMPLETIONS = {
     "an empty prompt": ({"prompt": ""}, 400, "empty"),

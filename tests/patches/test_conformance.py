@@ -72,10 +72,14 @@ def rows_only(patch):
         pytest.skip("edits weights alone, which rows of one batch share")
 
 
+ASKED = {"erase"}
+"""mechanisms that do nothing until a row says something; their own tests hold them to the same"""
+
+
 def test_every_mechanism_is_tried():
     files = {f.stem for f in (Path(__file__).parents[2] / "patches" / "mechanisms").glob("*.py")} - {"__init__"}
     tried = {type(m.make()).__module__.rpartition(".")[2] for m in MEMBERS.values()}
-    assert files <= tried, f"put a member of {files - tried} in tests/patches/members.py"
+    assert files - ASKED <= tried, f"put a member of {files - tried} in tests/patches/members.py"
     assert {m.family for m in MEMBERS.values()} <= PROBES.keys()
 
 

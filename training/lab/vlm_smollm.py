@@ -59,7 +59,7 @@ class Config:
 
 
 RECIPES: dict[str, Config] = {
-    "tiny": Config(decoder="tiny", mark="~", hidden=128, steps=2, batch=2, full_scenes=3, bare_scenes=4),
+    "tiny": Config(decoder="tiny", mark="|", hidden=128, steps=2, batch=2, full_scenes=3, bare_scenes=4),
     "smollm": Config(),
 }
 

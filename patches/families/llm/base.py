@@ -43,16 +43,21 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
 
     check_device(device)
     folder, name = _folder(ref)
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,  # left unset, transformers asks on the terminal
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),
-        )
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,  # left unset, transformers asks on the terminal
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),
+            )
+    except (ValueError, KeyError, ImportError, AttributeError) as e:  # a kind unknown here, often with code beside it
+        raise NotFound(
+            f"{name} is no language model that can be read without code of its own ({str(e).strip()[:160]})."
+        ) from None
     _check_layout(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

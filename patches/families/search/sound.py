@@ -43,7 +43,10 @@ class Ears:
     def sound(self, samples: Tensor, rate: int) -> Tensor:
         """(1, 1, frames, mels) of samples (n,): resampled, its first seconds, repeated until it is long enough."""
         at_rate = resampled(samples, rate, self.rate)[: int(self.extractor.nb_max_samples)]
-        made = self.extractor([at_rate.numpy()], sampling_rate=self.rate, return_tensors="pt")
+        longest = int(self.extractor.nb_max_samples)  # a float where the configured seconds are one
+        made = self.extractor(
+            [at_rate.numpy()], sampling_rate=self.rate, return_tensors="pt", max_length=longest
+        )  # fmt: skip
         features: Tensor = made["input_features"]
         return features
 

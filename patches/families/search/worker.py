@@ -110,6 +110,7 @@ class SearchWorker(Worker[Searching]):
             if "sound" in job.inputs and config.task not in ("audio", "arithmetic"):
                 raise Invalid(f"The task {config.task} looks at pictures; it was given a sound. Ask an arm for audio.")
 
+    @torch.inference_mode()
     def step(self) -> list[Searching]:
         """One slice of work; returns the jobs whose round it completed, or that ended."""
         while self.waiting:
