@@ -8,7 +8,7 @@ demo: $(READY)   ## the whole path once, on a real language model: fit, log, com
 	$(PY) docs/demo.py $(ARGS)
 
 test: $(READY)   ## every test that needs no GPU and no patience, one process a core
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	.venv/bin/ruff format --check .
