@@ -23,7 +23,8 @@ import bentoml
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
-FINISH_S, GONE_S = 3.0, 8.0
+FINISH_S, GONE_S = 2.0, 5.0
+"""of this process; BentoML's own parent takes two seconds to pass the signal on and three to end after it"""
 
 
 @contextlib.asynccontextmanager

@@ -48,7 +48,7 @@ log = logging.getLogger("patchbay")
 FOLLOW_S = 0.5
 WORK_SILENT_S, QUIET_SILENT_S = 120.0, 600.0
 """longest silence of the thread that works (one step), and of those that follow and judge (a store may be slow)"""
-STOP_S = 5.0
+STOP_S = 3.0
 """a stop is over by then, whatever hangs"""
 AGAIN_S = 5.0
 """what could not be served is tried again after this, or when the ledger moves"""
