@@ -21,7 +21,7 @@ from bentos.playground import panels
 HERE = Path(__file__).parent
 PLACE, NAMES = "// the files of panels/ stand here\n", "/* theirs */"
 """in index.html: where the files go, and where the names of their panels do"""
-ORDER = ("generate", "see", "caption", "classify", "video", "render", "heads", "neurons")
+ORDER = ("see", "generate", "caption", "classify", "video", "render", "heads", "neurons")
 """files in the order of their panels on the page; others follow by name, and the live experiment stands last"""
 PANEL = re.compile(r"^const ([A-Z]+) = \{\n  needs:", re.M)
 
