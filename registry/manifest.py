@@ -124,7 +124,7 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
     `digest`: the artifact it must be. `base`: the digest of the base it is to be used on.
     """
     folder = Path(folder)
-    manifest = _parse(folder)
+    manifest = parse(folder)
     if digest is not None and manifest.digest != digest:
         raise Tampered(
             f"{folder} holds artifact {manifest.digest[:16]}, not {digest[:16]}: its manifest was swapped. "
@@ -146,7 +146,8 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
     return manifest
 
 
-def _parse(folder: Path) -> Manifest:
+def parse(folder: Path) -> Manifest:
+    """The manifest of a folder as it stands, its files not looked at. Raises as `read` does."""
     file = folder / NAME
     if file.is_symlink():
         raise Linked(f"{file} is a symbolic link; artifacts are plain files. Pull the artifact again.")

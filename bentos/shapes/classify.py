@@ -99,7 +99,7 @@ class Classifiers:
             folder, base = self.runtime.folder(digest), self.runtime.base
             found: LabelSet | None = None
             if (folder / label_set.FILE).is_file():
-                found = label_set.load_label_set(folder)
+                found = label_set.load_label_set(folder, digest)
                 if len(found.weights) != base.model.visual.proj.shape[1]:
                     raise BadArtifact(f"The label set of sha256:{digest[:16]} is none of {base.name}.")
                 found = LabelSet(found.labels, clip.logit_scale(base) * found.weights)

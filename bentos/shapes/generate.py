@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -23,6 +21,7 @@ from bentos.shapes.answers import About, Line, Text
 from bentos.shapes.messages import MAX_ROWS, Ask, Chat, Completion
 from bentos.tokens import ANY
 from patches.engine.patch import Patch
+from patches.evidence import read_evidence, tensors
 from patches.families import pictures
 from patches.families.llm.worker import Row
 from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
@@ -137,8 +136,8 @@ class Service:
         folder = self.runtime.folder(digest)
         if not (folder / "examples.safetensors").is_file():
             return []
-        said = json.loads((folder / "evidence.json").read_text()).get("examples", [])
-        images = load_file(folder / "examples.safetensors")["image"]
+        said = read_evidence(folder).get("examples", [])
+        images = tensors(folder, "examples.safetensors", digest)["image"]
         return [{**one, "png": pictures.png(image)} for one, image in zip(said, images, strict=True)]
 
     async def _answer(

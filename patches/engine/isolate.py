@@ -51,7 +51,7 @@ def isolate(jobs: Sequence[J], forward: Callable[[Sequence[J]], None], size: Cal
         except Exception as e:
             full = out_of_memory(e)
             if len(some) == 1:
-                error = e if isinstance(e, PatchbayError) else (_no_memory() if full else _raised(some[0].arm, e))
+                error = e if isinstance(e, PatchbayError) else (_no_memory() if full else _raised(e))
                 log.error("a job of arm %s fails alone: %s", named(some[0].arm), error, exc_info=not full)
         # outside of the handler: until here the traceback held the forward's tensors
         if full and torch.cuda.is_initialized():
@@ -80,8 +80,9 @@ def named(arm: str | None) -> str:
 
 
 def not_finite(arm: str | None, what: str = "logits") -> Failed:
-    """The error of a job whose numbers are NaN or infinite."""
-    return Failed(f"The {what} of this job under {named(arm)} are not finite numbers. Ask another arm, or the base.")
+    """The error of a job whose numbers are NaN or infinite. Which arm is for the log: not every caller may know it."""
+    log.error("the %s of a job under %s are not finite", what, named(arm))
+    return Failed(f"The {what} of this job are not finite numbers under its arm. Ask another arm, or the base.")
 
 
 def usable(x: Tensor) -> bool:
@@ -101,5 +102,5 @@ def _no_memory() -> NoMemory:
     return NoMemory("There is not enough memory for this job beside the others. Send a shorter one, or try again.")
 
 
-def _raised(arm: str | None, e: Exception) -> Failed:
-    return Failed(f"The forward of this job under {named(arm)} failed ({type(e).__name__}); it is in the log.")
+def _raised(e: Exception) -> Failed:
+    return Failed(f"The forward of this job under its arm failed ({type(e).__name__}); it is in the log.")

@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load
+from torch import Tensor
+
+from registry import manifest
+from registry.errors import Tampered
 from registry.manifest import canonical
 
 FILE = "evidence.json"
@@ -14,11 +19,31 @@ FORMERLY = "report.json"
 """the same file in artifacts sealed before it got its name"""
 
 
+def content(folder: Path, name: str, digest: str | None = None) -> bytes:
+    """Bytes of a file that lies beside a patch: of a sealed folder those that were hashed, of a draft as they are.
+
+    folder: the sealed folder, or one within it. digest: the artifact it must be. Raises Tampered.
+    """
+    for root in (folder, folder.parent):
+        if (root / manifest.NAME).is_file():
+            about = manifest.parse(root)
+            if digest is not None and about.digest != digest:
+                raise Tampered(f"{root} holds another artifact than sha256:{digest[:16]}. Pull it again.")
+            return manifest.take(root, about, (folder / name).relative_to(root).as_posix())
+    return (folder / name).read_bytes()
+
+
+def tensors(folder: Path, name: str, digest: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file beside a patch, from the bytes of `content`."""
+    found: dict[str, Tensor] = load(content(folder, name, digest))
+    return found
+
+
 def read_evidence(folder: Path) -> dict[str, Any]:
     """How the artifact in a verified folder was fitted; {} if it says nothing of it."""
     for name in (FILE, FORMERLY):
         if (folder / name).is_file():
-            found: dict[str, Any] = json.loads((folder / name).read_text())
+            found: dict[str, Any] = json.loads(content(folder, name))
             return found
     return {}
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from patches.evidence import content, tensors
 from registry.errors import NotFound
 
 TENSORS, WORDS = "cards.safetensors", "cards.json"
@@ -70,7 +71,7 @@ def load_cards(folder: Path) -> Cards:
     """Raises NotFound if the artifact carries none."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
-    return Cards(**load_file(folder / TENSORS), words=json.loads((folder / WORDS).read_text()))
+    return Cards(**tensors(folder, TENSORS), words=json.loads(content(folder, WORDS)))
 
 
 def best(largest: Tensor, where: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

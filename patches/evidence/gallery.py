@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from patches.evidence import content, tensors
 from patches.families.clip.direct import Lens, Share
 from registry.errors import Invalid, NotFound
 
@@ -172,10 +173,8 @@ def load_gallery(folder: Path) -> Gallery:
     """Raises NotFound if there is none."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no gallery; fit it again with gallery_images, or upload one.")
-    about = json.loads((folder / ABOUT).read_text())
-    return Gallery(
-        tuple(about["layers"]), **load_file(folder / TENSORS), names=tuple(about["names"]), kept=about["kept"]
-    )
+    about = json.loads(content(folder, ABOUT))
+    return Gallery(tuple(about["layers"]), **tensors(folder, TENSORS), names=tuple(about["names"]), kept=about["kept"])
 
 
 def joined(one: Gallery, two: Gallery) -> Gallery:

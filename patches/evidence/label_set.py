@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
+from patches.evidence import content
 from registry.errors import BadArtifact, NotFound
 
 FILE = "label_set.safetensors"
@@ -57,12 +57,13 @@ def save_label_set(one: LabelSet, folder: Path) -> None:
     save_file({"weights": one.weights.cpu().contiguous()}, folder / FILE, {"labels": json.dumps(list(one.labels))})
 
 
-def load_label_set(folder: Path) -> LabelSet:
+def load_label_set(folder: Path, digest: str | None = None) -> LabelSet:
     """Raises NotFound if the artifact carries none, BadArtifact if labels and weights do not belong together."""
     if not (folder / FILE).is_file():
         raise NotFound("This artifact carries no label set: name the labels.")
-    with safe_open(folder / FILE, "pt") as f:
-        labels, weights = json.loads((f.metadata() or {}).get("labels", "[]")), f.get_tensor("weights")
+    raw = content(folder, FILE, digest)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    labels, weights = json.loads(header.get("__metadata__", {}).get("labels", "[]")), load(raw)["weights"]
     if weights.ndim != 2 or weights.shape[1] != len(labels) or len(set(labels)) < 2:
         raise BadArtifact(f"{folder / FILE} has {len(labels)} labels for weights of shape {tuple(weights.shape)}.")
     return LabelSet(tuple(labels), weights)

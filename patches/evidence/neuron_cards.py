@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from patches.evidence import content, tensors
 from patches.families.base import Base
 from patches.families.clip.second_order import Directions, NeuronLens, Norms, by_token, lens, look, reading, scalars
 from registry.errors import BadArtifact, Invalid, NotFound
@@ -132,18 +133,18 @@ def load_neurons(folder: Path) -> NeuronCards:
     """Raises NotFound if the artifact carries none, BadArtifact if they are not whole."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no neuron cards; fit it again with a recipe that makes them.")
-    tensors, about = load_file(folder / TENSORS), json.loads((folder / ABOUT).read_text())
+    found, about = tensors(folder, TENSORS), json.loads(content(folder, ABOUT))
 
     def made(cls: type[Any], prefix: str, **more: Any) -> Any:
         names = [f.name for f in fields(cls) if f.name not in more]
-        return cls(**{n: tensors[prefix + n] for n in names}, **more)
+        return cls(**{n: found[prefix + n] for n in names}, **more)
 
     try:
         layers = {
             int(number): made(Layer, f"{number}.", known=made(Directions, f"{number}.known.", seen=seen))
             for number, seen in about["seen"].items()
         }
-        return NeuronCards(layers, tuple(about["texts"]), tensors["pool"], tensors["thumbs"], about["ln"])
+        return NeuronCards(layers, tuple(about["texts"]), found["pool"], found["thumbs"], about["ln"])
     except KeyError as e:
         raise BadArtifact(f"The neuron cards in {folder.name} lack {e}.") from None
 

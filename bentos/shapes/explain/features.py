@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
-from safetensors.torch import load_file
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
@@ -28,7 +27,7 @@ from bentos.tokens import ANY
 from patches import artifact
 from patches.engine.patch import apply
 from patches.engine.read import record
-from patches.evidence import read_evidence
+from patches.evidence import read_evidence, tensors
 from patches.evidence.feature_cards import Cards, load_cards
 from patches.families import clip
 from patches.families.clip import maps as heatmap
@@ -199,7 +198,7 @@ class Service:
         if not (folder / "examples.safetensors").is_file():
             raise NotFound("This artifact carries no examples.")
         said = read_evidence(folder)["examples"]
-        images = load_file(folder / "examples.safetensors")["image"]
+        images = tensors(folder, "examples.safetensors")["image"]
         return [
             {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}
             for i, image in enumerate(images[:MAX_EXAMPLES])

@@ -113,7 +113,7 @@ def test_an_arm_that_breaks_leaves_the_decoders_other_rows_as_if_alone(tiny_llm,
             decoder.step()
     assert [r.out for r in good] == want
     assert all(r.finished == "failed" and isinstance(r.error, Failed) and not r.out for r in rows if r.arm)
-    assert all("sha256:bad" in str(r.error) for r in rows if r.arm)
+    assert not any("bad" in str(r.error) for r in rows if r.arm)  # not every caller may know the arm
 
 
 def test_a_row_that_breaks_on_its_way_fails_then_and_alone(tiny_llm):
