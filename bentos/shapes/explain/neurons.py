@@ -153,6 +153,7 @@ class Service:
         return answer({**card, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def attributes(self, request: Request, ask: Attributes) -> Response:
+        self.desk.check_compare(request, ask.patched)  # both sides are told
         table, choice = self.desk.choice(request, ask.model or "champion")
         reader, _ = await self._reader(choice.digest)
         refused, good, x = await asyncio.to_thread(self._read_all, ask.images)
@@ -177,6 +178,7 @@ class Service:
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def segment(self, request: Request, ask: Segment) -> Response:
+        self.desk.check_compare(request, ask.patched)  # both sides are told
         table, choice = self.desk.choice(request, ask.model or "champion")
         reader, _ = await self._reader(choice.digest)
         x = await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, ask.image).data))

@@ -176,3 +176,22 @@ def test_bad_requests_are_told_why(neurons, path, change, says):
             assert says in got.json()["error"]["message"], got.text
 
     asyncio.run(work())
+
+
+def test_both_sides_are_told_to_the_scope_compare_alone(neurons, tokens):
+    known = tokens(one={"name": "one", "scopes": ["explain"]}, both={"name": "both", "scopes": ["explain", "compare"]})
+
+    async def work():
+        async with neurons(tokens=known) as s:
+            for token, status in (("one", 403), ("both", 200)):
+                head = {"authorization": f"Bearer {token}"}
+                for path, ask in (
+                    ("attributes", asked(1, patched=True)),
+                    ("segment", {"image": {"data": coded(picture(0))}, "text": "cat", "patched": True}),
+                ):
+                    got = await s.http.post(f"/v1/explain/{path}", json=ask, headers=head)
+                    assert got.status_code == status, got.text
+                got = await s.http.post("/v1/explain/attributes", json=asked(1, patched=False), headers=head)
+                assert got.status_code == 200
+
+    asyncio.run(work())
