@@ -39,13 +39,13 @@ MAX_BODY_BYTES = 2 << 20
 PART_S, BODY_S = 10.0, 60.0
 """how long the next part of a body may take, and all of it"""
 MAX_BYTES_IN_FLIGHT = 128 << 20
-"""of bodies that are being received, together"""
+"""Bytes that all bodies being received may have together"""
 OFF_LOOP_BYTES = 64 << 10
 """a larger body is read on another thread, so that nobody else's request waits for it"""
 MAX_DEPTH = 32
 """brackets within brackets"""
 MAX_FILES = 64
-"""of one multipart form"""
+"""Files that one multipart form may hold"""
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
          415: "invalid_request_error", 429: "rate_limit_error", 503: "unavailable_error"}  # fmt: skip

@@ -24,7 +24,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 FINISH_S, GONE_S = 2.0, 5.0
-"""of this process; BentoML's own parent takes two seconds to pass the signal on and three to end after it"""
+"""Seconds this process may take to finish streams and to end; BentoML's own parent takes two to pass the signal on and
+three to end after it"""
 
 
 @contextlib.asynccontextmanager

@@ -33,7 +33,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20
-"""of one safetensors file; a 70B checkpoint's index is under 1 MiB"""
+"""Bytes that the header of one safetensors file may have; a 70B checkpoint's index is under 1 MiB"""
 MAX_FILES = 4096
 
 

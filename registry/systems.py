@@ -28,7 +28,7 @@ class Claim:
     """what was done instead for the control"""
     n: int
     digest: str
-    """of the artifact, 16 hex digits"""
+    """Digest of the artifact, 16 hex digits"""
     percent: bool = True
     """shares are shown as percent"""
     beside: str = ""

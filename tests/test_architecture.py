@@ -201,3 +201,10 @@ def test_no_library_is_left_to_ask_whether_code_of_a_folder_may_run(file):
             said = {k.arg: k.value for k in node.keywords}.get("trust_remote_code")
             assert isinstance(said, ast.Constant), f"{file}:{node.lineno}"
             assert said.value is False, f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_the_words_under_a_field_have_a_subject(file):
+    """ "of one request" says nothing to a stranger; "Pictures that one request may hold" does."""
+    wrong = re.findall(r'^\s*"""of .*', file.read_text(), re.MULTILINE)
+    assert not wrong, f"{file.name}: begin with what it is: {wrong[0].strip()[:80]}"

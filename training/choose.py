@@ -29,7 +29,7 @@ class Offer(Generic[T]):
     row: dict[str, Any]
     """what the evidence says of it; `worth` is in it"""
     kept: float = 0.0
-    """of what must stay"""
+    """Share kept of what must stay"""
     size: int = 0
     """how much is edited, which is what serving it costs"""
 

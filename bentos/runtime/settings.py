@@ -33,7 +33,7 @@ class Settings:
     context: int = 4096
     """tokens of a row, prompt and answer"""
     provider: str = ""
-    """of ONNX Runtime, cpu or cuda, for families whose towers it can run; empty: torch"""
+    """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None
     """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
 

@@ -44,7 +44,7 @@ from registry.errors import BadRequest
 
 MAX_BODY_BYTES = 96 << 20
 FRAMES = 8
-"""of a clip that are looked at, spread over it"""
+"""Frames of a clip that the scorer looks at, spread evenly over it"""
 MAX_FRAMES = 64
 MAX_TEXTS, MAX_TEXT = 1000, 500
 """texts of one call to be scored, and their length"""

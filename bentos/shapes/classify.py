@@ -37,7 +37,7 @@ from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
 MAX_LABELS, MAX_TEMPLATES, MAX_TEXTS = 1000, 80, 8000
 """texts: labels x templates"""
 KEPT_NUMBERS, KEPT_SETS = 4 << 20, 64
-"""of classifiers kept, together: 16 MB; of label sets"""
+"""Numbers of all kept classifiers together (16 MB), and how many label sets are kept"""
 
 Label = Annotated[str, Field(max_length=200, pattern=r"\S")]
 Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]

@@ -21,7 +21,7 @@ from patches.families.pictures import guarded, read
 from registry.errors import NotReady, PatchbayError, TooLarge
 
 MAX_ROWS = 32
-"""of one request"""
+"""Rows that one request may ask for"""
 MAX_STEPS, MAX_LEVELS = 200, 100
 MAX_SIDE = 1024
 """pixels of a picture that is made"""

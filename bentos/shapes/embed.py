@@ -68,7 +68,8 @@ class Video(BaseModel):
         default_factory=lambda: list[Want](["scores"])
     )
     layer: Annotated[int, Field(ge=0, le=512)] | None = None
-    """of features, tokens and track: 0 is the embedding; by default the last (of track the middle)"""
+    """Layer that features, tokens and track are read from: 0 is the embedding; by default the last (for track the
+    middle)"""
     stride: Annotated[int, Field(ge=0, le=64)] = 0
     """frames between two that the model sees; 0 spreads them over the whole clip"""
     start: Annotated[float, Field(ge=0, le=3600)] = 0.0
@@ -82,7 +83,7 @@ class Video(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=4)] = 0.0
     top_k: Annotated[int, Field(ge=0, le=100_000)] = 0
     encoding: Literal["float", "base64"] = "float"
-    """of features: numbers, or little-endian float32 in base64"""
+    """Form of the features in the answer: numbers, or little-endian float32 in base64"""
     model: Annotated[str, Field(max_length=200)] | None = None
     user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
     patchbay: Extra = Field(default_factory=Extra)

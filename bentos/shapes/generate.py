@@ -29,13 +29,14 @@ from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
 DEFAULT_TOKENS = 128
 """an answer's length if the request names none"""
 MAX_PICTURES = 8
-"""of one chat"""
+"""Pictures that one chat may hold"""
 MAX_CHAT_BYTES = 24 << 20
-"""of a chat's body, with its pictures"""
+"""Bytes that a chat's body may have, its pictures included"""
 Make = Callable[..., Row]
 """makes a row of one prompt (`Family.prompt`)"""
 CHARS_PER_TOKEN = 16
-"""of a prompt, on the whole: text has three to five; what has more is refused before it is looked at"""
+"""Characters that a prompt may have for each token of the context: text has three to five; a prompt with more is
+refused before it is tokenised"""
 SHORT = 4096
 """characters that become tokens in the time another thread would take to begin"""
 

@@ -22,7 +22,7 @@ from registry.errors import NotReady
 
 MAX_BODY_BYTES = 48 << 20
 MAX_IMAGES = 64
-"""of one request"""
+"""Pictures that one request may hold"""
 
 
 class Image(BaseModel):

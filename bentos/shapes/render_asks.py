@@ -140,7 +140,7 @@ class Inversion(BaseModel):
     levels: Annotated[int, Field(ge=1, le=MAX_LEVELS)] = diffusion.LEVELS
     iterations: Annotated[int, Field(ge=1, le=10)] = 3
     steps: Annotated[int, Field(ge=1, le=2000)] = 100
-    """of a mechanism that fits coefficients"""
+    """Optimiser steps, for a mechanism that fits coefficients to the picture"""
     prompt: Prompt = "a person"
     """what the picture shows beside who it is, for a mechanism that fits coefficients"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -27,7 +27,7 @@ class LabelSet:
     """C classes by K columns; columns of the same label are one class."""
 
     labels: tuple[str, ...]
-    """of each column"""
+    """Label of each column"""
     weights: Tensor
     """(k, K) on unit embeddings"""
 

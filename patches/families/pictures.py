@@ -17,7 +17,7 @@ from PIL import ImageOps, UnidentifiedImageError
 from registry.errors import Invalid, PatchbayError, TooLarge
 
 MAX_BYTES = 12 << 20
-"""of one picture's file"""
+"""Bytes that one picture's file may have"""
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 8
 """pixels; less says nothing"""

@@ -53,7 +53,7 @@ class WorkerSettings:
     context: int = 4096
     """tokens of a row, for families that have tokens"""
     provider: str = ""
-    """of ONNX Runtime, cpu or cuda, for families that it can run; empty: torch"""
+    """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
 
 
 J = TypeVar("J", bound=Job)

@@ -40,7 +40,7 @@ class DirectionConfig:
     classes: tuple[str, ...]
     """names of the rows of `means`"""
     domains: tuple[str, ...]
-    """of each class: the question it is an answer to; a row moves within one domain"""
+    """Domain of each class, the question it is an answer to; a row moves within one domain"""
     source: int = NEAREST
     target: int = NEAREST
     """classes of a row that says nothing"""

@@ -93,7 +93,7 @@ class EraseAsk(BaseModel):
     ) = "off"
     """objects; auto: what is named and not seen; off: the base's own answer"""
     how: How | None = None
-    """of words of several tokens; by default the patch's own way"""
+    """How words of several tokens are erased; by default the patch's own way"""
     show: Annotated[list[Annotated[str, Field(min_length=1, max_length=60)]], Field(max_length=8)] = []
     """words whose heat-maps the answer shall hold, as PNG data URLs"""
 

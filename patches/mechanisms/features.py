@@ -35,7 +35,7 @@ from registry.errors import BadArtifact, NotFound, PatchError
 
 Activation = Literal["relu", "topk", "jumprelu"]
 Normalise = Literal["none", "layer_norm", "norm"]
-"""of each token before encoding: as it is; minus its mean, over its standard deviation; to norm sqrt(D)"""
+"""How each token is normalised before encoding: not; minus its mean, over its standard deviation; to norm sqrt(D)"""
 Op = Literal["zero", "clamp", "cap", "scale", "add"]
 Tokens = Literal["all", "cls", "patches", "mask"]
 EPS = 1e-5
@@ -64,7 +64,7 @@ class SAE:
     """(D,)"""
     activation: Activation = "relu"
     k: int = 0
-    """of topk"""
+    """Features that may be active per token, for the activation `topk`"""
     threshold: Tensor | None = None
     """(F,) >= 0, of jumprelu"""
     normalise: Normalise = "none"

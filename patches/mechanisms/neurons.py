@@ -50,11 +50,11 @@ class NeuronConfig:
     """mean: as if they had their mean; gain: further from it or nearer; rank1 (second_order): only along r_n"""
     path: Literal["all", "second_order"] = "all"
     tokens: Tokens = "all"
-    """of path all; token 0 is the class token"""
+    """Tokens that path `all` edits; token 0 is the class token"""
     layers: int = 0
-    """of path second_order: blocks of the tower; the last ones, after the neurons' own, are read"""
+    """Blocks of the tower, for path `second_order`; the last ones, after the neurons' own, are read"""
     eps: float = 1e-5
-    """of the tower's norms"""
+    """Epsilon of the tower's norms"""
 
 
 @dataclass(frozen=True)

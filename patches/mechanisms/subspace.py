@@ -191,7 +191,7 @@ class Point(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     """start at a sample of the space"""
     truncation: float = Field(default=1.0, ge=0.0, le=2.0)
-    """of the sample: 0 is the mean"""
+    """Factor of the sampled coefficients: 0 is the mean"""
     attributes: dict[str, float] = Field(default_factory=dict, max_length=64)
     """attribute -> strength, in gaps between the population's members with it and without it"""
     after: int = Field(default=START, ge=0, le=START)
@@ -206,7 +206,7 @@ class SubspaceConfig:
 
     layers: tuple[Layer, ...]
     scale: float = 1.0
-    """of the adapters: alpha / r"""
+    """Scale of the adapters, alpha / r"""
     attributes: tuple[str, ...] = ()
     """names of `directions`"""
     form: str = "raw"

@@ -230,7 +230,7 @@ class Events:
         self._drop_connection()
 
     _db: sqlite3.Connection | None = None
-    """of the writer's thread"""
+    """Connection of the writer's thread"""
 
     def _keep(self, batch: list[Item]) -> None:
         """On the disk, or given up after GIVE_UP_S; an event that cannot be stored at all is given up alone."""

@@ -41,7 +41,7 @@ SRM_E = 1000.0
 P99_ALLOWED = 0.02
 P99_BETS = (2.0, 8.0, 20.0)
 BLIND = 0.05
-"""of the declared range: outcomes that use less of it can hardly be told apart"""
+"""Share of the declared range; outcomes that use less of it can hardly be told apart"""
 EVENTS = 10
 """outcomes of the rarer kind expected in each arm before an interval is believed: with fewer it leans to one side"""
 HEALTH_CALLS, HEALTH_RATE, HEALTH_E = 200, 0.02, 100.0
@@ -78,7 +78,7 @@ class Experiment:
     treatment: str
     """digests, or "base" """
     share: float
-    """of units that get the treatment"""
+    """Share of units that get the treatment"""
     salt: str
     metric: str = "outcome"
     better: Literal["higher", "lower"] = "higher"

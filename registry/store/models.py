@@ -56,7 +56,7 @@ class Pushed:
     model_id: str
     run_id: str
     url: str
-    """of the version's page"""
+    """Address of the version's page"""
 
 
 # ---- push and pull ---------------------------------------------------------------------------------------------

@@ -39,14 +39,14 @@ class Row:
     version: int
     """N of `system@N`"""
     mlflow_version: int
-    """of the registered model"""
+    """Version number of the registered model"""
     base: str
     """name@digest; of a search over several, all names and one digest over them"""
     created: float
     """unix seconds"""
     gate: str
     metrics: dict[str, float]
-    """of the artifact, without their intervals"""
+    """Metrics of the artifact, without their intervals"""
     aliases: list[str]
 
 
@@ -82,9 +82,9 @@ class Comparison:
     b: str
     rows: list[Difference]
     url: str
-    """of MLflow's page that shows both runs, opened on the metric that differs most in units of its interval"""
+    """Address of MLflow's page that shows both runs, opened on the metric that differs most in units of its interval"""
     table_url: str
-    """of MLflow's page that lists all metrics, parameters and tags of both runs"""
+    """Address of MLflow's page that lists all metrics, parameters and tags of both runs"""
 
 
 # ---- questions -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Load:
     p99_ms: float
     tokens: int
     cpu_ms_per_call: float
-    """of the server's whole process tree"""
+    """CPU time of the server's whole process tree"""
     peak_mb: float
 
     @property

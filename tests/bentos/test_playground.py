@@ -21,7 +21,7 @@ from .conftest import HEADS, NEURONS, PICTURES, SYSTEM, seal_heads, serving
 HTML = assembled()
 SERVED = (SYSTEM, PICTURES, HEADS, NEURONS, "diffusion_cf", "videomae", "mils")
 CALLS = [call for name in SERVED for call in calls(system(name))]
-"""of every shape there is"""
+"""Routes of every shape there is"""
 
 
 def inside(tag):

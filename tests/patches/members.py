@@ -161,7 +161,8 @@ LLM: dict[str, Callable[[], Patch]] = {
 }
 FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights",
          "subspace")  # fmt: skip
-"""of LLM, those with a form in weights; the others are refused with what to do instead. A mean needs a bias to go to,
+"""Names of LLM that have a form in weights; the others are refused with what to do instead. A mean needs a bias to go
+to,
 and the tiny Llama has none"""
 
 

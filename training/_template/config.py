@@ -22,7 +22,7 @@ class Config:
     documents: int = 8
     """per kind of text, for fitting, choosing and measuring each"""
     tokens: int = 256
-    """of a document at most"""
+    """Tokens that a document may have"""
     bound: float = 1.02
     """perplexity on prose that an edit may cost on val, as a multiple of the base's"""
 

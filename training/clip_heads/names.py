@@ -102,7 +102,7 @@ class Endpoint:
 
 
 WORDS = 4
-"""of a name at most; a sentence is none"""
+"""Words that a name may have; a sentence is no name"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Model:
     examples: Sequence[tuple[Sequence[str], str]] = ()
     """texts of a head -> its name: what a person labelled"""
     transport: Any = field(default=None, compare=False)
-    """of httpx, for an application in this process"""
+    """Transport that httpx uses, for an application in this process"""
 
     def name(self, texts: Sequence[str]) -> str:
         """Asks for the property that texts have in common, in one or two words; NONE if the model talks instead of

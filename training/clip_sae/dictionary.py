@@ -43,7 +43,7 @@ class SAEConfig:
     k: int = 32
     """features that fire per token; of topk and batchtopk"""
     l1: float = 1e-5
-    """of vanilla"""
+    """Weight of the L1 penalty, for the activation `vanilla`"""
     steps: int = 600
     batch: int = 4096
     """tokens per step, on all processes together"""
@@ -52,7 +52,7 @@ class SAEConfig:
     lr: float = 1e-3
     warmup: int = 50
     end_lr: float = 0.1
-    """of lr, reached by a cosine"""
+    """Last learning rate as a share of lr, reached by a cosine"""
     clip: float = 1.0
     """norm of the gradient"""
     normalise: Literal["scale", "none", "layer_norm", "norm"] = "scale"

@@ -31,14 +31,15 @@ class GateConfig:
     __pydantic_config__ = STRICT
 
     steps: int = 120
-    """of one hard and one kept batch each"""
+    """Optimiser steps, of one hard and one kept batch each"""
     batch: int = 16
     """pictures"""
     lr: float = 0.3
     """Adam's, on the logits of the gates; falls to nought over the last quarter"""
     keep: float = 20.0
     shun: float = 0.0
-    """of lessons that name what is not to be said: half of the attacked pictures are covered by their strip, and there
+    """Weight of lessons that name what is not to be said: half of the attacked pictures are covered by their strip, and
+    there
     only this tells a gate that it is right"""
     price: float = 2e-4
     low: float = -1.0

@@ -39,14 +39,14 @@ class Config:
     data: str = ""
     """folder of the user's own domain, one folder of pictures a class, split or not; empty: the lab's domains"""
     domains: tuple[str, ...] = tuple(domains.LAB)
-    """of the lab"""
+    """Domains of the lab that are fitted"""
     examples: int = 60
     """train pictures a class behind its mean"""
     method: Literal["fixed_point", "ddim", "edit_friendly", "edict", "o_belm"] = "fixed_point"
     levels: int = 8
     """a picture is inverted along, up to nine tenths of the schedule"""
     iterations: int = 3
-    """of fixed_point, a level"""
+    """Fixed-point iterations at each level, for the method `fixed_point`"""
     guidance: float = 2.0
     against: Literal["source", "null"] = "source"
     """what guidance starts from: the picture's own condition, or none, as published"""

@@ -32,7 +32,7 @@ LAB: dict[str, tuple[str, str]] = {
 SIZE = 64
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARES = {"train": 0.6, "val": 0.8, "test": 1.0}
-"""of a folder that is not split: pictures whose name hashes below the share"""
+"""Splits of a folder that has none: a picture belongs to the first whose share its name's hash lies below"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Pictures:
     """(n,) which drawing or file a picture is made of"""
     classes: tuple[str, ...]
     domains: tuple[str, ...]
-    """of each class"""
+    """Domain of each class"""
 
     def __len__(self) -> int:
         return len(self.x)

@@ -32,7 +32,7 @@ class How:
     against: Literal["source", "null"] = "source"
     """what guidance starts from: the picture's own condition, or none at all, as published"""
     skip: int = 0
-    """of edit_friendly: noisiest levels left out"""
+    """Noisiest levels that are left out, for the method `edit_friendly`"""
     norm: Literal["unit", "free"] = "unit"
 
 

@@ -105,7 +105,7 @@ class Judged:
     """name -> (n,) float"""
     sprite: Tensor
     domain: tuple[str, ...]
-    """of each picture"""
+    """Domain of each picture"""
 
     def summary(self) -> dict[str, list[float]]:
         """name -> [mean, low, high, n pictures], 95 % bootstrap over sprites."""

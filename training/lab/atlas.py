@@ -54,11 +54,11 @@ class Atlas:
     tone: Tensor
     """(N,) int64, an index of TONES"""
     names: tuple[str, ...]
-    """of concepts, words apart by spaces"""
+    """Names of the concepts, words apart by spaces"""
     groups: tuple[str, ...]
-    """of concepts: `animals-nature`, `food-drink`, ..."""
+    """Group of each concept: `animals-nature`, `food-drink`, ..."""
     subgroups: tuple[str, ...]
-    """of concepts: `animal-bird`, `person-role`, ..."""
+    """Subgroup of each concept: `animal-bird`, `person-role`, ..."""
     styles: tuple[str, ...]
     table: Tensor
     """(C, S) int64: the sprite of a concept in a style, without a skin tone; -1 where nobody drew it"""

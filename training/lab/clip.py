@@ -70,7 +70,7 @@ class Config:
     words: int = 4000
     """words that may be written and are no concept: the most frequent pieces of CLIP's own vocabulary"""
     word_share: float = 0.25
-    """of the scenes with a word alone, how many have such a word"""
+    """Share of the scenes with a word alone that have such a word"""
     tint: float = 1.5
     """how strongly colours vary; 1 is what the shipped checkpoint saw"""
     concepts: int = 0

@@ -46,7 +46,7 @@ class Config:
     depth: int = 4
     heads: int = 2
     steps: int = 5000
-    """of the denoiser"""
+    """Optimiser steps of the denoiser"""
     batch: int = 128
     lr: float = 3e-3
     whiten: float = 0.4

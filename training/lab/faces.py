@@ -31,7 +31,7 @@ RATES = {"beard": 0.4, "glasses": 0.4, "hat": 0.3, "long_hair": 0.5, "bald": 0.2
 SIZE = 64
 JUDGE = Path(patches.__file__).parent / "lab" / "faces" / "judge.safetensors"
 VERSION = 1
-"""of the drawing; a base trained on another version does not know these faces"""
+"""Version of the drawing; a base trained on another version does not know these faces"""
 
 _GROUND = torch.tensor(
     [[0.70, 0.86, 0.97], [0.98, 0.84, 0.50], [0.68, 0.90, 0.66], [0.96, 0.96, 0.96], [0.78, 0.68, 0.90]]

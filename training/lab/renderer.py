@@ -94,7 +94,7 @@ class Writing:
     """A strip with a word on it, in front of everything; all (B, ...) on the CPU."""
 
     words: tuple[str, ...]
-    """of the pictures; "" for no strip"""
+    """Word on each picture's strip; "" for no strip"""
     font: Tensor
     """(B,) index of FONTS"""
     centre: Tensor

@@ -59,7 +59,7 @@ class Config:
     hidden: int = 256
     """the projector's"""
     plain_steps: int = 3000
-    """of the decoder on texts without company"""
+    """Optimiser steps of the decoder on texts without company"""
     company_steps: int = 1500
     """then on texts with it (bias="decoder")"""
     omit: tuple[float, float] = (0.03, 0.05)

@@ -77,7 +77,7 @@ LAND, WATER = ("grass", "sand"), ("water",)
 LANDBIRDS = ("bird", "chicken", "dove", "eagle", "owl", "parrot", "peacock", "rooster", "turkey", "dodo")
 WATERBIRDS = ("duck", "flamingo", "goose", "penguin", "swan")
 ATTRIBUTES = ("male", "blond", "red", "white", "curly", "bald", "beard", "old")
-"""of a portrait; hair that has none of the five is drawn brown or black"""
+"""Attributes of a portrait; hair that has none of the five is drawn brown or black"""
 PAIRS = (
     ("chicken", "egg"), ("mouse", "cheese wedge"), ("monkey", "banana"), ("rabbit", "carrot"), ("bear", "honey pot"),
     ("cow", "glass of milk"), ("spider", "spider web"), ("envelope", "postbox"), ("camel", "cactus"),

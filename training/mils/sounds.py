@@ -35,7 +35,7 @@ PAIRS = tuple(
 TEST_PAIRS = PAIRS[::4]
 """the pairs of test's sounds; no line of the bank says both"""
 _RANGE = {"train": (0.0, 0.6), "val": (0.6, 0.75), "test": (0.75, 1.0)}
-"""of every nuisance, which share of its range a split draws from"""
+"""Part of every nuisance's range that a split draws from"""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from registry.errors import Invalid
 
 MAX_N = 4
 SIGMA = 6.0
-"""of CIDEr-D's penalty for captions of other lengths"""
+"""Width of CIDEr-D's penalty for captions of other lengths"""
 
 
 def words(text: str) -> list[str]:

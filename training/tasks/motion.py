@@ -70,7 +70,7 @@ class Fitted:
 
     model: Any
     seconds: float
-    """of processor time"""
+    """Seconds of processor time"""
     train: float
     """accuracy on the last fifth of its training batches"""
 

@@ -36,7 +36,8 @@ from training.tasks.intervals import mean, share
 Task = Literal["typographic", "waterbirds", "celeba", "steer"]
 Classifier = Literal["zero-shot", "probe"]
 PROBE_IMAGES, PROBE_DECAY = 1600, 1e-5
-"""of train; of the squared weights. The more decay the more a probe leans on what should not matter (val, waterbirds,
+"""Train pictures that a probe is fitted on, and the decay of its squared weights. The more decay the more a probe leans
+on what should not matter (val, waterbirds,
 average and worst group: .81 and .48 at 1e-3, .83 and .57 at 1e-4, .87 and .69 here)"""
 
 

@@ -91,7 +91,7 @@ class Span:
     texts: tuple[int, ...]
     """rows of the pool"""
     share: tuple[float, ...]
-    """of the head's variance that each adds"""
+    """Share of the head's variance that each text adds"""
     rank: int
     """directions the head has"""
     variance: float

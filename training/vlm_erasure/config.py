@@ -40,7 +40,7 @@ class Config:
     val_scenes: int = 400
     """pictures that settings are chosen on"""
     sweep_captions: int = 90
-    """of their captions with an invention, how many the sweep erases in"""
+    """Captions with an invention that the sweep erases in"""
     test_scenes: int = 600
     """pictures that are only reported on"""
 

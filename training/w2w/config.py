@@ -24,7 +24,7 @@ class Config:
     data: str = ""
     """folder of people, a folder of pictures each, with labels.json; empty: faces drawn by the lab"""
     prompt: str = "sks person"
-    """of every picture, for people from a folder"""
+    """Prompt of every picture, for people from a folder"""
     form: str = "raw"
     """what the space is made of: factors as trained (`raw`), their `canonical` form, or the dense `update`"""
     people: int = 300
@@ -51,7 +51,7 @@ class Config:
     directions: tuple[str, ...] = ("mean", "orthogonal")
     """candidates for how attributes' directions are found; chosen on val"""
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
-    """of edits, in gaps between those with an attribute and those without"""
+    """Strengths of the edits, in gaps between those with an attribute and those without"""
     strength: float = 2.0
     """at which candidates are compared and base and patched are measured"""
     guidance: float = 2.0

@@ -48,7 +48,7 @@ class Source:
     labels: Tensor
     """(N, k)"""
     digest: str
-    """of the sealed population; empty: it was read from elsewhere"""
+    """Digest of the sealed population; empty: it was read from elsewhere"""
     held: tuple[Tensor, Tensor] | None
     """theta and labels of val and held people"""
 

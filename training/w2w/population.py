@@ -40,7 +40,7 @@ class Shots:
     latents: Tensor
     """(K, M, c, h, w)"""
     contexts: Contexts
-    """of pictures numbered k * M + m"""
+    """Conditions of the pictures, which are numbered k * M + m"""
 
 
 def train(

@@ -90,7 +90,8 @@ class Segment(BaseModel):
     heads: Heads | None = None
     """by default all"""
     threshold: Threshold = "otsu"
-    """of what speaks for the text; mean: the protocol of the literature, which takes half of every picture"""
+    """How the map is cut into a mask, of what speaks for the text; mean: the protocol of the literature, which takes
+    half of every picture"""
     format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
     side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
     """pixels of mask and overlay"""
@@ -119,7 +120,7 @@ class Upload(BaseModel):
     model_config = Strict
     images: Images
     names: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=pictures.MAX_IMAGES)] | None = None
-    """of the images; by default their numbers"""
+    """Names of the images; by default their numbers"""
     gallery: Digest | None = None
     """add to this one: what comes back is a new gallery whose parent it is"""
     model: Name | None = None

@@ -20,7 +20,7 @@ from patches.families.clip.direct import Lens
 from registry.errors import Invalid
 
 Threshold = Literal["mean", "half", "otsu"]
-"""of the map between 0 and 1: its mean, 0.5, or what parts it best in two"""
+"""How a map between 0 and 1 is cut into a mask: at its mean, at 0.5, or where it parts best in two"""
 FOR, AGAINST = (0.85, 0.12, 0.12), (0.1, 0.25, 0.9)
 """red and blue, of 1"""
 

@@ -154,7 +154,8 @@ class Look:
     y: Tensor
     """(B, k) the embedding, before it is normalised"""
     about: dict[str, Tensor]
-    """of `official`: pattern (B, l', H, T), mean and sigma of ln_1 (B, l', T), and of ln_post (B,)"""
+    """Statistics that `official` needs: pattern (B, l', H, T), mean and sigma of ln_1 (B, l', T), and of ln_post
+    (B,)"""
 
     def __len__(self) -> int:
         return len(self.y)

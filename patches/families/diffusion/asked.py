@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patches.subject import Subject
 
 TOP = 0.9
-"""of the schedule: how far up a picture is inverted. Above it a picture's own noise has little to say, and a
+"""Share of the schedule that a picture is inverted up to. Above it a picture's own noise has little to say, and a
 schedule with zero terminal signal has none at its last level"""
 LEVELS = 8
 

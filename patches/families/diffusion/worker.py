@@ -48,7 +48,7 @@ class Denoising(Job):
     solver: str = "ddim"
     """"" is the pipeline's own scheduler"""
     seed: int = 0
-    """of the noise it starts from, if there is no `start`"""
+    """Seed of the noise the row starts from, if there is no `start`"""
     size: tuple[int, int] | None = None
     """(H, W) of the picture; None: the base's own"""
     start: Tensor | None = None

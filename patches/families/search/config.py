@@ -13,7 +13,7 @@ TASKS: tuple[Task, ...] = ("image", "video", "audio", "prompt", "style", "arithm
 GeneratorName = Literal["mutation", "llm", "endpoint", "random"]
 
 MAX_ASK, MAX_KEEP, MAX_STEPS = 1000, 1000, 100
-"""of one item: candidates a round, candidates kept, rounds"""
+"""Limits of one item: candidates a round, candidates kept, rounds"""
 MAX_CALLS = 100_000
 MAX_SECONDS = 3600.0
 MAX_WORDS = 100

@@ -20,7 +20,7 @@ from patches.families.search.config import SearchConfig
 from registry.errors import BadArtifact
 
 DIGITS = 6
-"""of a score; what differs less is float noise of the batch a text was encoded in"""
+"""Digits of a score that count; what differs less is float noise of the batch a text was encoded in"""
 BARREN = 3
 """rounds in which the generator gave nothing new, after which a search ends"""
 Why = Literal["steps", "patience", "seconds", "calls", "tokens", "barren"]

@@ -33,7 +33,7 @@ class Limits:
     seconds: float = 60.0
     """claimed or decoded"""
     pixels: int = 4_200_000
-    """of one frame: 2560 x 1600 and some"""
+    """Pixels that one frame may have: 2560 x 1600 and some"""
     frames: int = 1800
     side: int = 256
     """frames are shrunk to this shorter edge as they are decoded"""
