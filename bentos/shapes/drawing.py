@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image as Pillow
-from starlette.requests import Request
 from torch import Tensor
 
-from bentos.desk import DEADLINE_S
 from bentos.runtime import Runtime
 from patches.engine.patch import Patch
 from patches.families.diffusion import Denoising
 from patches.families.pictures import guarded, read
-from registry.errors import NotReady, PatchbayError, TooLarge
+from registry.errors import PatchbayError, TooLarge
 
 MAX_ROWS = 32
 """Rows that one request may ask for"""
@@ -55,48 +52,6 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 async def told(runtime: Runtime, work: Callable[[], Any]) -> Any:
     """What the base's encoders say, on the thread that owns the base."""
     return await asyncio.to_thread(runtime.call, work)
-
-
-async def made(
-    runtime: Runtime,
-    rows: Sequence[Denoising],
-    request: Request | None = None,
-    news: Callable[[], Any] | None = None,
-) -> None:
-    """Queue rows and wait for all; those that fail hold their error. news: called on the event loop when rows moved on.
-
-    Raises NotReady after the deadline, CancelledError if the caller has gone; then the rows are taken back.
-    """
-    moved, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def ring(row: Denoising) -> None:
-        if row.finished or news is not None:
-            with contextlib.suppress(RuntimeError):  # the loop may be gone; then nobody waits
-                loop.call_soon_threadsafe(moved.set)
-
-    for row in rows:
-        row.on_step = ring
-    runtime.submit(rows)
-    start = loop.time()
-    try:
-        while not all(row.finished for row in rows):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await moved.wait()
-            moved.clear()
-            if news is not None:
-                news()
-            if loop.time() - start > DEADLINE_S:
-                raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.")
-            if request is not None and await request.is_disconnected():
-                raise asyncio.CancelledError
-    finally:
-        for row in rows:
-            if not row.finished:
-                runtime.cancel(row)
-    for row in rows:
-        if row.finished == "failed" and row.error is None:
-            row.error = NotReady("Drawing failed for this row; it is in the log. Try again.")
 
 
 def progress(rows: Sequence[Denoising]) -> float:

@@ -22,11 +22,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from bentos.desk import DEADLINE_S, Desk, Extra, Strict, facts, headers
+from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
 from bentos.runtime.arms import UNIT, Choice
-from bentos.shapes import films
+from bentos.shapes import films, waiting
 from patches.families.pictures import MAX_BYTES
 from patches.families.video import Clip, VideoModel
 from patches.families.video.decode import Decoded, Limits, cropped, read, sample
@@ -216,28 +216,8 @@ def _decoded(clip: ClipIn) -> Decoded:
 async def run(runtime: Runtime, jobs: Sequence[Clip]) -> None:
     """Queue clips and wait for all; one that failed says so in its `error`. Raises NotReady if it takes too long, and
     the error of the first if all failed."""
-    if not jobs:
-        return
-    done, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def ring(_: Any) -> None:
-        if all(j.finished for j in jobs):
-            with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone; then nobody waits
-                loop.call_soon_threadsafe(done.set)
-
-    for job in jobs:
-        job.on_step = ring
-    runtime.submit(jobs)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            await done.wait()
-    except TimeoutError:
-        raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
-    finally:
-        for job in jobs:
-            if not job.finished:
-                runtime.cancel(job)
-    if all(job.finished == "failed" for job in jobs):
+    await waiting.finished(runtime, jobs)
+    if jobs and all(job.finished == "failed" for job in jobs):
         raise jobs[0].error or NotReady("This request failed; it is in the log. Try again.")
 
 

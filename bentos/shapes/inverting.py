@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bentos import jobs
 from bentos.desk import Desk
-from bentos.shapes import drawing
+from bentos.shapes import drawing, waiting
 from patches.engine.patch import Patch
 from patches.families import diffusion
 from patches.families.diffusion import Denoising, Invert, Pipe
@@ -56,7 +56,7 @@ class Inverting(jobs.Service):
         levels = diffusion.levels(self.pipe, ask["levels"])
         program = Invert(ask["method"], levels, ask["iterations"])
         condition, row = await drawing.told(self.runtime, lambda: self.inverting(picture, program, ask["seed"]))
-        await drawing.made(self.runtime, [row], None, lambda: running.tell(drawing.progress([row])))
+        await waiting.finished(self.runtime, [row], None, lambda: running.tell(drawing.progress([row])))
         if row.error is not None:
             raise row.error
         assert row.out is not None

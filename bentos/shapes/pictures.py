@@ -6,16 +6,15 @@ before a pixel is decoded.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from bentos.desk import DEADLINE_S, Strict
+from bentos.desk import Strict
 from bentos.runtime import Runtime
+from bentos.shapes import waiting
 from patches.families.clip.worker import Picture
 from patches.families.pictures import MAX_BYTES, Budget, guarded, read
 from registry.errors import NotReady
@@ -51,26 +50,6 @@ def pixels(runtime: Runtime, data: str, budget: Budget | None = None) -> Tensor:
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
     """Queue pictures and wait for all; one that failed says so in its `error`. Raises NotReady if it takes too long,
     and the error of the first if all failed."""
-    if not pictures:
-        return
-    done, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def ring(_: Any) -> None:
-        if all(p.finished for p in pictures):
-            with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone; then nobody waits
-                loop.call_soon_threadsafe(done.set)
-
-    for p in pictures:
-        p.on_step = ring
-    runtime.submit(pictures)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            await done.wait()
-    except TimeoutError:
-        raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
-    finally:
-        for p in pictures:
-            if not p.finished:
-                runtime.cancel(p)
-    if all(p.out is None for p in pictures):
+    await waiting.finished(runtime, pictures)
+    if pictures and all(p.out is None for p in pictures):
         raise pictures[0].error or NotReady("Embedding failed for this request; it is in the log. Try again.")

@@ -25,7 +25,7 @@ from bentos import jobs
 from bentos.desk import Desk, facts, headers
 from bentos.http import Call, answer, parse, refuse, told
 from bentos.runtime.arms import Choice, Table
-from bentos.shapes import drawing
+from bentos.shapes import drawing, waiting
 from bentos.shapes.drawing import MAX_ROWS
 from bentos.shapes.inverting import Inverting
 from bentos.shapes.pictures import MAX_BODY_BYTES
@@ -130,7 +130,7 @@ class Service(Inverting):
         rows = [e.row for e in entries if e.row is not None]
         try:
             if rows:
-                await drawing.made(self.runtime, rows, request)
+                await waiting.finished(self.runtime, rows, request)
             if (wrong := drawing.first_error(rows)) is not None:
                 raise wrong
         except (PatchbayError, asyncio.CancelledError) as e:
@@ -154,7 +154,7 @@ class Service(Inverting):
         rows = [e.row for e in entries if e.row is not None]
         moved: asyncio.Queue[float | None] = asyncio.Queue()
         work = asyncio.ensure_future(
-            drawing.made(self.runtime, rows, request, lambda: moved.put_nowait(drawing.progress(rows)))
+            waiting.finished(self.runtime, rows, request, lambda: moved.put_nowait(drawing.progress(rows)))
         )
         work.add_done_callback(lambda _: moved.put_nowait(None))
         status, last = 200, -1.0
@@ -184,7 +184,7 @@ class Service(Inverting):
         start = time.perf_counter()
         beside = rows(twin, twin.arm)
         await self.desk.prepare(beside, ask)
-        await drawing.made(self.runtime, beside)
+        await waiting.finished(self.runtime, beside)
         mine = [e.row.picture for e in entries if e.row is not None and e.label != "base"]
         shown = [[drawing.coded(self.runtime, p) for p in many if p is not None] for many in
                  (mine, [r.picture for r in beside])]  # fmt: skip
@@ -343,7 +343,7 @@ class Service(Inverting):
             condition, row = await drawing.told(
                 self.runtime, lambda: self.inverting(picture, Invert(method, levels, ask.iterations), ask.seed)
             )
-            await drawing.made(self.runtime, [row], request)
+            await waiting.finished(self.runtime, [row], request)
             if row.error is not None:
                 raise row.error
             assert row.out is not None
