@@ -8,29 +8,22 @@ An edit that runs on every row traces as it stands; weight edits are in the weig
 from __future__ import annotations
 
 import contextlib
-import io
-import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patches.engine.patch import Patch
-from patches.families.base import Base, check_device
+from patches.families.base import Base
+from patches.families.onnx import check_provider, kept, session, write_graph
 from registry import manifest
-from registry.errors import NotReady, PatchError
-from registry.home import home
+from registry.errors import PatchError
 from registry.manifest import Manifest
 
 PARITY = 1e-4
 """the largest difference of a number of a unit embedding between torch and ONNX Runtime"""
 TOWERS = ("image", "text")
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-MAX_INLINE_BYTES = 3 << 29
-"""a protobuf file ends at 2 GiB; larger weights lie beside their graph"""
 
 
 class _Tower(nn.Module):
@@ -56,7 +49,7 @@ def export_towers(
             stack.enter_context(patch.apply(base.model, root=base.root))
         for name in TOWERS:
             tower = _Tower(base.model, name).eval()
-            _write(tower, _probe(base, name, 2), folder / f"{name}.onnx")
+            write_graph(tower, _probe(base, name, 2), folder / f"{name}.onnx", "x", ["features"])
         _check_parity(folder, base)
     config = {"context": base.model.context_length, "image_size": list(base.processor.size)}
     return manifest.write(folder, kind="model", system=system, base=base.label, config=config, parents=list(parents))
@@ -74,29 +67,10 @@ def prepared(
 
     base: a copy nobody has hooks on. Takes some seconds the first time. Raises as `export_towers` and `Towers`.
     """
-    folder = home() / "exports" / f"onnx-{base.digest[:16]}-{digest[:16] or 'base'}"
-    if folder.exists():
-        manifest.read(folder, base=base.digest)
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
-            export_towers(base, Path(part) / "towers", patch, system=system, parents=[digest] if digest else [])
-            with contextlib.suppress(OSError):  # another process was first, with the same
-                (Path(part) / "towers").rename(folder)
+    name = f"onnx-{base.digest[:16]}-{digest[:16] or 'base'}"
+    parents = [digest] if digest else []
+    folder = kept(name, base, lambda f: export_towers(base, f, patch, system=system, parents=parents))
     return Towers(folder, provider, threads)
-
-
-def check_provider(provider: str) -> None:
-    """Raises NotReady for a provider that ONNX Runtime or this machine does not have."""
-    import onnxruntime as ort
-
-    known = ort.get_available_providers()
-    if PROVIDERS.get(provider) not in known:
-        raise NotReady(
-            f"ONNX Runtime has no provider {provider[:20]!r} here. It has: {', '.join(known)}. Declare cpu or cuda."
-        )
-    if provider == "cuda":
-        check_device("cuda")
 
 
 class Towers:
@@ -104,19 +78,7 @@ class Towers:
 
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
         """provider: cpu or cuda; threads: of one call, 0 for all cores. Raises NotReady if the provider is missing."""
-        import onnxruntime as ort
-
-        check_provider(provider)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.sessions = {
-            name: ort.InferenceSession(folder / f"{name}.onnx", options, providers=[PROVIDERS[provider]])
-            for name in TOWERS
-        }
-        for session in self.sessions.values():  # a provider that fails to start is replaced without a word
-            if session.get_providers()[0] != PROVIDERS[provider]:
-                raise NotReady(f"ONNX Runtime could not start {PROVIDERS[provider]}. Declare cpu.")
+        self.sessions = {name: session(folder / f"{name}.onnx", provider, threads) for name in TOWERS}
 
     def __call__(self, tower: str, x: Tensor) -> Tensor:
         """(B, k) unit features of images (B, 3, H, W) or token ids (B, context)."""
@@ -151,31 +113,4 @@ def _check_parity(folder: Path, base: Base) -> None:
             )
 
 
-def _write(tower: nn.Module, x: Tensor, file: Path) -> None:
-    import onnx
-
-    large = sum(p.nbytes for p in tower.parameters()) > MAX_INLINE_BYTES
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            tower,
-            (x,),
-            file,
-            dynamo=True,
-            input_names=["x"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=large,
-            verbose=False,
-        )
-    # the exporter notes in every node where on this machine its code lies; that is nobody's business
-    model: Any = onnx.load(file, load_external_data=False)
-    for part in (model.graph, *model.functions):
-        for node in part.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
-        part.ClearField("metadata_props")
-        for value in part.value_info:
-            value.ClearField("metadata_props")
-    model.ClearField("metadata_props")
-    onnx.save(model, file)
+__all__ = ["PARITY", "TOWERS", "Towers", "check_provider", "export_towers", "fold", "prepared"]

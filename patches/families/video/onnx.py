@@ -8,9 +8,6 @@ Toto decodes token by token and runs in torch alone.
 from __future__ import annotations
 
 import contextlib
-import io
-import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from patches.engine.patch import Patch
-from patches.families.base import Base, check_device
+from patches.families.base import Base
+from patches.families.onnx import check_provider, kept, session, write_graph
 from patches.families.video.model import MaskedVideo
 from registry import manifest
 from registry.errors import NotReady, PatchError
-from registry.home import home
 from registry.manifest import Manifest
 
 PARITY = 1e-3
 """largest difference of a feature or score between torch and ONNX Runtime, as a part of the largest (or of 1)"""
 FILE = "video.onnx"
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class _Graph(nn.Module):
@@ -45,19 +41,6 @@ class _Graph(nn.Module):
         return (last, out["scores"]) if out["scores"] is not None else (last,)
 
 
-def check_provider(provider: str) -> None:
-    """Raises NotReady for a provider that ONNX Runtime or this machine does not have."""
-    import onnxruntime as ort
-
-    known = ort.get_available_providers()
-    if PROVIDERS.get(provider) not in known:
-        raise NotReady(
-            f"ONNX Runtime has no provider {provider[:20]!r} here. It has: {', '.join(known)}. Declare cpu or cuda."
-        )
-    if provider == "cuda":
-        check_device("cuda")
-
-
 def export(base: Base, folder: Path, patch: Patch | None = None, *, parents: Sequence[str] = ()) -> Manifest:
     """Write, check and seal the graph of a VideoMAE. Raises PatchError for a Toto, or if parity is missed."""
     if not isinstance(base.model, MaskedVideo):
@@ -67,7 +50,8 @@ def export(base: Base, folder: Path, patch: Patch | None = None, *, parents: Seq
     with contextlib.ExitStack() as stack:
         if patch is not None:
             stack.enter_context(patch.apply(base.model, root=base.root))
-        _write(graph, _clips(base.model, 2), folder / FILE)
+        clips = _clips(base.model, 2)
+        write_graph(graph, clips, folder / FILE, "clips", ["features", "scores"][: len(graph(clips))])
         _check(folder, graph, base.model)
     config = {"frames": base.model.frames, "image_size": base.model.size}
     return manifest.write(folder, kind="model", system="", base=base.label, config=config, parents=list(parents))
@@ -77,15 +61,8 @@ def prepared(base: Base, provider: str, patch: Patch | None = None, *, digest: s
     """The engine of a base, or of one patch of that digest on it; written if it is not there. Raises as `export`."""
     if not isinstance(base.model, MaskedVideo):
         raise NotReady(f"{base.name} is a Toto, which runs in torch alone. Leave PATCHBAY_PROVIDER out.")
-    folder = home() / "exports" / f"video-{base.digest[:16]}-{digest[:16] or 'base'}"
-    if folder.exists():
-        manifest.read(folder, base=base.digest)
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
-            export(base, Path(part) / "graph", patch, parents=[digest] if digest else [])
-            with contextlib.suppress(OSError):  # another process was first, with the same
-                (Path(part) / "graph").rename(folder)
+    name = f"video-{base.digest[:16]}-{digest[:16] or 'base'}"
+    folder = kept(name, base, lambda f: export(base, f, patch, parents=[digest] if digest else []))
     return Engine(folder, provider, threads)
 
 
@@ -93,13 +70,7 @@ class Engine:
     """An exported graph in ONNX Runtime."""
 
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
-        import onnxruntime as ort
-
-        check_provider(provider)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(folder / FILE, options, providers=[PROVIDERS[provider]])
+        self.session = session(folder / FILE, provider, threads)
 
     def __call__(self, clips: Tensor) -> tuple[Tensor, Tensor | None]:
         """Bytes (b, T, 3, R, R) -> last features (b, N, d), and class scores (b, C) or None."""
@@ -125,24 +96,4 @@ def _check(folder: Path, graph: _Graph, model: MaskedVideo) -> None:
             )
 
 
-def _write(graph: nn.Module, clips: Tensor, file: Path) -> None:
-    import onnx
-
-    names = ["features", "scores"][: len(graph(clips))]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            graph, (clips,), file, dynamo=True, input_names=["clips"], output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
-        )  # fmt: skip
-    # the exporter notes in every node where on this machine its code lies; that is nobody's business
-    model: Any = onnx.load(file)
-    for part in (model.graph, *model.functions):
-        for node in part.node:
-            node.ClearField("metadata_props")
-            node.ClearField("doc_string")
-        part.ClearField("metadata_props")
-        for value in part.value_info:
-            value.ClearField("metadata_props")
-    model.ClearField("metadata_props")
-    onnx.save(model, file)
+__all__ = ["PARITY", "Engine", "check_provider", "export", "prepared"]
