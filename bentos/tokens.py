@@ -134,12 +134,13 @@ def near(request: Request) -> bool:
     By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
     must not be open to all of them.
     """
-    if not FORWARDED.isdisjoint(request.headers.keys()):
+    if any(name in FORWARDED for name, _ in request.scope["headers"]):
         return False  # it came through a proxy here, for somebody elsewhere
     return _loopback(_server(request))
 
 
-FORWARDED = frozenset({"forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via"})
+FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via"})
+"""Headers of proxies, as ASGI servers give them: bytes in lower case"""
 
 
 def _server(request: Request) -> str:
@@ -158,14 +159,15 @@ def _name(host: str) -> str:
 def check_browser(tokens: Tokens, request: Request) -> str | None:
     """The foreign origin that may see the answer, or None for a call from no page or from our own. Raises Forbidden for
     pages that may not call, and for names that lead here and are not ours (rebinding)."""
-    headers = request.headers
-    host = headers.get("host", "")
+    # the server's own list, once: starlette's headers decode all of it for each that is asked for
+    sent = dict(reversed(request.scope["headers"]))
+    host = sent.get(b"host", b"").decode("latin-1")
     server = _server(request)
     if tokens.known is None and _address(server) and _loopback(server):
         name = _name(host)
         if not (name == "localhost" or name.endswith(".localhost") or (_address(name) and _loopback(name))):
             raise Forbidden(f"Host {host[:60]!r} is no name of this machine. Without tokens, call it as localhost.")
-    origin = headers.get("origin")
+    origin = sent[b"origin"].decode("latin-1") if b"origin" in sent else None
     if origin is None or origin.partition("://")[2] == host:
         return None
     if origin in tokens.origins:

@@ -168,6 +168,8 @@ class Decoder(Worker[Row]):
         """prompt and answer together, in tokens"""
         layers = getattr(config, "layer_types", None) or ()
         self.window = config.sliding_window if "sliding_attention" in layers else None
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        """what Gemma 2 squashes its logits to; read once, for a config takes its time to answer"""
         self.reset()
         model = base.model
         eos = model.generation_config.eos_token_id  # type: ignore[union-attr]
@@ -322,8 +324,7 @@ class Decoder(Worker[Row]):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden).float()
-        cap = getattr(self.base.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _mask(self, positions: Tensor) -> Any:
         """(B, 1, T, K) bool: key k may be seen from position p if k <= p. A dict for models with sliding layers."""
@@ -340,10 +341,10 @@ class Decoder(Worker[Row]):
             for token, add in s.bias.items():
                 logits[b, token] += add
         highest, at = logits.max(-1)  # of NaN and something the highest is NaN
-        greedy, sound = at.tolist(), highest.isfinite().tolist()
+        greedy, best_of = at.tolist(), highest.tolist()
         out: list[int | None] = []
         for b, s in enumerate(rows):
-            if not sound[b]:
+            if not math.isfinite(best_of[b]):
                 fail(s, not_finite(s.arm))
                 out.append(None)
                 continue
