@@ -6,7 +6,7 @@ attributes are linear directions; moving along one changes that attribute in pic
 coefficients to one picture finds the person better than fitting weights does.
 
     patchbay fit w2w/tiny      # a random base and 14 adapters: seconds on a CPU
-    patchbay fit w2w/lab       # lab:faces, 420 adapters of 2,048 numbers, trained 60 at a time: about 5 CPU minutes
+    patchbay fit w2w/lab       # lab:faces, 420 adapters of 2,048 numbers, trained 60 at a time: about 2 CPU minutes
     patchbay fit w2w/lab population=adapters:/folder/of/peft/adapters form=canonical
     patchbay fit w2w/paper population=published:/folder/with/V.pt
     patchbay eval w2w@... --full     # every table of docs/systems/w2w.md, with baselines, controls and intervals
