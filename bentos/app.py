@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bentos.desk import ROUTES, Desk
-from bentos.http import Call, endpoint, preflight
+from bentos.http import Call, Handler, endpoint, preflight
 from bentos.runtime import Runtime, Settings, check
 from bentos.tokens import Tokens
 from registry.ab.ledger import Ledger
@@ -51,16 +51,17 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
     guard = tokens or Tokens.from_environment()
     row = system(settings.system)
     modules, routes = shapes(row), calls(row)
-    answering: dict[str, Any] = {}  # handler -> who has it
+    answering: dict[Call, Handler] = {}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         runtime = Runtime(settings)
         desk = Desk(runtime, routes, " + ".join(row.services))
         app.state.desk = desk
-        answering.update({r.handler: desk for r in ROUTES})
+        answering.update({r: r.bound(desk) for r in ROUTES})
         for module in modules:
-            answering.update(dict.fromkeys([r.handler for r in module.ROUTES], module.Service(desk)))
+            service = module.Service(desk)
+            answering.update({r: r.bound(service) for r in module.ROUTES})
         await asyncio.to_thread(runtime.start)
         try:
             yield
@@ -72,8 +73,7 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
     def route(r: Call) -> Route:
         async def call(request: Request, body: Any) -> Response:
-            response: Response = await getattr(answering[r.handler], r.handler)(request, body)
-            return response
+            return await answering[r](request, body)
 
         return Route(r.path, endpoint(guard, r, call), methods=[r.method])
 

@@ -342,14 +342,14 @@ def headers(table: Table, choice: Choice) -> dict[str, str]:
 # ---- the application ---------------------------------------------------------------------------------------------
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/outcomes", "outcomes", "outcomes", Outcomes),
-    Call("GET", "/v1/models", "models", ANY),
-    Call("GET", "/v1/experiments/live", "live", "outcomes"),
-    Call("GET", "/v1/shadows", "shadow_answers", "compare"),
-    Call("GET", "/metrics", "metrics", "metrics"),
-    Call("GET", "/readyz", "ready"),
-    Call("GET", "/livez", "live_probe"),
-    Call("GET", "/openapi.json", "openapi"),
-    Call("GET", "/docs.json", "openapi"),
-    Call("GET", "/", "playground"),
+    Call("POST", "/v1/outcomes", Desk.outcomes, "outcomes", Outcomes),
+    Call("GET", "/v1/models", Desk.models, ANY),
+    Call("GET", "/v1/experiments/live", Desk.live, "outcomes"),
+    Call("GET", "/v1/shadows", Desk.shadow_answers, "compare"),
+    Call("GET", "/metrics", Desk.metrics, "metrics"),
+    Call("GET", "/readyz", Desk.ready),
+    Call("GET", "/livez", Desk.live_probe),
+    Call("GET", "/openapi.json", Desk.openapi),
+    Call("GET", "/docs.json", Desk.openapi),
+    Call("GET", "/", Desk.playground),
 )

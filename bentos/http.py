@@ -15,6 +15,7 @@ import reprlib
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -72,8 +73,8 @@ class Call:
 
     method: str
     path: str
-    handler: str
-    """name of the method that answers, (request, body) -> Response"""
+    handler: Callable[[Any, Request, Any], Awaitable[Response]]
+    """the coroutine method of a shape's Service, or of the Desk, that answers: (self, request, body) -> Response"""
     scope: str | None = None
     """what a token must allow (ANY: nothing in particular); None: open to everybody (health)"""
     body: type[BaseModel] | None = None
@@ -83,6 +84,10 @@ class Call:
     """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
     fields: bool = False
     """whether a form's other parts are fields of the body, as OpenAI's clients send them: `n`, `patchbay[strength]`"""
+
+    def bound(self, owner: Any) -> Handler:
+        """The handler of one service's `owner`."""
+        return partial(self.handler, owner)
 
 
 # A request's number is unique, not secret. The operating system's random numbers would cost every request a release of

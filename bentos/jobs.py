@@ -400,10 +400,10 @@ class Service:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("GET", "/v1/jobs", "job_list", ANY),
-    Call("GET", "/v1/jobs/{id}", "job", ANY),
-    Call("GET", "/v1/jobs/{id}/events", "job_events", ANY),
-    Call("DELETE", "/v1/jobs/{id}", "job_cancel", ANY),
-    Call("POST", "/v1/jobs/{id}/resume", "job_resume", ANY),
+    Call("GET", "/v1/jobs", Service.job_list, ANY),
+    Call("GET", "/v1/jobs/{id}", Service.job, ANY),
+    Call("GET", "/v1/jobs/{id}/events", Service.job_events, ANY),
+    Call("DELETE", "/v1/jobs/{id}", Service.job_cancel, ANY),
+    Call("POST", "/v1/jobs/{id}/resume", Service.job_resume, ANY),
 )
 """for a shape to add to its own"""

@@ -15,7 +15,7 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
     error = {"description": "refused; error.message names the value and the way out"}
     jobs = any(r.path.startswith("/v1/jobs") for r in routes)
     for r in routes:
-        about: dict[str, Any] = {"operationId": f"{r.handler}{'_docs' if r.path == '/docs.json' else ''}"}
+        about: dict[str, Any] = {"operationId": f"{r.handler.__name__}{'_docs' if r.path == '/docs.json' else ''}"}
         codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
         codes += ["404"] if r.scope and not r.body else []
         about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}

@@ -16,6 +16,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from bentos import shapes
 from registry.errors import (
     ConfigError,
     Forbidden,
@@ -25,7 +26,8 @@ from registry.errors import (
 
 ANY = "any"
 """scope of a call that every known token may make"""
-SCOPES = ("generate", "classify", "explain", "render", "compare", "outcomes", "metrics")
+SCOPES = (*sorted(set(shapes.SCOPES.values())), "compare", "outcomes", "metrics")
+"""What a token may be allowed: the calls of each shape, and the desk's own"""
 
 
 @dataclass

@@ -207,7 +207,9 @@ def installed() -> Iterator[None]:
         System(SEARCH, "multiplies twice", "none", SEARCH, None, ("times",),
                roles={"scorer": MODEL, "generator": MODEL}),
     )  # fmt: skip
-    shape = module("bentos.shapes.times", ROUTES=(Call("POST", "/v1/times", "times", "predict", Ask),), Service=Service)
+    shape = module(
+        "bentos.shapes.times", ROUTES=(Call("POST", "/v1/times", Service.times, "predict", Ask),), Service=Service
+    )
     job = {"Config": Config, "RECIPES": {"tiny": Config()}, "evaluate": evaluate, "figures": figures}
     known, shapes = families.families(), app.shapes
     planned = System.planned.fget

@@ -305,8 +305,8 @@ def _unpacked(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/captions", "captions", "generate", Caption, MAX_BODY_BYTES),
-    Call("GET", "/v1/captions", "caption_arms", ANY),
-    Call("POST", "/v1/mils/score", "score", "generate", Score, MAX_BODY_BYTES),
+    Call("POST", "/v1/captions", Service.captions, "generate", Caption, MAX_BODY_BYTES),
+    Call("GET", "/v1/captions", Service.caption_arms, ANY),
+    Call("POST", "/v1/mils/score", Service.score, "generate", Score, MAX_BODY_BYTES),
     *jobs.ROUTES,
 )

@@ -230,5 +230,5 @@ def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/classify", "classify", "classify", Classify, pictures.MAX_BODY_BYTES, files="images"),
+    Call("POST", "/v1/classify", Service.classify, "classify", Classify, pictures.MAX_BODY_BYTES, files="images"),
 )

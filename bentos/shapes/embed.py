@@ -293,4 +293,4 @@ def _best(job: Clip, model: VideoModel) -> str | None:
     return model.classes[at] if model.classes else str(at)
 
 
-ROUTES: tuple[Call, ...] = (Call("POST", "/v1/video", "video", "classify", Video, MAX_BODY_BYTES, files="clips"),)
+ROUTES: tuple[Call, ...] = (Call("POST", "/v1/video", Service.video, "classify", Video, MAX_BODY_BYTES, files="clips"),)

@@ -136,4 +136,6 @@ def _stacked(jobs: list[Any]) -> Tensor:
     return nnf.normalize(torch.stack([job.out for job in jobs]).float(), dim=1)
 
 
-ROUTES: tuple[Call, ...] = (Call("POST", "/v1/embeddings", "embeddings", "classify", Embeddings, embed.MAX_BODY_BYTES),)
+ROUTES: tuple[Call, ...] = (
+    Call("POST", "/v1/embeddings", Service.embeddings, "classify", Embeddings, embed.MAX_BODY_BYTES),
+)

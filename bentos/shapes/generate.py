@@ -351,7 +351,7 @@ def _letters(message: dict[str, Any]) -> int:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/chat/completions", "chat", "generate", Chat, MAX_CHAT_BYTES),
-    Call("POST", "/v1/completions", "complete", "generate", Completion),
-    Call("GET", "/v1/generate", "about", ANY),
+    Call("POST", "/v1/chat/completions", Service.chat, "generate", Chat, MAX_CHAT_BYTES),
+    Call("POST", "/v1/completions", Service.complete, "generate", Completion),
+    Call("GET", "/v1/generate", Service.about, ANY),
 )

@@ -386,13 +386,13 @@ def _with(ask: Mapping[str, Any], name: str, value: float) -> dict[str, Any]:
 
 
 ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/images/generations", "generations", "render", Generations),
-    Call("POST", "/v1/images/edits", "edits", "render", Edits, MAX_BODY_BYTES, files="images", fields=True),
-    Call("POST", "/v1/render/sample", "sample", "render", Sample, MAX_BODY_BYTES),
-    Call("POST", "/v1/render/edit", "edit", "render", Counterfactual, MAX_BODY_BYTES),
-    Call("POST", "/v1/render/counterfactual", "counterfactual", "render", Counterfactual, MAX_BODY_BYTES),
-    Call("POST", "/v1/render/invert", "invert", "render", Inversion, MAX_BODY_BYTES),
-    Call("POST", "/v1/render/point", "point", "render", Point),
-    Call("GET", "/v1/render", "about", "render"),
+    Call("POST", "/v1/images/generations", Service.generations, "render", Generations),
+    Call("POST", "/v1/images/edits", Service.edits, "render", Edits, MAX_BODY_BYTES, files="images", fields=True),
+    Call("POST", "/v1/render/sample", Service.sample, "render", Sample, MAX_BODY_BYTES),
+    Call("POST", "/v1/render/edit", Service.edit, "render", Counterfactual, MAX_BODY_BYTES),
+    Call("POST", "/v1/render/counterfactual", Service.counterfactual, "render", Counterfactual, MAX_BODY_BYTES),
+    Call("POST", "/v1/render/invert", Service.invert, "render", Inversion, MAX_BODY_BYTES),
+    Call("POST", "/v1/render/point", Service.point, "render", Point),
+    Call("GET", "/v1/render", Service.about, "render"),
     *jobs.ROUTES,
 )

@@ -253,10 +253,10 @@ def heads(home, fitted):
     """`async with heads() as s`: the tiny CLIP, its fitted heads as champion."""
 
     @contextlib.asynccontextmanager
-    async def serve(**settings: Any):
+    async def serve(tokens: Tokens | None = None, **settings: Any):
         home.mkdir(parents=True, exist_ok=True)
         digest = keep(fitted)
-        async with serving(HEADS, [digest, digest], False, None, settings) as served:
+        async with serving(HEADS, [digest, digest], False, tokens, settings) as served:
             ledgers.promote(served.ledger, HEADS, digest)
             await served.until(lambda: served.runtime.table and served.runtime.table.champion == digest)
             yield served

@@ -64,7 +64,7 @@ class Counting(jobs.Service):
             self.ended += 1
 
 
-ROUTES = (Call("POST", "/count", "count", "generate", Ask), *jobs.ROUTES)
+ROUTES = (Call("POST", "/count", Counting.count, "generate", Ask), *jobs.ROUTES)
 
 
 @contextlib.asynccontextmanager
@@ -72,7 +72,7 @@ async def serving(tokens: Tokens | None = None):
     desk = Desk(SimpleNamespace(problem="", settings=SimpleNamespace(system="counting")), ROUTES, "t")
     service = Counting(desk)
     guard = tokens or Tokens(None)
-    routes = [Route(r.path, endpoint(guard, r, getattr(service, r.handler)), methods=[r.method]) for r in ROUTES]
+    routes = [Route(r.path, endpoint(guard, r, r.bound(service)), methods=[r.method]) for r in ROUTES]
     transport = httpx.ASGITransport(app=Starlette(routes=routes), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=20) as http:

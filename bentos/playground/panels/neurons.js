@@ -110,7 +110,7 @@ const NEURONS = {
       try {
         const data = picture.data();
         const model = arm.value;
-        const { results: [one] } = await json("POST /v1/explain/attributes", { body: { images: [{ data }], top: 12, patched: true, model } });
+        const { results: [one] } = await json("POST /v1/explain/attributes", { body: { images: [{ data }], top: 12, compare: true, model } });
         for (const { name, who, words: place } of columns) {
           const { attributes, neurons_that_count: count } = one[name];
           who.classList.remove("quiet");
@@ -119,7 +119,7 @@ const NEURONS = {
         }
         says.textContent = "What the picture shows, in the words of the neurons that count in it; open a word for its neurons.";
         const [sought, rather] = [text.value.trim() || one.base.attributes[0]?.text, against.value.trim() || null];
-        const maps = sought ? json("POST /v1/explain/segment", { body: { image: { data }, text: sought, against: rather, format: ["png"], patched: true, model } }) : null;
+        const maps = sought ? json("POST /v1/explain/segment", { body: { image: { data }, text: sought, against: rather, format: ["png"], compare: true, model } }) : null;
         await Promise.all(columns.map(({ name, where }) => fill(where, async () => maps && overlay((await maps)[name], `Where it is “${sought}”${rather ? ` rather than “${rather}”` : ""}`))));
       } catch (error) {
         says.textContent = "Refused.";

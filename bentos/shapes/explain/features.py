@@ -6,22 +6,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from bentos.desk import Desk, Strict, facts, headers
-from bentos.http import Call, answer, parse
+from bentos.desk import Desk
+from bentos.http import Call
 from bentos.shapes import pictures
 from bentos.shapes.classify import Classifiers, Label, Templates, best
+from bentos.shapes.explain.common import Explainer, Read, Sealed
 from bentos.shapes.pictures import Image
 from bentos.tokens import ANY
 from patches import artifact
@@ -32,7 +30,6 @@ from patches.evidence.feature_cards import Cards, load_cards
 from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae
-from registry.ab.ledger import BASE
 from registry.errors import BadRequest, NotFound, PatchError
 
 KEPT = 3
@@ -41,25 +38,20 @@ MAX_STRENGTHS, MAX_FEATURES, MAX_SHOWN, MAX_EXAMPLES = 33, 512, 256, 16
 
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Index = Annotated[int, Field(ge=0, lt=1 << 24)]
-Name = Annotated[str, Field(max_length=200)]
 
 
-class Encode(BaseModel):
-    """POST /v1/explain/encode"""
+class Encode(Read):
+    """POST /v1/explain/encode: by the dictionary sealed with a patch."""
 
-    model_config = Strict
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
-    model: Name | None = None
-    """the patch whose dictionary reads; by default the champion's"""
     top: Annotated[int, Field(ge=1, le=MAX_SHOWN)] = 16
     maps: bool = False
     """tell each feature's activation at every token"""
 
 
-class Steer(BaseModel):
+class Steer(Read):
     """POST /v1/explain/steer"""
 
-    model_config = Strict
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     labels: Annotated[list[Label], Field(min_length=2, max_length=1000)]
     templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
@@ -72,7 +64,6 @@ class Steer(BaseModel):
         Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     )
     """a sweep: all of them in one batch; 0 is exactly the base"""
-    model: Name | None = None
     top: Annotated[int, Field(ge=1, le=1000)] = 5
 
 
@@ -94,27 +85,27 @@ class Dictionary:
         return self.kept
 
 
-class Service:
+class Service(Explainer):
     """The routes, for one desk."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk, self.runtime = desk, desk.runtime
+        super().__init__(desk)
         self.classifiers = desk.shared(Classifiers)
-        self.kept: OrderedDict[str, Dictionary] = OrderedDict()
-        self.reading = asyncio.Lock()
+        self.dictionaries = Sealed(self._read, KEPT, "dictionary")
+        self.sealed = Sealed(self._examples, KEPT, "examples")
 
     async def encode(self, request: Request, ask: Encode) -> Response:
-        table, choice = self.desk.choice(request, ask.model or "champion")
-        one = await self._dictionary(choice.digest)
-        x = await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, ask.image).data))
+        table, choice = self.choice(request, ask)
+        one = await self.dictionaries.of(choice.digest)
+        x = await self.pixels(ask.image)
 
         def look() -> tuple[Tensor, Tensor]:
-            with torch.inference_mode(), record(self.runtime.base.model, [one.site]) as acts:
+            with record(self.runtime.base.model, [one.site]) as acts:
                 clip.embed_images(self.runtime.base, x[None])
                 z = acts[one.site][0][0].float()
                 return z, one.sae.encode(z)
 
-        z, f = await asyncio.to_thread(self.runtime.call, look)  # (T, D), (T, F)
+        z, f = await self.read(look)  # (T, D), (T, F)
         left = (z - one.sae.decode(f, z)).square().sum() / (z - z.mean(0)).square().sum()
         highest, where = f.max(0)
         top = highest.topk(min(ask.top, len(highest)))
@@ -130,36 +121,32 @@ class Service:
             seen.append(entry | ({"map": f[:, j].tolist()} if ask.maps else {}))
         out = {"object": "features", "site": one.site, "features": seen, "dictionary": len(highest)}
         out |= {"l0": float((f > 0).sum(1).float().mean()), "explained_variance": 1 - float(left)}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def steer(self, request: Request, ask: Steer) -> Response:
-        table, choice = self.desk.choice(request, ask.model or "champion")
-        one = await self._dictionary(choice.digest)
+        table, choice = self.choice(request, ask)
+        one = await self.dictionaries.of(choice.digest)
         try:
             patch = edit(one.sae, one.site, ask.features, ask.op, self._value(ask, one), ask.tokens)
         except PatchError as e:
             raise BadRequest(f"features: {e}") from None
         weights = await self.classifiers.of(ask.labels, ask.templates)
-        x = await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, ask.image).data))
+        x = await self.pixels(ask.image)
         n, base = len(ask.strengths), self.runtime.base
 
         def look() -> Tensor:
-            with (
-                torch.inference_mode(),
-                apply(base.model, {"steer": patch}, root=base.root) as on,
-                on.rows(["steer"] * n, ask.strengths),
-            ):
+            with apply(base.model, {"steer": patch}, root=base.root) as on, on.rows(["steer"] * n, ask.strengths):
                 return clip.embed_images(base, x.expand(n, *x.shape), batch=n).cpu()
 
-        p = ((await asyncio.to_thread(self.runtime.call, look)) @ weights).softmax(1)
+        p = ((await self.read(look)) @ weights).softmax(1)
         sweep = [{"strength": s, **best(row, ask.labels, ask.top)} for s, row in zip(ask.strengths, p, strict=True)]
         out = {"object": "steering", "site": one.site, "features": ask.features, "op": ask.op, "sweep": sweep}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def features(self, request: Request, _: None) -> Response:
         """Cards without pictures of the features a patch edits, or, with ?order=density|largest, of the first ones."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        one = await self._dictionary(choice.digest)
+        table, choice = self.choice(request)
+        one = await self.dictionaries.of(choice.digest)
         order = request.query_params.get("order", "edited")
         if order == "edited":
             shown = sorted(one.chosen)[:MAX_SHOWN]
@@ -169,12 +156,12 @@ class Service:
             raise BadRequest(f"order={order[:40]!r} must be edited, density or largest.")
         cards = [{k: v for k, v in one.cards.card(j).items() if k != "pictures"} for j in shown]
         out = {"object": "list", "data": cards, "features": len(one.cards.density), "edited": len(one.chosen)}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def feature(self, request: Request, _: None) -> Response:
         """One card, its pictures as data: URIs."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        one = await self._dictionary(choice.digest)
+        table, choice = self.choice(request)
+        one = await self.dictionaries.of(choice.digest)
         name = request.path_params["feature"]
         if not (name.isascii() and name.isdigit() and len(name) < 9):
             raise NotFound(f"There is no feature {name[:40]!r}; features are numbers from 0.")
@@ -182,16 +169,12 @@ class Service:
         for seen in card["pictures"]:
             seen["png"] = heatmap.png(one.cards.thumbs[seen["picture"]])
         out = {**card, "edited": int(name) in one.chosen, "site": one.site}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def examples(self, request: Request, _: None) -> Response:
         """Pictures sealed with a patch, with what they show and what both sides called them when it was fitted."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        if choice.digest == BASE:
-            raise NotFound("The base has no examples; name a patch as `model`, or promote one.")
-        shown = await asyncio.to_thread(self._examples, choice.digest)
-        out = {"object": "list", "data": shown, "patchbay": facts(table, choice)}
-        return answer(out, headers=headers(table, choice))
+        table, choice = self.choice(request)
+        return self.said({"object": "list", "data": await self.sealed.of(choice.digest)}, table, choice)
 
     def _examples(self, digest: str) -> list[dict[str, Any]]:
         folder = self.runtime.folder(digest)
@@ -203,18 +186,6 @@ class Service:
             {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}
             for i, image in enumerate(images[:MAX_EXAMPLES])
         ]
-
-    async def _dictionary(self, digest: str) -> Dictionary:
-        """The dictionary sealed with a patch. Raises NotFound if there is none."""
-        if digest == BASE:
-            raise NotFound("The base has no dictionary; name a patch as `model`, or promote one.")
-        async with self.reading:
-            if digest not in self.kept:
-                self.kept[digest] = await asyncio.to_thread(self._read, digest)
-                while len(self.kept) > KEPT:
-                    self.kept.popitem(last=False)
-            self.kept.move_to_end(digest)
-            return self.kept[digest]
 
     def _read(self, digest: str) -> Dictionary:
         folder = self.runtime.folder(digest)
@@ -245,9 +216,9 @@ class Service:
 
 
 ROUTES: Sequence[Call] = (
-    Call("POST", "/v1/explain/encode", "encode", "explain", Encode, pictures.MAX_BODY_BYTES),
-    Call("POST", "/v1/explain/steer", "steer", "explain", Steer, pictures.MAX_BODY_BYTES),
-    Call("GET", "/v1/explain/examples", "examples", ANY),
-    Call("GET", "/v1/explain/features", "features", ANY),
-    Call("GET", "/v1/explain/features/{feature}", "feature", ANY),
+    Call("POST", "/v1/explain/encode", Service.encode, "explain", Encode, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/steer", Service.steer, "explain", Steer, pictures.MAX_BODY_BYTES),
+    Call("GET", "/v1/explain/examples", Service.examples, ANY),
+    Call("GET", "/v1/explain/features", Service.features, ANY),
+    Call("GET", "/v1/explain/features/{feature}", Service.feature, ANY),
 )

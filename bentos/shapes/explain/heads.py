@@ -14,32 +14,28 @@ import json
 import re
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from bentos.desk import Desk, Strict, facts, headers
+from bentos.desk import Desk
 from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
 from bentos.runtime.arms import Choice
 from bentos.shapes import pictures
+from bentos.shapes.explain.common import Compared, Explainer, Name, Read, Sealed, Segmentation, Text
 from bentos.shapes.pictures import Image, Images
 from bentos.tokens import ANY
-from patches import artifact
-from patches.engine.patch import apply
+from patches.evidence import content
 from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery
 from patches.families import clip
 from patches.families.clip import maps as heatmap
 from patches.families.clip.direct import Lens
-from patches.families.clip.maps import Threshold
 from patches.families.pictures import Budget, guarded, read
 from registry import manifest
 from registry.ab.experiment import OWNER
@@ -47,25 +43,19 @@ from registry.ab.ledger import BASE
 from registry.errors import BadRequest, Conflict, NotFound, PatchbayError, TooLarge
 from registry.home import home
 
-MAX_TEXTS, MAX_HEADS, MAX_TOP, MAX_SIDE = 64, 256, 64, 512
+MAX_TEXTS, MAX_HEADS, MAX_TOP = 64, 256, 64
 MAX_GALLERY, MAX_GALLERIES, KEPT = 4096, 64, 3
 """pictures of one uploaded gallery, uploaded galleries on this machine, galleries in memory"""
 
-Text = Annotated[str, Field(max_length=200, pattern=r"\S")]
-Name = Annotated[str, Field(max_length=200)]
 HeadName = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
 """layer.head, both from 0"""
 Heads = Annotated[list[HeadName], Field(min_length=1, max_length=MAX_HEADS)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-Format = Literal["floats", "rle", "png"]
+class Decompose(Compared):
+    """POST /v1/explain/decompose: under a patch; `compare` tells the same of the base beside it."""
 
-
-class Decompose(BaseModel):
-    """POST /v1/explain/decompose"""
-
-    model_config = Strict
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     texts: Annotated[list[Text], Field(max_length=MAX_TEXTS)] = Field(default_factory=list)
     """to tell contributions as parts of the cosine with each; without them as lengths"""
@@ -73,35 +63,18 @@ class Decompose(BaseModel):
     share: Literal["own", "apportioned"] = "own"
     vectors: bool = False
     """tell the heads' contributions themselves, (L, H, k) as float16 in base64"""
-    model: Name | None = None
-    """the patch it is read under; by default the champion"""
-    compare: bool = False
-    """tell the same of the base beside it"""
 
 
-class Segment(BaseModel):
-    """POST /v1/explain/segment"""
+class Segment(Segmentation):
+    """POST /v1/explain/segment: under a patch; `compare` tells the same of the base beside it."""
 
-    model_config = Strict
-    image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
-    text: Text
-    against: Text | None = None
-    """contrastive: where the picture is rather the text than this"""
     heads: Heads | None = None
     """by default all"""
-    threshold: Threshold = "otsu"
-    """How the map is cut into a mask, of what speaks for the text; mean: the protocol of the literature, which takes
-    half of every picture"""
-    format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
-    side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
-    """pixels of mask and overlay"""
-    model: Name | None = None
 
 
-class Neighbours(BaseModel):
+class Neighbours(Read):
     """POST /v1/explain/neighbours: by exactly one of image and text; in heads, or all heads of a property."""
 
-    model_config = Strict
     image: Annotated[dict[str, Any] | None, Field(json_schema_extra=Image.model_json_schema())] = None
     text: Text | None = None
     heads: Heads | None = None
@@ -111,45 +84,40 @@ class Neighbours(BaseModel):
     gallery: Digest | None = None
     """an uploaded one; by default that sealed with the patch"""
     thumbs: bool = True
-    model: Name | None = None
 
 
-class Upload(BaseModel):
+class Upload(Read):
     """POST /v1/explain/gallery"""
 
-    model_config = Strict
     images: Images
     names: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=pictures.MAX_IMAGES)] | None = None
     """Names of the images; by default their numbers"""
     gallery: Digest | None = None
     """add to this one: what comes back is a new gallery whose parent it is"""
-    model: Name | None = None
 
 
 def _lens(runtime: Runtime) -> Lens:
     return Lens(runtime.base)
 
 
-class Service:
+class Service(Explainer):
     """The routes, for one desk."""
 
     def __init__(self, desk: Desk) -> None:
-        self.desk, self.runtime = desk, desk.runtime
-        self.kept: OrderedDict[str, Gallery] = OrderedDict()
-        self.about: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        super().__init__(desk)
+        self.kept = Sealed(self._read, KEPT, "gallery")
+        self.names = Sealed(self._found, KEPT, "names of heads")
         self.sealing = asyncio.Lock()
 
     # ---- one picture ---------------------------------------------------------------------------------------------
 
     async def decompose(self, request: Request, ask: Decompose) -> Response:
-        table, choice = self.desk.choice(request, ask.model or "champion")
-        self.desk.check_compare(request, ask.compare)
-        x = await self._pixels(ask.image)
+        table, choice = self.choice(request, ask)
+        x = await self.pixels(ask.image)
 
-        def look(digest: str) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
             lens = self.desk.shared(_lens)
-            with self._patched(digest):
-                parts = lens.read(x[None], share=ask.share)
+            parts = lens.read(x[None], share=ask.share)
             per = parts.norm[:, None]
             heads, mlps, bias, rest = (c[0] / per[0] for c in (parts.heads, parts.mlps, parts.bias, parts.rest))
             if ask.texts:
@@ -167,37 +135,37 @@ class Service:
             return out
 
         out: dict[str, Any] = {"object": "decomposition", "level": ask.level, "share": ask.share, "texts": ask.texts}
-        out |= await self._call(look, choice.digest)
-        if ask.compare and choice.digest != BASE:
-            out["base"] = await self._call(look, BASE)
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        for side, arm in self.sides(choice, ask.compare and choice.digest != BASE, "patched"):
+            out |= {"base": await self.read(look)} if side == "base" else await self.read(look, arm=arm)
+        return self.said(out, table, choice)
 
     async def segment(self, request: Request, ask: Segment) -> Response:
-        table, choice = self.desk.choice(request, ask.model or "champion")
+        table, choice = self.choice(request, ask)
         heads = [_head(h) for h in ask.heads] if ask.heads else None
-        x = await self._pixels(ask.image)
+        x = await self.pixels(ask.image)
 
         def look() -> Tensor:
             lens = self.desk.shared(_lens)
             if heads:
                 _check_heads(lens, heads)
             texts = clip.embed_texts(lens.base, [ask.text, *([ask.against] if ask.against else [])])
-            with self._patched(choice.digest):
-                return heatmap.grid(lens, x[None], texts, heads)[0].cpu()
+            return heatmap.grid(lens, x[None], texts, heads)[0].cpu()
 
-        grids = await self._call(look)  # (1 or 2, g, g)
-        shown = grids[0] - grids[1] if len(grids) == 2 else grids[0]
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
         picture = self.runtime.base.processor.shown(x)
-        out |= await asyncio.to_thread(heatmap.drawn, picture, shown, ask.threshold, ask.side, ask.format)
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        for side, arm in self.sides(choice, ask.compare and choice.digest != BASE, "patched"):
+            grids = await self.read(look, arm=arm)  # (1 or 2, g, g)
+            shown = grids[0] - grids[1] if len(grids) == 2 else grids[0]
+            drawn = await asyncio.to_thread(heatmap.drawn, picture, shown, ask.threshold, ask.side, ask.format)
+            out |= {"base": drawn} if side == "base" else drawn
+        return self.said(out, table, choice)
 
     # ---- names of heads ------------------------------------------------------------------------------------------
 
     async def heads(self, request: Request, _: None) -> Response:
         """Every head's label and first texts; ?label=... for those of one label. Metrics of the naming beside them."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        found = await asyncio.to_thread(self._found, choice.digest)
+        table, choice = self.choice(request)
+        found = await self.names.of(choice.digest)
         wanted = request.query_params.get("label")
         rows = [h for h in found["heads"] if wanted is None or h["label"] == wanted]
         if wanted is not None and not rows:
@@ -209,12 +177,12 @@ class Service:
             for h in rows
         ]  # fmt: skip
         out = {"object": "list", "data": data, "properties": found["properties"], "metrics": found["metrics"]}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def head(self, request: Request, _: None) -> Response:
         """All that is known of one head, `layer.head`."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
-        found = await asyncio.to_thread(self._found, choice.digest)
+        table, choice = self.choice(request)
+        found = await self.names.of(choice.digest)
         name = request.path_params["head"]
         rows = [h for h in found["heads"] if f"{h['layer']}.{h['head']}" == name]
         if not rows:
@@ -225,12 +193,12 @@ class Service:
             )
         out = {"object": "head", **rows[0], "properties": found["properties"]}
         out["trail"] = [t for t in found["trail"] if (t["layer"], t["head"]) == (rows[0]["layer"], rows[0]["head"])]
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     # ---- galleries -----------------------------------------------------------------------------------------------
 
     async def neighbours(self, request: Request, ask: Neighbours) -> Response:
-        table, choice = self.desk.choice(request, ask.model or "champion")
+        table, choice = self.choice(request, ask)
         if (ask.image is None) == (ask.text is None):
             raise BadRequest("Give exactly one of image and text to look for.")
         if (ask.heads is None) == (ask.property is None):
@@ -238,7 +206,7 @@ class Service:
         heads = [_head(h) for h in ask.heads] if ask.heads else await self._of(choice, ask.property or "")
         gallery = await self._gallery(choice.digest, ask.gallery, request.state.token.tenant)
         gallery.place(heads)
-        x = await self._pixels(ask.image) if ask.image is not None else None
+        x = await self.pixels(ask.image) if ask.image is not None else None
 
         def look() -> Tensor:
             lens = self.desk.shared(_lens)
@@ -248,7 +216,7 @@ class Service:
             given = parts.heads[0, list(gallery.layers)] / parts.norm[0]
             return gallery.ask(given.cpu(), heads, ask.metric)
 
-        query = await self._call(look)
+        query = await self.read(look)
         rows, scores = await asyncio.to_thread(gallery.nearest, query, heads, ask.top, ask.metric)
         data = []
         for i, score in zip(rows.tolist(), scores.tolist(), strict=True):
@@ -256,11 +224,11 @@ class Service:
             if ask.thumbs:
                 data[-1]["png"] = heatmap.png(gallery.thumbs[i])
         out = {"object": "neighbours", "data": data, "heads": [f"{a}.{b}" for a, b in heads], "metric": ask.metric}
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def galleries(self, request: Request, _: None) -> Response:
         """What there is to look in: the gallery sealed with a patch, and uploaded ones by digest."""
-        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        table, choice = self.choice(request)
         data = [
             {"gallery": d.name}
             for d in sorted(_place(request.state.token.tenant).iterdir())
@@ -273,11 +241,11 @@ class Service:
                 out["sealed"] = {"pictures": len(sealed), "layers": list(sealed.layers), "kept": sealed.kept}
             except NotFound:
                 pass
-        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said(out, table, choice)
 
     async def upload(self, request: Request, ask: Upload) -> Response:
         """Pictures into a sealed gallery. A picture that cannot be read is refused for itself; the others stay."""
-        table, choice = self.desk.choice(request, ask.model or "champion")
+        table, choice = self.choice(request, ask)
         if ask.names is not None and len(ask.names) != len(ask.images):
             raise BadRequest(f"names: there are {len(ask.names)} names for {len(ask.images)} images.")
         before = await self._gallery(choice.digest, ask.gallery, request.state.token.tenant) if ask.gallery else None
@@ -298,11 +266,11 @@ class Service:
             made = make(lens, batches, like.layers, like.basis)
             return joined(before, made) if before else made
 
-        made = await self._call(look)
+        made = await self.read(look)
         async with self.sealing:
             digest = await asyncio.to_thread(self._seal, made, ask.gallery, request.state.token.tenant)
         out = {"object": "gallery", "gallery": digest, "pictures": len(made), "added": len(rows), "refused": refused}
-        return answer({**out, "kept": made.kept, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+        return self.said({**out, "kept": made.kept}, table, choice)
 
     async def forget(self, request: Request, _: None) -> Response:
         """Delete an uploaded gallery."""
@@ -311,46 +279,21 @@ class Service:
         folder = _uploaded(digest, owner)
         async with self.sealing:
             await asyncio.to_thread(shutil.rmtree, folder, True)
-        self.kept.pop(owner + OWNER + digest, None)
+        self.kept.forget(owner + OWNER + digest)
         return answer({"object": "gallery", "gallery": digest, "deleted": True})
 
     # ---- their parts ---------------------------------------------------------------------------------------------
 
-    async def _call(self, work: Any, *args: Any) -> Any:
-        """work(*args) in the worker's thread, between batches, without gradients."""
-
-        def run() -> Any:
-            with torch.no_grad():
-                return work(*args)
-
-        return await asyncio.to_thread(self.runtime.call, run)
-
-    async def _pixels(self, image: dict[str, Any]) -> Tensor:
-        return await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, image).data))
-
-    def _patched(self, digest: str) -> Any:
-        """The base with this patch on, for the forward inside."""
-        if digest == BASE:
-            return nullcontext()
-        _, patch = artifact.load(self.runtime.folder(digest), digest=digest)
-        base = self.runtime.base
-        return apply(base.model, {"patch": patch.to(base.device)}, root=base.root)
-
     def _found(self, digest: str) -> dict[str, Any]:
         """What was read off the heads when the patch was fitted. Raises NotFound if it was not."""
-        if digest == BASE:
-            raise NotFound("The base's heads have no names; name a patch as `model`, or promote one.")
-        if digest not in self.about:
-            file = self.runtime.folder(digest) / "heads.json"
-            if not file.is_file():
-                raise NotFound(f"sha256:{digest[:16]} carries no names of heads.")
-            self.about[digest] = json.loads(file.read_text())
-            while len(self.about) > KEPT:
-                self.about.popitem(last=False)
-        return self.about[digest]
+        folder = self.runtime.folder(digest)
+        if not (folder / "heads.json").is_file():
+            raise NotFound(f"sha256:{digest[:16]} carries no names of heads.")
+        found: dict[str, Any] = json.loads(content(folder, "heads.json"))
+        return found
 
     async def _of(self, choice: Choice, name: str) -> list[tuple[int, int]]:
-        found = await asyncio.to_thread(self._found, choice.digest)
+        found = await self.names.of(choice.digest)
         heads = [(h["layer"], h["head"]) for h in found["heads"] if h["label"] == name]
         if not heads:
             names = sorted({h["label"] for h in found["heads"]})
@@ -358,19 +301,12 @@ class Service:
         return heads[:MAX_HEADS]
 
     async def _gallery(self, digest: str, uploaded: str | None, owner: str) -> Gallery:
-        key = owner + OWNER + uploaded if uploaded else digest
-        if key not in self.kept:
-            if uploaded is None and digest == BASE:
-                raise NotFound("The base has no gallery; name a patch as `model`, or upload one.")
-            self.kept[key] = await asyncio.to_thread(self._read, digest, uploaded, owner)
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
-        return self.kept[key]
+        return await self.kept.of(owner + OWNER + uploaded if uploaded else digest)
 
-    def _read(self, digest: str, uploaded: str | None, owner: str) -> Gallery:
-        if uploaded is None:
-            return load_gallery(self.runtime.folder(digest) / "gallery")
+    def _read(self, key: str) -> Gallery:
+        owner, of_tenant, uploaded = key.rpartition(OWNER)
+        if not of_tenant:
+            return load_gallery(self.runtime.folder(key) / "gallery")
         folder = _uploaded(uploaded, owner)
         manifest.read(folder, digest=uploaded, base=self.runtime.base.digest)
         return load_gallery(folder)
@@ -441,12 +377,12 @@ def _check_heads(lens: Lens, heads: Sequence[tuple[int, int]]) -> None:
 
 
 ROUTES: Sequence[Call] = (
-    Call("POST", "/v1/explain/decompose", "decompose", "explain", Decompose, pictures.MAX_BODY_BYTES),
-    Call("POST", "/v1/explain/segment", "segment", "explain", Segment, pictures.MAX_BODY_BYTES),
-    Call("POST", "/v1/explain/neighbours", "neighbours", "explain", Neighbours, pictures.MAX_BODY_BYTES),
-    Call("POST", "/v1/explain/gallery", "upload", "explain", Upload, pictures.MAX_BODY_BYTES, "images"),
-    Call("DELETE", "/v1/explain/gallery/{gallery}", "forget", "explain"),
-    Call("GET", "/v1/explain/gallery", "galleries", ANY),
-    Call("GET", "/v1/explain/heads", "heads", ANY),
-    Call("GET", "/v1/explain/heads/{head}", "head", ANY),
+    Call("POST", "/v1/explain/decompose", Service.decompose, "explain", Decompose, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/segment", Service.segment, "explain", Segment, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/neighbours", Service.neighbours, "explain", Neighbours, pictures.MAX_BODY_BYTES),
+    Call("POST", "/v1/explain/gallery", Service.upload, "explain", Upload, pictures.MAX_BODY_BYTES, "images"),
+    Call("DELETE", "/v1/explain/gallery/{gallery}", Service.forget, "explain"),
+    Call("GET", "/v1/explain/gallery", Service.galleries, ANY),
+    Call("GET", "/v1/explain/heads", Service.heads, ANY),
+    Call("GET", "/v1/explain/heads/{head}", Service.head, ANY),
 )
