@@ -139,8 +139,15 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
         raise Tampered(f"{folder / extra[0]} was not sealed with the artifact. Remove it or pull the artifact again.")
     for name, want in manifest.files.items():
         file = folder / name
-        if name not in present or sha256(file) != want:
-            raise Tampered(f"{file} is missing or not what was sealed. Pull the artifact again.")
+        if name not in present:
+            kind = "is a folder now" if file.is_dir() else "is missing"
+            raise Tampered(f"{file} was sealed and {kind}. Pull the artifact again.")
+        if (have := sha256(file)) != want:
+            size = file.stat().st_size
+            raise Tampered(
+                f"{file} is not what was sealed: {size} bytes of sha256 {have[:16]}, not {want[:16]}. "
+                "Pull the artifact again."
+            )
         if name.endswith(".safetensors") and _tensors(file) != manifest.tensors.get(name):
             raise Tampered(f"{file} holds other tensors than its manifest lists. Pull the artifact again.")
     return manifest
@@ -155,36 +162,79 @@ def parse(folder: Path) -> Manifest:
         _check_plain(file)
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise Oversize(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; no manifest is.")
-        about = json.loads(file.read_bytes())
+        raw = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise Unsealed(f"{folder} has no {NAME}: it was never sealed. Run the fit again.") from None
-    except (ValueError, RecursionError):
-        raise Tampered(f"{file} is not JSON. Pull the artifact again.") from None
     except OSError as e:
         raise Tampered(f"{file} cannot be read ({e.strerror}). Pull the artifact again.") from None
-    schema = about.get("schema", 1) if isinstance(about, dict) else 1
-    if isinstance(schema, int) and schema > SCHEMA:
+    about = _json(file, raw)
+    schema = about.get("schema", 1)
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise Tampered(f"{file} says schema {str(schema)[:40]!r}; it must be a number up to {SCHEMA}.")
+    if schema > SCHEMA:
         raise Tampered(f"{file} is of schema {schema}, and this patchbay reads up to {SCHEMA}. Update patchbay.")
     key = "base" if schema == 1 else "bases"
     known = {f.name for f in fields(Manifest)} - {"bases"} | {key}
-    if not isinstance(about, dict) or set(about) - known or {"kind", "system", key, "config", "files"} - set(about):
-        raise Tampered(f"{file} does not have the keys of a manifest ({', '.join(sorted(known))}).")
+    for name in ("kind", "system", key, "config", "files"):
+        if name not in about:
+            raise Tampered(f"{file} of schema {schema} says nothing of {name!r}. Pull the artifact again.")
+    if more := sorted(set(about) - known):
+        raise Tampered(f"{file} says {more[0][:40]!r}, which no manifest of schema {schema} does. Update patchbay.")
     if schema == 1:
         about = {**about, "bases": {ROLE: about["base"]} if about["base"] else {}, "schema": 1}
         del about["base"]
     manifest = Manifest(**about)
-    if manifest.kind not in get_args(Kind):
-        raise Tampered(f"{file} says kind {str(manifest.kind)[:40]!r}; it must be one of {', '.join(get_args(Kind))}.")
-    if not all(isinstance(part, dict) for part in (manifest.files, manifest.config, manifest.bases, manifest.tensors)):
-        raise Tampered(f"{file}: files, config, bases and tensors must be objects.")
-    texts = [manifest.system, *manifest.files.values(), *manifest.bases.values()]
-    if not isinstance(manifest.parents, list) or not all(isinstance(t, str) for t in [*texts, *manifest.parents]):
-        raise Tampered(f"{file}: system, digests, bases and parents must be texts.")
+    _check_types(file, manifest)
     for name in manifest.files:
         _inside(folder, name)
-    if odd := sorted(manifest.tensors.keys() ^ {n for n in manifest.files if n.endswith(".safetensors")}):
-        raise Tampered(f"{file} lists tensors of {odd[0][:80]!r} but not the file, or the file but not its tensors.")
+    listed = {n for n in manifest.files if n.endswith(".safetensors")}
+    if odd := sorted(manifest.tensors.keys() - listed):
+        raise Tampered(f"{file} lists tensors of {odd[0][:80]!r}, but no such file. Pull the artifact again.")
+    if odd := sorted(listed - manifest.tensors.keys()):
+        have = f"those of {len(manifest.tensors)} others" if "tensors" in about else "no tensors at all"
+        raise Tampered(f"{file} lists {odd[0][:80]!r} and not its tensors, but {have}. Pull the artifact again.")
     return manifest
+
+
+def _json(file: Path, raw: bytes) -> dict[str, Any]:
+    """The object that a manifest's bytes say. Raises Tampered telling where they stop being one."""
+    if not raw.strip():
+        raise Tampered(f"{file} is empty. Pull the artifact again.")
+    try:
+        about = json.loads(raw, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as e:
+        raise Tampered(f"{file} is no UTF-8 from byte {e.start} on. Pull the artifact again.") from None
+    except json.JSONDecodeError as e:
+        raise Tampered(f"{file} is no JSON from character {e.pos} on ({e.msg}). Pull the artifact again.") from None
+    except RecursionError:
+        raise Tampered(f"{file} nests deeper than any manifest. Pull the artifact again.") from None
+    except ValueError as e:
+        raise Tampered(f"{file}: {e}. Pull the artifact again.") from None
+    if not isinstance(about, dict):
+        raise Tampered(
+            f"{file} holds a {type(about).__name__}, where a manifest is an object. Pull the artifact again."
+        )
+    return about
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is a number that no manifest has")
+
+
+def _check_types(file: Path, manifest: Manifest) -> None:
+    """Raises Tampered naming the first field that is of another type than a manifest's, and its value."""
+    if manifest.kind not in get_args(Kind):
+        raise Tampered(f"{file} says kind {str(manifest.kind)[:40]!r}; it must be one of {', '.join(get_args(Kind))}.")
+    for name in ("bases", "config", "files", "tensors"):
+        if not isinstance(part := getattr(manifest, name), dict):
+            raise Tampered(f"{file}: {name} must be an object, not {str(part)[:40]!r}.")
+    if not isinstance(manifest.parents, list):
+        raise Tampered(f"{file}: parents must be a list, not {str(manifest.parents)[:40]!r}.")
+    texts = [("system", manifest.system), *((f"files, {n[:40]!r}", d) for n, d in manifest.files.items())]
+    texts += [(f"bases, {role[:40]!r}", base) for role, base in manifest.bases.items()]
+    for name, text in [*texts, *(("parents", p) for p in manifest.parents)]:
+        if not isinstance(text, str):
+            raise Tampered(f"{file}: {name} must be a text, not {str(text)[:40]!r}.")
 
 
 def _check_plain(file: Path) -> None:

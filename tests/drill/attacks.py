@@ -122,9 +122,11 @@ def tampered_folders(home: Path, night: bool, seed: int) -> Row:
     digest = artifact.save(patch, SYSTEM, folder, base=llm.tiny().label).digest
     n, wrong, words = tampering.attack(folder, lambda f: artifact.load(f, digest=digest), home)
     more, also, _ = tampering.attack(folder, lambda f: artifact.load(f, digest=None) and _still(f, digest), home)
+    if words < n:
+        wrong.append(f"{n} ways were refused in {words} different words")
     for line in (*wrong, *also)[:20]:
         print("   ", line)
-    note = f"{words} different refusals; by digest and without"
+    note = f"{words} different refusals of {n}; by digest and without"
     return Row("tampered folders", n + more, not wrong and not also, wrong=len(wrong) + len(also), note=note)
 
 

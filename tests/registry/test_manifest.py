@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from registry import errors, manifest
+from tests.drill import tampering
 
 ABOUT = {"kind": "patch", "system": "attention_sink", "base": "tiny:0@" + "0" * 64, "config": {"k": 1}}
 
@@ -91,6 +92,16 @@ def test_spoiled_is_refused_with_its_own_error(sealed, case):
         manifest.read(sealed, digest=digest if case == "a swapped manifest" else None)
     assert type(refused.value) is error
     assert str(sealed) in str(refused.value)
+
+
+def test_every_way_of_tampering_is_refused_in_words_of_its_own(tmp_path):
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    save_file({"a": np.ones(4, np.float32), "b": np.zeros((2, 3), np.float32)}, folder / tampering.FILE)
+    digest = manifest.write(folder, **{**ABOUT, "parents": []}).digest
+    n, wrong, words = tampering.attack(folder, lambda f: manifest.read(f, digest=digest), tmp_path)
+    assert wrong == []
+    assert words == n >= 78
 
 
 def test_the_wrong_base_is_refused(sealed):
