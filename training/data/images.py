@@ -1,24 +1,24 @@
-"""Pictures with labels: one shape for what is drawn (training/lab/worlds.py) and for the real data sets read here.
+"""Labelled images as one value, `Dataset`, and readers of the real data sets (the lab's twins: training/lab/worlds.py).
 
-A `Dataset` is a value: name, split, classes, size, what chose its pictures (and so a digest for MLflow), and `read`.
+A `Dataset` holds name, split, classes, size, everything that determined its images (hence a digest for MLflow), and
+`read`.
 
     for batch in imagenet(folder, "val"):         # batch.image (B, 3, 224, 224) uint8, batch.label (B,)
         ...
 
-| reader | what lies in the folder |
+| reader | expected content of the folder |
 |---|---|
 | `imagenet` | `<split>/<class>/*.jpg`, or `<class>/*.jpg` |
 | `celeba` | `img_align_celeba/`, `list_attr_celeba.txt`, `list_eval_partition.txt` |
-| `waterbirds` | `metadata.csv` and the pictures it names |
+| `waterbirds` | `metadata.csv` and the images it names |
 | `rta` | `label=X_text=Y.png`: RTA-100, PAINT |
-| `disentangling` | `annotations.json` and the pictures it names |
+| `disentangling` | `annotations.json` and the images it names |
 | `scam` | Parquet files of SCAM, as the hub keeps them |
 | `imagenet_seg` | `gtsegs_ijcv.mat`, or `images/` and `masks/` |
 
-Pictures are turned as EXIF says, laid on white where they are transparent, converted to RGB, resized (shorter edge,
-bicubic) and cropped in the middle, as CLIP's own preprocessing does. What is broken, moving, huge or tiny is refused
-with the file's name. Nothing here needs a download, and no reader tunes on what is a test set: the typographic ones
-have the split `test` only.
+Images are rotated by their EXIF tag, composited on white, converted to RGB, resized (shorter edge, bicubic) and
+centre-cropped, as CLIP's own preprocessing does. Broken, animated, huge or tiny files are refused by name. Nothing here
+downloads. Test sets cannot be tuned on: the typographic readers have the split `test` only.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ BATCH = 64
 SIZE = 224
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SMALLEST, LARGEST = 8, 64_000_000
-"""pixels: of the shorter edge, of the whole picture"""
+"""Limits on an image in pixels: of its shorter edge (at least), of its area (at most)"""
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures."""
+    """B labelled images."""
 
     image: Tensor
     """(B, 3, H, W) uint8; clips are (B, T, 3, H, W)"""
     label: Tensor
-    """(B,) int64 index of the data set's classes"""
+    """(B,) int64 index in the data set's classes"""
     extras: Mapping[str, Any]
-    """name -> (B, ...) tensor or B strings: what else is known of each picture"""
+    """Further ground truth of each image: name -> (B, ...) tensor or B strings"""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -69,29 +69,31 @@ class Batch:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures that can be read in any order, and what they are."""
+    """Labelled images with random access, and a description that identifies them."""
 
     name: str
-    """`lab:typographic`, `waterbirds`; lab numbers are known by it"""
+    """Name as reported with every number, `lab:typographic` or `waterbirds`; the prefix marks lab numbers"""
     split: str
     classes: tuple[str, ...]
     size: int
     about: Mapping[str, Any]
-    """everything that chose the pictures, as plain values"""
+    """All parameters that determined the images, as plain values; part of the digest"""
     reader: Callable[[Tensor], Batch] = field(repr=False, compare=False)
+    """Function from row indices (M,) to a Batch; called by `read`, which checks the indices"""
 
     def __len__(self) -> int:
         return self.size
 
     def read(self, rows: Sequence[int] | Tensor) -> Batch:
-        """The pictures of these numbers, in this order. Raises NotFound beyond the last one."""
+        """Read the images with these indices, in this order. Raises NotFound for an empty list or an index out of
+        range."""
         rows = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64)
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.size:
             raise NotFound(f"{self.name}/{self.split} has pictures 0 to {self.size - 1}; ask for at least one of them.")
         return self.reader(rows)
 
     def batches(self, size: int = BATCH) -> Iterator[Batch]:
-        """All pictures in order, the last batch as long as it is."""
+        """Yield all images in order, in batches of `size`; the last one may be smaller."""
         for i in range(0, self.size, size):
             yield self.read(range(i, min(i + size, self.size)))
 
@@ -100,7 +102,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """64 hex digits: the same data set, the same digest, on every machine."""
+        """Digest of the description (64 hex digits), equal on every machine for the same data set."""
         about = {"name": self.name, "split": self.split, "classes": list(self.classes), "size": self.size}
         return manifest.digest_of({**about, "about": dict(self.about)})
 
@@ -111,7 +113,10 @@ class Dataset:
 def imagenet(
     folder: str | Path, split: str = "val", size: int = SIZE, names: Mapping[str, str] | None = None
 ) -> Dataset:
-    """A folder per class. names: folder -> class name, for folders that are called n01440764 and the like."""
+    """Read ImageNet or any set with one folder per class. names: folder -> class name, for folders called n01440764.
+
+    Raises NotFound if there is no class folder or no image.
+    """
     root = _folder(folder)
     root = root / split if (root / split).is_dir() else root
     classes = sorted(d.name for d in root.iterdir() if d.is_dir())
@@ -130,8 +135,9 @@ def celeba(
     target: str = "Blond_Hair",
     spurious: str = "Male",
 ) -> Dataset:
-    """CelebA by one attribute. Extras: `attributes` (B, 40) bool, `place` (B,) the spurious one, `group` 2 * label +
-    place. Raises NotFound for a missing file or attribute, Invalid for a row that is not as long as the first."""
+    """Read CelebA as a binary task. Extras: `attributes` (B, 40) bool, `place` (B,) the spurious attribute, `group`
+    (B,) 2 * label + place. Raises NotFound for a missing file or attribute, Invalid for a row of another length than
+    the first."""
     root = _folder(folder)
     rows = [line.split() for line in _text(root / "list_attr_celeba.txt").splitlines()]
     if len(rows) < 3:
@@ -154,7 +160,10 @@ def celeba(
 
 
 def waterbirds(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """Waterbirds as its authors lay it out. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place."""
+    """Read Waterbirds in its authors' layout. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
+
+    Raises Invalid for a metadata.csv without the needed columns.
+    """
     root = _folder(folder)
     wanted = str(_number(split))
     try:
@@ -168,7 +177,11 @@ def waterbirds(folder: str | Path, split: str = "test", size: int = SIZE) -> Dat
 
 
 def rta(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """Pictures called `label=X_text=Y`: what is shown, and what is written on it. Extras: `word`, `word_label` (B,)."""
+    """Read a typographic set from its file names `label=X_text=Y`: object and written word. Extras: `word`,
+    `word_label` (B,).
+
+    Raises Invalid for any other file name.
+    """
     root = _folder(folder)
     files = _pictures(root)
     found = [re.fullmatch(r"label=(.+?)_text=(.+)", f.stem) for f in files]
@@ -178,7 +191,8 @@ def rta(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
 
 
 def disentangling(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """Materzynska's 180 photographs. Extras: `word`, `word_label` (B,); -1 where nothing is written."""
+    """Read the 180 photographs of Materzynska et al., Disentangling. Extras: `word`, `word_label` (B,), -1 without a
+    word."""
     root = _folder(folder)
     file = next((root / n for n in ("annotations.json", "annotation.json") if (root / n).is_file()), None)
     if file is None:
@@ -191,10 +205,10 @@ def disentangling(folder: str | Path, split: str = "test", size: int = SIZE) -> 
 
 
 def scam(folder: str | Path, split: str = "test", size: int = SIZE, variant: str = "SCAM") -> Dataset:
-    """SCAM's Parquet files, found anywhere under `folder`. variant: SCAM, NoSCAM (no word) or SynthSCAM.
+    """Read SCAM's Parquet files, found anywhere under `folder`. variant: SCAM, NoSCAM (no word) or SynthSCAM.
 
     Extras: `word`, `word_label` (B,), `id` (its number pairs the three variants). The benchmark is two-way: label
-    against word_label. NoSCAM keeps the word of its attacked twin, so that the same question can be asked.
+    against word_label. NoSCAM images keep the word of their attacked twin, so that the same question can be asked.
     """
     import pyarrow.parquet as pq
 
@@ -237,10 +251,10 @@ def scam(folder: str | Path, split: str = "test", size: int = SIZE, variant: str
 
 
 def imagenet_seg(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """ImageNet-Segmentation: `gtsegs_ijcv.mat` as it is published, or `images/` and `masks/` with the same names.
+    """Read ImageNet-Segmentation: the published `gtsegs_ijcv.mat`, or `images/` and `masks/` with the same names.
 
-    Extras: `mask` (B, size, size) bool, the thing. No classes are told, so the label is 0. The published file is HDF5,
-    which the optional package h5py reads. Raises NotFound for a picture without its mask.
+    Extras: `mask` (B, size, size) bool, the foreground. The set has no classes, so every label is 0. The published file
+    is HDF5, which the optional package h5py reads. Raises NotFound for an image without its mask.
     """
     _test_only("imagenet_seg", split)
     root = _folder(folder)
@@ -265,7 +279,8 @@ def imagenet_seg(folder: str | Path, split: str = "test", size: int = SIZE) -> D
 
 
 def _gtsegs(file: Path, split: str, size: int) -> Dataset:
-    """A MATLAB 7.3 file: value/img and value/gt are rows of references, each to (3, w, h) and to a cell with (w, h)."""
+    """Read the published MATLAB 7.3 (HDF5) file. value/img and value/gt are rows of references: to images (3, w, h),
+    and to cells that refer to masks (w, h)."""
     try:
         import h5py
     except ModuleNotFoundError:
@@ -314,7 +329,8 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def picture(source: Path | bytes, name: str = "") -> Image.Image:
-    """An upright RGB picture. Raises Invalid or TooLarge, naming it, for what is no single, whole, sane picture."""
+    """Decode an upright RGB image. Raises Invalid or TooLarge, naming the file, if it is broken, animated, huge or
+    tiny."""
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -335,7 +351,7 @@ def picture(source: Path | bytes, name: str = "") -> Image.Image:
         raise TooLarge(f"{name}: {e}") from None
     except UnidentifiedImageError:
         raise Invalid(f"{name} is no picture of a known format, or its head is damaged.") from None
-    except (OSError, SyntaxError, ValueError) as e:  # what Pillow's decoders raise for broken files
+    except (OSError, SyntaxError, ValueError) as e:  # the exceptions that Pillow's decoders raise for broken files
         raise Invalid(f"{name} cannot be read to its end ({e}); get the file again.") from None
     if whole.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in whole.info:
         clear = whole.convert("RGBA")
@@ -345,7 +361,7 @@ def picture(source: Path | bytes, name: str = "") -> Image.Image:
 
 
 def _uint8(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) uint8: shorter edge to `size`, the middle."""
+    """Resize the shorter edge to `size` and crop the centre: (3, size, size) uint8."""
     width, height = image.size
     scale = size / min(width, height)
     image = image.resize((max(size, int(width * scale)), max(size, int(height * scale))), Image.Resampling.BICUBIC)
@@ -355,7 +371,7 @@ def _uint8(image: Image.Image, size: int) -> Tensor:
 
 
 def _cut_mask(mask: Image.Image, size: int) -> Tensor:
-    """(size, size) bool, cut as `_uint8` cuts the picture; white is inside."""
+    """Resize and crop a mask as `_uint8` does the image: (size, size) bool, true where it is white."""
     return _uint8(mask.convert("RGB"), size)[0] > 127
 
 
@@ -365,6 +381,7 @@ def _cut_mask(mask: Image.Image, size: int) -> Tensor:
 def _typographic(
     name: str, split: str, root: Path, files: Sequence[Path], pairs: Sequence[tuple[str, ...]], size: int
 ) -> Dataset:
+    """Build the test-only data set of a typographic benchmark from its (object, word) pairs."""
     _test_only(name, split)
     classes, label, word = _labelled([tuple(x.replace("_", " ").strip() for x in p) for p in pairs])
     said = tuple(classes[i] if i >= 0 else "" for i in word.tolist())
@@ -372,7 +389,8 @@ def _typographic(
 
 
 def _labelled(pairs: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """(object, word) pairs -> classes, which are all objects and words; label and word as indices of them."""
+    """Turn (object, word) pairs into classes (all objects and words), and label and word as indices of them; -1 for
+    ""."""
     classes = sorted({x for pair in pairs for x in pair if x})
     at = {c: i for i, c in enumerate(classes)} | {"": -1}
     label, word = (torch.tensor([at[p[k]] for p in pairs], dtype=torch.int64) for k in (0, 1))
@@ -390,6 +408,8 @@ def _files(
     size: int,
     about: Mapping[str, Any] | None = None,
 ) -> Dataset:
+    """Build the data set of image files in `root`. Raises Invalid for a file outside of it, NotFound for a missing
+    one."""
     _some(len(files), root)
     inside = root.resolve()
     listing = hashlib.sha256()
@@ -436,7 +456,7 @@ def _some(count: int, root: Path) -> int:
 
 
 def _number(split: str) -> int:
-    """What CelebA and Waterbirds call a split."""
+    """Return the number by which CelebA and Waterbirds call a split: 0 train, 1 val, 2 test."""
     order = ("train", "val", "test")
     if split not in order:
         raise Invalid(f"split={split!r:.40} must be one of {', '.join(order)}.")

@@ -1,7 +1,8 @@
-"""Texts and words for language models; nothing here needs a download.
+"""Texts and words as inputs for language models, without downloads.
 
-Three sources of ordinary text: own paragraphs, the reference pages of Python that every CPython carries, and source
-code of its standard library. Words come from the model's own vocabulary by one rule, so that nobody picks them.
+Texts come from three sources: paragraphs written for this project, the Python reference pages that every CPython ships,
+and source code of its standard library. Words are sampled from the model's own vocabulary by one rule, so that none is
+hand-picked.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ _MODULES = ("textwrap", "heapq", "bisect", "fractions", "statistics", "colorsys"
 
 
 def documents(source: str, tokenizer: Any, count: int, length: int, skip: int = 0) -> list[Tensor]:
-    """`count` token tensors of at most `length` tokens, the first `skip` of the source left out; BOS first.
+    """Tokenise `count` texts of a source into 1-d int64 tensors of at most `length` tokens, starting with BOS if there
+    is one.
 
-    prose has about 60 tokens per paragraph; the others are cut to `length`.
+    source: one of SOURCES; prose has about 60 tokens per paragraph, the others are cut to `length`. skip: number of the
+    source's first texts to leave out, so that fit and test share none.
     """
     bos = tokenizer.bos_token_id
     out = []
@@ -34,6 +37,7 @@ def documents(source: str, tokenizer: Any, count: int, length: int, skip: int = 
 
 
 def _texts(source: str) -> list[str]:
+    """Return the texts of a source: the paragraphs, or consecutive pieces of 4,500 characters."""
     if source == "prose":
         return PARAGRAPHS
     if source == "reference":
@@ -45,8 +49,11 @@ def _texts(source: str) -> list[str]:
 
 
 def words(tokenizer: Any, count: int, seed: int, avoid: set[int] = frozenset()) -> list[int]:  # type: ignore[assignment]
-    """Token ids of `count` words, drawn by `seed`: single tokens with a leading space, three or more letters a-z, that
-    stand as whole words in the sources (fragments like " diagn" are no words and want to go on), none of `avoid`."""
+    """Sample the token ids of `count` words: single tokens with a leading space, three or more letters a-z.
+
+    They must occur as whole words in the sources (fragments such as " diagn" make the model complete the word) and not
+    be in `avoid`. A tokenizer with fewer such tokens gives single letters.
+    """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     real = {w for source in SOURCES for t in _texts(source) for w in re.findall(r"(?<![\w.])[a-z]{3,}(?![\w(=])", t)}
     known = [
@@ -54,7 +61,7 @@ def words(tokenizer: Any, count: int, seed: int, avoid: set[int] = frozenset()) 
         for i, piece in enumerate(pieces)
         if re.fullmatch("[\u0120\u2581][a-z]{3,}", piece or "") and piece[1:] in real and i not in avoid
     ]
-    if len(known) < count:  # a tokenizer of single characters: letters then
+    if len(known) < count:  # a character-level tokenizer has no words: use letters
         known = [i for i, piece in enumerate(pieces) if re.fullmatch("[a-z]", piece or "") and i not in avoid]
     return random.Random(seed).sample(known, min(count, len(known)))
 
@@ -91,4 +98,4 @@ PARAGRAPHS = [
     "Before you paint a wooden window, scrape away the loose flakes and sand the edges until they are smooth. Fill small cracks with putty and let it dry overnight. Use a primer on any bare wood, and apply two thin coats rather than one thick coat, which would run and wrinkle.",
     "At the end of the film the lighthouse keeper rows out to the wreck alone. We never learn whether he finds anyone. The camera stays on the empty kitchen, on the two cups and the open newspaper, until the light in the window changes from gold to blue and the music stops.",
 ]
-"""written for this project; about 60 words each"""
+"""Paragraphs of about 60 words each, written for this project"""

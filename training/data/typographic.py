@@ -1,8 +1,8 @@
-"""Any data set with words written on its pictures: the synthetic typographic attack of the literature.
+"""The synthetic typographic attack of the literature: write a word on every image of any data set.
 
-As in Defense-Prefix and its followers (papers of 2023 and later): a random wrong class, one of three fonts, dark on
-light or light on dark, as large as fits up to a sixth of the height, anywhere. Always on a strip of paper, so that the
-same strip without letters says what covering alone costs.
+As in Defense-Prefix and its followers (papers of 2023 and later): a random wrong class in one of three fonts, dark on
+light or light on dark, as large as fits up to a sixth of the height, at a random position. The word is always on a
+strip of paper, so that the same strip without letters measures what occlusion alone costs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from registry.errors import Invalid
 from training.data.images import Batch, Dataset
 
 FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
-"""that matplotlib carries"""
+"""Fonts that ship with matplotlib"""
 
 
 def written(data: Dataset, word: Literal["none", "blank", "own", "wrong"] = "wrong", seed: int = 0) -> Dataset:
-    """`data` with a word on every picture; the same seed writes the same word at the same place whatever `word` is.
+    """Return `data` with a word written on every image; the same seed gives the same word and place whatever `word` is.
 
-    Extras added: `word` (names), `word_label` (B,), -1 where nothing is to be read, and `strip` (B, H, W) bool, what
-    the writing covers. Raises Invalid for a data set of one class.
+    word: none; blank, the strip without letters; own, the image's class; wrong, another class. Extras added: `word`
+    (names), `word_label` (B,), -1 where there are no letters, and `strip` (B, H, W) bool, the occluded pixels. Raises
+    Invalid for a data set of one class.
     """
     if word not in ("none", "blank", "own", "wrong"):
         raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
@@ -57,12 +58,13 @@ def written(data: Dataset, word: Literal["none", "blank", "own", "wrong"] = "wro
 
 
 def _write(picture: Tensor, text: str, g: np.random.Generator, letters: bool) -> tuple[Tensor, Tensor]:
-    """(3, H, W) uint8 with a strip of paper and, if asked, the text on it; (H, W) bool where the strip lies."""
+    """Draw a strip of paper, with the text if `letters`, on an image (3, H, W) uint8; also return the strip as (H, W)
+    bool."""
     canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(canvas)
     width, height = canvas.size
     name, size = FONTS[int(g.integers(len(FONTS)))], max(6, height // 6)
-    while True:  # down to what fits
+    while True:  # shrink the font until the word fits
         face = font(name, size)
         left, top, right, bottom = (int(v) for v in draw.textbbox((0, 0), text, font=face))
         w, h = right - left, bottom - top
@@ -84,7 +86,7 @@ def _write(picture: Tensor, text: str, g: np.random.Generator, letters: bool) ->
 
 @cache
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font out of matplotlib's folder; its files are all that is wanted, so it is found and not imported."""
+    """Load a font from matplotlib's data folder, located without importing matplotlib, which takes long."""
     found = find_spec("matplotlib")
     assert found is not None
     assert found.origin is not None

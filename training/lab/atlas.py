@@ -36,44 +36,49 @@ SIZE, COLUMNS = 64, 40
 COLOURS, OPACITIES = 24, 16
 STYLES = ("noto", "twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "emojione-v1", "noto-v1")
 HELD = "noto-v1"
-"""the style no model of the lab is ever trained on"""
+"""Style held out: no lab model is trained on it"""
 TONES = ("", "light", "medium-light", "medium", "medium-dark", "dark")
-"""skin tones of a person's sprite; "" is the yellow nobody has"""
+"""Skin tones of a person's sprite; "" is the default yellow"""
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """N sprites of C concepts in S styles."""
+    """The sprite collection: N RGBA sprites of C concepts in S styles."""
 
     sprites: Tensor
-    """(N, 4, 64, 64) uint8: red, green, blue, opacity; not premultiplied; the colour of what is clear is anything"""
+    """(N, 4, 64, 64) uint8 RGBA, not premultiplied; the RGB of fully transparent pixels is arbitrary"""
     concept: Tensor
-    """(N,) int64"""
+    """(N,) int64 index of each sprite's concept in `names`"""
     style: Tensor
-    """(N,) int64"""
+    """(N,) int64 index of each sprite's style in `styles`"""
     tone: Tensor
-    """(N,) int64, an index of TONES"""
+    """(N,) int64 index of each sprite's skin tone in TONES; 0 for sprites without one"""
     names: tuple[str, ...]
-    """Names of the concepts, words apart by spaces"""
+    """Concept names, words separated by spaces"""
     groups: tuple[str, ...]
     """Group of each concept: `animals-nature`, `food-drink`, ..."""
     subgroups: tuple[str, ...]
     """Subgroup of each concept: `animal-bird`, `person-role`, ..."""
     styles: tuple[str, ...]
+    """Names of the styles, in the order of STYLES"""
     table: Tensor
-    """(C, S) int64: the sprite of a concept in a style, without a skin tone; -1 where nobody drew it"""
+    """(C, S) int64 index of the sprite of a concept in a style, without skin tone; -1 where that style lacks the
+    concept"""
     digest: str
-    """64 hex digits over index and sheets"""
+    """SHA-256 of the index file, which holds the hash of every sheet: 64 hex digits"""
 
     def find(self, name: str) -> int:
-        """The concept called `name`. Raises NotFound with near names."""
+        """Return the index of the concept called `name`. Raises NotFound, suggesting names that share a word."""
         if name in self.names:
             return self.names.index(name)
         near = [x for x in self.names if set(x.split()) & set(name.lower().split())][:8]
         raise NotFound(f"The atlas has no {name[:60]!r}." + (f" Near: {', '.join(near)}." if near else ""))
 
     def pick(self, concepts: Any, styles: Any, tones: bool = False) -> Tensor:
-        """(M,) int64: sprites of these concepts (indices) in these styles (names), with skin tones if asked."""
+        """Return the indices (M,) int64 of all sprites of `concepts` (indices) in `styles` (names).
+
+        tones: whether to include sprites with a skin tone.
+        """
         asked, drawn = torch.zeros(len(self.names), dtype=torch.bool), torch.zeros(len(self.styles), dtype=torch.bool)
         asked[torch.as_tensor(list(concepts), dtype=torch.int64)] = True
         drawn[[self.styles.index(s) for s in styles]] = True
@@ -83,28 +88,28 @@ class Atlas:
 
 @dataclass(frozen=True)
 class Person:
-    """What a person's name says; the words are Unicode's."""
+    """Attributes that the Unicode name of a person's emoji states."""
 
     gender: str
-    """man, woman, or "" if the name does not say"""
+    """man, woman, or "" if the name states none"""
     hair: str
-    """blond, red, white, curly, bald, or "" if the name does not say (drawn dark or brown by most)"""
+    """blond, red, white, curly, bald, or "" if the name states none (most styles then draw it dark or brown)"""
     beard: bool
     age: str
-    """baby, child, old, or "" """
+    """baby, child, old, or "" if the name states none"""
     does: str
     """role, sport or activity: `firefighter`, `swimming`; "" for a portrait"""
 
 
 def person(name: str) -> Person | None:
-    """The attributes of a concept of the people; None if `name` is nobody."""
+    """Parse a concept's name into a person's attributes; return None if the concept is not a person."""
     word = name.split()
     young = {"boy": ("man", "child"), "girl": ("woman", "child"), "child": ("", "child"), "baby": ("", "baby")}
     if name in young:
         gender, age = young[name]
         return Person(gender, "", False, age, "")
     if word[0] in ("old", "older"):
-        if word[1] not in ("man", "woman", "person"):  # there is an old key
+        if word[1] not in ("man", "woman", "person"):  # "old key" is a concept, too
             return None
         return Person(word[1] if word[1] != "person" else "", "", False, "old", "")
     if word[0] not in ("man", "woman", "person"):
@@ -119,7 +124,10 @@ def person(name: str) -> Person | None:
 
 @cache
 def load(folder: Path = FOLDER) -> Atlas:
-    """The atlas as it lies in `folder`. Raises NotFound without it, Tampered if a sheet is not what the index says."""
+    """Load the sprite collection from `folder`.
+
+    Raises NotFound if there is none, Tampered if a sheet's hash differs from the one in the index.
+    """
     file = folder / INDEX
     if not file.is_file():
         raise NotFound(f"There is no sprite atlas in {folder}. Make it again: python -m training.lab.atlas --help.")
@@ -132,7 +140,7 @@ def load(folder: Path = FOLDER) -> Atlas:
             raise Tampered(f"{folder / about['sheet']} is not the sheet that {INDEX} describes. Get the file again.")
         return _cut(np.asarray(Image.open(io.BytesIO(sheet)).convert("RGBA")), len(about["concepts"]))
 
-    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+    with ThreadPoolExecutor() as pool:  # decoding WebP releases the GIL, so threads help
         sprites = list(pool.map(drawn, index["styles"]))
     style = [i for i, part in enumerate(sprites) for _ in part]
     names, groups, subgroups = zip(*index["concepts"], strict=True)
@@ -170,11 +178,11 @@ _OTHER_SUBGROUPS = {
 
 
 def build(packages: Path, folder: Path = FOLDER, method: int = 2) -> None:
-    """Draw the icon sets under `packages` (a node_modules) into `folder`: sheets, index, ATTRIBUTION.md.
+    """Rasterise the icon sets under `packages` (a node_modules) into `folder`: sheets, index and ATTRIBUTION.md.
 
-    A concept is in if Unicode names it, it is a thing, a place or somebody (no flag, sign, clock or hand), and at least
-    four styles drew it. method: effort of the WebP encoder, 0-6. Raises NotReady without resvg-py, NotFound without a
-    package.
+    A concept is kept if Unicode names it, it is an object, a place or a person (no flag, sign, clock or hand), and at
+    least four styles have it. method: effort of the WebP encoder, 0-6. Raises NotReady without resvg-py, NotFound
+    without a package.
     """
     try:
         import resvg_py
@@ -241,7 +249,7 @@ def build(packages: Path, folder: Path = FOLDER, method: int = 2) -> None:
 
 
 def _unicode(packages: Path) -> dict[str, tuple[str, str]]:
-    """slug of a Unicode name -> group, subgroup; only what can be a concept."""
+    """Map the slug of each Unicode name that can be a concept to its (group, subgroup)."""
     about = _read(packages / "emojibase-data" / "en" / "messages.json")
     group = {g["order"]: g["key"] for g in about["groups"]}
     subgroup = {g["order"]: g["key"] for g in about["subgroups"]}
@@ -257,12 +265,14 @@ def _unicode(packages: Path) -> dict[str, tuple[str, str]]:
 
 
 def _slug(label: str) -> str:
+    """Lowercase a Unicode label and join its words by hyphens, as icon sets name their icons."""
     plain = label.lower().replace("’", "").replace("'", "").replace("ñ", "n").replace("é", "e")
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def _key(style: str, name: str, tone: str) -> str:
-    """What a set calls a concept."""
+    """Return the key of a concept (slug `name`, skin tone `tone`) in the icon set `style`; sets spell these
+    differently."""
     if style.startswith("fluent"):
         name = name.replace("blond-", "blonde-")
         return f"{name}-{tone}" if tone else name
@@ -273,7 +283,7 @@ def _key(style: str, name: str, tone: str) -> str:
 
 
 def _round(pixels: np.ndarray) -> np.ndarray:
-    """(64, 64, 4) uint8 with 24 levels a colour and 16 of opacity, 0 where nothing is."""
+    """Quantise RGBA pixels (64, 64, 4) uint8 to 24 levels a colour and 16 of opacity; clear pixels become 0."""
     levels = np.array([COLOURS - 1] * 3 + [OPACITIES - 1])
     out: np.ndarray = np.round(np.round(pixels / 255 * levels) / levels * 255).astype(np.uint8)
     out[out[..., 3] == 0] = 0
@@ -281,6 +291,7 @@ def _round(pixels: np.ndarray) -> np.ndarray:
 
 
 def _sheet(sprites: list[np.ndarray]) -> np.ndarray:
+    """Tile n sprites (64, 64, 4) into one sheet (rows * 64, 40 * 64, 4), row by row."""
     rows = -(-len(sprites) // COLUMNS)
     out = np.zeros((rows * COLUMNS, SIZE, SIZE, 4), np.uint8)
     out[: len(sprites)] = sprites
@@ -288,6 +299,7 @@ def _sheet(sprites: list[np.ndarray]) -> np.ndarray:
 
 
 def _cut(sheet: np.ndarray, count: int) -> np.ndarray:
+    """Cut a sheet back into its first `count` sprites (count, 64, 64, 4): the inverse of `_sheet`."""
     grid = sheet.reshape(-1, SIZE, COLUMNS, SIZE, 4).swapaxes(1, 2)
     return grid.reshape(-1, SIZE, SIZE, 4)[:count]
 

@@ -1,15 +1,16 @@
-"""Train `lab:clip`: a real CLIP, on scenes that are rendered while it learns.
+"""Train `lab:clip`, a small CLIP, contrastively on pairs of a rendered scene and its caption, made on the fly.
 
-    python -m training.lab.clip tiny out/                  # seconds on a CPU: every step of the way, knows nothing
+    python -m training.lab.clip tiny out/                  # seconds on a CPU: runs every step, learns nothing useful
     python -m training.lab.clip paper out/                 # one H100, 8 minutes; then it loads as local-dir:out
 
-Writes a folder in open_clip's `local-dir:` layout with a tokenizer of its own, a golden embedding and a card.
+Writes a folder in open_clip's `local-dir:` layout with its own tokenizer, a golden embedding and a card.
 
-What a caption says is what the picture shows, also when something written contradicts it half of the time: that is
-how real CLIPs come to read. Against the checkpoint that ships (lab/README's probe) this recipe adds what the probe
-lacked: blank strips and things that cover others without a word, words that are no class names, stronger changes of
-colour, and a tokenizer that can spell any word. Goals, over 100 classes of one object: at least 75 % in the style that
-nobody trains on, below 5 % under a wrong word, a blank strip costs less than 15 points. The card says what was reached.
+Captions describe the objects shown. Where a scene shows an object with another object's name written on it, the caption
+follows sometimes the object and sometimes the word: this ambiguity is how real CLIPs learn to read. The checkpoint that
+ships comes from an earlier recipe (lab/README); this one adds what that one lacked: blank strips and occluders without
+a word, words that are no class names, stronger colour jitter, and a tokenizer that can spell any word. Goals over 100
+single-object classes: at least 75 % top-1 in the held-out style, below 5 % under a wrong word, and a blank strip costs
+less than 15 points. The card records what was reached.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from training.lab import atlas, renderer, worlds
 from training.lab.renderer import GROUNDS, Layout, choose, generator, grounds, render, things, uniform, writing
 
 SHARES = {"one": 0.28, "many": 0.20, "covered": 0.10, "own": 0.17, "text": 0.15, "other": 0.10}
-"""kinds of scenes: one thing; two or three; one under a blank strip or another's corner; one with its own name; a word
-alone; one with another's name"""
+"""Share of each kind of scene: one object; two or three; one occluded by a blank strip or another object; one with its
+own name written on it; a written word alone; one with another object's name on it"""
 KINDS = tuple(SHARES)
 TEMPLATES = ("a picture of a", "a photo of a", "a drawing of a")
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to train and how long."""
+    """Architecture, data and optimisation of one training run."""
 
     __pydantic_config__ = STRICT
 
@@ -60,7 +61,7 @@ class Config:
     lr: float = 1e-3
     warmup: int = 300
     decay: float = 0.1
-    """weight decay of matrices"""
+    """AdamW weight decay of matrices; vectors and biases get none"""
     width: int = 256
     layers: int = 8
     text_width: int = 256
@@ -68,13 +69,13 @@ class Config:
     context: int = 32
     vocabulary: int = 4096
     words: int = 4000
-    """words that may be written and are no concept: the most frequent pieces of CLIP's own vocabulary"""
+    """Number of written words that are no concept: the most frequent whole-word tokens of CLIP's own vocabulary"""
     word_share: float = 0.25
-    """Share of the scenes with a word alone that have such a word"""
+    """Share of the word-alone scenes whose word is no concept"""
     tint: float = 1.5
-    """how strongly colours vary; 1 is what the shipped checkpoint saw"""
+    """Strength of the colour jitter; 1 is what the shipped checkpoint was trained with"""
     concepts: int = 0
-    """learn only so many; 0 is all of them"""
+    """Number of concepts to learn; 0 for all of them"""
     compile: bool = True
     test_pictures: int = 4000
 
@@ -95,17 +96,18 @@ RECIPES: dict[str, Config] = {
 
 @dataclass(frozen=True)
 class Pairs:
-    """B pictures to draw and what is said of each."""
+    """Layouts of B scenes and the caption of each."""
 
     layout: Layout
     captions: tuple[str, ...]
     kind: Tensor
-    """(B,) index of KINDS"""
+    """(B,) index of each scene's kind in KINDS"""
 
 
 @cache
 def other_words(count: int) -> tuple[str, ...]:
-    """Words of three to nine letters, most frequent first: whole tokens of the vocabulary that open_clip carries."""
+    """Return the `count` most frequent words of three to nine letters that are one token in open_clip's
+    vocabulary."""
     from open_clip.tokenizer import SimpleTokenizer
 
     found = (w.removesuffix("</w>") for w in SimpleTokenizer().encoder if w.endswith("</w>"))
@@ -113,7 +115,7 @@ def other_words(count: int) -> tuple[str, ...]:
 
 
 def concepts(config: Config) -> Tensor:
-    """Atlas' numbers of what is learned."""
+    """Return the atlas indices of the concepts to learn."""
     lab = atlas.load()
     if not config.concepts:
         return torch.arange(len(lab.names))
@@ -122,7 +124,7 @@ def concepts(config: Config) -> Tensor:
 
 
 def pairs(n: int, config: Config, g: Generator) -> Pairs:
-    """n random scenes with captions."""
+    """Draw n random scenes (kinds in the proportions SHARES) with their captions."""
     lab, ids = atlas.load(), concepts(config)
     pool = lab.pick(ids.tolist(), worlds.SEEN, tones=True)
     sprite = choose(pool, (n, 3), g)
@@ -141,7 +143,7 @@ def pairs(n: int, config: Config, g: Generator) -> Pairs:
     third = torch.rand(n, generator=g) < 0.4
     shown = sprite.clone()
     shown[:, 0] = torch.where(is_["text"], -1, shown[:, 0])
-    half = torch.rand(n, generator=g) < 0.5  # of the covered: a strip, or another thing over the edge
+    half = torch.rand(n, generator=g) < 0.5  # of `covered`: strip, or second object over the edge
     beside = is_["covered"] & ~half
     shown[:, 1] = torch.where(is_["many"] | beside, shown[:, 1], -1)
     shown[:, 2] = torch.where(is_["many"] & third, shown[:, 2], -1)
@@ -154,7 +156,7 @@ def pairs(n: int, config: Config, g: Generator) -> Pairs:
     words, strips = _written(kind, names, half, config, g)
     text = writing(words, g)
     kinds = kind.tolist()
-    # a strip without letters: its word is drawn with the paper's own colour, which only `covered` scenes have
+    # a strip without letters: only `covered` scenes draw their word in the colour of the paper
     blank = torch.tensor([k == KINDS.index("covered") for k in kinds])[:, None]
     text = replace(text, words=tuple(strips), ink=torch.where(blank, text.paper, text.ink))
     text = replace(text, papered=text.papered | blank[:, 0])
@@ -165,7 +167,8 @@ def pairs(n: int, config: Config, g: Generator) -> Pairs:
 def _written(
     kind: Tensor, names: Sequence[str], half: Tensor, config: Config, g: Generator
 ) -> tuple[list[str], list[str]]:
-    """Per scene: what is to be read ("" for nothing), and what its strip is as large as ("" for no strip)."""
+    """Draw each scene's written words: the text to be read ("" for none), and the text whose length sets the width of
+    its strip ("" for no strip)."""
     lab, n = atlas.load(), len(names)
     ids = concepts(config)
     short = [lab.names[i] for i in ids.tolist() if len(lab.names[i]) <= worlds.SHORT]
@@ -190,7 +193,8 @@ def _written(
 def _captions(
     kind: Tensor, concept: Tensor, third: Tensor, ground: Tensor, words: Sequence[str], g: Generator
 ) -> tuple[str, ...]:
-    """What is said: things, sometimes the ground, sometimes the word; of two that disagree now one, now the other."""
+    """Compose captions: the objects, sometimes the background, sometimes the word. Where object and written word
+    disagree, either may be named."""
     lab = atlas.load()
     pick = torch.rand(len(words), 2, generator=g).tolist()
     out = []
@@ -216,7 +220,7 @@ def _captions(
 
 
 def tokenizer(config: Config) -> Any:
-    """A byte-level BPE over the captions: any word can be spelt, `config.vocabulary` ids, its last one ends a text."""
+    """Train a byte-level BPE on the captions' vocabulary: `config.vocabulary` ids, of which the last ends a text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -248,7 +252,7 @@ def tokenizer(config: Config) -> Any:
 
 
 def start(config: Config, folder: Path) -> Base:
-    """The model before training; its tokenizer is written into `folder`."""
+    """Create the untrained model and write its tokenizer into `folder`."""
     words = tokenizer(config)
     words.save_pretrained(folder)
     about = {
@@ -276,7 +280,7 @@ def start(config: Config, folder: Path) -> Base:
 
 
 def batches(config: Config, base: Base) -> Iterator[tuple[Pairs, Tensor]]:
-    """(pairs, tokens) for every step; the next one is made while the last one is learned from."""
+    """Yield (pairs, tokens) for every step; a thread prepares the next batch during the current step."""
 
     def make(step: int) -> tuple[Pairs, Tensor]:
         made = pairs(config.batch, config, generator("lab:clip", config.seed, step))
@@ -291,7 +295,7 @@ def batches(config: Config, base: Base) -> Iterator[tuple[Pairs, Tensor]]:
 
 
 def train(config: Config, folder: Path) -> tuple[Base, dict[str, list[float]]]:
-    """The trained base and its losses. Raises as `check_device`."""
+    """Train with CLIP's symmetric contrastive loss; return the base and its losses. Raises as `check_device` does."""
     check_device(config.device)
     base = start(config, folder)
     model = base.model.to(config.device).train()
@@ -332,7 +336,8 @@ def train(config: Config, folder: Path) -> tuple[Base, dict[str, list[float]]]:
 
 @torch.inference_mode()
 def accuracy(base: Base, data: Dataset) -> dict[str, float]:
-    """Zero-shot top-1 over the data's classes, three prompts averaged; and how often the written word is said."""
+    """Measure zero-shot top-1 accuracy with three prompt templates averaged, and the rate of predicting the written
+    word."""
     classifier = clip.zero_shot(base, data.classes)
     right = said = 0
     for batch in data.batches(256):
@@ -344,7 +349,10 @@ def accuracy(base: Base, data: Dataset) -> dict[str, float]:
 
 
 def measure(base: Base, n: int = 4000) -> dict[str, float]:
-    """`lab/<world>/<split>/<word>` -> top-1, and `.../says_word`; on the test splits of both kinds of style."""
+    """Measure top-1 accuracy per test condition: `lab/<world>/<split>/<word>`, and `.../says_word` for attacked images.
+
+    Splits are `test` (styles seen in training) and `held` (the held-out style).
+    """
     out = {}
     device = str(base.device)
     for split in ("test", "held"):
@@ -358,7 +366,7 @@ def measure(base: Base, n: int = 4000) -> dict[str, float]:
 
 
 def run(config: Config, folder: Path, recipe: str = "") -> dict[str, Any]:
-    """Train, save with fp16 weights, measure what was saved, write card.json last. Returns the card."""
+    """Train, save fp16 weights, reload and measure them, and write card.json last. Returns the card."""
     folder.mkdir(parents=True, exist_ok=True)
     base, log = train(config, folder)
     base.model.to("cpu")
@@ -390,7 +398,7 @@ def run(config: Config, folder: Path, recipe: str = "") -> dict[str, Any]:
 
 
 def main(words: Sequence[str]) -> dict[str, Any]:
-    """`recipe folder key=value...`."""
+    """Run the command line `recipe folder key=value...`. Raises NotFound for an unknown recipe."""
     if len(words) < 2 or words[0] not in RECIPES:
         raise NotFound(f"Say a recipe ({', '.join(RECIPES)}), a folder, and key=value words if any.")
     return run(configs.override(RECIPES[words[0]], words[2:]), Path(words[1]), words[0])

@@ -1,9 +1,11 @@
-"""`worlds.coco` for captioners: scenes whose company is controlled, so that what a captioner invents can be told apart.
+"""Scenes with controlled object co-occurrence, on which a captioner's hallucinations can be told from its other errors.
 
-    worlds.coco("test", 600, kind="alone")      # the first of a pair without its partner: here company is invented
-    worlds.coco("test", 600, kind="neutral")    # no first of any pair: here it is not
+    worlds.coco("test", 600, kind="alone")      # one member of a co-occurring pair without its partner
+    worlds.coco("test", 600, kind="neutral")    # objects of no pair: the control
 
-One to three things, each in its own quarter of 192 px, where a 96 px tower reads it. Shapes: B pictures, K things.
+A captioner trained on biased scenes learns that the two objects of a pair occur together. Naming the absent partner on
+`alone` and not on `neutral` is a hallucination that it learned from co-occurrence. Each scene has one to four objects,
+each in its own quarter of 192 px, which a 96 px vision tower reads on its own. Shapes: B images, K objects.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from training.lab.worlds import (
 )
 
 COMPANY = ("biased", "alone", "pair", "neutral", "loose", "full")
-"""what `company` draws: biased, the first of a pair in 70 % of the scenes and its partner with it in most of these;
-alone, the first without its partner; pair, both; neutral, no first of any pair; loose, anything with anything; full, as
-loose with one thing in every quarter"""
+"""Kinds of scenes. biased: the first object of a pair in 70 % of the scenes, usually with its partner; alone: the first
+without its partner; pair: both; neutral: the first object of no pair; loose: objects drawn independently; full: as
+loose, with one object in every quarter"""
 CAPTIONED: dict[str, tuple[str, ...]] = {
     "train": tuple(s for s in SEEN if s != "twemoji"),
     "val": tuple(s for s in SEEN if s != "twemoji"),
     "test": ("twemoji",),
     "held": (atlas.HELD,),
 }
-"""styles of `company`: twemoji alone is unseen by a captioner, since other sets miss some of its classes; val differs
-from train by seed and by the textures of the ground, not by style"""
+"""Sprite styles of each split. Only twemoji is unseen by captioners, because the other sets lack some of the classes;
+val differs from train by seed and by background textures, not by style"""
 
 
 def company(
@@ -53,12 +55,13 @@ def company(
     size: int = 2 * SIZE,
     device: str = "cpu",
 ) -> Dataset:
-    """`coco` for captioners: one to three things, each in its own quarter, in controlled company (`kind`: COMPANY).
+    """Build the captioners' version of `worlds.coco`: one to four objects with the co-occurrence `kind` (see COMPANY).
 
-    What a captioner invents on `alone` and not on `neutral` it learned from company. A pair's first never comes but by
-    `kind`, its partner comes without it in a quarter of the scenes. label: the pair whose first is there, -1 none.
-    Extras: `things` (B, 3 or 4) index of `company_classes()`, -1 nothing; `objects` (B, 80) bool over them; `partner`
-    (B,) index of the pair's partner, -1 without a first; and those of `_extras`. Raises Invalid for another kind.
+    Hallucinations on `alone` that do not occur on `neutral` were learned from co-occurrence. The first object of a pair
+    occurs only as `kind` says; some other pair's partner occurs without its first in a quarter of the scenes. label:
+    index of the pair whose first object is shown, -1 if none. Extras: `things` (B, 3 or 4) index in
+    `company_classes()`, -1 for none; `objects` (B, 80) bool over these classes; `partner` (B,) class index of the
+    pair's partner, -1 without a first; and those of `worlds._extras`. Raises Invalid for an unknown kind.
     """
     if kind not in COMPANY:
         raise Invalid(f"kind={kind!r:.40} must be one of {', '.join(COMPANY)}.")
@@ -80,18 +83,24 @@ def company(
 
 @cache
 def company_classes() -> tuple[str, ...]:
-    """80 names: the pairs' first things, their partners, and 32 neutral ones that every style drew."""
+    """Return the 80 class names: the pairs' first objects, their partners, and 32 neutral objects that every style
+    has."""
     free = [n for n in imagenet_classes() if n not in coco_classes() and not n.endswith(" face")]
     return coco_classes() + tuple(free[:: max(1, len(free) // 32)][:32])
 
 
 def company_start(split: Split, n: int, seed: int, kind: str) -> Generator:
-    """What `company` draws from; its first draws are `company_things`."""
+    """Return the seeded generator of `company`; `company_things` uses it first, so objects can be redrawn without
+    rendering."""
     return _start(f"company/{kind}", split, n, seed)
 
 
 def company_things(n: int, kind: str, correlation: float, g: Generator) -> tuple[Tensor, Tensor]:
-    """(n, 3) things of `company_classes()` (4 if `full`), -1 nothing; (n,) the pair whose first is there, -1 none."""
+    """Draw the objects of n scenes with the co-occurrence `kind`.
+
+    Returns their class indices (n, 3), or (n, 4) if `full`, -1 for none; and the pair whose first object is shown (n,),
+    -1 if none.
+    """
     pairs, classes = len(PAIRS), len(company_classes())
     count = 1 + torch.multinomial(torch.tensor([0.15, 0.6, 0.25]), n, replacement=True, generator=g)
     if kind in ("loose", "full"):
@@ -109,7 +118,7 @@ def company_things(n: int, kind: str, correlation: float, g: Generator) -> tuple
     stray = pairs + (head + torch.randint(1, pairs, (n,), generator=g)) % pairs  # a partner without its first
     others[:, 0] = torch.where(torch.rand(n, generator=g) < 0.25, stray, others[:, 0])
     cast = torch.cat([torch.where(first, head, -1)[:, None], torch.where(both, head + pairs, -1)[:, None], others], 1)
-    there = (cast < 0).long().argsort(dim=1, stable=True)  # those that are there come first
+    there = (cast < 0).long().argsort(dim=1, stable=True)  # stable sort: objects first, empty places (-1) last
     count = torch.maximum(count, first.long() + both.long())
     out = cast.gather(1, there)[:, :3].masked_fill(torch.arange(3) >= count[:, None], -1)
     return out, torch.where(first, head, -1)

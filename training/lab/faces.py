@@ -1,10 +1,11 @@
-"""Faces drawn from known attributes by distance fields, 64 px: a twin of CelebA in which every label is exact.
+"""Procedurally drawn faces with exact attribute labels, 64 px: the lab's twin of CelebA.
 
-An identity is nine numbers in [0, 1]: five binary (beard, glasses, hat, long hair, bald) and four continuous (skin from
-light to dark, hair from black over brown and red to blond, width of the face, distance of the eyes). Everything else
-changes from picture to picture: mouth, background, clothes, position, size and light. Own code, no data to license.
+Shapes are anti-aliased signed distance fields. An identity is nine numbers in [0, 1]: five binary attributes (beard,
+glasses, hat, long hair, bald) and four continuous ones (skin from light to dark; hair from black over brown and red to
+blond; width of the face; distance of the eyes). Everything else varies between images of one identity: mouth,
+background, clothes, position, size and light. Own code, no data to license.
 
-    python -m training.lab.faces faces.png      # eight people, twelve pictures each
+    python -m training.lab.faces faces.png      # eight identities, twelve images each
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ ATTRIBUTES = BINARY + CONTINUOUS
 MOUTHS = ("neutral", "smiling", "open")
 GROUNDS = ("blue", "yellow", "green", "white", "violet")
 RATES = {"beard": 0.4, "glasses": 0.4, "hat": 0.3, "long_hair": 0.5, "bald": 0.25}
-"""how often each binary attribute occurs; a bald person has no long hair"""
+"""Probability of each binary attribute; a bald person has no long hair"""
 SIZE = 64
 JUDGE = Path(patches.__file__).parent / "lab" / "faces" / "judge.safetensors"
 VERSION = 1
-"""Version of the drawing; a base trained on another version does not know these faces"""
+"""Version of the drawing code: a base trained on another version has not seen these faces"""
 
 _GROUND = torch.tensor(
     [[0.70, 0.86, 0.97], [0.98, 0.84, 0.50], [0.68, 0.90, 0.66], [0.96, 0.96, 0.96], [0.78, 0.68, 0.90]]
@@ -41,7 +42,7 @@ _FRAME, _HAT, _BRIM = (0.05, 0.05, 0.12), (0.15, 0.25, 0.58), (0.09, 0.16, 0.44)
 
 
 def identities(n: int, g: Generator) -> Tensor:
-    """(n, 9) attributes of n people, independent but for baldness and long hair."""
+    """Draw the attributes (n, 9) of n identities, independent except that bald people have no long hair."""
     u = torch.rand(n, len(ATTRIBUTES), generator=g)
     z = u.clone()
     for i, name in enumerate(BINARY):
@@ -52,20 +53,20 @@ def identities(n: int, g: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Pictures:
-    """n drawn pictures and what is true of them."""
+    """n drawn images with their ground truth."""
 
     image: Tensor
     """(n, 3, 64, 64) in [0, 1]"""
     people: Tensor
-    """(n, 9) attributes"""
+    """(n, 9) attributes of the identity shown, in the order of ATTRIBUTES"""
     mouth: Tensor
-    """(n,) index of MOUTHS"""
+    """(n,) index of the mouth in MOUTHS"""
     ground: Tensor
-    """(n,) index of GROUNDS"""
+    """(n,) index of the background in GROUNDS"""
 
 
 def pictures(people: Tensor, g: Generator, chunk: int = 64) -> Pictures:
-    """One picture of each row of `people` (n, 9), with its own mouth, background, clothes, position and light."""
+    """Draw one image of each identity in `people` (n, 9) with random mouth, background, clothes, position and light."""
     n = len(people)
     r = torch.rand(n, 7, generator=g)
     mouth = torch.randint(0, len(MOUTHS), (n,), generator=g)
@@ -76,7 +77,7 @@ def pictures(people: Tensor, g: Generator, chunk: int = 64) -> Pictures:
 
 
 class _Canvas:
-    """n pictures that shapes are painted on, back to front. Coordinates lie in [-1, 1], y points down."""
+    """n images onto which shapes are painted back to front. Coordinates lie in [-1, 1]; y points down."""
 
     def __init__(self, ground: Tensor, x: Tensor, y: Tensor, size: int) -> None:
         self.x, self.y, self.soft = x, y, size * 0.5
@@ -86,27 +87,31 @@ class _Canvas:
         return value[:, None, None] if isinstance(value, Tensor) else value
 
     def ellipse(self, cx: Tensor | float, cy: float, rx: Tensor | float, ry: float, x: Tensor | None = None) -> Tensor:
-        """(n, size, size) coverage in [0, 1]."""
+        """Return the coverage (n, size, size) in [0, 1] of an anti-aliased ellipse with centre (cx, cy) and radii rx,
+        ry."""
         rx = self._v(rx)
         d = ((((self.x if x is None else x) - self._v(cx)) / rx).square() + ((self.y - cy) / ry).square()).sqrt() - 1
         least = torch.clamp(rx, max=ry) if isinstance(rx, Tensor) else min(rx, ry)
         return (0.5 - d * least * self.soft).clamp(0, 1)
 
     def box(self, cx: Tensor | float, cy: float, rx: Tensor | float, ry: float, x: Tensor | None = None) -> Tensor:
+        """Return the coverage (n, size, size) in [0, 1] of a rectangle with centre (cx, cy) and half-sizes rx, ry."""
         d = torch.maximum(((self.x if x is None else x) - self._v(cx)).abs() - self._v(rx), (self.y - cy).abs() - ry)
         return (0.5 - d * self.soft).clamp(0, 1)
 
     def below(self, edge: Tensor | float) -> Tensor:
+        """Return the coverage (n, size, size) in [0, 1] of everything below the horizontal line y = edge."""
         return (0.5 + (self.y - edge) * self.soft).clamp(0, 1)
 
     def paint(self, mask: Tensor, colour: Tensor | tuple[float, ...], on: Tensor | None = None) -> None:
+        """Blend `colour` into the images where `mask` (n, size, size) covers them; on: (n,) opacity per image."""
         mask = mask if on is None else mask * on[:, None, None]
         c = torch.tensor(colour) if isinstance(colour, tuple) else colour
         self.image.lerp_(c.reshape(-1, 3, 1, 1).expand_as(self.image), mask[:, None].expand_as(self.image))
 
 
 def _blend(stops: Tensor, t: Tensor) -> Tensor:
-    """(n, 3) colours at t (n,) in [0, 1] along the stops (k, 3)."""
+    """Interpolate colours (n, 3) at t (n,) in [0, 1] along the gradient `stops` (k, 3)."""
     at = t.clamp(0, 1) * (len(stops) - 1)
     low = at.floor().long().clamp(max=len(stops) - 2)
     return torch.lerp(stops[low], stops[low + 1], (at - low)[:, None])
@@ -114,7 +119,10 @@ def _blend(stops: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw(people: Tensor, mouth: Tensor, ground: Tensor, r: Tensor, size: int = SIZE) -> Tensor:
-    """(n, 3, size, size) in [0, 1]; r (n, 7) in [0, 1]: clothes' colour (3), shift (2), scale, light."""
+    """Draw faces (n, 3, size, size) in [0, 1] from attributes (n, 9), mouth and background indices (n,), and nuisances.
+
+    r: (n, 7) in [0, 1]: clothes' colour (3), shift (2), scale, light.
+    """
     a = {name: people[:, i] for i, name in enumerate(ATTRIBUTES)}
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     scale = (1 / (0.98 + 0.04 * r[:, 5]))[:, None, None]
@@ -152,7 +160,7 @@ def draw(people: Tensor, mouth: Tensor, ground: Tensor, r: Tensor, size: int = S
 
 
 def sketch(image: Tensor) -> Tensor:
-    """The pictures (n, 3, h, w) in another style: grey, with dark outlines. Nothing was trained on it."""
+    """Render images (n, 3, h, w) as grey sketches with dark outlines: a style that no model was trained on."""
     grey = image.mean(1, keepdim=True)
     dx = F.pad(image[..., :, 1:] - image[..., :, :-1], (0, 1)).abs().amax(1, keepdim=True)
     dy = F.pad(image[..., 1:, :] - image[..., :-1, :], (0, 0, 0, 1)).abs().amax(1, keepdim=True)
@@ -163,7 +171,8 @@ def sketch(image: Tensor) -> Tensor:
 
 
 class Judge(nn.Module):
-    """Reads attributes off pictures of 64 px. Fitted on drawn pictures alone; no generator and no adapter sees it."""
+    """CNN that predicts the attributes of 64 px faces. It is fitted on drawn images only, and no generator or adapter
+    is trained against it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,20 +186,20 @@ class Judge(nn.Module):
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, 9) attributes (binary as probabilities), (n, 3) logits of the mouth, (n, 5) of the background."""
+        """Return attributes (n, 9) (binary ones as probabilities), mouth logits (n, 3) and background logits (n, 5)."""
         y = self.net(F.avg_pool2d(image, image.shape[-1] // 32) - 0.5)
         b, k = len(BINARY), len(ATTRIBUTES)
         return torch.cat([y[:, :b].sigmoid(), y[:, b:k]], 1), y[:, k : k + len(MOUTHS)], y[:, k + len(MOUTHS) :]
 
     @torch.no_grad()
     def read(self, image: Tensor, chunk: int = 256) -> Tensor:
-        """(n, 9) attributes of pictures (n, 3, 64, 64) in [0, 1]."""
+        """Predict the attributes (n, 9) of images (n, 3, 64, 64) in [0, 1]."""
         return torch.cat([self(part)[0] for part in image.split(chunk)])
 
 
 @cache
 def load_judge() -> Judge:
-    """The judge that ships with lab:faces. Raises NotFound if it was not shipped."""
+    """Load the attribute classifier that ships with lab:faces. Raises NotFound if the file is missing."""
     from safetensors.torch import load_file
 
     if not JUDGE.is_file():
@@ -201,7 +210,7 @@ def load_judge() -> Judge:
 
 
 def balanced(read: Tensor, people: Tensor) -> dict[str, float]:
-    """Attribute -> balanced accuracy of what was read (binary), or R2 (continuous)."""
+    """Score predicted against true attributes, both (n, 9): balanced accuracy if binary, R2 if continuous."""
     out = {}
     for i, name in enumerate(ATTRIBUTES):
         p, z = read[:, i], people[:, i]
@@ -214,7 +223,7 @@ def balanced(read: Tensor, people: Tensor) -> dict[str, float]:
 
 
 def sheet(image: Tensor, columns: int, zoom: int = 1):  # type: ignore[no-untyped-def]
-    """A PIL picture of n images (n, 3, h, w) laid out in rows of `columns`."""
+    """Arrange n images (n, 3, h, w) into one PIL image with rows of `columns`; incomplete rows are dropped."""
     from PIL import Image
 
     n, h, w = len(image) // columns, image.shape[-2], image.shape[-1]

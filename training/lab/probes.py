@@ -1,15 +1,15 @@
-"""One question per planted property, asked of `lab:clip`: what taking heads away is measured by.
+"""One zero-shot probe per planted property of `lab:clip`: the accuracies by which mean-ablating heads is measured.
 
-| question | pictures | answers |
+| probe | images | answers |
 |---|---|---|
-| `background` | single things | the nine grounds |
-| `text` | a word written on another thing | the words of the split: which is written |
-| `colour` | hearts, circles, squares, books in their colours | the colours of that kind of thing |
-| `person` | portraits | a man or a woman, and their hair |
+| `background` | single objects | the nine backgrounds |
+| `text` | a word written over another object | the words of the split |
+| `colour` | hearts, circles, squares, books in their colours | the colours of that kind of object |
+| `person` | portraits | man or woman, and their hair |
 | `food` | single foods | the names of foods |
 
-The text and colour questions use words and things that the base has seen; heads are chosen on texts alone, so nothing
-is fitted on these pictures.
+The text and colour probes use words and objects that the base was trained on. Heads are chosen from texts alone, so
+nothing is fitted on these images.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ BATCH = 50
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Pictures, and which of the answers is right."""
+    """Zero-shot classification task: images, text embeddings of the answers, and the correct answer of each image."""
 
     image: Tensor
     """(n, 3, R, R) uint8"""
     answers: Tensor
-    """(k, C) unit text embeddings"""
+    """(k, C) unit text embeddings of the C answers"""
     right: Tensor
-    """(n,)"""
+    """(n,) index of the correct answer"""
     open: Tensor | None = None
-    """(n, C) bool: answers that a picture allows; None: all"""
+    """(n, C) bool: answers among which an image is classified; None for all of them"""
 
     @torch.no_grad()
     def share(self, base: Base) -> float:
-        """Share right, of the base with whatever is applied to it."""
+        """Return the accuracy in [0, 1] of the base, including any patch that is applied to it."""
         logits = (clip.embed_images(base, self.image, BATCH) @ self.answers).cpu()
         if self.open is not None:
             logits = logits.masked_fill(~self.open, -torch.inf)
@@ -53,11 +53,13 @@ class Probe:
 
 
 def background(base: Base, split: str, n: int, seed: int) -> Probe:
+    """Build the probe "which background is shown?" from the `imagenet` world."""
     batch = _all(worlds.imagenet(_split(split), n, seed))
     return Probe(batch.image, clip.embed_texts(base, GROUNDS, ("a picture of {}", "on {}")).T, batch.extras["ground"])
 
 
 def text(base: Base, split: str, n: int, seed: int) -> Probe:
+    """Build the probe "which word is written?" from the `typographic` world, among all words of the split."""
     data = worlds.typographic(_split(split), n, seed)
     batch = _all(data)
     words = clip.embed_texts(base, data.classes, ("the word {}", "a sign that says {}"))
@@ -65,6 +67,7 @@ def text(base: Base, split: str, n: int, seed: int) -> Probe:
 
 
 def colour(base: Base, split: str, n: int, seed: int) -> Probe:
+    """Build the probe "which colour does the object have?", among the colours that kind of object comes in."""
     lab, g = atlas.load(), generator("probe", "colour", split, n, seed)
     names = [x for x in lab.names if coloured(x) and x.split()[-1] in COLOURED]
     kinds = [x.split()[-1] for x in names]
@@ -83,6 +86,7 @@ def colour(base: Base, split: str, n: int, seed: int) -> Probe:
 
 
 def person(base: Base, split: str, n: int, seed: int) -> Probe:
+    """Build the probe "who is shown?" from the `celeba` world, among all portrait concepts."""
     batch = _all(worlds.celeba(_split(split), n, seed))
     lab = atlas.load()
     shown = batch.extras["concept"]
@@ -92,6 +96,7 @@ def person(base: Base, split: str, n: int, seed: int) -> Probe:
 
 
 def food(base: Base, split: str, n: int, seed: int) -> Probe:
+    """Build the probe "which food is shown?", among all foods drawn in the styles of the split."""
     lab, g = atlas.load(), generator("probe", "food", split, n, seed)
     styles = worlds.STYLES[split]
     ids = [c for c, group in enumerate(lab.groups) if group == "food-drink" and len(lab.pick([c], styles))]
@@ -108,6 +113,7 @@ PROBES: dict[str, Callable[[Base, str, int, int], Probe]] = {
 
 
 def _split(split: str) -> worlds.Split:
+    """Narrow a split's name to the type `worlds.Split`."""
     return next(s for s in worlds.SPLITS if s == split)
 
 

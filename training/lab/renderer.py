@@ -1,16 +1,16 @@
-"""One renderer: a Layout says what to draw, `render` draws it and says what is where.
+"""Render synthetic scenes: a Layout says what to draw, `render` returns the images with masks, boxes and labels.
 
     layout = Layout(grounds(64, g), things(sprites, g), writing(words, g))
-    scene = render(layout)                          # .image (64, 3, 96, 96) uint8, masks, boxes, captions' facts
-    clean = render(replace(layout, writing=None))   # the same pictures without the word
+    scene = render(layout)                          # .image (64, 3, 96, 96) uint8, masks, boxes, caption facts
+    clean = render(replace(layout, writing=None))   # the same images without the word
     strip = render(replace(layout, writing=replace(layout.writing, blank=True)))     # the strip without letters
 
-Everything random is drawn on the CPU from a torch.Generator while the layout is made; drawing has no randomness and no
-loop over pictures. The same seed gives the same bytes on a CPU, whatever the number of threads; on a GPU at most one
-pixel in a thousand differs, by 1 of 255 (grid_sample rounds differently), and masks differ on single edge pixels.
+All randomness is drawn on the CPU from a torch.Generator while the layout is made; drawing is deterministic and
+batched. The same seed gives the same bytes on a CPU with any number of threads; on a GPU at most one pixel in a
+thousand differs, by 1 of 255 (grid_sample rounds differently), and masks differ on single edge pixels.
 
-It draws what `lab:clip` was trained on: 96 px, nine grounds, up to three things, a strip of large letters.
-Shapes: B pictures, K things, R pixels a side. Boxes are x0, y0, x1, y1 in pixels, the last two exclusive.
+Scenes are those that `lab:clip` was trained on: 96 px, nine backgrounds, up to three objects, a strip of large letters.
+Shapes: B images, K objects, R pixels a side. Boxes are (x0, y0, x1, y1) in pixels, x1 and y1 exclusive.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.data.typographic import font
 from training.lab import atlas
 
 VERSION = 1
-"""part of every digest: raise it when the same layout gives other pictures"""
+"""Renderer version, part of every data set's digest: raise it when the same layout gives other images"""
 SIZE = 96
 GROUNDS = ("water", "grass", "sand", "night sky", "snow", "brick wall", "wood", "blue sky", "plain paper")
 _COLOURS = (
@@ -40,80 +40,81 @@ _COLOURS = (
     (0.65, 0.30, 0.20), (0.50, 0.33, 0.18), (0.50, 0.75, 0.95), (0.90, 0.88, 0.85),
 )  # fmt: skip
 TEXTURES = 32
-"""pictures of each ground, half as large again as a scene, which is cut from them"""
+"""Number of textures per background, each 1.5 times as wide as a scene, which is a crop of it"""
 BRICK = SIZE // 4
-"""pixels after which the pattern of bricks comes again"""
+"""Period of the brick pattern in pixels"""
 FONTS = {
     "sans": "DejaVuSans-Bold", "serif": "DejaVuSerif-Bold", "mono": "DejaVuSansMono-Bold", "times": "STIXGeneralBol",
 }  # fmt: skip
-"""name -> file that matplotlib carries; `times` is held out of fitting"""
+"""Font name -> font file in matplotlib's data; `times` is held out of fitting"""
 STRIP = (32, 96)
-"""height and width of a strip of letters"""
+"""Height and width of a strip of letters in pixels"""
 LETTER = 26
-"""height of the largest letters, px before a strip is scaled"""
+"""Height of the largest letters in pixels, before the strip is scaled"""
 CHUNK = 32
-"""pictures drawn at once; more leave a core's cache"""
+"""Images drawn at once on a CPU; larger chunks exceed a core's cache"""
 
 
 @dataclass(frozen=True)
 class Grounds:
-    """What the pictures stand on; all (B, ...) on the CPU."""
+    """Backgrounds of B images; all tensors (B, ...) on the CPU."""
 
     kind: Tensor
-    """(B,) index of GROUNDS"""
+    """(B,) index of the background in GROUNDS"""
     texture: Tensor
-    """(B,) index below TEXTURES"""
+    """(B,) index of its texture, below TEXTURES"""
     corner: Tensor
-    """(B, 2) int64: where the scene is cut from its texture, x and y, below SIZE // 2"""
+    """(B, 2) int64 x and y of the crop's corner in the texture, below SIZE // 2"""
     mirror: Tensor
-    """(B,) bool"""
+    """(B,) bool: whether the crop is mirrored"""
     colour: Tensor
-    """(B, 3) added to every pixel, 0 to 1"""
+    """(B, 3) colour offset added to every pixel, in units of full intensity"""
 
 
 @dataclass(frozen=True)
 class Things:
-    """What stands in the pictures, later ones in front; all (B, K, ...) on the CPU."""
+    """Foreground objects of B images, later ones in front; all tensors (B, K, ...) on the CPU."""
 
     sprite: Tensor
-    """(B, K) index in the atlas, -1 for nothing"""
+    """(B, K) index of the sprite in the atlas, -1 for none"""
     centre: Tensor
-    """(B, K, 2) x and y in [-1, 1]"""
+    """(B, K, 2) x and y of the centre, in [-1, 1]"""
     size: Tensor
-    """(B, K) share of the picture's side"""
+    """(B, K) side of the sprite as a fraction of the image's side"""
     turn: Tensor
-    """(B, K) radians"""
+    """(B, K) rotation in radians"""
     mirror: Tensor
-    """(B, K) bool"""
+    """(B, K) bool: whether the sprite is mirrored"""
     tint: Tensor
-    """(B, K, 5): saturation, contrast (1 leaves them), red, green, blue added (0 to 1)"""
+    """(B, K, 5) saturation and contrast factors (1: unchanged), then offsets of red, green, blue in units of full
+    intensity"""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """A strip with a word on it, in front of everything; all (B, ...) on the CPU."""
+    """Strips with a written word, in front of everything; all tensors (B, ...) on the CPU."""
 
     words: tuple[str, ...]
-    """Word on each picture's strip; "" for no strip"""
+    """Word on each image's strip; "" for no strip"""
     font: Tensor
-    """(B,) index of FONTS"""
+    """(B,) index of the font in FONTS"""
     centre: Tensor
-    """(B, 2) x and y in [-1, 1]"""
+    """(B, 2) x and y of the strip's centre, in [-1, 1]"""
     scale: Tensor
-    """(B,) 1 is as wide as the picture"""
+    """(B,) width of the strip as a fraction of the image's width"""
     ink: Tensor
-    """(B, 3)"""
+    """(B, 3) RGB of the letters in [0, 1]"""
     paper: Tensor
-    """(B, 3)"""
+    """(B, 3) RGB of the strip in [0, 1]"""
     papered: Tensor
-    """(B,) bool: letters on a strip, or right on the picture"""
+    """(B,) bool: whether the letters stand on a strip, or directly on the image"""
     blank: bool = False
-    """the strips without their letters: what the covering alone costs"""
+    """Whether to leave out the letters: the control that measures what occlusion by the strip costs"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """B pictures to draw."""
+    """Complete description of B images to draw."""
 
     grounds: Grounds
     things: Things
@@ -125,35 +126,35 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scene:
-    """B pictures and what is where."""
+    """B rendered images with their ground truth."""
 
     image: Tensor
     """(B, 3, R, R) uint8"""
     concept: Tensor
-    """(B, K) int64 index in the atlas' names, -1 for nothing"""
+    """(B, K) int64 index of the concept in the atlas's names, -1 for none"""
     style: Tensor
-    """(B, K) int64, -1 for nothing"""
+    """(B, K) int64 index of the style in the atlas's styles, -1 for none"""
     mask: Tensor
-    """(B, K, R, R) bool: where a thing is seen, so never under another or under a strip"""
+    """(B, K, R, R) bool: the visible part of an object, excluding what other objects or a strip occlude"""
     box: Tensor
-    """(B, K, 4) int64: of the whole thing, covered or not; zeros if none"""
+    """(B, K, 4) int64 box of the whole object, occluded or not; zeros if none"""
     ground: Tensor
-    """(B,) int64 index of GROUNDS"""
+    """(B,) int64 index of the background in GROUNDS"""
     words: tuple[str, ...]
-    """what is to be read, "" for nothing"""
+    """Text to be read in each image, "" for none"""
     letters: Tensor
-    """(B, R, R) bool: ink"""
+    """(B, R, R) bool: pixels of the letters"""
     strip: Tensor
-    """(B, R, R) bool: paper and ink, all that the writing covers"""
+    """(B, R, R) bool: pixels of strip and letters, all that the writing occludes"""
     word_box: Tensor
-    """(B, 4) int64: of the ink; zeros if there is none"""
+    """(B, 4) int64 box of the letters; zeros if there are none"""
 
     def __len__(self) -> int:
         return len(self.image)
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """What training says of such a picture: things, then ground, then the word."""
+        """Captions as in `lab:clip`'s training: objects, then background, then the word."""
         names, out = atlas.load().names, []
         for row, kind, word in zip(self.concept.tolist(), self.ground.tolist(), self.words, strict=True):
             things = " and a ".join(names[c] for c in row if c >= 0)
@@ -166,18 +167,18 @@ class Scene:
 
 
 def generator(*seed: int | str) -> Generator:
-    """A CPU generator of its own for these words and numbers: `generator("typographic", "test", 0)`."""
+    """Return a CPU generator seeded by the hash of the arguments: `generator("typographic", "test", 0)`."""
     digest = hashlib.sha256("/".join(map(str, seed)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def uniform(shape: Sequence[int], low: float, high: float, g: Generator) -> Tensor:
-    """float32 in [low, high)."""
+    """Draw float32 numbers uniformly from [low, high)."""
     return torch.rand(tuple(shape), generator=g) * (high - low) + low
 
 
 def choose(pool: Tensor, shape: Sequence[int], g: Generator) -> Tensor:
-    """Members of `pool` (M,), with repetition. Raises NotFound if there are none."""
+    """Draw members of `pool` (M,) uniformly with replacement. Raises NotFound if it is empty."""
     if not len(pool):
         raise NotFound("There is no sprite of these classes in these styles; give other ones.")
     return pool[torch.randint(len(pool), tuple(shape), generator=g)]
@@ -186,13 +187,16 @@ def choose(pool: Tensor, shape: Sequence[int], g: Generator) -> Tensor:
 def grounds(
     kind: int | Tensor, g: Generator, kinds: Sequence[str] = GROUNDS, textures: tuple[int, int] = (0, TEXTURES)
 ) -> Grounds:
-    """Grounds of the given kinds (B,), or of B random ones out of `kinds`; textures: first and one past the last."""
+    """Draw backgrounds of the given kinds (B,), or of B random kinds out of `kinds`.
+
+    textures: first index, and one past the last index, of the textures to use.
+    """
     if not isinstance(kind, Tensor):
         kind = choose(torch.tensor([GROUNDS.index(k) for k in kinds]), (kind,), g)
     n = len(kind)
     texture = torch.randint(*textures, (n,), generator=g)
     corner = torch.randint(SIZE // 2, (n, 2), generator=g)
-    # bricks are whole at the edge: lab:clip never saw them otherwise, and loses 20 points if they are not
+    # the crop begins at a whole brick: lab:clip never saw others in training and loses 20 points on them
     corner = torch.where(kind[:, None] == GROUNDS.index("brick wall"), corner // BRICK * BRICK, corner)
     return Grounds(
         kind,
@@ -211,9 +215,10 @@ def things(
     turn: float = 0.35,
     tint: float = 1.0,
 ) -> Things:
-    """One thing (B,) anywhere it fits, or K of them (B, K), each in a quarter of its own and at most half as large.
+    """Place one sprite per image (B,) anywhere it fits, or K sprites (B, K), each in its own quarter and at most half
+    as large.
 
-    turn: largest, radians; tint: how strongly colours vary, 0 for not at all.
+    turn: largest rotation in radians; tint: strength of the colour jitter, 0 for none.
     """
     many = sprite.ndim == 2 and sprite.shape[1] > 1
     sprite = sprite[:, None] if sprite.ndim == 1 else sprite
@@ -238,7 +243,7 @@ def things(
 
 
 def writing(words: Sequence[str], g: Generator, fonts: Sequence[str] = ("sans", "serif", "mono")) -> Writing:
-    """A strip with each word, 3/4 to all of the picture wide, dark on light or the other way round."""
+    """Lay out a strip with each word, 75 to 100 % as wide as the image, dark on light (70 %) or light on dark."""
     n = len(words)
     scale = uniform((n,), 0.75, 1.0, g)
     room = torch.stack([1 - scale, 1 - scale * STRIP[0] / STRIP[1]], 1)
@@ -256,7 +261,7 @@ def writing(words: Sequence[str], g: Generator, fonts: Sequence[str] = ("sans", 
 
 
 def take(layout: Layout, rows: slice | Tensor) -> Layout:
-    """Some of a layout's pictures."""
+    """Return the layout of a subset of the images. rows: a slice, or an index or bool tensor."""
 
     def cut(part: Grounds | Things | Writing) -> dict[str, Any]:
         return {k: v[rows] for k, v in vars(part).items() if isinstance(v, Tensor)}
@@ -273,7 +278,10 @@ def take(layout: Layout, rows: slice | Tensor) -> Layout:
 
 @torch.no_grad()
 def render(layout: Layout, device: str | torch.device = "cpu", size: int = SIZE) -> Scene:
-    """Draw a layout, on `device`. size: pixels a side; things, strips and letters scale with it."""
+    """Render a layout on `device`. size: pixels a side; objects, strips and letters scale with it.
+
+    Raises NotFound for an empty layout.
+    """
     step = CHUNK if torch.device(device).type == "cpu" else 4096
     parts = [_draw(take(layout, slice(i, i + step)), torch.device(device), size) for i in range(0, len(layout), step)]
     if not parts:
@@ -285,10 +293,12 @@ def render(layout: Layout, device: str | torch.device = "cpu", size: int = SIZE)
 
 
 def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
+    """Draw a chunk: backgrounds first, then objects in order, then the strip; later ones occlude the masks of earlier
+    ones."""
     lab = _atlas(device)
     ground, stuff, text = layout.grounds, layout.things, layout.writing
     n, k = stuff.sprite.shape
-    canvas = _cut(ground, device, size)  # (B, 3, R, R) 0..255
+    canvas = _cut(ground, device, size)  # (B, 3, R, R) float32 in 0..255
     mask = torch.zeros(n, k, size, size, dtype=torch.bool, device=device)
     box = torch.zeros(n, k, 4, dtype=torch.int64, device=device)
     concept, style = (torch.full((n, k), -1, device=device) for _ in range(2))
@@ -321,7 +331,7 @@ def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
         paper = drawn[:, 1:] * text.papered[there].float().to(device)[:, None, None, None]
         under = torch.lerp(canvas[rows], text.paper[there].to(device)[:, :, None, None] * 255, paper)
         canvas[rows] = torch.lerp(under, text.ink[there].to(device)[:, :, None, None] * 255, drawn[:, :1])
-        letters[rows] = drawn[:, 0] > 0.3  # small letters have strokes that never cover half a pixel
+        letters[rows] = drawn[:, 0] > 0.3  # not 0.5: strokes of small letters never cover half a pixel
         strip[rows] = (paper[:, 0] > 0.5) | letters[rows]
         mask &= ~strip[:, None]
     return Scene(
@@ -339,7 +349,8 @@ def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
 
 
 def _grid(centre: Tensor, size: Tensor, turn: Tensor, mirror: Tensor, aspect: float) -> Tensor:
-    """(B, 2, 3): from the picture's coordinates to a thing's; aspect: its height over its width."""
+    """Return affine matrices (B, 2, 3) from image coordinates to those of a sprite or strip; aspect: its height /
+    width."""
     cos, sin, side = turn.cos(), turn.sin(), torch.where(mirror, -1.0, 1.0)
     x, y = centre.unbind(1)
     out = torch.empty(len(size), 2, 3)
@@ -349,7 +360,7 @@ def _grid(centre: Tensor, size: Tensor, turn: Tensor, mirror: Tensor, aspect: fl
 
 
 def _sample(picture: Tensor, grid: Tensor, device: torch.device, size: int) -> Tensor:
-    # the same as F.affine_grid, without its matrix product
+    # as F.affine_grid, without its slow batched matrix product
     steps = (torch.arange(size, device=device) * 2 + 1) / size - 1
     column, row, at = grid.to(device)[:, :, None, None, :].unbind(-1)
     where = (column * steps + at + row * steps[:, None]).permute(0, 2, 3, 1)
@@ -357,7 +368,7 @@ def _sample(picture: Tensor, grid: Tensor, device: torch.device, size: int) -> T
 
 
 def _tinted(sprite: Tensor, tint: Tensor) -> Tensor:
-    """RGBA 0..255 -> RGB 0..255 premultiplied by A 0..1, colours changed."""
+    """Jitter the colours of RGBA sprites in 0..255; return RGB in 0..255 premultiplied by alpha, and alpha in 0..1."""
     rgb, opacity = sprite[:, :3], sprite[:, 3:] / 255
     grey = rgb.mean(1, keepdim=True)
     t = tint[:, :, None, None]
@@ -366,10 +377,10 @@ def _tinted(sprite: Tensor, tint: Tensor) -> Tensor:
 
 
 def _box(mask: Tensor) -> Tensor:
-    """(..., R, R) bool -> (..., 4) int64, zeros where the mask is empty."""
+    """Return the bounding boxes (..., 4) int64 of masks (..., R, R) bool; zeros where a mask is empty."""
     out = []
     for axis in (-2, -1):
-        line = mask.view(torch.uint8).amax(axis)  # ten times as fast as `any`
+        line = mask.view(torch.uint8).amax(axis)  # max of bytes is ten times as fast as `any`
         n = line.shape[-1]
         first = line.argmax(-1)
         last = n - line.flip(-1).argmax(-1)
@@ -385,13 +396,13 @@ def _atlas(device: torch.device) -> atlas.Atlas:
 
 
 def _cut(ground: Grounds, device: torch.device, size: int) -> Tensor:
-    """(B, 3, size, size) float32 0..255, out of the textures."""
+    """Crop each image's background (B, 3, size, size) float32 in 0..255 from its texture."""
     wall = _textures(device)
     n = len(ground.kind)
     x = ground.corner[:, :1] + torch.where(ground.mirror[:, None], torch.arange(SIZE - 1, -1, -1), torch.arange(SIZE))
     y = ground.corner[:, 1:] + torch.arange(SIZE)
     first = ((ground.kind * TEXTURES + ground.texture) * wall.shape[-2])[:, None]
-    # whole pixels (3 bytes and a spare) are gathered as one int32: three times as fast as bytes
+    # a pixel (3 bytes and padding) is gathered as one int32, three times as fast as bytes
     at = ((first + y)[:, :, None] * wall.shape[-1] + x[:, None, :]).to(device)
     pixels = wall.view(-1).take(at.view(-1)).view(torch.uint8).view(n, SIZE, SIZE, 4)[..., :3]
     out = pixels.permute(0, 3, 1, 2).float()
@@ -402,11 +413,11 @@ def _cut(ground: Grounds, device: torch.device, size: int) -> Tensor:
 
 @cache
 def _textures(device: torch.device) -> Tensor:
-    """(kinds * TEXTURES, S, S) int32 of four bytes each, S = 1.5 SIZE; always the same ones."""
+    """Generate the fixed background textures (kinds * TEXTURES, S, S): each int32 packs one RGB pixel; S = 1.5 SIZE."""
     if device.type != "cpu":
         return _textures(torch.device("cpu")).to(device)
     g, n, s = generator("textures"), TEXTURES, SIZE * 3 // 2
-    line = torch.arange(s) / (SIZE - 1)  # 0 to 1 over a scene
+    line = torch.arange(s) / (SIZE - 1)  # scene coordinates: 0 to 1 across one scene
     yy, xx = torch.meshgrid(line, line, indexing="ij")
 
     def noise(height: int, width: int, strength: float, channels: int = 1) -> Tensor:
@@ -444,7 +455,7 @@ def _textures(device: torch.device) -> Tensor:
 
 @cache
 def _letters(word: str, kind: int) -> Tensor:
-    """(32, 96) float32 0..1: the word in the middle of a strip, as large as it fits, 26 px at most, 6 at least."""
+    """Rasterise a word centred on a strip (32, 96), float32 in 0..1, in the largest font that fits (26 to 6 px)."""
     height, width = STRIP
     file = list(FONTS.values())[kind]
     for size in range(LETTER, 5, -1):

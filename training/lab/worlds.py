@@ -1,17 +1,17 @@
-"""Twins of the papers' data sets, drawn by the lab's renderer: what is true of every picture is known.
+"""Lab twins of the papers' data sets, rendered from sprites, so that labels, masks and boxes of every image are exact.
 
-| world | twin of | what is biased or attacked | unseen in test |
+| world | twin of | bias or attack | unseen in test |
 |---|---|---|---|
-| `imagenet` | ImageNet, 100 classes | nothing | styles |
-| `typographic` | RTA-100, SCAM, IN-100-Typo | a word is written on the picture | classes, words, a font |
-| `waterbirds` | Waterbirds | kind of bird and ground, 95 % in train | styles |
-| `celeba` | CelebA | hair colour and gender, 94 % of the blond in train | styles |
-| `coco` | COCO, POPE | things that come in pairs, 90 % in train | styles |
-| `actions` | UCF101, Kinetics | nothing; what moves says nothing of how | styles |
+| `imagenet` | ImageNet, 100 classes | none | styles |
+| `typographic` | RTA-100, SCAM, IN-100-Typo | a word is written on the image | classes, words, a font |
+| `waterbirds` | Waterbirds | kind of bird and background correlate, 95 % in train | styles |
+| `celeba` | CelebA | hair colour and gender correlate, 94 % of the blond in train | styles |
+| `coco` | COCO, POPE | pairs of objects co-occur, 90 % in train | styles |
+| `actions` | UCF101, Kinetics | none; object and motion are independent | styles |
 
-Every world is a function of (split, n, seed) that gives a `Dataset`; same arguments, same pictures. Splits: `train`,
-`val` and `test` share no sprite and no texture of the ground, `held` is `test` in the style that no lab model was
-trained on. Choose on val, report test. docs/lab/ has a picture of each:
+Every world is a deterministic function of (split, n, seed) that returns a `Dataset`. `train`, `val` and `test` share no
+sprite and no background texture; `held` is `test` in the style that no lab model is trained on. Choose on val, report
+test. docs/lab/ shows each world:
 
     python -m training.lab.worlds docs/lab
 """
@@ -59,25 +59,25 @@ STYLES: dict[str, tuple[str, ...]] = {
     "test": ("twemoji", "emojione", "emojione-v1"),
     "held": (atlas.HELD,),
 }
-"""for worlds whose classes are the same in every split; the two Fluents are of one hand, so they stay together"""
+"""Icon styles of each split, if classes are the same in all; both Fluents stay together: they have one illustrator"""
 SEEN = tuple(s for s in atlas.STYLES if s != atlas.HELD)
 HANDS: dict[str, tuple[str, ...]] = {
     "noto": ("noto",),
     "fluent-emoji": ("fluent-emoji", "fluent-emoji-flat"),
     "openmoji": ("openmoji",),
 }
-"""whose styles train and val have. A fold leaves one hand out: its `val` is drawn by that hand alone, on grounds that
-its `train`, drawn by the others, has not; `test` is in none"""
+"""Icon sets of train and val by illustrator. A fold validates on one illustrator's sets, on backgrounds that its
+`train`, drawn by the others, does not use; `test` is in no fold"""
 _FOLDED = {"train": (0, 16), "val": (16, 28)}
 _TEXTURES = {"train": (0, 24), "val": (24, 28), "test": (28, 32), "held": (28, 32)}
 SHORT = 11
-"""letters of the longest class name that can be written large enough to be read"""
+"""Longest class name, in letters, that can be written large enough to be read"""
 
 LAND, WATER = ("grass", "sand"), ("water",)
 LANDBIRDS = ("bird", "chicken", "dove", "eagle", "owl", "parrot", "peacock", "rooster", "turkey", "dodo")
 WATERBIRDS = ("duck", "flamingo", "goose", "penguin", "swan")
 ATTRIBUTES = ("male", "blond", "red", "white", "curly", "bald", "beard", "old")
-"""Attributes of a portrait; hair that has none of the five is drawn brown or black"""
+"""Attributes of a portrait; hair with none of the five is drawn brown or black"""
 PAIRS = (
     ("chicken", "egg"), ("mouse", "cheese wedge"), ("monkey", "banana"), ("rabbit", "carrot"), ("bear", "honey pot"),
     ("cow", "glass of milk"), ("spider", "spider web"), ("envelope", "postbox"), ("camel", "cactus"),
@@ -86,7 +86,7 @@ PAIRS = (
     ("soccer ball", "goal net"), ("desktop computer", "keyboard"), ("snowman", "snowflake"),
     ("pen", "memo"), ("santa claus", "wrapped gift"), ("koala", "herb"), ("artist palette", "paintbrush"),
 )  # fmt: skip
-"""things that come together in `coco`"""
+"""Pairs of objects that co-occur in `coco`: (first, partner)"""
 MOTIONS = ("still", "left", "right", "up", "down", "grow", "shrink", "spin left", "spin right", "swing", "bounce")
 
 
@@ -95,7 +95,7 @@ MOTIONS = ("still", "left", "right", "up", "down", "grow", "shrink", "spin left"
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """100 names: 60 of animals, plants and food, 40 of objects, activities and places; short, drawn in every style."""
+    """Return 100 class names that every style has: 60 animals, plants and foods; 40 objects, activities and places."""
     lab, g = atlas.load(), generator("imagenet", "classes")
     everywhere = (lab.table >= 0).all(1).tolist()
     out: list[str] = []
@@ -107,8 +107,8 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @cache
 def typographic_classes(split: Split) -> tuple[str, ...]:
-    """Short names of animals, plants and food: two fifths for train, one for val, two for test; held: those of test
-    that the held-out style has."""
+    """Return a split's class names (animals, plants, food): 40 % train, 20 % val, 40 % test; held: those of test that
+    the held-out style has."""
     lab, names = atlas.load(), _short("animals-nature", "food-drink")
     order = torch.randperm(len(names), generator=generator("typographic", "classes")).tolist()
     a, b = round(0.4 * len(names)), round(0.6 * len(names))
@@ -128,7 +128,7 @@ def _short(*groups: str) -> list[str]:
 
 
 def imagenet(split: Split = "test", n: int = 2000, seed: int = 0, device: str = "cpu") -> Dataset:
-    """One thing of 100 classes on a random ground. Extras: those of `_extras`."""
+    """Build a 100-class world: one object, large and centred, on a random background. Extras: those of `_extras`."""
     lab, classes = atlas.load(), imagenet_classes()
     g = _start("imagenet", split, n, seed)
     label = _shuffled(torch.arange(n) % len(classes), g)
@@ -145,13 +145,13 @@ def typographic(
     fonts: Sequence[str] | None = None,
     device: str = "cpu",
 ) -> Dataset:
-    """One thing, large, and a strip over it; only `word` differs between pictures of the same split, n and seed.
+    """Build the typographic attack: one large object under a strip with a word.
 
-    word: none, no strip; blank, the strip without letters, so what covering alone costs; own, the thing's name; wrong,
-    the name of another class of this split that shares no word with it. fonts: names out of FONTS; by default sans,
-    serif and mono to fit, and all four to test.
-    Extras: `word` (names), `word_label` (B,) the class that is written, -1 if none; two-way success is label against
-    word_label, top-1 is over all classes. Every split's classes, and so its words, are its own.
+    Only the writing differs between images of the same split, n and seed. word: none, no strip; blank, the strip
+    without letters (what occlusion alone costs); own, the object's name; wrong, the name of another class of the split
+    that shares no word with it. fonts: names in FONTS; by default three to fit, all four to test.
+    Extras: `word` (names), `word_label` (B,) the written class, -1 if none. Two-way success compares label with
+    word_label; top-1 is over all classes. Classes, and so words, differ between splits.
     """
     if word not in ("none", "blank", "own", "wrong"):
         raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
@@ -182,10 +182,10 @@ def waterbirds(
     device: str = "cpu",
     fold: str = "",
 ) -> Dataset:
-    """Birds of the land (label 0) and of the water (1), smallish, anywhere, on land or water.
+    """Build Waterbirds: landbirds (label 0) and waterbirds (1), small, anywhere on a land or water background.
 
-    In train a share `correlation` of each class stands on its own ground; the other splits are balanced. fold: one of
-    HANDS. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
+    In train a fraction `correlation` of each class is on its own kind of background; other splits are balanced. fold:
+    one of HANDS. Extras: `place` (B,) 0 land, 1 water; `group` (B,) 2 * label + place.
     """
     lab = atlas.load()
     g = _start("waterbirds", split, n, seed)
@@ -213,11 +213,11 @@ def celeba(
     device: str = "cpu",
     fold: str = "",
 ) -> Dataset:
-    """Portraits of men and women in six skin tones. label: has the attribute `target` or not.
+    """Build CelebA: portraits of men and women in six skin tones. label: whether the attribute `target` is present.
 
-    In train a share `correlation` of those with the target lack the spurious attribute (of CelebA's blond, 94 % are
-    women) and half of the others have it; the other splits are balanced. fold: one of HANDS. Extras: `attributes`
-    (B, 8) bool, see ATTRIBUTES; `place` (B,) the spurious attribute; `group` (B,) 2 * label + place; `tone` (B,).
+    In train a fraction `correlation` of those with the target lack the spurious attribute (94 % of CelebA's blond are
+    women) and half of the others have it; other splits are balanced. fold: one of HANDS. Extras: `attributes` (B, 8)
+    bool, see ATTRIBUTES; `place` (B,) the spurious attribute; `group` (B,) 2 * label + place; `tone` (B,).
     """
     if bad := [a for a in (target, spurious) if a not in ATTRIBUTES]:
         raise NotFound(f"There is no attribute {bad[0]!r:.40}. Attributes: {', '.join(ATTRIBUTES)}.")
@@ -247,14 +247,14 @@ def coco(
     device: str = "cpu",
     kind: str = "crowd",
 ) -> Dataset:
-    """Three things: the first of a pair (label: which pair), its partner or not, and others. Another kind: company.py.
+    """Build three objects per image: the first of a co-occurring pair (the label), its partner or not, and others.
 
-    In train the partner is there with probability `correlation`, elsewhere with 1/2; where it is not, a thing of
-    another pair stands in its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool;
-    POPE's adversarial question is the partner of what is there, its random one any other class.
+    In train the partner is present with probability `correlation`, elsewhere with 1/2; otherwise an object of another
+    pair takes its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool. POPE's
+    adversarial question asks for the partner, its random one for any other class. Other kinds: company.py.
     """
     if kind != "crowd":
-        from training.lab.company import company  # which draws with what is here
+        from training.lab.company import company  # which imports this module
 
         return company(split, n, seed, kind, correlation, device=device)
     lab, classes = atlas.load(), coco_classes()
@@ -279,16 +279,16 @@ def coco(
 
 
 def coco_classes() -> tuple[str, ...]:
-    """The first things of all pairs, then their partners."""
+    """Return the class names: the first objects of all pairs, then their partners."""
     return tuple(a for a, _ in PAIRS) + tuple(b for _, b in PAIRS)
 
 
 def actions(
     split: Split = "test", n: int = 220, seed: int = 0, frames: int = 16, size: int = SIZE, device: str = "cpu"
 ) -> Dataset:
-    """Clips (B, T, 3, H, W) of one thing that moves one of eleven ways; any thing moves any way.
+    """Build clips (B, T, 3, H, W) of one object in one of eleven motions (the label), whatever the object.
 
-    Extras have the frames side by side where a picture has one: `box` (B, T, 4), `mask` (B, T, H, W).
+    Extras get a frame axis where an image has none: `box` (B, T, 4), `mask` (B, T, H, W). Raises Invalid for one frame.
     """
     if frames < 2:
         raise Invalid(f"frames={frames}: a clip needs at least two.")
@@ -305,7 +305,7 @@ def actions(
 
 
 def sheet(data: Dataset, columns: int = 10, rows: int = 2) -> Image.Image:
-    """Pictures of a world side by side, in 128 colours so that the file is small; of clips every fourth frame."""
+    """Tile images, or five frames of each clip, into one contact sheet of 128 colours, which makes a small file."""
     batch = data.read(range(min(len(data), rows * columns)))
     image = batch.image.cpu()
     if image.ndim == 5:
@@ -329,6 +329,7 @@ WORLDS: dict[str, Callable[..., Dataset]] = {
 
 
 def _start(name: str, split: str, n: int, seed: int) -> Generator:
+    """Check a world's arguments and return its seeded generator. Raises Invalid for an unknown split or a bad n."""
     if split not in SPLITS:
         raise Invalid(f"split={split!r:.40} must be one of {', '.join(SPLITS)}.")
     if not 1 <= n <= 10_000_000:
@@ -337,7 +338,7 @@ def _start(name: str, split: str, n: int, seed: int) -> Generator:
 
 
 def _drawn(split: str, fold: str) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """Styles and textures of a split. Raises NotFound for another fold, or for a split that is in none."""
+    """Return a split's styles and texture range. Raises NotFound for an unknown fold, or a split that is in no fold."""
     if not fold:
         return STYLES[split], _TEXTURES[split]
     if fold not in HANDS or split not in _FOLDED:
@@ -351,14 +352,14 @@ def _shuffled(x: Tensor, g: Generator) -> Tensor:
 
 
 def _share(n: int, share: float) -> Tensor:
-    """(n,) bool of which as many as can be are true, evenly spread."""
+    """Return (n,) bool with floor(n * share) true values, evenly spread."""
     edge = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
     return edge[1:] > edge[:-1]
 
 
 def _two(n: int, shares: tuple[float, float], g: Generator, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """(n,) label and (n,) place, 0 or 1, both classes as large. shares: of label 0 and of 1, how many have place 1;
-    signed: how many have the place of their label."""
+    """Draw balanced labels and correlated attributes, both (n,) of 0 or 1; shares: per label, the fraction with place 1
+    (signed: with place == label)."""
     label = torch.arange(n) % 2
     place = torch.empty(n, dtype=torch.int64)
     for y in (0, 1):
@@ -371,7 +372,7 @@ def _two(n: int, shares: tuple[float, float], g: Generator, signed: bool = True)
 def _sprites(
     label: Tensor, kinds: Sequence[Sequence[int]], styles: Sequence[str], g: Generator, tones: bool = False
 ) -> Tensor:
-    """(n,) a sprite for each label: first a concept of its kind that these styles drew, then one of its sprites."""
+    """Draw a sprite (n,) for each label: uniformly a concept of its kind in these styles, then one of its sprites."""
     table, wide, deep = _pools(tuple(map(tuple, kinds)), tuple(styles), tones)
     which = (torch.rand(len(label), generator=g) * wide[label]).long()
     one = (torch.rand(len(label), generator=g) * deep[label, which]).long()
@@ -380,8 +381,8 @@ def _sprites(
 
 @lru_cache(64)
 def _pools(kinds: tuple[tuple[int, ...], ...], styles: tuple[str, ...], tones: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(kinds, widest, deepest) sprites by kind and concept, repeated to be full; (kinds,) concepts of each kind;
-    (kinds, widest) sprites of each concept."""
+    """Return the padded table of sprites (kinds, widest, deepest) by kind and concept, the number of concepts per kind
+    (kinds,), and of sprites per concept (kinds, widest)."""
     lab = atlas.load()
     pools: list[list[Tensor]] = []
     for concepts in kinds:
@@ -400,19 +401,19 @@ def _pools(kinds: tuple[tuple[int, ...], ...], styles: tuple[str, ...], tones: b
 
 @lru_cache(16)
 def _apart(names: tuple[str, ...]) -> Tensor:
-    """(C, C) float32: 1 where two names share no word."""
+    """Return (C, C) float32: 1 where two names share no word."""
     words = [set(n.split()) for n in names]
     return torch.tensor([[not a & b for b in words] for a in words]).float()
 
 
 def _large(sprite: Tensor, g: Generator) -> Things:
-    """One thing in the middle, upright, its own colours: how a zero-shot benchmark shows it."""
+    """Lay out one object, centred, upright and unjittered, as a zero-shot benchmark shows it."""
     return things(sprite, g, size=(0.75, 0.95), centred=True, turn=0.0, tint=0.0)
 
 
 @cache
 def _portraits() -> dict[int, tuple[bool, ...]]:
-    """concept of the people without a role -> ATTRIBUTES."""
+    """Map each portrait concept (a person without a role) to its values of ATTRIBUTES."""
     lab, out = atlas.load(), {}
     for c, (name, subgroup) in enumerate(zip(lab.names, lab.subgroups, strict=True)):
         who = atlas.person(name)
@@ -427,7 +428,7 @@ def _each(part: Any, frames: int) -> Any:
 
 
 def _moved(thing: Things, label: Tensor, frames: int, g: Generator) -> Things:
-    """The things of n * frames pictures, each moved as its clip's label says."""
+    """Move the objects of n * frames images along their clips' motions (label (n,))."""
     n = len(label)
     t = torch.linspace(0, 1, frames).repeat(n)
     move = label.repeat_interleave(frames)
@@ -449,8 +450,8 @@ def _moved(thing: Things, label: Tensor, frames: int, g: Generator) -> Things:
 
 
 def _extras(scene: Scene) -> dict[str, Any]:
-    """What every world tells: `concept`, `style`, `box` and `mask` of the first thing, `ground`, `word`, `letters` and
-    `strip` (B, R, R) bool, `word_box`; with several things also `concepts`, `boxes` and `masks` (B, K, ...) of all."""
+    """Return a scene's ground truth: `concept`, `style`, `box`, `mask` of the first object, `ground`, `word`,
+    `letters`, `strip` (B, R, R), `word_box`; with several objects also `concepts`, `boxes`, `masks` (B, K, ...)."""
     many = {"concepts": scene.concept, "boxes": scene.box, "masks": scene.mask} if scene.concept.shape[1] > 1 else {}
     return {
         **many,
