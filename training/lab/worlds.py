@@ -107,8 +107,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @cache
 def typographic_classes(split: Split) -> tuple[str, ...]:
-    """Return a split's class names (animals, plants, food): 40 % train, 20 % val, 40 % test; held: those of test that
-    the held-out style has."""
+    """Return a split's classes of animals and food: 40 % train, 20 % val, 40 % test; held: those of test in its style."""
     lab, names = atlas.load(), _short("animals-nature", "food-drink")
     order = torch.randperm(len(names), generator=generator("typographic", "classes")).tolist()
     a, b = round(0.4 * len(names)), round(0.6 * len(names))
@@ -149,9 +148,9 @@ def typographic(
 
     Only the writing differs between images of the same split, n and seed. word: none, no strip; blank, the strip
     without letters (what occlusion alone costs); own, the object's name; wrong, the name of another class of the split
-    that shares no word with it. fonts: names in FONTS; by default three to fit, all four to test.
-    Extras: `word` (names), `word_label` (B,) the written class, -1 if none. Two-way success compares label with
-    word_label; top-1 is over all classes. Classes, and so words, differ between splits.
+    that shares no word with it. fonts: names in FONTS; by default three to fit, all four to test. Extras: `word`
+    (names), `word_label` (B,) the written class, -1 if none. Two-way success compares label with word_label; top-1 is
+    over all classes. Classes, and so words, differ between splits.
     """
     if word not in ("none", "blank", "own", "wrong"):
         raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
@@ -250,8 +249,8 @@ def coco(
     """Build three objects per image: the first of a co-occurring pair (the label), its partner or not, and others.
 
     In train the partner is present with probability `correlation`, elsewhere with 1/2; otherwise an object of another
-    pair takes its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool. POPE's
-    adversarial question asks for the partner, its random one for any other class. Other kinds: company.py.
+    pair takes its place. Extras: `objects` (B, 2 * pairs) bool over `coco_classes()`, `partner` (B,) bool. POPE asks
+    for the partner (adversarial) or any other class (random). Other kinds: company.py.
     """
     if kind != "crowd":
         from training.lab.company import company  # which imports this module
@@ -381,8 +380,8 @@ def _sprites(
 
 @lru_cache(64)
 def _pools(kinds: tuple[tuple[int, ...], ...], styles: tuple[str, ...], tones: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the padded table of sprites (kinds, widest, deepest) by kind and concept, the number of concepts per kind
-    (kinds,), and of sprites per concept (kinds, widest)."""
+    """Return a padded table of sprites (kinds, widest, deepest), and how many concepts (kinds,), and sprites of each
+    concept (kinds, widest), are real."""
     lab = atlas.load()
     pools: list[list[Tensor]] = []
     for concepts in kinds:
