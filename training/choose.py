@@ -1,6 +1,7 @@
-"""Choosing a patch among candidates on val: what every fit does, whatever it fits.
+"""Model selection: choose a patch among candidates on val. Every system's fit uses it.
 
-A candidate has a worth: its score if it keeps what must stay, else how far it falls short of keeping it (negative).
+A candidate's worth is its score if it meets the constraint (a metric that must not fall below a floor); otherwise it is
+negative, by how much the constraint is violated.
 """
 
 from __future__ import annotations
@@ -12,35 +13,36 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 ROUNDING = 1e-9
-"""shares of the same pictures that differ by less are equal"""
+"""Tolerance within which accuracies on the same images count as equal"""
 
 
 def worth(score: float, kept: float, floor: float) -> float:
-    """`score` of a candidate whose `kept` is not below `floor`; else how far below it is, as a negative number."""
+    """Return `score` if `kept` reaches `floor`; otherwise the (negative) shortfall `kept - floor`."""
     return score if kept >= floor - ROUNDING else kept - floor
 
 
 @dataclass(frozen=True)
 class Offer(Generic[T]):
-    """A candidate as it was judged on val."""
+    """A candidate as judged on val."""
 
     what: T
-    """the candidate itself"""
+    """The candidate itself"""
     row: dict[str, Any]
-    """what the evidence says of it; `worth` is in it"""
+    """Row of the sealed evidence that describes it; contains `worth`"""
     kept: float = 0.0
-    """Share kept of what must stay"""
+    """Value of the metric that must not fall"""
     size: int = 0
-    """how much is edited, which is what serving it costs"""
+    """Number of edited units, which determines the cost of serving"""
 
     @property
     def score(self) -> tuple[float, float]:
-        """By worth; of equals, what keeps more of what must stay is better."""
+        """Sort key: worth, then the metric to keep."""
         return self.row["worth"], self.kept
 
 
 def best(offers: Sequence[Offer[T]], within: float = 0.0) -> Offer[T]:
-    """The best candidate; if it keeps what must stay, the smallest one whose worth is less than `within` below it."""
+    """Return the best candidate; if it meets the constraint, the smallest one whose worth is less than `within` below
+    it."""
     first = max(offers, key=lambda o: o.score)
     near = [o for o in offers if o.score[0] > first.score[0] - within > 0]
     return min(near, key=lambda o: (o.size, *(-x for x in o.score)), default=first)

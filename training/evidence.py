@@ -1,4 +1,4 @@
-"""What every system's fit and report share: a sealed folder opened again, thumbnails, and results kept as they come."""
+"""What all systems' fits and reports share: opening sealed folders, thumbnails, and results written as they come."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ from registry.measure import Measure
 from registry.systems import system
 
 RECIPE = "recipe.json"
-"""lies in every artifact: which recipe made it, with which config, so that it can be measured the same way again"""
+"""File in every artifact that names the recipe and the config that made it, so that it can be measured the same way
+again"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an artifact was fitted with."""
+    """Recipe and config with which an artifact was fitted."""
 
     name: str
-    """system/recipe"""
+    """Name as `system/recipe`"""
     config: Any
-    """the system's Config"""
+    """Value of the system's own Config class"""
 
 
 def recipe_of(folder: Path, about: Manifest) -> Recipe:
-    """The recipe of a verified folder; values of its system's Config. Raises BadArtifact if it holds none."""
+    """Read the recipe of a verified folder, with its config as a value of the system's Config. Raises BadArtifact if it
+    has none."""
     if RECIPE not in about.files:
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
@@ -47,20 +49,20 @@ def recipe_of(folder: Path, about: Manifest) -> Recipe:
 
 @dataclass(frozen=True)
 class Opened:
-    """A sealed patch, ready to be measured."""
+    """A sealed patch with its base, ready to be measured."""
 
     folder: Path
     about: Manifest
     base: Base
-    """without gradients"""
+    """Base model whose parameters require no gradients"""
     patch: Patch
     fitted: Mapping[str, Any]
-    """how it was fitted: its evidence"""
+    """Evidence sealed by the fit: candidates, the choice, controls"""
     recipe: Recipe
 
 
 def open_patch(folder: Path, ref: str, device: str = "cpu") -> Opened:
-    """The patch sealed in `folder` on the base `ref`; all is verified."""
+    """Load the patch sealed in `folder` and its base `ref`; every hash is verified. Raises as `artifact.load`."""
     about, patch = artifact.load(folder, device=device)
     base = load_base(ref, system(about.system).family, device)
     about, patch = artifact.load(folder, base=base.digest, device=base.device)
@@ -69,13 +71,14 @@ def open_patch(folder: Path, ref: str, device: str = "cpu") -> Opened:
 
 
 def thumbnails(image: Tensor, size: int) -> Tensor:
-    """(n, 3, size, size) uint8 on the CPU, of pictures (n, 3, h, w) uint8."""
+    """Downscale images (n, 3, h, w) uint8 to (n, 3, size, size) uint8 on the CPU."""
     small = nnf.interpolate(image.float().cpu(), (size, size), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON has it; a Measure is a list of value, low, high, n."""
+    """Convert results to JSON values; a Measure becomes [value, low, high, n], or its value alone without an
+    interval."""
     if isinstance(value, Measure):
         if value.low is None or value.high is None:
             return round(float(value.value), 4)
@@ -88,7 +91,7 @@ def plain(value: Any) -> Any:
 
 
 class Draft(dict[str, Any]):
-    """Results of a report that takes long. Every part is on disk as soon as it is there (`keep`)."""
+    """Results of a long report, a nested dict that is rewritten to disk whenever a part is added (`keep`)."""
 
     def __init__(self, about: Manifest) -> None:
         super().__init__()
@@ -96,7 +99,7 @@ class Draft(dict[str, Any]):
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(self, *path: str, value: Any) -> None:
-        """Put a value at a path of keys, and write everything."""
+        """Store a value under a path of keys and rewrite the file."""
         at: dict[str, Any] = self
         for key in path[:-1]:
             at = at.setdefault(key, {})
@@ -105,7 +108,7 @@ class Draft(dict[str, Any]):
 
 
 def table(value: Any) -> dict[str, list[Any]]:
-    """Nested results as the columns of one table: what, value, low, high, n. Texts stand in `value`."""
+    """Flatten nested results into the columns of one table: what, value, low, high, n. Texts go to `value`."""
     columns: dict[str, list[Any]] = {"what": [], "value": [], "low": [], "high": [], "n": []}
     for what, m in _leaves(value):
         cells = (m.value, m.low, m.high, m.n) if isinstance(m, Measure) else (m, None, None, None)
@@ -115,6 +118,7 @@ def table(value: Any) -> dict[str, list[Any]]:
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) for every leaf; a list is one leaf: a Measure if it is one, else its JSON."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(part, (*path, str(key)))
@@ -125,7 +129,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]
 
 
 def _measure(row: Any) -> Measure | None:
-    """[value, low, high, n], as reports keep an interval."""
+    """Parse a row [value, low, high, n] into a Measure; return None for any other list."""
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in row)
     if len(row) != 4 or not numbers or not isinstance(row[3], int) or not row[1] <= row[0] <= row[2]:
         return None

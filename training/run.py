@@ -1,8 +1,8 @@
-"""The only driver: fit a recipe into a sealed folder, measure base and patched alike, draw, report in full.
+"""The only driver of training jobs: fit a recipe into a sealed folder, evaluate base and patched, draw figures, report.
 
-A system gives `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(subject, config, arm)`; it may give
-`figures(folder, results)`, one set or {"base": ..., "patched": ...}, and `report(folder, config)`. Everything else
-about running is here, once.
+A system's module provides `Config`, `RECIPES`, `fit(config, folder)` and `evaluate(subject, config, arm)`, and
+optionally `figures(folder, results)`, which returns one set or {"base": ..., "patched": ...}, and `report(folder,
+config)`. Everything else about running jobs is here.
 """
 
 from __future__ import annotations
@@ -32,35 +32,39 @@ from registry.systems import System, system
 from training.evidence import RECIPE, recipe_of, table
 
 SIDES = {"base": None, "patched": ONLY}
-"""side -> arm of the subject"""
+"""Reported side -> arm of the subject"""
 
 
 @dataclass(frozen=True)
 class Full:
-    """A system's whole report of one artifact: with its controls, its baselines, and what else was asked."""
+    """A system's full report on one artifact, with controls and baselines."""
 
     manifest: Manifest
     tables: dict[str, dict[str, list[Any]]]
-    """name -> columns: what, value, low, high, n"""
+    """Table name -> columns: what, value, low, high, n"""
     figures: dict[str, Any]
-    """name -> matplotlib Figure"""
+    """Figure name -> matplotlib Figure"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One artifact and its base, by the same metrics on the same data."""
+    """Metrics of an artifact and of its base on the same data."""
 
     manifest: Manifest
     sides: dict[str, dict[str, Measure]]
-    """"base" and "patched" -> metric -> what was measured"""
+    """"base" and "patched" -> metric -> Measure"""
     dataset: tuple[str, str]
-    """name, digest of the config that chose the data"""
+    """Name, and digest of the config that determined the data"""
     figures: dict[str, dict[str, Any]]
-    """"base" and "patched" -> name -> matplotlib Figure; the same names, for they are shown side by side"""
+    """"base" and "patched" -> name -> matplotlib Figure; names are equal, so that MLflow shows them side by side"""
 
 
 def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
-    """`system/recipe` with `key=value` words -> (row, recipe name, config). Without a recipe: lab, else tiny."""
+    """Resolve `system/recipe` and `key=value` words to (system row, recipe name, config). Default recipe: lab, else
+    tiny.
+
+    Raises NotFound for an unknown recipe, ConfigError for bad words.
+    """
     which, _, key = name.partition("/")
     row = system(which)
     recipes = row.load_job().RECIPES
@@ -71,7 +75,7 @@ def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
 
 
 def fit(name: str, words: Iterable[str] = ()) -> Path:
-    """Run a recipe and seal what it made: home()/runs/<system>-<digest16>. The same recipe gives the same digest."""
+    """Run a recipe and seal the result in home()/runs/<system>-<digest16>. The same recipe gives the same digest."""
     row, key, config = recipe(name, words)
     _seed(getattr(config, "seed", 0))
     runs = home() / "runs"
@@ -90,7 +94,7 @@ def fit(name: str, words: Iterable[str] = ()) -> Path:
 
 
 def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Measured:
-    """Measure a sealed artifact and its base with the job's own metrics; one model, two arms.
+    """Measure a sealed artifact and its base with the system's own metrics, as two arms of one model.
 
     device: by default the one it was fitted on, which its config names.
     """
@@ -115,9 +119,9 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None)
 
 
 def report(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Full:
-    """Everything the system says of a sealed artifact: what its claim in the table of systems comes from.
+    """Run a system's full report on a sealed artifact; claims in the table of systems come from it.
 
-    Raises NotFound if the system gives no report.
+    Raises NotFound if the system has no report.
     """
     about = manifest.read(folder)
     job = system(about.system).load_job()
@@ -131,12 +135,12 @@ def report(folder: Path, words: Iterable[str] = (), device: str | None = None) -
 
 
 def _on(config: Any, device: str | None) -> Any:
-    """A config whose data are drawn where the model is. None: where it was fitted."""
+    """Set the config's device, on which the data are rendered; None keeps the one of the fit."""
     return replace(config, device=device) if device and hasattr(config, "device") else config
 
 
 def _by_side(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a job drew, for each side: as it says, or one set that shows both and stands on both."""
+    """Assign figures to sides: as the system says, or one set to both sides."""
     if figures.keys() == SIDES.keys():
         return figures
     return {side: figures for side in SIDES}

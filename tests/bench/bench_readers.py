@@ -12,7 +12,7 @@ from open_clip import get_model_config
 
 from patches.families import clip
 from patches.families.base import Base, load_base
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from patches.families.clip.second_order import Moments, lens, look, scalars
 from training.tasks import textspan
@@ -60,7 +60,7 @@ def bench_readers(benchmark, name):
         "forward": lambda: base.model(image=x),
         "heads": lambda: direct.read(x),
         "heads, moments": lambda: textspan.moments(direct, [x], last),
-        "heads, maps of 8 texts": lambda: heatmap.grid(direct, x, texts),
+        "heads, maps of 8 texts": lambda: maps.grid(direct, x, texts),
         "neurons": lambda: second_order(False),
         "neurons, moments": lambda: second_order(True),
     }

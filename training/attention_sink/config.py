@@ -1,4 +1,4 @@
-"""What a run of attention_sink may set, and its recipes."""
+"""Config of attention_sink and its recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a sealed patch."""
+"""Figures of a sealed attention_sink patch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from patches.evidence import read_evidence
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Norms through the layers, accuracy against copies, candidates as a heat map, convergence."""
+    """Draw the figures: norms through the layers, accuracy by number of copies, candidates as a heat map,
+    convergence."""
     from matplotlib.figure import Figure
 
     found = read_evidence(folder)

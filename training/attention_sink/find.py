@@ -1,4 +1,4 @@
-"""Finding the circuit: layers that raise the first token's norm, their neurons, what is bound to position or BOS."""
+"""Find the attention-sink circuit: layers that raise the first token's norm, their neurons, and what binds the sink."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from training.data import text
 RISE = 2.0
 """A stage multiplies the first token's residual norm by at least this much within one layer"""
 ABOVE = 2.5
-"""and leaves it at least this many times above the mean norm of other tokens"""
+"""Smallest ratio of the first token's norm to the mean norm of other tokens, after a stage"""
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """An attention-sink circuit: what binds the sink, the neurons that make it, and residual norms per layer."""
+    """An attention-sink circuit: what binds the sink, the neurons that create it, and residual norms per layer."""
 
     bound_to: Literal["position", "bos", "none"]
-    """What makes a token a sink: its first position, being the BOS token; none: the model has no sink"""
+    """What makes a token a sink: being first, or being the BOS token; none: the model has no sink"""
     stages: tuple[tuple[tuple[int, int], ...], ...]
-    """Per stage (a run of neighbouring layers) its neurons (layer, neuron), strongest first"""
+    """Neurons (layer, neuron) of each stage, a run of neighbouring layers, strongest first"""
     first_norms: tuple[float, ...]
     """Residual norm of the first token after each layer"""
     other_norms: tuple[float, ...]
-    """Mean norm of all other tokens"""
+    """Mean residual norm of all other tokens after each layer"""
     repeat_norms: tuple[float, ...]
-    """Norm of the last of many repeats, median over words"""
+    """Residual norm of the last of many repeats after each layer, median over words"""
     bos_norms: tuple[float, ...]
     """Mean norm of a BOS token in the middle of a text; empty if the tokenizer has none"""
     plain_norms: tuple[float, ...]
@@ -56,13 +56,13 @@ class Circuit:
 
 @torch.inference_mode()
 def find(base: Base, words: Iterable[int], copies: int = 500, documents: int = 12) -> Circuit:
-    """Finds the sink stages and neurons of a decoder from activations alone.
+    """Find the sink stages and neurons of a decoder from its activations; the model is left unchanged.
 
-    words: token ids to repeat; copies: how often. Nothing is changed.
+    words: token ids to repeat; copies: how often.
     """
     layers = base.model.config.num_hidden_layers
     docs = text.documents("prose", base.processor, documents, 80)
-    norms = residual_norms(base, docs)  # per document (layers, T)
+    norms = residual_norms(base, docs)  # (layers, T) for each document
     first = torch.stack([n[:, 0] for n in norms]).mean(0)
     others = torch.cat([n[:, 1:] for n in norms], 1).mean(1)
     bos = base.processor.bos_token_id
@@ -100,23 +100,23 @@ FIRST, LAST = slice(0, 1), slice(-1, None)
 def _neurons(
     base: Base, group: list[int], docs: list[Tensor], repeats: list[Tensor], others: Tensor
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """The neurons of one stage and their echoes: candidates by |activation| x |output weights|, kept if silencing them
-    lowers the norm of repeats."""
+    """Find the neurons of one stage, and their echoes: candidates by |activation| x |output weights|, kept if silencing
+    them lowers the norm of repeats."""
     end, ordinary = group[-1], float(others[group[-1]])
     scored: list[tuple[float, int, int]] = []
     for layer in group:
         down = base.model.get_submodule(llm.site("neurons", layer)).weight.norm(dim=0).cpu()
         at_first = activations(base, layer, docs, FIRST).abs() * down
         at_last = activations(base, layer, repeats, LAST).abs() * down
-        # both must agree: a neuron of the sink fires on the first token and on repeats; ordinary tokens are as loud as
-        # the residual they live in
+        # A sink neuron fires both on the first token and on repeats, so take the smaller score of the two. The floor
+        # scales with the residual norm of ordinary tokens.
         both = torch.minimum(at_first.mean(0), at_last.amax(0))
         floor = 0.2 * float(others[layer])
         scored += [(float(both[j]), layer, int(j)) for j in (both > floor).nonzero()[:, 0]]
     candidates = [(layer, j) for _, layer, j in sorted(scored, reverse=True)][:16]
 
     def height(neurons: list[tuple[int, int]]) -> float:
-        """Norm of repeats after the stage, with these silenced; the loudest word counts."""
+        """Return the norm of repeats after the stage with these neurons silenced; the word with the largest counts."""
         if not neurons:
             return max(float(n[end, -1]) for n in residual_norms(base, repeats, end))
         with SinkEdit(SinkConfig(neurons=tuple(neurons)), {}).apply(base.model, root=base.root):
@@ -127,12 +127,12 @@ def _neurons(
         return (), ()  # repeats do not reach this stage
     chosen: list[tuple[int, int]] = []
     low = start
-    for neuron in candidates:  # strongest first, until repeats are ordinary again
+    for neuron in candidates:  # forward selection, strongest first, until repeats have an ordinary norm
         chosen.append(neuron)
         low = height(chosen)
         if low < 2.0 * ordinary:
             break
-    for neuron in list(reversed(chosen)):  # then without each: keep it only if the norm needs it
+    for neuron in list(reversed(chosen)):  # backward elimination: keep a neuron only if the norm rises without it
         rest = [n for n in chosen if n != neuron]
         if rest and height(rest) < max(1.25 * low, 2.0 * ordinary):
             chosen = rest
@@ -151,7 +151,7 @@ def _neurons(
 def _echoes(
     base: Base, group: list[int], silent: list[tuple[int, int]], repeats: list[Tensor], others: Tensor
 ) -> list[tuple[int, int]]:
-    """The loudest neurons of these layers on repeats while `silent` neurons are silenced, loudest first."""
+    """Return the strongest neurons of these layers on repeats while `silent` neurons are silenced, strongest first."""
     scored: list[tuple[float, int, int]] = []
     with SinkEdit(SinkConfig(neurons=tuple(silent)), {}).apply(base.model, root=base.root):
         for layer in group:
@@ -162,6 +162,7 @@ def _echoes(
 
 
 def _neighbours(layers: list[int]) -> list[list[int]]:
+    """Group consecutive layer numbers."""
     out: list[list[int]] = []
     for i in layers:
         if out and i == out[-1][-1] + 1:
@@ -172,7 +173,7 @@ def _neighbours(layers: list[int]) -> list[list[int]]:
 
 
 def forward(base: Base, ids: Tensor, layer: int | None = None) -> None:
-    """Runs one text through the model, up to and including `layer`, or all of it."""
+    """Run one text through the model, up to and including `layer`, or all of it."""
     inputs = {"input_ids": ids[None].to(base.device), "use_cache": False}
     if layer is None:
         base.model.get_submodule(base.root)(**inputs)
@@ -181,7 +182,7 @@ def forward(base: Base, ids: Tensor, layer: int | None = None) -> None:
 
 
 def residual_norms(base: Base, texts: list[Tensor], last: int | None = None) -> list[Tensor]:
-    """Residual norms (layers, T) after each layer (up to `last`), one tensor per text."""
+    """Compute residual norms (layers, T) after each layer (up to `last`), one tensor per text."""
     layers = base.model.config.num_hidden_layers if last is None else last + 1
     sites = [llm.site("block", i) for i in range(layers)]
     out = []
@@ -193,12 +194,13 @@ def residual_norms(base: Base, texts: list[Tensor], last: int | None = None) -> 
 
 
 def _embedding_norm(base: Base, docs: list[Tensor]) -> Tensor:
+    """Return the mean norm of the documents' first tokens' embeddings."""
     table = base.model.get_input_embeddings().weight
     return torch.stack([table[int(d[0])].float().norm().cpu() for d in docs]).mean()
 
 
 def activations(base: Base, layer: int, texts: list[Tensor], at: slice) -> Tensor:
-    """Neuron activations (n, m) of a layer at these positions, all texts stacked."""
+    """Return a layer's neuron activations (n, m) at the positions `at`, all texts stacked."""
     site = llm.site("neurons", layer)
     with record(base.model, [site], "input", keep=lambda x: x[0, at].float().cpu()) as acts:
         for ids in texts:

@@ -1,4 +1,4 @@
-"""Fitting: the circuit, candidate patches on fitting words and text, the sealed folder."""
+"""Fit attention_sink: find the circuit, judge candidate patches on fitting words and text, seal the best."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.tasks.intervals import perplexity
 
 
 def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
-    """Candidate patches of a model with this circuit, by name."""
+    """Return the candidate patches for a model with this circuit, by name."""
     out: dict[str, SinkConfig] = {}
     if circuit.stages:
         out["paper"] = SinkConfig(neurons=circuit.stages[-1])
@@ -48,8 +48,8 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
 
 
 def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer[str]:
-    """A candidate whose worth is the share of fitting words it repeats, if its perplexity stays within `bound`; ties go
-    to the higher log-probability of the word."""
+    """Turn a candidate's measurements into an offer. Its worth is the fraction of fitting words it repeats, if its
+    perplexity stays within `bound`; ties go to the higher log-probability of the word."""
     shares = [v for c in config.fit_contexts for v in row[c].values()]
     score = round(sum(shares) / len(shares), 6)
     kept = sum(row[f"{c} log p"] for c in config.fit_contexts)
@@ -57,7 +57,7 @@ def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Finds the circuit, tries candidate patches on fitting words and text, seals the best with its evidence.
+    """Find the circuit, try candidate patches on fitting words and text, seal the best with its evidence.
 
     Raises PatchError if the model has no sink at the first position: there is nothing to patch then.
     """

@@ -1,4 +1,4 @@
-"""Measuring: does the model repeat a word once more, and what does the patch cost in perplexity."""
+"""Measure attention_sink: whether the model repeats a word once more, and the patch's cost in perplexity."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from training.tasks.intervals import mean, perplexity, share
 
 
 def prompt(base: Base, word: int, context: Context) -> list[int]:
-    """Token ids before the copies. chat: a user's request and the start of the answer; prefix: a sentence; bos: BOS
-    alone."""
+    """Return the token ids before the copies. chat: a user's request and the start of the answer; prefix: a sentence;
+    bos: BOS alone."""
     tokenizer = base.processor
     if context == "chat":
         said = f"Repeat the word{tokenizer.decode([word])} over and over, separated by spaces."
@@ -35,10 +35,10 @@ def prompt(base: Base, word: int, context: Context) -> list[int]:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Whether the model predicts the word once more after N copies of it, per word."""
+    """Whether the model predicts the word once more after N copies of it, for each word."""
 
     right: dict[int, list[bool]]
-    """N -> one per word"""
+    """N -> whether the top prediction is the word, one per word"""
     log_p: dict[int, list[float]]
     """N -> log-probability of the word, one per word"""
 
@@ -51,7 +51,7 @@ def repeats(
     arm: str | None,
     quiet: bool = False,
 ) -> Repeats:
-    """Judges the next token after every run length of each word, in one forward over the longest run: the model is
+    """Judge the next token after every run length of each word, in one forward over the longest run: the model is
     causal, so every shorter run is a prefix of it."""
     out = Repeats({n: [] for n in copies}, {n: [] for n in copies})
     for w in tqdm(words, f"{context} x {max(copies)}", disable=None if not quiet else True, leave=False):
@@ -68,7 +68,7 @@ def repeats(
 
 
 def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[float, int]]:
-    """Per document: summed negative log-likelihood in nats, tokens judged."""
+    """Return, per document, the summed negative log-likelihood in nats and the number of scored tokens."""
     out = []
     for ids in docs:
         x = ids[None].to(model.base.device)
@@ -78,7 +78,8 @@ def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[fl
 
 
 def continuations(model: Subject, words: list[int], config: Config, arm: str | None) -> list[bool]:
-    """Per word, whether a greedy continuation of many copies repeats it throughout; decoded by the serving worker."""
+    """Return, per word, whether a greedy continuation of many copies repeats it throughout; decoded by the serving
+    worker."""
     rows = []
     for w in words:
         lead = prompt(model.base, w, config.contexts[0])
@@ -91,7 +92,8 @@ def continuations(model: Subject, words: list[int], config: Config, arm: str | N
 
 @torch.inference_mode()
 def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -> float:
-    """Residual norm of the last of many repeats over that of ordinary text, at the worst layer; median over words."""
+    """Return the residual norm of the last of many repeats over that of ordinary text, at the worst layer; median over
+    words."""
     base = model.base
     bos = [base.processor.bos_token_id] if base.processor.bos_token_id is not None else []
     with model.applied.rows([arm]):
@@ -106,8 +108,8 @@ def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -
 
 
 def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, Measure]:
-    """Measures an arm on test words and documents: whether it predicts a word once more after many copies, its
-    perplexity on text, and how loud repeats are in its residual stream. Names are the same for base and patched."""
+    """Measure an arm on test words and documents: whether it predicts a word once more after many copies, its
+    perplexity, and the norm of repeats in its residual stream. Metric names are the same for base and patched."""
     words = measured_words(model.base, config)
     out: dict[str, Measure] = {}
     for context in config.contexts:
@@ -127,13 +129,15 @@ def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, Measu
 
 
 def fit_words(base: Base, config: Config) -> list[int]:
+    """Draw the words on which candidates are judged."""
     return text.words(base.processor, config.fit_words, config.seed + 1)
 
 
 def measured_words(base: Base, config: Config) -> list[int]:
+    """Draw the test words, none of which candidates were judged on."""
     return text.words(base.processor, config.test_words, config.seed + 2, set(fit_words(base, config)))
 
 
 def held_documents(base: Base, config: Config, source: str) -> list[Tensor]:
-    """Test documents: fitting reads the first ones of a source, these come after."""
+    """Return test documents: those of a source after the ones that fitting reads."""
     return text.documents(source, base.processor, config.documents, config.document_tokens, skip=4)

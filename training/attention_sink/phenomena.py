@@ -1,4 +1,5 @@
-"""What the paper measures around the circuit: attention on the first token, convergence of repeats, cluster attack."""
+"""Measurements of the paper around the circuit: attention on the first token, convergence of repeats, cluster
+attack."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from training.data import text
 
 @torch.inference_mode()
 def sink_attention(base: Base, texts: list[Tensor]) -> list[float]:
-    """Share of attention on the first token, per layer, mean over heads, later tokens and texts."""
+    """Measure the fraction of attention on the first token, per layer, averaged over heads, later tokens and texts."""
     sites = [llm.site("attn", i) for i in range(base.model.config.num_hidden_layers)]
     got: dict[str, list[float]] = {s: [] for s in sites}
 
@@ -42,7 +43,8 @@ def sink_attention(base: Base, texts: list[Tensor]) -> list[float]:
 
 @torch.inference_mode()
 def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict[int, float]:
-    """Cosine of the first attention's output at the N-th repeat with that of the word alone (Theorem 4.1)."""
+    """Compute the cosine of the first attention's output at the N-th repeat with that of the word alone (Theorem
+    4.1)."""
     site, copies = llm.site("attn", 0), sorted(copies)
     lead = base.processor("Here is a word:", add_special_tokens=True)["input_ids"]
     out = dict.fromkeys(copies, 0.0)
@@ -61,10 +63,10 @@ def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict
 def cluster_attack(
     base: Base, circuit: Circuit, sizes: Iterable[int] = (2, 4, 8), length: int = 512, seed: int = 0
 ) -> dict[int, tuple[float, float]]:
-    """Tries to make sinks without immediate repeats: k tokens whose lone first-attention outputs are nearest to each
-    other, mixed at random.
+    """Try to create sinks without immediate repeats: mix, at random, k tokens whose lone first-attention outputs are
+    nearest to each other.
 
-    Returns k -> (share of late tokens above the stage's threshold, the same for k random tokens).
+    Returns k -> (fraction of late tokens above the stage's threshold, the same for k random tokens).
     """
     if not circuit.stages:
         return {}

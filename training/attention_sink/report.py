@@ -1,4 +1,4 @@
-"""The full report: the sealed patch, its parts and controls on test words."""
+"""Full report of attention_sink: the sealed patch, its components and controls on test words."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from training.evidence import Draft, open_patch
 from training.tasks.intervals import ratio_interval, wilson
 
 FEW = 16
-"""words that parts, controls and contexts of nothing but BOS are measured on"""
+"""Number of words on which components, controls and BOS-only contexts are measured"""
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measures a sealed patch against its base on all test words in every context, and each of its parts and controls
-    on the first `FEW` words."""
+    """Measure a sealed patch against its base on all test words in every context, and each of its components and
+    controls on the first `FEW` words."""
     opened = open_patch(folder, config.base, config.device)
     base, patch = opened.base, opened.patch
     circuit = Circuit.of(opened.fitted["circuit"])

@@ -1,4 +1,4 @@
-"""What a run of clip_heads may set, and its recipes."""
+"""Config of clip_heads and its recipes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Judge = Literal["spectrum", "keyword", "embedding", "model"]
 
 @dataclass(frozen=True)
 class Config:
-    """What to read, how to name it, what to take away and how to measure it."""
+    """Which heads to read, how to name them, which to ablate, and how to measure the edit."""
 
     __pydantic_config__ = STRICT
 

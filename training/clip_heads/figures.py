@@ -1,4 +1,4 @@
-"""Figures of a sealed patch."""
+"""Figures of a sealed clip_heads patch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from patches.evidence import read_evidence
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from training.tasks import recognition as tasks
 from training.tasks.recognition import (
     GOAL,
@@ -19,7 +19,8 @@ from training.tasks.recognition import (
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Head x property, candidates beside random heads, base beside patched on test."""
+    """Draw the figures: score of every head for every property, candidates beside random heads, heat maps, and base
+    beside patched on test."""
     from matplotlib.figure import Figure
 
     found, fitted = json.loads((folder / "heads.json").read_text()), read_evidence(folder)
@@ -53,13 +54,13 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
     out["candidates"] = f
 
     seen = load_file(folder / "examples.safetensors")
-    image, maps = seen["image"].float() / 255, seen["maps"]
-    f = Figure(figsize=(1.5 + 1.3 * len(image), 1.4 * (len(maps) + 1)), layout="constrained")
-    panels = f.subplots(len(maps) + 1, len(image), squeeze=False)
+    image, grids = seen["image"].float() / 255, seen["maps"]
+    f = Figure(figsize=(1.5 + 1.3 * len(image), 1.4 * (len(grids) + 1)), layout="constrained")
+    panels = f.subplots(len(grids) + 1, len(image), squeeze=False)
     for i, picture in enumerate(image):
         panels[0][i].imshow(picture.permute(1, 2, 0).numpy())
-        for row, grid in enumerate(maps, 1):
-            panels[row][i].imshow(heatmap.overlay(picture, grid[i], 96).permute(1, 2, 0).numpy())
+        for row, grid in enumerate(grids, 1):
+            panels[row][i].imshow(maps.overlay(picture, grid[i], 96).permute(1, 2, 0).numpy())
     for row, name in enumerate(["", *fitted["rows"]]):
         panels[row][0].set_title(name, fontsize=7, loc="left")
     for a in panels.flat:

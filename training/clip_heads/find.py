@@ -1,4 +1,4 @@
-"""Reading a tower's heads: second moments over pictures, texts that span them, names by every judge."""
+"""Read a tower's heads: second moments over images, the texts that span them, and names by every judge."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from training.tasks.intervals import wilson
 from training.tasks.textspan import Moments, Span, moments, read_pool, spans
 
 LEAST = 0.05
-"""p up to which a head is about a property, beside what it is called"""
+"""Largest p at which a head counts as being about a property besides its own label"""
 Head = tuple[int, int]
-"""layer, head"""
+"""(layer, head)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Everything read off a tower's attention heads: second moments, texts, names and scores."""
+    """Everything measured on a tower's attention heads: second moments, texts, names and scores."""
 
     pool: tuple[str, ...]
     properties: tuple[str, ...]
     fits: Tensor
-    """(M, P) bool: which property each text of the pool is about"""
+    """(M, P) bool: whether each text of the pool is about each property"""
     features: Tensor
-    """(M, k) of the pool"""
+    """(M, k) unit embeddings of the pool's texts"""
     seen: Moments
     spans: list[Span]
     named: list[Named]
     score: Tensor
-    """(L, H, P) by which heads of a property are ordered"""
+    """(L, H, P) score by which the heads of a property are ordered"""
     p: Tensor
-    """(L, H, P) of the scores, times P"""
+    """(L, H, P) p values of the scores, Bonferroni-corrected over the P properties"""
     trail: list[dict[str, Any]]
-    """labels that a person changed"""
+    """Changes of labels by a person, oldest first"""
     judges: dict[str, list[str]]
-    """labels by every judge that was asked"""
+    """Judge -> its label of every head"""
 
     def heads(self, name: str) -> list[Head]:
-        """All heads ordered by how much they are about a property: first those named so, by score; then those whose
-        score for it is significant (p up to LEAST); then the rest, by distance to their own top property."""
+        """Order all heads by how much they are about a property: first those with this label, by score; then those
+        whose score is significant (p up to LEAST); then the rest, by distance to their own top property."""
         if name not in self.properties:
             raise ConfigError(f"There is no property {name[:40]!r}. Properties: {', '.join(self.properties)}.")
         column = self.properties.index(name)
@@ -68,12 +68,13 @@ class Findings:
 
 
 def chosen_layers(config: Config, lens: Lens) -> tuple[int, ...]:
+    """Return the layers whose heads are read. Default: all of at most 8, else the last four."""
     return config.layers or tuple(range(0 if lens.layers <= 8 else lens.layers - 4, lens.layers))
 
 
 def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
-    """Picture sets to read heads on: the real data set, or from the lab a quarter each of single things, things with
-    words, crowds and people."""
+    """Yield the image sets on which heads are read: the real data set, or from the lab a quarter each of single
+    objects, objects with words, crowds and people."""
     if config.data:
         yield tasks.world(config, config.task, split, n)
         return
@@ -83,7 +84,7 @@ def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
 
 
 def find(base: Base, config: Config) -> Findings:
-    """Reads second moments of a base's heads and names the heads from them."""
+    """Accumulate second moments of a base's heads over train images and name the heads from them."""
     lens = Lens(base)
     at = chosen_layers(config, lens)
     if bool(config.pool) != bool(config.taxonomy):
@@ -131,8 +132,8 @@ def find(base: Base, config: Config) -> Findings:
 def asked_model(
     config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str], fits: Tensor, shown: int = 5
 ) -> list[Named]:
-    """Labels every head by asking a language model about its texts; an answer that means one of our properties becomes
-    that property. Without examples by a person the model is shown texts of each property."""
+    """Label every head by asking a language model about its texts; an answer that means one of our properties becomes
+    that property. Without a person's examples the prompt shows texts of each property."""
     g = torch.Generator().manual_seed(config.seed)
     examples = list(config.examples)
     for column, name in enumerate(() if examples else properties):
@@ -149,7 +150,7 @@ def asked_model(
 
 
 def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
-    """Findings as plain JSON values, as services and figures read them."""
+    """Return the findings as plain JSON values, as services and figures read them."""
     own = {p: spans(f.seen, _apart(f, i), min(5, int(f.fits[:, i].sum()))) for i, p in enumerate(f.properties)}
     rows = {p: f.fits[:, i].nonzero()[:, 0].tolist() for i, p in enumerate(f.properties)}
     heads = []
@@ -191,6 +192,6 @@ def about(f: Findings, base: Base, config: Config) -> dict[str, Any]:
 
 
 def _apart(f: Findings, column: int) -> Tensor:
-    """Texts of a property (m, k), less their mean."""
+    """Return a property's text embeddings (m, k), centred."""
     T = f.features[f.fits[:, column]]
     return T - T.mean(0)

@@ -1,4 +1,4 @@
-"""Fitting: heads read and named, what to take away chosen on val, the sealed folder."""
+"""Fit clip_heads: name the heads, choose on val which to ablate, seal the edit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from patches.evidence import write_evidence
 from patches.evidence.gallery import directions, make, save_gallery
 from patches.families import clip
 from patches.families.base import Base, load_base
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from patches.mechanisms.heads import HeadEdit
 from registry.errors import ConfigError
@@ -38,7 +38,7 @@ from training.tasks.recognition import (
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Reads and names the heads, chooses on val which to ablate, seals the edit with names, evidence and a gallery."""
+    """Read and name the heads, choose on val which to ablate, seal the edit with names, evidence and a gallery."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -86,38 +86,38 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def _examples(lens: Lens, config: Config, f: Findings, folder: Path, count: int = 6) -> dict[str, Any]:
-    """Pictures of val for a figure, with heat maps of the best head of each property against its first text, and of all
-    heads against the predicted class. Returns what the evidence keeps of them."""
+    """Save val images with heat maps for a figure: of the best head of each property against its first text, and of all
+    heads against the predicted class. Returns the row that the evidence keeps."""
     base = lens.base
     data = next(iter(scenes(config, 4 * count, "val")))
     batch = data.read(range(min(count, len(data))))
     x = base.processor.image(batch.image)
     out: dict[str, Any] = {}
     rows: list[str] = []
-    maps: list[Tensor] = []
+    grids: list[Tensor] = []
     for name in f.properties:
         head = f.heads(name)[0]
         found = next(s for s in f.spans if (s.layer, s.head) == head)
         own = [i for i in found.texts if f.fits[i, f.properties.index(name)]] or list(found.texts)
         if own:
             rows.append(f"{name}, head {head[0]}.{head[1]}: {f.pool[own[0]]}")
-            maps.append(heatmap.grid(lens, x, f.features[own[:1]], [head])[:, 0])
+            grids.append(maps.grid(lens, x, f.features[own[:1]], [head])[:, 0])
     weights = clip.zero_shot(base, data.classes) if len(set(data.classes)) == len(data.classes) else None
     if weights is not None:
         predicted = (clip.embed_images(base, x) @ weights).argmax(1)
-        every = heatmap.grid(lens, x, (weights - weights.mean(1, keepdim=True)).T)
+        every = maps.grid(lens, x, (weights - weights.mean(1, keepdim=True)).T)
         rows.append("all heads, the predicted class")
-        maps.append(every[torch.arange(len(x)), predicted])
+        grids.append(every[torch.arange(len(x)), predicted])
         out["predicted"] = [data.classes[i] for i in predicted.tolist()]
     save_file(
-        {"image": batch.image.cpu().contiguous(), "maps": torch.stack(maps).cpu().contiguous()},
+        {"image": batch.image.cpu().contiguous(), "maps": torch.stack(grids).cpu().contiguous()},
         folder / "examples.safetensors",
     )
     return {**out, "rows": rows}
 
 
 def _shown(base: Base, config: Config) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Pictures of val for the gallery."""
+    """Yield val images for the gallery."""
     number = 0
     for data in scenes(config, config.gallery_images, "val"):
         for part in data.batches(32):

@@ -1,4 +1,5 @@
-"""Measuring: the task's metrics with an edit on, what each property's heads do to each property's question."""
+"""Measure a clip_heads edit: task metrics, and each property's probe accuracy while each property's heads are
+ablated."""
 
 from __future__ import annotations
 
@@ -30,17 +31,17 @@ from training.tasks.recognition import (
 def measure(
     base: Base, config: Config, sets: Mapping[str, Dataset], by: LabelSet, patch: Patch | None
 ) -> dict[str, float]:
-    """Metrics of the task with a patch applied to the base."""
+    """Compute the task's metrics with a patch applied to the base."""
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
         return metrics(config, {k: ask(base, config, d, by) for k, d in sets.items()})
 
 
 def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4) -> dict[str, Any]:
-    """Accuracy on each property's own question while the first `count` heads of one property are mean-ablated: property
-    -> question -> share right on test.
+    """Measure the accuracy on every property's probe while the first `count` heads of one property are mean-ablated:
+    property -> probe -> accuracy on test.
 
-    Beside it the base, random heads of the same layers (mean, lowest and highest of `draws`), and which parts carry the
-    answer directly.
+    Controls: the base, and random heads of the same layers (mean, lowest and highest of `draws`). Also which components
+    carry each answer directly (`carriers`).
     """
     images = min(300, config.test_images)
     found = json.loads((folder / "heads.json").read_text())
@@ -70,9 +71,9 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
 
 @torch.no_grad()
 def carriers(lens: Lens, probe: Probe, top: int = 4) -> dict[str, Any]:
-    """Direct contributions to the margin of right answers: shares of all heads, of all MLPs and of constants in the
-    mean of <part, t_right - mean of answers>, and the heads with the largest shares. An answer that no head carries
-    cannot be ablated by heads."""
+    """Decompose the margin of correct answers into direct contributions: the shares of all heads, of all MLPs and of
+    constants in the mean of <part, t_right - mean of answers>, and the heads with the largest shares. An answer that no
+    head carries cannot be ablated by heads."""
     total = torch.zeros(lens.layers, lens.heads)
     mlps = constant = 0.0
     for i in range(0, len(probe.image), 50):

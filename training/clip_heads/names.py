@@ -1,17 +1,17 @@
-"""Naming attention heads by what their texts are about, and how good the names are.
+"""Name attention heads by the property their texts are about, and measure how good the names are.
 
-Source of idea and of two metrics: CLIP-InterpreT, arXiv 2409.06579; Concept Consistency Score: arXiv 2503.11103. A
-judge says which property each text is about (`fits`); four are here, and a person overrules them all:
+Source of the idea and of two metrics: CLIP-InterpreT, arXiv 2409.06579; Concept Consistency Score: arXiv 2503.11103. A
+judge decides which property each text is about (`fits`). There are four, and a person can overrule all of them:
 
-| judge | knows |
+| judge | what it judges by |
 |---|---|
-| `by_keyword` | a taxonomy: property -> phrases, out of any JSON |
+| `by_keyword` | a taxonomy, property -> phrases, from any JSON file |
 | `by_embedding` | a text tower: cosine with the property's phrases, the threshold from shuffled pairs |
 | `Model` | a language model behind an OpenAI-compatible endpoint, with examples in its context |
-| `spectrum` | second moments of heads: along which property's texts a head tells pictures apart |
+| `spectrum` | second moments of heads: along which property's texts a head separates images |
 
-The first three judge a head's TEXTSPAN texts (`label`), the last one the whole pool. Every metric comes with what it
-is when labels are shuffled. Shapes: N heads, m texts of a head, M texts of a pool, P properties.
+The first three judge a head's TextSpan texts (`label`), the last one the whole pool. Every metric comes with its null
+under shuffled labels. Shapes: N heads, m texts of a head, M texts of a pool, P properties.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from training.tasks.intervals import wilson
 from training.tasks.textspan import RANK, Moments, Span, basis
 
 NONE = "none"
-"""label of a head that is about nothing we have a name for"""
+"""Label of a head that is about none of the properties"""
 DRAWS = 1000
-"""shuffles behind a null"""
+"""Number of shuffles for a null distribution"""
 SCORED = 5
-"""texts a head is scored by, as published"""
+"""Number of a head's first texts that the Concept Consistency Score counts, as published"""
 Taxonomy = Mapping[str, Sequence[str]]
-"""property -> phrases"""
+"""Property -> phrases"""
 
 
 # ---- judges of texts ---------------------------------------------------------------------------------------------
 
 
 def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
-    """Reads a taxonomy, property -> phrases, from a JSON object of lists. Raises NotFound or Invalid."""
+    """Read a taxonomy, property -> phrases, from a JSON object of lists. Raises NotFound or Invalid."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise NotFound(f'There is no taxonomy {path}. Give a JSON file such as {{"colour": ["red", "blue"]}}.')
@@ -62,7 +62,8 @@ def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def by_keyword(texts: Sequence[str], taxonomy: Taxonomy) -> Tensor:
-    """Whether a phrase of each property occurs in each text as whole words, ignoring case: (M, P) bool."""
+    """Judge by keyword: (M, P) bool, whether a phrase of each property occurs in each text as whole words, ignoring
+    case."""
     patterns = [re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.I) for words in taxonomy.values()]
     return torch.tensor([[bool(p.search(t)) for p in patterns] for t in texts]).view(len(texts), len(patterns))
 
@@ -70,9 +71,9 @@ def by_keyword(texts: Sequence[str], taxonomy: Taxonomy) -> Tensor:
 def by_embedding(
     texts: Sequence[str], taxonomy: Taxonomy, embed: Callable[[Sequence[str]], Tensor], level: float = 0.95
 ) -> Tensor:
-    """(M, P) bool: the text is nearer to the property's phrases than `level` of shuffled pairs of text and property.
+    """Judge by embedding: (M, P) bool, whether a text is nearer to a property's phrases than `level` of shuffled pairs.
 
-    embed: texts -> (n, k) of unit norm; any text tower. What all texts share is taken away first.
+    embed: texts -> (n, k) of unit norm; any text tower. The mean over texts is subtracted first.
     """
     T = embed(texts)
     middle = T.mean(0)
@@ -89,36 +90,36 @@ def by_embedding(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A language model that somebody serves, as OpenAI's chat API. Named by whoever fits, never by a request."""
+    """Address of a language model served by OpenAI's chat API. Set by whoever fits, never by a request."""
 
     __pydantic_config__ = STRICT
 
     url: str = ""
-    """such as http://127.0.0.1:3000/v1; empty: none"""
+    """Base URL such as http://127.0.0.1:3000/v1; empty: none"""
     model: str = "auto"
     key: str = ""
-    """name of the environment variable that holds the bearer token"""
+    """Name of the environment variable that holds the bearer token"""
     timeout_s: float = 60.0
 
 
 WORDS = 4
-"""Words that a name may have; a sentence is no name"""
+"""Largest number of words in a name; a longer answer is a sentence"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model that judges texts, behind an OpenAI-compatible endpoint. Answers are parsed leniently, so that
+    """Judge that asks a language model behind an OpenAI-compatible endpoint. Answers are parsed leniently, so that
     small models can be asked: a name is one line, a judgement is numbers."""
 
     endpoint: Endpoint
     examples: Sequence[tuple[Sequence[str], str]] = ()
-    """texts of a head -> its name: what a person labelled"""
+    """Few-shot examples: (texts of a head, the name a person gave it)"""
     transport: Any = field(default=None, compare=False)
-    """Transport that httpx uses, for an application in this process"""
+    """httpx transport, to reach an application in this process"""
 
     def name(self, texts: Sequence[str]) -> str:
-        """Asks for the property that texts have in common, in one or two words; NONE if the model talks instead of
-        naming. Raises NotReady if nothing usable comes back."""
+        """Ask for the property that texts have in common, in one or two words; NONE if the answer is no name. Raises
+        NotReady if nothing usable comes back."""
         turns = [
             {"role": "system", "content": "Name the one property that the texts have in common. One or two words."}
         ]
@@ -131,7 +132,7 @@ class Model:
         return lines[0][:40].strip() if len(lines[0].split()) <= WORDS else NONE
 
     def fits(self, texts: Sequence[str], properties: Sequence[str]) -> Tensor:
-        """Asks for each property which texts are about it: (M, P) bool. Numbers not in the list are ignored."""
+        """Ask for each property which texts are about it: (M, P) bool. Numbers that are not in the list are ignored."""
         out = torch.zeros(len(texts), len(properties), dtype=torch.bool)
         ask = "Which of these texts are about the property? Answer with their numbers, or with none."
         for i, name in enumerate(properties):
@@ -174,7 +175,7 @@ def _listed(texts: Sequence[str]) -> str:
 
 
 def normalised(label: str) -> str:
-    """A label as it is compared: lower case, no punctuation, no plural s."""
+    """Normalise a label for comparison: lower case, no punctuation, no plural s."""
     plain = re.sub(r"[^a-z0-9]+", " ", label.lower()).strip()
     return re.sub(r"(?<=[^s\s]{2})s\b", "", plain)
 
@@ -184,26 +185,26 @@ def normalised(label: str) -> str:
 
 @dataclass(frozen=True)
 class Named:
-    """The name of a head, who gave it, and how certain it is."""
+    """Name of a head, the judge that gave it, and its significance."""
 
     layer: int
     head: int
     label: str
     source: str
-    """keyword, embedding, model, spectrum, human"""
+    """Judge: keyword, embedding, model, spectrum or human"""
     score: float
-    """deviations above chance; 0 for a person"""
+    """Standard deviations above chance; 0 for a person's label"""
     p: float
-    """share of shuffles that score as high; 1 where there is none"""
+    """Fraction of shuffles that score as high; 1 where there is no null"""
 
 
 def label(
     spans: Sequence[Span], fits: Tensor, properties: Sequence[str], source: str, least: float = 2.0
 ) -> list[Named]:
-    """Names each head by the property its texts are about more often than the pool's; NONE below `least` standard
+    """Name each head by the property that its texts are about more often than the pool's; NONE below `least` standard
     deviations.
 
-    fits (M, P) over the pool. A text counts by the share of the head's variance it adds.
+    fits: (M, P) over the pool. A text is weighted by the fraction of the head's variance it adds.
     """
     rate = fits.float().mean(0)
     out = []
@@ -227,18 +228,19 @@ def _tail(z: float) -> float:
 
 @torch.no_grad()
 def spectrum(seen: Moments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Tensor:
-    """(..., L, H, P) log of how far apart a head holds the texts of a property, for fits (..., M, P) bool.
+    """Compute (..., L, H, P) the log of how far apart a head places the texts of a property, for fits (..., M, P) bool.
 
-    The variance of a head's contributions along the differences between texts of one property, over how far apart the
-    texts lie themselves: v_p = mean_t (t - t_p) Z (t - t_p)^T / mean_t |t - t_p|^2. What a head adds to all texts of a
-    property alike cannot count: a head is told by what it distinguishes. Many assignments `fits` cost little more than
-    one, as v_p needs <t, Z t> per text and <t_p, Z t_p> per property. Raises Invalid if a property has one text.
+    It is the variance of a head's contributions along differences between texts of one property, relative to how far
+    apart these texts are: v_p = mean_t (t - t_p) Z (t - t_p)^T / mean_t |t - t_p|^2. What a head adds to all texts of a
+    property alike does not count: a head is characterised by what it distinguishes. Many assignments `fits` cost little
+    more than one, since v_p needs <t, Z t> per text and <t_p, Z t_p> per property. Raises Invalid if a property has one
+    text.
     """
     n = fits.sum(-2, keepdim=True)  # (..., 1, P)
     if int(n.min()) < 2:
         raise Invalid("Every property needs at least two texts of the pool, or nothing lies between them.")
     T = pool.double().to(seen.square)
-    share = (fits / n).mT.to(T)  # (..., P, M): its product with anything is a mean over a property's texts
+    share = (fits / n).mT.to(T)  # (..., P, M): a product with it averages over the texts of each property
     apart = share @ T.square().sum(1) - (share @ T).square().sum(-1)
     out = []
     for place in range(len(seen.layers)):
@@ -256,12 +258,12 @@ def by_spectrum(
     seen: Moments, pool: Tensor, fits: Tensor, properties: Sequence[str], draws: int = 200, least: float = 0.05,
     seed: int = 0,
 ) -> tuple[list[Named], Tensor, Tensor]:  # fmt: skip
-    """Labels by `spectrum`, and what they come from: scores (L, H, P) and their p.
+    """Label heads by `spectrum`; also return the scores (L, H, P) and their p values.
 
-    A head is called by the property that it, more than other heads, tells apart: the largest logarithm, less the head's
-    own mean over properties and the property's median over heads. Null: texts are given to properties at random, as
-    many to each, `draws` times; p is the tail of a normal of that spread times the number of properties, and properties
-    with p above `least` do not count. A head without any is NONE.
+    A head's label is the property that it separates more than other heads do: the largest logarithm, less the head's
+    own mean over properties and the property's median over heads. Null: texts are assigned to properties at random, as
+    many to each, `draws` times; p is the tail of a normal distribution of that spread, times the number of properties.
+    Properties with p above `least` do not count; a head without any is NONE.
     """
     g = torch.Generator().manual_seed(seed)
     value = _against(spectrum(seen, pool, fits))  # (L, H, P)
@@ -284,7 +286,8 @@ def by_spectrum(
 
 
 def _against(v: Tensor) -> Tensor:
-    """Logarithms (..., L, H, P) less a head's mean over properties and a property's median over heads."""
+    """Centre logarithms (..., L, H, P): subtract each head's mean over properties, then each property's median over
+    heads."""
     v = v - v.mean(-1, keepdim=True)
     return v - v.flatten(-3, -2).median(-2).values[..., None, None, :]
 
@@ -301,11 +304,11 @@ class Change:
     who: str
     why: str
     at: str
-    """when, ISO 8601"""
+    """Time of the change, ISO 8601"""
 
 
 def read_changes(file: str | Path) -> list[Change]:
-    """A JSON list of changes, oldest first. Raises NotFound or Invalid."""
+    """Read changes, oldest first, from a JSON list. Raises NotFound or Invalid."""
     from registry import config as configs
 
     path = Path(file).expanduser()
@@ -319,8 +322,8 @@ def read_changes(file: str | Path) -> list[Change]:
 
 
 def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Named], list[dict[str, Any]]]:
-    """Applies a person's changes to labels. Returns all labels, and a trail of every change with what it replaced.
-    Raises NotFound, Invalid."""
+    """Apply a person's changes to labels. Returns all labels, and the changes with the labels they replaced. Raises
+    NotFound for an unknown head, Invalid for a change without label, who or why."""
     now = {(n.layer, n.head): n for n in named}
     trail = []
     for c in changes:
@@ -338,17 +341,16 @@ def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Na
 
 
 def _share(k: int, n: int) -> list[float]:
-    """Share, 95 % interval, n."""
+    """Return [proportion, low, high, n] of k out of n, with a 95 % Wilson interval."""
     return wilson(torch.arange(n) < k) if n else [0.0, 0.0, 1.0, 0]
 
 
 def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    """How labels are spread over heads: shares of heads whose label no other head has, or another has, and the largest
-    label's share.
+    """Measure how labels are distributed over heads: the fractions of heads whose label no other head has, or another
+    has, and the largest label's fraction.
 
     The published "entanglement" is described as the second and equals the first (docs/log/clip_heads.md), so both are
-    told.
-    null: labels to draw from, with repetition (by default these): what chance gives.
+    reported. null: labels to draw from with replacement (default: these), for the chance level.
     """
     mine = [normalised(x) for x in labels]
     n, count = len(mine), Counter(mine)
@@ -370,18 +372,18 @@ def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int 
 def consistency(
     named: Sequence[Named], spans: Sequence[Span], fits: Tensor, properties: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """How far a head's first texts are about its label. Heads without a name are left out.
+    """Measure how many of a head's first texts are about its label. Heads without a name are left out.
 
-    association: share of heads of which most texts fit; texts: share of texts; ccs: head -> how many of `SCORED` fit
-    (Concept Consistency Score), ccs_at: share of heads by score; ccr: different labels per head of full score. Nulls:
-    labels shuffled over heads; p: share of shuffles that are as good.
+    association: fraction of heads most of whose texts fit; texts: fraction of texts that fit; ccs: head -> how many of
+    `SCORED` fit (Concept Consistency Score), ccs_at: fraction of heads by score; ccr: different labels per head of full
+    score. Nulls: labels shuffled over heads; p: fraction of shuffles that are as good.
     """
     by = {(s.layer, s.head): s for s in spans}
     rows = [(n, by[n.layer, n.head]) for n in named if n.label in properties and by[n.layer, n.head].texts]
     if not rows:
         return {"heads": 0}
     at = torch.tensor([properties.index(n.label) for n, _ in rows])
-    table = torch.zeros(len(rows), len(properties))  # texts of a head that fit a property
+    table = torch.zeros(len(rows), len(properties))  # number of a head's texts that fit each property
     sizes = torch.tensor([min(SCORED, len(s.texts)) for _, s in rows]).float()
     for i, (_, s) in enumerate(rows):
         table[i] = fits[list(s.texts[:SCORED])].float().sum(0)
@@ -412,7 +414,7 @@ def consistency(
 
 
 def kappa(one: Sequence[str], two: Sequence[str]) -> float:
-    """Cohen's kappa of two judges' labels of the same heads; 0 is chance."""
+    """Compute Cohen's kappa of two judges' labels of the same heads; 0 is chance agreement."""
     n = len(one)
     same = sum(a == b for a, b in zip(one, two, strict=True)) / n
     a, b = Counter(one), Counter(two)
@@ -421,7 +423,7 @@ def kappa(one: Sequence[str], two: Sequence[str]) -> float:
 
 
 def _range(values: Sequence[float]) -> list[float]:
-    """Mean, 2.5 and 97.5 %."""
+    """Return mean, 2.5 % and 97.5 % quantile."""
     x = torch.tensor(values)
     low, high = torch.quantile(x, torch.tensor([0.025, 0.975])).tolist()
     return [round(v, 4) for v in (float(x.mean()), low, high)]
@@ -431,9 +433,10 @@ def _range(values: Sequence[float]) -> list[float]:
 
 
 def published(file: str | Path) -> dict[str, dict[tuple[int, int], str]]:
-    """model -> (layer, head) -> label, of CLIP-InterpreT's src/topic_seg_labels.py; read as text, never run.
+    """Parse the labels published in CLIP-InterpreT's src/topic_seg_labels.py, without running it: model -> (layer,
+    head) -> label.
 
-    The labels of a head stand in strings "L9.H10 (Art)". A comma that is missing between two of them does no harm here.
+    Labels are strings "L9.H10 (Art)"; a missing comma between two of them does no harm.
     """
     path = Path(file)
     if not path.is_file():
@@ -451,7 +454,7 @@ def published(file: str | Path) -> dict[str, dict[tuple[int, int], str]]:
 
 
 def published_metrics(file: str | Path) -> dict[str, dict[str, Any]]:
-    """`sharing` of each published model; the null draws from the labels of all of them."""
+    """Compute `sharing` for each published model; the null draws from the labels of all of them."""
     models = published(file)
     everything = [x for labels in models.values() for x in labels.values()]
     return {

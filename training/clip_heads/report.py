@@ -1,4 +1,4 @@
-"""The full report: the sealed edit on test beside random heads, and each property's heads against its own question."""
+"""Full report of clip_heads: the sealed edit beside random heads on test, and each property's heads on each probe."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measures a sealed edit on test beside random heads, and what ablating each property's heads does to each
-    property's own question (training/lab/probes.py)."""
+    """Measure a sealed edit beside random heads on test, and what ablating each property's heads does to the accuracy
+    on each property's probe (training/lab/probes.py)."""
     opened = open_patch(folder, config.base, config.device)
     base, patch, lens = opened.base, opened.patch, Lens(opened.base)
     assert isinstance(patch, HeadEdit)

@@ -1,4 +1,4 @@
-"""Edits that take heads away, and random ones of the same layers to hold them against."""
+"""Edits that ablate heads (to zero or to their mean), and random heads of the same layers as controls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.clip_heads.find import Head, scenes
 
 @torch.no_grad()
 def means(base: Base, config: Config) -> Tensor:
-    """Mean output (L, H, e) of every head over pictures of train, at the class token or over all tokens."""
+    """Compute the mean output (L, H, e) of every head over train images, at the class token or over all tokens."""
     lens = Lens(base)
     sites = [clip.site("heads", i) for i in range(lens.layers)]
     total, count = torch.zeros(lens.layers, lens.out.shape[2] * lens.heads), 0
@@ -36,14 +36,14 @@ def means(base: Base, config: Config) -> Tensor:
 
 
 def silence(lens: Lens, heads: Sequence[Head], mode: Mode, tokens: str, mean: Tensor) -> HeadEdit:
-    """The edit that sets these heads to zero or to their mean."""
+    """Build the edit that sets the output of these heads to zero or to its mean."""
     config = HeadConfig(clip.SITES["heads"], tuple(heads), lens.heads, mode, "cls" if tokens == "cls" else "all")
     value = {"value": torch.stack([mean[layer, head] for layer, head in heads])} if mode == "mean" else {}
     return HeadEdit(config, value)
 
 
 def random_heads(heads: Sequence[Head], every: Sequence[Head], seed: int) -> list[Head]:
-    """A control of as many other heads, drawn from the same layers while those have any left."""
+    """Draw a control: as many other heads, from the same layers while those have any left."""
     g = torch.Generator().manual_seed(seed)
     order = [every[i] for i in torch.randperm(len(every), generator=g).tolist() if every[i] not in heads]
     out: list[Head] = []

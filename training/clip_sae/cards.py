@@ -1,4 +1,4 @@
-"""Making feature cards: one pass over pictures, one product with words."""
+"""Make feature cards: for each SAE feature its top-activating images, its density and its nearest words."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def make(
     base: Base, sae: SAE, site: str, data: Dataset, words: Sequence[str], *, pictures: int = 9, kept: int = 5,
     thumb: int = 48, batch: int = 32,
 ) -> Cards:  # fmt: skip
-    """Makes a card for every feature of `sae` at `site` (B, T, D): its strongest pictures in `data`, its density, its
-    nearest words.
+    """Make a card for every feature of `sae` at `site` (B, T, D): its strongest images in `data`, density and nearest
+    words.
 
-    A feature's word is read off the direct path: its decoder row through the last norm's gain and the projection, as if
-    no block came after `site`; what later blocks make of it is not in there.
+    Words come from the direct path: a feature's decoder row through the final norm's gain and the projection, as if no
+    block came after `site`; effects through later blocks are not included.
     """
     F = len(sae.bias)
     fired, tokens = torch.zeros(F), 0

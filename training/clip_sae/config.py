@@ -1,4 +1,4 @@
-"""What a run of clip_sae may set, and its recipes."""
+"""Config of clip_sae and its recipes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Config:
 
 _SMALL = SAEConfig(features=96, k=6, steps=12, batch=128, warmup=4, dead_after=4)
 _LAB = SAEConfig(features=2048, batch=2048, steps=600, passes=3)
-"""A dictionary for two cores: per minute, 2,048 features in batches of 2,048 learn more than 4,096 in 4,096"""
+"""Dictionary for two cores: per minute, 2,048 features in batches of 2,048 reconstruct better than 4,096 in 4,096"""
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", layers=(1,), sae=_SMALL, chunk=48, counts=(4, 16), fit_images=24, val_images=24, test_images=24,
@@ -94,7 +94,7 @@ RECIPES: dict[str, Config] = {
     "lab": Config(
         layers=(4,), sae=_LAB, ranks=("gates",), counts=(100, 200, 300, 400, 600), fit_images=1024,
         gates=GateConfig(steps=500, batch=8, keep=30, shun=2.0, price=1.5e-3),  # 200 features do what 600 did at 2e-4
-        within=0.025,  # a standard error of .6 among 384
+        within=0.025,  # the standard error of worth on 384 images is .006
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(300,),

@@ -1,15 +1,15 @@
-"""Other ways to keep CLIP from reading what is written on a picture: what clip_sae is held against.
+"""Baseline defences against typographic attacks on CLIP, with which clip_sae is compared.
 
-| name | source | what is fitted |
+| name | source | fitted parameters |
 |---|---|---|
-| `dyslexify` | Dyslexify, arXiv 2508.20570 | which attention heads fall silent at the class token |
-| `prefix` | Defense-Prefix, arXiv 2304.04512 | one token before the class name |
+| `dyslexify` | Dyslexify, arXiv 2508.20570 | which attention heads to zero at the class token |
+| `prefix` | Defense-Prefix, arXiv 2304.04512 | one token embedding before the class name |
 | `projection` | Materzynska et al., arXiv 2206.07835 | a projection of the image embedding |
-| `interpolation` | PAINT, arXiv 2208.05592 | how far the image tower goes towards a fine-tuned one |
+| `interpolation` | PAINT, arXiv 2208.05592 | weight interpolation with a fine-tuned image tower |
 
-All four are patches of the engine, fitted on the same pictures of the train split, and what is left to choose (how many
-heads, which step, which rank, how far) is chosen on val by one rule: the most attacked pictures right among what keeps
-clean accuracy above a floor. Sizes are for two cores and a minute or two each, so steps are few.
+All four are patches of the engine, fitted on the same train images. Their hyperparameter (number of heads, step, rank,
+interpolation weight) is chosen on val by one rule: the highest attacked accuracy among settings that keep clean
+accuracy above a floor. Sizes are for two cores and a minute or two each, so they train for few steps.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ from training.data.images import Dataset
 from training.tasks.recognition import Arm
 
 STAR = "*"
-"""what stands before a class name for the learned token"""
+"""Placeholder before a class name, whose embedding is the learned prefix"""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """n pictures of one split, each without and with a word of another class written on it."""
+    """n images of one split, each without (clean) and with (attacked) another class's name written on it."""
 
     clean: Tensor
-    """(n, 3, h, w) as the model takes them"""
+    """(n, 3, h, w) preprocessed images"""
     attacked: Tensor
+    """(n, 3, h, w) preprocessed images with the writing"""
     y: tuple[Tensor, Tensor]
-    """(n, k) the base's unit embeddings of both"""
+    """(n, k) the base's unit embeddings of clean and attacked images"""
     text: Tensor
-    """(n, T - 1) bool: patches that the writing touches"""
+    """(n, T - 1) bool: patches that the writing covers"""
     label: Tensor
+    """(n,) index of the true class"""
     word: Tensor
-    """(n,) the class that is written"""
+    """(n,) index of the written class"""
     classes: Sequence[str]
 
     def __len__(self) -> int:
@@ -63,8 +65,7 @@ class Pairs:
 
 
 def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
-    """Reads two data sets that differ only in the writing as pairs, and finds which patches the writing touches
-    (`strip`)."""
+    """Read two data sets that differ only in the writing as pairs; locate the covered patches (`strip`)."""
     rows = range(len(clean))
     plain, hit = clean.read(rows), attacked.read(rows)
     cover = nnf.adaptive_avg_pool2d(hit.extras["strip"].float(), tuple(base.model.visual.grid_size)).flatten(1)
@@ -75,25 +76,25 @@ def pairs(base: Base, clean: Dataset, attacked: Dataset) -> Pairs:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy on clean and on attacked pictures."""
+    """Accuracy in [0, 1] on clean and on attacked images."""
 
     clean: float
     attacked: float
 
     def worth(self, floor: float) -> float:
-        """The value by which a setting is chosen: attacked accuracy if clean accuracy reaches `floor`, else minus the
-        shortfall."""
+        """Return attacked accuracy if clean accuracy reaches `floor`, else the (negative) shortfall: the selection
+        score."""
         return self.attacked if self.clean >= floor - 1e-9 else self.clean - floor
 
 
 def score(p: Pairs, y: tuple[Tensor, Tensor], weights: Tensor) -> Score:
-    """Accuracy of a classifier (k, C) on unit embeddings of the clean and the attacked pictures."""
+    """Compute the accuracy of classifier weights (k, C) on unit embeddings of clean and attacked images."""
     clean, attacked = (float(((e @ weights).argmax(1) == p.label).float().mean()) for e in y)
     return Score(clean, attacked)
 
 
 def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
-    """Accuracy of a defence on these pairs; None: of the base."""
+    """Compute the accuracy of a defence (None: the base) on these pairs."""
     if d is None:
         return score(p, p.y, clip.zero_shot(base, p.classes))
     with d.on(base):
@@ -105,13 +106,13 @@ def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
 
 
 def silence(heads: Sequence[tuple[int, int]], count: int) -> HeadEdit:
-    """Zeroes the output of these heads (of `count` a layer) at the class token alone."""
+    """Build the edit that zeroes the output of these heads (of `count` a layer) at the class token alone."""
     return HeadEdit(HeadConfig(clip.SITES["heads"], tuple(heads), count, "zero", "cls"), {})
 
 
 @torch.no_grad()
 def looks_at_text(base: Base, p: Pairs) -> Tensor:
-    """Share of the class token's attention that falls on patches with writing, per head (L, H), mean over pictures."""
+    """Compute, per head (L, H), the mean fraction of the class token's attention on patches with writing."""
     layers = len(base.model.visual.transformer.resblocks)
     sites = [clip.site("pattern", layer) for layer in range(layers)]
     with record(base.model, sites, keep=lambda a: a[:, :, 0, 1:]) as acts:
@@ -131,9 +132,9 @@ def dyslexify(
     skips: int = 10,
     images: int = 192,
 ) -> Arm:
-    """Heads in order of `looks_at_text`: one that gains less than `gain` on attacked train pictures is skipped; the end
-    is a clean drop above `drop` or more than `skips` skips in a row. The last heads go again while val is below the
-    floor."""
+    """Fit Dyslexify: zero heads in order of `looks_at_text`. A head that gains less than `gain` of attacked train
+    accuracy is skipped; stop at a clean drop above `drop` or more than `skips` skips in a row. Then drop the last heads
+    until val clean accuracy reaches `floor`."""
     train = train.first(images)
     looks = looks_at_text(base, train)
     count = looks.shape[1]
@@ -157,24 +158,24 @@ def dyslexify(
         if judge(base, val, d).worth(floor) >= 0:
             return d
         kept.pop()
-    nothing = silence([order[0]], count)  # at strength 0: no head keeps the floor
+    nothing = silence([order[0]], count)  # at strength 0, the base: no setting keeps the floor
     return Arm(nothing, 0.0, about={**about, "heads": []})
 
 
-# ---- Defense-Prefix: a token before the class name ---------------------------------------------------------------
+# ---- Defense-Prefix: a learned token before the class name -------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """Where the token stands."""
+    """Token that Defense-Prefix replaces."""
 
     token: int
-    """id of STAR in the base's vocabulary, whose embedding is replaced"""
+    """Id of STAR in the base's vocabulary; its embedding is replaced"""
 
 
 @dataclass(frozen=True)
 class Prefix(Patch):
-    """tensors: vector (D,), the embedding that STAR gets in the text tower."""
+    """Patch that replaces STAR's token embedding. tensors: vector (D,), its embedding in the text tower."""
 
     Config = PrefixConfig
     config: PrefixConfig
@@ -199,9 +200,11 @@ def prefix(
     every: int = 20,
     seed: int = 0,
 ) -> Arm:
-    """Cross-entropy on attacked pictures and KL to the base's prediction on clean ones, weighted 1 and 3 as published.
+    """Fit Defense-Prefix: cross-entropy on attacked images plus KL to the base's prediction on clean ones, weighted 1
+    and 3 as published.
 
-    Classes of a step are those that its pictures show or read. Adam, because steps are few; val chooses the step.
+    The classes of a step are those that its images show or read. Trained by Adam, because steps are few; val chooses
+    the step.
     """
     templates = tuple(t.replace("{}", f"{STAR} {{}}") for t in clip.TEMPLATES)
     token = int(base.processor.text([STAR])[0, 1])
@@ -241,12 +244,12 @@ def prefix(
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """Nothing to choose."""
+    """Config of the projection patch, which has no options."""
 
 
 @dataclass(frozen=True)
 class Projection(Patch):
-    """tensors: basis (k, r). The image embedding y becomes y W W^T, and is normalised by the base as ever."""
+    """Patch that projects the image embedding y to y W W^T before the base normalises it. tensors: basis W (k, r)."""
 
     Config = ProjectionConfig
     config: ProjectionConfig
@@ -271,8 +274,9 @@ def projection(
     every: int = 20,
     lr: float = 2e-3,
 ) -> Arm:
-    """Cross-entropy over the train classes on clean and attacked pictures, and `stays` * |W^T W - I|^2 so that W stays
-    near a projection. It starts at the main directions of pictures and class names. Val chooses rank, weight, step."""
+    """Fit the projection: cross-entropy over train classes on clean and attacked images, plus `stays` * |W^T W - I|^2,
+    which keeps W near a projection. W starts at the principal directions of images and class names; val chooses rank,
+    weight and step."""
     scale = clip.logit_scale(base)
     (clean, attacked) = train.y
     plain, names = clip.zero_shot(base, train.classes), clip.zero_shot(base, val.classes)
@@ -300,17 +304,18 @@ def projection(
     return Arm(Projection(ProjectionConfig(), {"basis": best[1]}), about=best[2])
 
 
-# ---- PAINT: between the weights and fine-tuned ones --------------------------------------------------------------
+# ---- PAINT: interpolate weights with fine-tuned ones -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TunedConfig:
-    """Nothing to choose; how far is the strength the patch is applied with."""
+    """Config of the interpolation patch; the interpolation weight is the strength at which it is applied."""
 
 
 @dataclass(frozen=True)
 class Tuned(Patch):
-    """tensors: parameter name -> its fine-tuned value; strength a is (1 - a) of the base and a of these."""
+    """Patch that interpolates weights: at strength a, (1 - a) times the base's and a times these. tensors: name ->
+    fine-tuned value."""
 
     Config = TunedConfig
     config: TunedConfig
@@ -338,8 +343,8 @@ def interpolation(
     shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     seed: int = 0,
 ) -> Arm:
-    """The image tower is fine-tuned on attacked train pictures, the base's own classifier in front of it; val chooses
-    which of `shares` of the way is gone."""
+    """Fit PAINT: fine-tune the image tower on attacked train images under the base's own classifier; val chooses the
+    interpolation weight among `shares`."""
     scale, names = clip.logit_scale(base), clip.zero_shot(base, train.classes)
     model = deepcopy(base.model)
     tower = model.visual.requires_grad_(True)
@@ -360,7 +365,7 @@ def interpolation(
 
 
 def _shuffled(n: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Row numbers of every training step; every row is used once before any is used again."""
+    """Yield batches of row indices; every row is used once before any is used again."""
     g = torch.Generator().manual_seed(seed)
     rows: Tensor = torch.zeros(0, dtype=torch.long)
     for _ in range(steps):

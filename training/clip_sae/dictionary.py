@@ -1,16 +1,16 @@
-"""Sparse autoencoders in training, on the activations of a site (the loop is train.py, what is measured quality.py).
+"""Trainable sparse autoencoders on the activations of a site (training loop: train.py; metrics: quality.py).
 
     f = act(E n(x) + b),  x^ = f W + c,  rows of W of unit norm          x (N, D) tokens, f (N, F), E and W (F, D)
 
-- **topk**: the k largest pre-activations of a token (Gao et al., arXiv 2406.04093); loss is the share of variance left
-  unexplained, plus AuxK if dead features are to explain what is left.
+- **topk**: the k largest pre-activations of a token (Gao et al., arXiv 2406.04093). Loss: fraction of variance
+unexplained, plus AuxK on dead features if asked for.
 - **batchtopk**: the N k largest of a batch, so that tokens share a budget (Bussmann et al., arXiv 2412.06410). Shipped
-  as jumprelu, with the threshold at which k features fire on average.
-- **vanilla**: ReLU, the squared error over each token's distance from the mean, l1 on the activations, ghost gradients
-  for dead features: the objective of the dictionaries of Joseph et al., arXiv 2504.08729.
+as jumprelu, with the threshold at which k features fire on average.
+- **vanilla**: ReLU; squared error relative to each token's distance from the mean, L1 on activations, ghost gradients
+for dead features: the objective of the dictionaries of Joseph et al., arXiv 2504.08729.
 
-Only pairs (token, feature) that fire are touched after the one product that finds them: both gradients and the decoding
-are bags of embeddings, so a step costs little more than encoding.
+After the one dense product that finds the active (token, feature) pairs, only these pairs are touched: decoding and
+both gradients are embedding bags, so a step costs little more than encoding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from registry.config import STRICT
 from registry.errors import ConfigError
 
 Chunks = Callable[[int], Tensor]
-"""number -> (N, D) tokens; the same number always gives the same tokens"""
+"""Chunk number -> (N, D) tokens, deterministic"""
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,30 @@ class SAEConfig:
     method: Literal["topk", "batchtopk", "vanilla"] = "batchtopk"
     features: int = 4096
     k: int = 32
-    """features that fire per token; of topk and batchtopk"""
+    """Active features per token, of topk and batchtopk"""
     l1: float = 1e-5
     """Weight of the L1 penalty, for the activation `vanilla`"""
     steps: int = 600
     batch: int = 4096
-    """tokens per step, on all processes together"""
+    """Tokens per step, over all processes together"""
     passes: int = 1
-    """through each chunk, in another order each time; more than 1 where reading activations is what costs"""
+    """Passes over each chunk, each in another order; more than 1 where reading activations dominates the cost"""
     lr: float = 1e-3
     warmup: int = 50
     end_lr: float = 0.1
     """Last learning rate as a share of lr, reached by a cosine"""
     clip: float = 1.0
-    """norm of the gradient"""
+    """Largest norm of the gradient"""
     normalise: Literal["scale", "none", "layer_norm", "norm"] = "scale"
-    """scale: one mean and one factor for all tokens, folded into what is shipped; the others are stored with it"""
+    """Input normalisation. scale: one mean and one factor for all tokens, folded into the shipped weights; the others
+    are stored as an option of the shipped SAE"""
     dead_after: int = 100
-    """steps without firing"""
+    """Steps without firing after which a feature counts as dead"""
     dead: Literal["resample", "auxiliary", "leave"] = "resample"
-    """what happens to dead features. resample: every `dead_after` steps of the first two thirds they start again as
-    what badly explained tokens leave over. auxiliary: AuxK, or ghost gradients for vanilla"""
+    """Treatment of dead features. resample: every `dead_after` steps of the first two thirds, restart them at residuals
+    of badly reconstructed tokens. auxiliary: AuxK, or ghost gradients for vanilla"""
     auxiliary: float = 1 / 32
-    """weight of AuxK"""
+    """Weight of the AuxK loss"""
     seed: int = 0
 
 
@@ -71,7 +72,7 @@ class SAEConfig:
 
 
 def tokens_of(x: Tensor, which: Literal["all", "cls", "patches"]) -> Tensor:
-    """Selects tokens of activations and flattens them: (B, T, D) -> (N, D)."""
+    """Select the class token, the patches or all tokens of activations, and flatten them: (B, T, D) -> (N, D)."""
     part = {"all": x, "cls": x[:, :1], "patches": x[:, 1:]}[which]
     return part.reshape(-1, x.shape[-1])
 
@@ -83,8 +84,8 @@ def activations(
     which: Literal["all", "cls", "patches"] = "all",
     batch: int = 64,
 ) -> Chunks:
-    """Chunks of a model's activations at `site`; the forward ends there. images: chunk number -> pictures (B, 3, h, w)
-    as the model takes them."""
+    """Return a function from chunk number to the model's activations at `site` (N, D); the forward stops there. images:
+    chunk number -> preprocessed images (B, 3, h, w)."""
 
     @torch.no_grad()
     def chunk(number: int) -> Tensor:
@@ -125,7 +126,7 @@ class Encode(torch.autograd.Function):
 
 
 class Decode(torch.autograd.Function):
-    """Sparse decoding: for each token the sum of value * W[feature] over its pairs, (N, D)."""
+    """Sparse decoding (N, D): for each token the sum of value * W[feature] over its active features."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, features: Tensor, decoder: Tensor, count: int) -> Tensor:
@@ -135,7 +136,7 @@ class Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         values, rows, features, decoder = ctx.saved_tensors
-        with torch.enable_grad():  # the kernel that takes <grad of the bag, row of W> pair by pair belongs to autograd
+        with torch.enable_grad():  # autograd owns the kernel for the pairwise dot products <grad of bag, row of W>
             free = values.detach().requires_grad_()
             out = _bags(decoder, features, _starts(rows, len(grad)), free)
             mine = torch.autograd.grad(out, free, grad)[0]
@@ -147,19 +148,19 @@ def _bags(table: Tensor, index: Tensor, starts: Tensor, weights: Tensor) -> Tens
 
 
 def _starts(sorted_rows: Tensor, count: int) -> Tensor:
-    """Where the pairs of each row begin."""
+    """Return the offset of each row's first pair in the sorted list of pairs."""
     return torch.searchsorted(sorted_rows, torch.arange(count, device=sorted_rows.device))
 
 
 def _by_feature(x: Tensor, rows: Tensor, features: Tensor, weights: Tensor, count: int) -> Tensor:
-    """(F, D): per feature the sum over its tokens of weight * x[token]."""
+    """Sum weight * x[token] over each feature's tokens: (F, D)."""
     ordered = features.sort(stable=True)
     return _bags(x, rows[ordered.indices], _starts(ordered.values, count), weights[ordered.indices])
 
 
 def largest_of(flat: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest values. A sample gives a bound below which none of them can lie; only the rest is
-    sorted."""
+    """Return the indices of the `count` largest values. A sample gives a lower bound for them, so only values above it
+    are sorted."""
     sample = flat[:: max(1, flat.numel() // 65536)]
     guess = sample.topk(max(1, min(len(sample), 2 * len(sample) * count // flat.numel() + 16))).values[-1]
     near = (flat >= guess).nonzero()[:, 0]
@@ -169,7 +170,7 @@ def largest_of(flat: Tensor, count: int) -> Tensor:
 
 
 class Dictionary(nn.Module):
-    """A sparse autoencoder in training: its parameters, on normalised inputs."""
+    """Parameters of a sparse autoencoder in training, on normalised inputs."""
 
     def __init__(self, config: SAEConfig, width: int) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Dictionary(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("factor", torch.ones(()))
         self.register_buffer("idle", torch.zeros(F, dtype=torch.long))
-        """steps since each feature fired"""
+        """Steps since each feature last fired"""
 
     mean: Tensor
     factor: Tensor
@@ -192,7 +193,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Tensor) -> None:
-        """Initialises scale and centre from the first tokens (N, D)."""
+        """Initialise scale and centre from the first tokens (N, D)."""
         if self.config.normalise == "scale":
             self.mean.copy_(x.mean(0))
             self.factor.copy_((x.shape[1] / (x - self.mean).square().sum(1).mean().clamp_min(EPS)).sqrt())
@@ -202,11 +203,11 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fresh(self, x: Tensor, count: int, seed: int) -> Tensor:
-        """New directions for dead features: residuals of tokens drawn in proportion to their squared error, (count, D)
-        of unit norm (Bricken et al. 2023)."""
+        """Propose directions (count, D) of unit norm for dead features: residuals of tokens sampled in proportion to
+        their squared error (Bricken et al. 2023)."""
         n, c = self.normal(x[:4096]), self.config
         pre = torch.addmm(self.bias, n, self.encoder.T)
-        if c.method != "vanilla":  # k per token is near enough for choosing tokens
+        if c.method != "vanilla":  # k per token is a good enough approximation for choosing tokens
             top = pre.topk(c.k, dim=1)
             pre = torch.zeros_like(pre).scatter_(1, top.indices, top.values)
         left = n - pre.relu() @ self.decoder - self.decoder_bias
@@ -216,18 +217,19 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, rows: Tensor) -> None:
-        """Features `dead` (count,) begin again along `rows` (count, D)."""
+        """Restart the features `dead` (count,) along `rows` (count, D)."""
         self.decoder[dead], self.encoder[dead] = rows, rows
         self.bias[dead] = -(rows @ self.decoder_bias)
         self.idle[dead] = 0
 
     def normal(self, x: Tensor) -> Tensor:
+        """Normalise inputs by the stored mean and factor."""
         if self.config.normalise == "scale":
             return (x - self.mean) * self.factor
         return normalised(x, self.config.normalise)[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """loss, share of variance left, fired (F,) of tokens x (N, D)."""
+        """Return loss, fraction of variance unexplained, and which features fired (F,), for tokens x (N, D)."""
         return self._vanilla(x) if self.config.method == "vanilla" else self._sparse(x)
 
     def _sparse(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,8 +244,8 @@ class Dictionary(nn.Module):
         loss = share
         dead = (self.idle > c.dead_after).nonzero()[:, 0]
         if len(dead) and c.dead == "auxiliary":
-            # AuxK: the dead features that come nearest to firing explain what the living ones leave; no ReLU, or the
-            # ones far below zero would never hear of it
+            # AuxK: the dead features nearest to firing explain the residual of the living ones; without ReLU, because
+            # features far below zero would get no gradient
             target = left.detach()
             top = (n @ self.encoder[dead].T + self.bias[dead]).topk(
                 min(len(dead), x.shape[1] // 2), dim=1, sorted=False
@@ -262,7 +264,7 @@ class Dictionary(nn.Module):
         loss = error + c.l1 * f.sum(1).mean()
         dead = (self.idle > c.dead_after).nonzero()[:, 0]
         if len(dead) and c.dead == "auxiliary":
-            # ghost gradients: exp(pre) of the dead features, brought to half the size of what is left
+            # ghost gradients: exp(pre) of the dead features, scaled to half the norm of the residual
             target = left.detach()
             ghost = pre[:, dead].clamp(max=20).exp() @ self.decoder[dead]
             size = target.norm(dim=1, keepdim=True) / (1e-6 + 2 * ghost.norm(dim=1, keepdim=True))
@@ -273,7 +275,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def ship(self, site: str = "") -> SAE:
-        """The autoencoder on raw inputs: mean and scale of the data are folded in, rows of W keep unit norm."""
+        """Return the autoencoder on raw inputs: the data's mean and scale are folded in, rows of W keep unit norm."""
         c = self.config
         shift, factor = (self.mean, self.factor) if c.normalise == "scale" else (torch.zeros_like(self.mean), 1.0)
         how: Normalise = "none" if c.normalise == "scale" else c.normalise
@@ -291,7 +293,7 @@ class Dictionary(nn.Module):
 
 @torch.no_grad()
 def geometric_median(x: Tensor, iterations: int = 20) -> Tensor:
-    """(D,): the point with the least summed distance to the rows of x (N, D), by Weiszfeld's iteration."""
+    """Compute the geometric median (D,) of the rows of x (N, D) by Weiszfeld's iteration."""
     at = x.mean(0)
     for _ in range(iterations):
         weight = 1 / (x - at).norm(dim=1, keepdim=True).clamp_min(EPS)

@@ -1,4 +1,4 @@
-"""Figures of a sealed patch."""
+"""Figures of a sealed clip_sae patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from training.tasks.recognition import (
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Candidates by layer and count, sparsity by position and token type, densities, examples, base beside patched."""
+    """Draw the figures: candidates by layer and count, sparsity by position and token type, densities, examples, and
+    metrics of base beside patched."""
     from matplotlib.figure import Figure
 
     found = read_evidence(folder)
@@ -75,7 +76,8 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
 
 
 def _layers(found: Mapping[str, Any], goal: str) -> Any:
-    """One panel each: the best edit of every layer on val, sparsity per token type, share of features that steer."""
+    """Draw a panel each for: the best edit of every layer on val, sparsity per token type, fraction of features that
+    steer."""
     from matplotlib.figure import Figure
 
     names = sorted(found["layers"], key=int)
@@ -90,7 +92,7 @@ def _layers(found: Mapping[str, Any], goal: str) -> Any:
     a = panels[0]
     a.plot(names, [r[goal] for r in best], marker="o", color="C0", label="chosen features")
     for r, name in zip(best, names, strict=True):
-        if r["worth"] < 0:  # hollow: no edit of this layer keeps what must stay
+        if r["worth"] < 0:  # hollow marker: no edit of this layer meets the bound
             a.plot(name, r[goal], "o", markerfacecolor="white", color="C0")
     a.plot(names, [x["random"][goal] for x in layers], marker=".", color="C7", label="random features")
     if "mean_direction" in layers[0]:

@@ -1,4 +1,4 @@
-"""Ranking the features of a dictionary: which of them carry what should not matter, and controls of equal size."""
+"""Rank the features of a dictionary by how much they carry the spurious cue, and draw matched controls."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from training.tasks import recognition as tasks
 
 @torch.no_grad()
 def fires(sae: SAE, stream: Stream) -> Tensor:
-    """Activation of every feature summed over tokens, (n, F)."""
+    """Sum every feature's activation over tokens: (n, F)."""
     return torch.cat([sae.encode(part.x).sum(1) for part in stream.parts()])
 
 
 def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tensor:
-    """How much more each feature fires where the spurious cue is than where it is not, relative to how much it fires
-    anyway: (F,).
+    """Score each feature (F,) by how much more it fires with the spurious cue than without, relative to how much it
+    fires anyway.
 
-    Pairs (clean, attacked): the mean increase over the clean mean, so that what clean pictures need comes last (over
-    the increase's deviation instead, 300 features cost 4 points of clean accuracy; so, none: n = 160 of val). Groups:
-    |Cohen's d| of the place less that of the label, so that a feature of the class itself comes last.
+    Pairs (clean, attacked): the mean increase over the clean mean, which ranks features needed by clean images last
+    (divided by the increase's standard deviation instead, 300 features cost 4 points of clean accuracy; so, none: n =
+    160 of val). Groups: |Cohen's d| by place less that by label, which ranks features of the class itself last.
     """
     if config.task == "typographic":
         hit, plain = (fires(sae, seen[name]).mean(0) for name in ("attacked", "clean"))
@@ -49,10 +49,10 @@ def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tenso
 
 
 def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet) -> Tensor:
-    """First-order effect of removing each feature on the log-probability of the true class, (F,).
+    """Estimate the first-order effect (F,) of removing each feature on the log-probability of the true class.
 
-    -f_j <W_j, gradient> summed over tokens, mean over pictures with the spurious cue (attacked, or groups weighted
-    alike) and over clean ones: a feature that the clean picture needs loses what it gains.
+    -f_j <W_j, gradient> summed over tokens, averaged over images with the spurious cue (attacked, or groups weighted
+    equally) and over clean ones: a feature that clean images need loses what it gains.
     """
     total = torch.zeros(len(sae.bias))
     for stream in seen.values():
@@ -88,7 +88,7 @@ def lessons(
     weight = torch.ones(len(hard), device=hard.x.device)
     said = answers(base, layer, clean, by, lambda x: x).logits.argmax(1)
     right = said.to(clean.label) == clean.label
-    if not paired:  # a group weighs what the base gets wrong of it, whatever its size
+    if not paired:  # weight groups by the number of the base's errors, whatever their size
         group = 2 * hard.label + hard.other
         size, wrong = (group.bincount(w, minlength=4) for w in (torch.ones_like(weight), (~right).float()))
         weight = (wrong / size.clamp_min(1) ** 2)[group]
@@ -98,12 +98,12 @@ def lessons(
 
 
 def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
-    """A matched control: for each chosen feature another one of nearly the same mean activation, ties drawn."""
+    """Draw a matched control: for each chosen feature another of nearly the same mean activation, ties at random."""
     return tasks.alike(fires(sae, stream).mean(0).cpu(), chosen, seed)
 
 
 def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> FeatureEdit:
-    """A control without a dictionary: projects out the direction between means with and without the spurious cue."""
+    """Build a control without a dictionary: project out the difference of mean activations with and without the cue."""
     clean = seen["clean"]
     if config.task == "typographic":
         one, two = seen["attacked"].x.mean((0, 1)), clean.x.mean((0, 1))
@@ -115,19 +115,20 @@ def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> Fea
 
 
 def largest(sae: SAE, stream: Stream) -> Tensor:
-    """Largest activation of each feature, (F,)."""
+    """Return the largest activation of each feature, (F,)."""
     return torch.stack([sae.encode(part.x).amax((0, 1)) for part in stream.parts()]).amax(0)
 
 
 def mean_fire(sae: SAE, stream: Stream) -> Tensor:
-    """Mean activation of each feature over tokens and pictures, all groups (label, cue) weighted alike: (F,)."""
+    """Return the mean activation (F,) of each feature over tokens and images, weighting all groups (label, cue)
+    equally."""
     group = 2 * stream.label + stream.other
     at = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
     return torch.stack([fires(sae, stream.rows(i)).mean(0) for i in at]).mean(0) / stream.x.shape[1]
 
 
 def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> FeatureEdit:
-    """The same edit of as many other features with the same mean activation."""
+    """Build the control edit: the same operation on as many other features of the same mean activation."""
     c = patch.config
     other = alike(sae, stream, c.features, seed)
     return edit(sae, c.site, other, c.op, patch.tensors.get("value", 0.0), c.tokens)
@@ -136,7 +137,7 @@ def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> F
 def orders(
     base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet, gates: Tensor
 ) -> dict[str, Tensor]:
-    """Features per ranking, best first. For task=steer: those whose concept is the word, strongest first."""
+    """Order features by each ranking, best first. For task=steer: those whose concept is the word, strongest first."""
     if config.task == "steer":
         clean = seen["clean"]
         top = config.value * largest(sae, clean)
@@ -156,7 +157,8 @@ def orders(
 def steering(
     base: Base, layer: int, stream: Stream, rows: Tensor, code: Callable[[Tensor], Tensor], value: Tensor, words: Tensor
 ) -> Steerability:
-    """How much each direction of `rows` (F, D) steers if its activation code(x) (..., F) is clamped to `value` (F,)."""
+    """Measure how much each direction in `rows` (F, D) steers when its activation code(x) (..., F) is clamped to
+    `value` (F,)."""
     if layer == len(base.model.visual.transformer.resblocks) - 1:
         return after_last_block(base, stream.z[:, 0], rows, code(stream.x[:, 0]), value, words, quiet=False)
     f = code(stream.x)

@@ -1,4 +1,4 @@
-"""Fitting: dictionaries per layer, candidate edits from the train split, the choice on val, the sealed folder."""
+"""Fit clip_sae: a dictionary per layer, candidate edits from the train split, the choice on val, the sealed folder."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ from training.tasks.recognition import (
 
 
 def dictionary_of(base: Base, config: Config, layer: int) -> tuple[SAE, list[dict[str, float]]]:
-    """The dictionary of a layer and its training curve: read from disk if one is named, else trained on the train
-    split."""
+    """Load or train the dictionary of a layer; return it with its training curve."""
     site = clip.site(config.hook, layer)
     if config.dictionary:
         place = config.dictionary.replace("{layer}", str(layer))
@@ -69,8 +68,9 @@ def dictionary_of(base: Base, config: Config, layer: int) -> tuple[SAE, list[dic
 
 
 def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
-    """Training pictures by chunk number: half from the task's own world, a quarter each of single things and of crowds,
-    so that the dictionary is not specific to the task. Real data: the data set, reordered each time."""
+    """Return a function from chunk number to training images: half from the task's own world, a quarter each of single
+    objects and of crowds, so that the dictionary is not specific to the task. Real data: the data set, reshuffled each
+    time."""
     main = {"steer": "imagenet"}.get(config.task, config.task)
 
     def chunk(number: int) -> Tensor:
@@ -92,7 +92,7 @@ def _words(world: str, number: int) -> dict[str, str]:
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Trains the dictionaries, ranks their features on train, chooses on val, seals the best edit with its evidence."""
+    """Train the dictionaries, rank their features on train, choose on val, seal the best edit with its evidence."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -108,7 +108,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         elsewhere = [worths(base, config, layer, sae, one) for one in folds]
         offers: list[Offer[FeatureEdit]] = []
         for row, patch in candidates(base, config, layer, sae, tr, by["train"]):
-            others = [one.get(tuple(row.items()), -1.0) for one in elsewhere]  # -1: a fold offers none
+            others = [one.get(tuple(row.items()), -1.0) for one in elsewhere]  # -1: a fold that lacks this candidate
             row |= (got := judge(patch)) | {"worth": fmean([worth(config, got, plain), *others])}
             row |= {"folds": dict(zip(config.folds, others, strict=True))} if others else {}
             found["candidates"].append(row)
@@ -140,28 +140,33 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class View:
-    """The train and val split of one fold: candidates are made on train and judged on val."""
+    """Train and val splits of one fold: candidates are made on train and judged on val."""
 
     data: dict[str, dict[str, Dataset]]
+    """Split -> name -> data set"""
     by: dict[str, LabelSet]
+    """Split -> classifier"""
     seen: dict[str, dict[str, dict[int, Stream]]]
+    """Split -> name -> layer -> recorded activations"""
 
     def at(self, split: str, layer: int) -> dict[str, Stream]:
+        """Return a split's recorded activations of one layer, by data set."""
         return {k: s[layer] for k, s in self.seen[split].items()}
 
 
 def view(base: Base, config: Config, fold: str = "") -> View:
-    """Draws a fold's data, fits its classifier and records its activations."""
+    """Draw a fold's data, fit its classifier and record its activations."""
     sizes = {"train": config.fit_images, "val": config.val_images}
     data = {split: pictures(config, split, n, fold) for split, n in sizes.items()}
-    data["train"].pop("blank", None)  # a bound to be judged by, nothing to learn from
+    data["train"].pop("blank", None)  # only measured; nothing is learned from it
     by = {split: classifier(base, config, sets["clean"], fold=fold) for split, sets in data.items()}
     seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}
     return View(data, by, seen)
 
 
 def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[tuple[tuple[str, Any], ...], float]:
-    """Worth of each candidate of a layer on a fold that holds out another illustrator, by what the candidate is."""
+    """Compute each candidate's worth on a fold that holds out another illustrator, keyed by the candidate's
+    description."""
     judge = partial(measure, base, config, layer, one.at("val", layer), one.by["val"])
     plain, offered = judge(None), candidates(base, config, layer, sae, one.at("train", layer), one.by["train"])
     return {tuple(row.items()): worth(config, judge(patch), plain) for row, patch in offered}
@@ -170,7 +175,7 @@ def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[
 def candidates(
     base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[str, Stream], by: LabelSet
 ) -> Iterator[tuple[dict[str, Any], FeatureEdit]]:
-    """Candidate edits of a layer, by ranking and number of features, made from the train split alone."""
+    """Yield the candidate edits of a layer by ranking and number of features, made from the train split alone."""
     top = largest(sae, seen["clean"])
     mean = mean_fire(sae, seen["clean"]) if any(config.levels) else top
     gates = torch.ones_like(sae.bias)

@@ -1,13 +1,13 @@
-"""Learned gates: how far each feature of a dictionary is to be taken away, found through the rest of the model.
+"""Learned gates: how far to scale down each feature of a dictionary, optimised through the rest of the model.
 
-One gate g_j in [low, 1] per feature scales its activation: x' = x - sum_j (1 - g_j) f_j W_j. On train pictures,
+One gate g_j in [low, 1] per feature scales its activation: x' = x - sum_j (1 - g_j) f_j W_j. On train images, minimise
 
     CE(hard) - shun * log(1 - p(hard, shunned)) + keep * KL(kept before || kept after) + price * sum_j (1 - g_j)
 
-is made small: right answers where the thing that should not matter is in the way, not what it says where a right answer
-is out of reach, unchanged answers elsewhere, and no feature closed for nothing. Rankings judge features one by one;
-features that stand in for each other fool them, and a written word has hundreds. The gates are the only parameters, so
-what is learned can be read feature by feature.
+The terms ask for: right answers in spite of the spurious cue; no mass on the written class, where the right answer is
+out of reach; unchanged predictions elsewhere; no feature gated needlessly. Rankings judge features one by one and fail
+where features are redundant, and a written word has hundreds. Gates are the only parameters, so the solution can be
+read feature by feature.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ class GateConfig:
     __pydantic_config__ = STRICT
 
     steps: int = 120
-    """Optimiser steps, of one hard and one kept batch each"""
+    """Optimiser steps, each on one hard and one kept batch"""
     batch: int = 16
-    """pictures"""
+    """Images per batch"""
     lr: float = 0.3
-    """Adam's, on the logits of the gates; falls to nought over the last quarter"""
+    """Learning rate of Adam on the gates' logits; decays to 0 over the last quarter"""
     keep: float = 20.0
+    """Weight of the KL term on kept images"""
     shun: float = 0.0
-    """Weight of lessons that name what is not to be said: half of the attacked pictures are covered by their strip, and
-    there
-    only this tells a gate that it is right"""
+    """Weight of the penalty on the written class: in half of the attacked images the strip hides the object, and there
+    only this term gives the right gradient"""
     price: float = 2e-4
+    """Weight of the sparsity term"""
     low: float = -1.0
-    """the least a gate may be. Below 0 a feature may be turned round, which takes away what others carry of the same
-    thing: a written word is then named half as often as with 0, at the same clean accuracy (val)"""
+    """Lower end of the gates' range. Below 0 a feature may be inverted, which cancels what others carry of the same
+    cue: a written word is then predicted half as often as with 0, at the same clean accuracy (val)"""
     among: int = 0
-    """only so many features are gated, those that differ most with what should not matter; 0: all"""
+    """Number of features that may be gated, those with the largest difference by the spurious cue; 0: all"""
     seed: int = 0
 
 
@@ -55,27 +56,28 @@ class Lesson:
     """A training batch for gates: activations at the site, and the function from them to logits."""
 
     x: Tensor
-    """(n, T, D)"""
+    """(n, T, D) activations at the site"""
     logits: Callable[[Tensor], Tensor]
     """(n, T, D) at the site -> (n, C)"""
     label: Tensor
-    """(n,)"""
+    """(n,) index of the true class"""
     weight: Tensor
-    """(n,) of mean 1 over all lessons of a kind"""
+    """(n,) weights with mean 1 over all lessons of a kind"""
     shunned: Tensor | None = None
-    """(n,) what is not to be said: the written class"""
+    """(n,) class that should not be predicted: the written one"""
 
 
 def learn(
     config: GateConfig, sae: SAE, hard: Sequence[Lesson], kept: Sequence[Lesson], tokens: slice = slice(None),
     free: Tensor | None = None, label: str = "gates",
 ) -> Tensor:  # fmt: skip
-    """(F,) gates: 1 leaves a feature as it is. tokens: the ones that are edited; free: (F,) bool, what may be gated."""
+    """Optimise the gates (F,), where 1 leaves a feature unchanged. tokens: those that are edited; free: (F,) bool,
+    features that may be gated."""
     draw = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         before = [lesson.logits(lesson.x).log_softmax(1) for lesson in kept]
     logit = torch.full_like(sae.bias, 3.0).requires_grad_()
-    # (F,) from open to as far as a gate may go
+    # (F,) gates' range: 1 - low where a feature may be gated, else 0
     span = (1 - config.low) * (torch.ones_like(sae.bias) if free is None else free.to(sae.bias))
     optimizer = torch.optim.Adam([logit], lr=config.lr)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 4 * (1 - n / config.steps)))
@@ -85,7 +87,9 @@ def learn(
             f = sae.encode(lesson.x[:, tokens])
         _, scale, _ = normalised(lesson.x[:, tokens], sae.normalise)
         x = lesson.x.clone()
-        x[:, tokens] = x[:, tokens] - scale * ((span * f * (1 - logit.sigmoid())) @ sae.decoder)  # all the rest is kept
+        x[:, tokens] = x[:, tokens] - scale * (
+            (span * f * (1 - logit.sigmoid())) @ sae.decoder
+        )  # keeps the SAE's error
         return lesson.logits(x)
 
     bar = tqdm(range(config.steps), label, disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""Measuring: the task's metrics with an edit on, how many features steer, how good a dictionary is."""
+"""Measure a clip_sae edit: task metrics, steerability of features, quality of a dictionary."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def measure(
     by: LabelSet,
     patch: FeatureEdit | None,
 ) -> dict[str, float]:
-    """Metrics of the task computed from recorded activations, with the patch applied at its site."""
+    """Compute the task's metrics from recorded activations, with the patch applied at its site."""
     change = applied(patch) if patch else lambda x: x
     return metrics(config, {k: answers(base, layer, s, by, change) for k, s in seen.items()})
 
 
 STEER_IMAGES = 16
-"""pictures of the comparison with neurons"""
+"""Number of images for comparing features with neurons"""
 
 
 @torch.no_grad()
 def steerable(
     base: Base, config: Config, layer: int, sae: SAE, stream: Stream
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Compares how often features, the stream's own dimensions ("neurons") and random directions steer, all clamped to
+    """Compare how often features, the stream's own dimensions ("neurons") and random directions steer when clamped to
     the same values: kind -> strength -> summary.
 
-    Values are multiples of the tokens' mean norm; as many of each kind as the config says are drawn.
+    Values are multiples of the tokens' mean norm; the config's number of each kind is drawn at random.
     """
     names = readers.imagenet(config.data, "val").classes if config.data else atlas.load().names
     words = clip.embed_texts(base, names)
@@ -78,8 +78,8 @@ def steerable(
 
 @torch.no_grad()
 def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> dict[str, Any]:
-    """Quality of a dictionary on recorded activations: `Quality`, the variance explained by as many principal
-    components, and the cross-entropy recovered between zero ablation and clean, with the model's own logit scale."""
+    """Measure a dictionary's quality on recorded activations: `Quality`, the variance explained by as many principal
+    components, and the cross-entropy recovered between zero ablation and clean, at the model's own logit scale."""
     seen = Quality(sae)
     for part in stream.parts():
         seen.add(part.x)

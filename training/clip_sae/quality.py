@@ -1,4 +1,4 @@
-"""How good a dictionary is: explained variance, sparsity, densities."""
+"""Quality of a sparse dictionary: explained variance, sparsity, feature densities."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from patches.mechanisms.features import EPS, SAE
 
 BINS = tuple(i / 2 for i in range(-12, 1))
-"""edges of the density histogram, log10 of the share of tokens on which a feature fires"""
+"""Bin edges of the density histogram: log10 of the fraction of tokens on which a feature fires"""
 
 
 class Quality:
-    """Explained variance, sparsity and densities over a stream of (B, T, D), apart for class token and patches."""
+    """Running explained variance, sparsity and densities over batches (B, T, D), separately for class token and
+    patches."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -30,7 +31,7 @@ class Quality:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """x (B, T, D), the class token first."""
+        """Add a batch x (B, T, D), the class token first."""
         x = x.float()
         f = self.sae.encode(x)
         back = self.sae.decode(f, x)
@@ -51,8 +52,8 @@ class Quality:
             p["fired"] += on[:, at].sum((0, 1)).cpu()
 
     def result(self) -> dict[str, Any]:
-        """Per token type: explained variance, cosine, L0 (mean, median, over D), alive share, density histogram; and
-        the mean L0 at every position (T,), the class token first."""
+        """Return, per token type: explained variance, cosine, L0 (mean, median, over D), alive fraction, density
+        histogram; and the mean L0 at every position (T,), the class token first."""
         out: dict[str, Any] = {}
         D = self.sae.decoder.shape[1]
         for name, p in self.parts.items():
@@ -79,11 +80,13 @@ class Quality:
 
 
 def principal_variance(x: Tensor, components: int) -> float:
-    """Explained variance of the first principal components of x (N, D): what a dictionary with that L0 should beat."""
+    """Compute the variance explained by the first principal components of x (N, D): the baseline for a dictionary of
+    that L0."""
     values = torch.linalg.svdvals((x - x.mean(0)).double()).square()
     return float(values[:components].sum() / values.sum())
 
 
 def mean_max_cosine(found: Tensor, truth: Tensor) -> float:
-    """MMCS: of each true direction (rows, any length) the best cosine among the found, averaged."""
+    """Compute MMCS: the best cosine with any found direction, averaged over the true directions (rows of any
+    length)."""
     return float((nnf.normalize(truth, dim=1) @ nnf.normalize(found, dim=1).T).amax(1).mean())

@@ -1,4 +1,4 @@
-"""The full report: the sealed patch, its controls and other defences on test."""
+"""Full report of clip_sae: the sealed patch, its controls and other defences on test."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from training.tasks.recognition import (
 )
 
 DEFENCE_PAIRS = 1024
-"""pictures of train, with and without a word, that the other defences are fitted on"""
+"""Number of train pairs (with and without a word) on which the other defences are fitted"""
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measures a sealed patch, its controls and, for the typographic task, other defences on test and in the held
+    """Measure a sealed patch, its controls and, for the typographic task, other defences on test and in the held-out
     style.
 
-    config: how to measure. Controls are fitted by the sealed config, so `seed` and `test_images` can draw other
-    pictures than those that somebody has looked at (`patchbay eval REF --full seed=1 test_images=2000`).
+    config: how to measure. Controls are fitted by the sealed config, so `seed` and `test_images` can draw images that
+    nobody has looked at (`patchbay eval REF --full seed=1 test_images=2000`).
     """
     opened = open_patch(folder, config.base, config.device)
     patch, fitted, sealed = opened.patch, opened.fitted, replace(opened.recipe.config, device=config.device)
@@ -54,8 +54,8 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
-    """Other methods for the same task, fitted on train and chosen on val within the same bound: the mean direction of
-    the best layer, and for the typographic task the defences of training/clip_sae/defences.py."""
+    """Yield other methods for the same task, fitted on train and chosen on val within the same bound: the mean
+    direction of the best layer, and for the typographic task the defences of training/clip_sae/defences.py."""
     if config.task == "steer":
         return
     layers = tuple(range(len(base.model.visual.transformer.resblocks)))

@@ -1,19 +1,19 @@
-"""How much a feature steers CLIP: clamp it, and see how the probabilities of a vocabulary move.
+"""Steerability of SAE features: clamp a feature and measure how CLIP's probabilities over a vocabulary change.
 
 Joseph et al., arXiv 2504.08729. P_i(v) = softmax_v(scale * y_i t_v), y_i the unit image embedding; with feature f
-clamped to s at every token, delta_f(v) = mean_i [P~_i(v) - P_i(v)]. Steerability S_f = sum_v delta_f(v)^2, power
-max_v delta_f(v), specificity S_f / power, concept argmax_v; steerable if S_f > 0.1; coverage: distinct concepts of
-steerable features.
+clamped to s at every token, delta_f(v) = mean_i [P~_i(v) - P_i(v)]. Steerability S_f = sum_v delta_f(v)^2, power max_v
+delta_f(v), specificity S_f / power, concept argmax_v; steerable if S_f > 0.1; coverage: distinct concepts of steerable
+features.
 
 **After the last block** nothing mixes tokens any more, so only the class token's edit z + a w counts (a = s - f), and
 
     y = (A + a B) / sigma + C,   sigma^2 = Var z + 2 a Cov(z, w) + a^2 Var w + eps
     A = (gamma * (z - mean z)) P,   B = (gamma * (w - mean w)) P,   C = beta P
 
-so logits are a combination of three tables of words, A T^T (images), B T^T (features), C T^T, and |y|^2 needs their
-inner products alone: no forward, no product per (image, feature). **Before it**, what enters the next block is kept and
-only the rest of the tower runs, many features in one batch. Nothing of size images x features x words is ever stored.
-Shapes: B images, T tokens, D width, F features, k joint space, V words.
+Logits are then a combination of three tables of words, A T^T (images), B T^T (features), C T^T, and |y|^2 needs only
+their inner products: no forward, no product per (image, feature). **Before it**, the input of the next block is cached
+and only the rest of the tower runs, many features in one batch. Nothing of size images x features x words is ever
+stored. Shapes: B images, T tokens, D width, F features, k joint space, V words.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ STEERABLE = 0.1
 
 @dataclass(frozen=True)
 class Steerability:
-    """One number per feature."""
+    """Steerability metrics per feature."""
 
     score: Tensor
-    """(F,) S_f, at most 2"""
+    """(F,) steerability S_f, at most 2"""
     power: Tensor
-    """(F,)"""
+    """(F,) largest increase of a word's probability"""
     concept: Tensor
-    """(F,) int64 index of the word that rises most"""
+    """(F,) int64 index of the word whose probability rises most"""
 
     @property
     def specificity(self) -> Tensor:
+        """(F,) specificity S_f / power"""
         return self.score / self.power.clamp_min(1e-12)
 
     def summary(self) -> dict[str, float]:
-        """Share and number of steerable features, distinct concepts among them, means over all features."""
+        """Summarise: number and fraction of steerable features, distinct concepts among them, means over all
+        features."""
         on = self.score > STEERABLE
         return {
             "features": len(self.score),
@@ -63,13 +65,13 @@ class Steerability:
 
 
 class _Tally:
-    """Sums P~ - P over images, per feature and word, then reads the metrics off."""
+    """Accumulates P~ - P over images, per feature and word, and computes the metrics from it."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, after: Tensor, before: Tensor) -> None:
-        """after (features, V): mean over images of P~; before (V,)."""
+        """Add a batch. after: (features, V) mean over images of P~; before: (V,) mean of P."""
         delta = after - before
         top = delta.max(1)
         self.parts.append((delta.square().sum(1), top.values, top.indices))
@@ -79,7 +81,7 @@ class _Tally:
 
 
 def probabilities(y: Tensor, words: Tensor, scale: float) -> Tensor:
-    """(..., V) of embeddings y (..., k), any length. words (V, k) of unit norm."""
+    """Compute the probabilities (..., V) of embeddings y (..., k) of any length. words: (V, k) of unit norm."""
     return (scale * torch.nn.functional.normalize(y, dim=-1) @ words.T).softmax(-1)
 
 
@@ -94,11 +96,11 @@ def after_last_block(
     cells: int = 1 << 20,
     quiet: bool = True,
 ) -> Steerability:
-    """Every feature clamped to `value` at the output of the last block, in closed form.
+    """Clamp every feature to `value` at the output of the last block, in closed form.
 
-    z (B, D): the class token there. decoder (F, D); for the residual's own dimensions ("neurons") the identity.
-    activation (B, F): what each feature is now, at the class token. value: one number, or (F,).
-    cells: images x features x words at once.
+    z (B, D): the class token there. decoder (F, D); the identity for the residual's own dimensions ("neurons").
+    activation (B, F): the features' actual activations at the class token. value: one number, or (F,). cells: images x
+    features x words processed at once.
     """
     visual, scale = base.model.visual, clip.logit_scale(base)
     gamma, beta, eps, P = visual.ln_post.weight, visual.ln_post.bias, visual.ln_post.eps, visual.proj
@@ -120,7 +122,7 @@ def after_last_block(
         sigma = (variance + eps).sqrt()
         square = (inner["aa"] + 2 * a * (A @ b.T) + a.square() * b.square().sum(1)) / sigma.square()
         square = square + 2 * (inner["ac"] + a * (b @ C)) / sigma + inner["cc"]
-        long = scale / square.clamp_min(1e-12).sqrt()  # (B, n): what turns a dot product into a logit
+        long = scale / square.clamp_min(1e-12).sqrt()  # (B, n) factor from dot products to logits
         u = (long / sigma).T  # (n, B)
         mix = torch.stack([u * a.T, long.T], 2)  # (n, B, 2) on the rows of (B_f, C)
         rows = torch.stack([tables[1][at], tables[2].expand(len(b), -1)], 1)  # (n, 2, V)
@@ -142,10 +144,10 @@ def after_block(
     cls_only: bool = False,
     quiet: bool = True,
 ) -> Steerability:
-    """Every feature clamped to `value` at the output of any block, by running the rest of the tower.
+    """Clamp every feature to `value` at the output of any block, by running the rest of the tower.
 
-    z (B, T, D): the stream after `layer`. activation: which features (a slice) -> what they are now, (B, T, n).
-    batch: images x features that run at once. cls_only: clamp at the class token alone.
+    z (B, T, D): the residual stream after `layer`. activation: slice of features -> their actual activations (B, T, n).
+    batch: images x features per forward. cls_only: clamp at the class token alone.
     """
     scale = clip.logit_scale(base)
     before = probabilities(rest(base, z, layer), words, scale).mean(0)
@@ -163,14 +165,15 @@ def after_block(
 
 
 def rest(base: Base, z: Tensor, layer: int) -> Tensor:
-    """Image features (B, k) before they are normalised, from the stream z (B, T, D) after block `layer`.
+    """Run the tower from the residual stream z (B, T, D) after block `layer` to image features (B, k), not normalised.
 
-    Hooks inside the last block see one token, hooks on the block itself are not called."""
+    Hooks inside the last block see the class token only; hooks on the block itself are not called.
+    """
     visual: Any = base.model.visual
     blocks = visual.transformer.resblocks[layer + 1 :]
     for block in blocks[:-1]:
         z = block(z)
-    for block in blocks[-1:]:  # of the last one only the class token is read
+    for block in blocks[-1:]:  # of the last block's output only the class token is used
         x = block.ln_1(z)
         z = z[:, :1] + block.ls_1(block.attention(x[:, :1], x, x))
         z = z + block.ls_2(block.mlp(block.ln_2(z)))

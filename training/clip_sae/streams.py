@@ -1,6 +1,6 @@
-"""Pictures as one layer sees them, recorded once: what comes after an edit is run again without what comes before.
+"""Cached activations of one layer for a data set, so that a candidate edit reruns only the layers above it.
 
-Shapes: n pictures, T tokens (the class token first), D width, C classes.
+Shapes: n images, T tokens (the class token first), D width, C classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.data.images import Dataset
 from training.tasks.recognition import Answers, Asked, other_of
 
 Hook = Literal["block", "mlp"]
-"""where a layer is read: the stream after it (resid_post), or what its MLP adds (mlp_out)"""
+"""Site of a layer: its residual stream output (resid_post), or the output of its MLP (mlp_out)"""
 
 
 class Layered(Asked, Protocol):
@@ -41,20 +41,24 @@ class Stream:
     """Cached activations of one layer for a data set, so that a candidate edit reruns only the layers above it."""
 
     x: Tensor
-    """(n, T, D) at the site"""
+    """(n, T, D) activations at the site"""
     z: Tensor
-    """(n, T, D) after the block; x itself if that is the site"""
+    """(n, T, D) residual stream after the block; x itself if that is the site"""
     label: Tensor
+    """(n,) index of the true class"""
     other: Tensor
+    """(n,) spurious cue, see recognition.Answers"""
 
     def __len__(self) -> int:
         return len(self.label)
 
     def rows(self, at: Tensor) -> Stream:
+        """Select the images with indices `at`."""
         x = self.x[at]
         return Stream(x, x if self.x is self.z else self.z[at], self.label[at], self.other[at])
 
     def parts(self, size: int = 32) -> Iterator[Stream]:
+        """Yield consecutive batches of at most `size` images."""
         for i in range(0, len(self), size):
             at = slice(i, i + size)
             x = self.x[at]
@@ -63,7 +67,7 @@ class Stream:
 
 @torch.no_grad()
 def streams(base: Base, config: Layered, data: Dataset) -> dict[int, Stream]:
-    """Records a data set at every candidate layer in one forward, which ends at the last of them."""
+    """Record a data set at every candidate layer in one forward, which stops at the last of them."""
     sites = {layer: [clip.site(config.hook, layer), clip.site("block", layer)] for layer in config.layers}
     kept: dict[str, list[Tensor]] = {}
     label, other = [], []
@@ -80,20 +84,20 @@ def streams(base: Base, config: Layered, data: Dataset) -> dict[int, Stream]:
 
 
 def finish(base: Base, layer: int, part: Stream, x: Tensor, by: LabelSet) -> Tensor:
-    """Logits (n, C) of the rest of the model with `x` in place of the recorded activations."""
+    """Run the rest of the model on activations `x` in place of the recorded ones: logits (n, C)."""
     y = rest(base, x if part.x is part.z else part.z + (x - part.x), layer)
     return by.logits(nnf.normalize(y, dim=1), clip.logit_scale(base))
 
 
 @torch.no_grad()
 def answers(base: Base, layer: int, stream: Stream, by: LabelSet, change: Callable[[Tensor], Tensor]) -> Answers:
-    """Logits of a data set with its recorded activations changed by `change`, (n, T, D) -> (n, T, D)."""
+    """Classify a data set with its recorded activations changed by `change`, (n, T, D) -> (n, T, D)."""
     logits = torch.cat([finish(base, layer, part, change(part.x), by) for part in stream.parts()])
     return Answers(logits.cpu(), stream.label.cpu(), stream.other.cpu())
 
 
 def applied(patch: FeatureEdit) -> Callable[[Tensor], Tensor]:
-    """A patch's edit of its site as a plain function, outside of a forward."""
+    """Return a patch's edit of its site as a plain function (n, T, D) -> (n, T, D), for use outside of a forward."""
     (act,) = patch.edits()
     assert isinstance(act, Act)
     fn, nothing = act.fn, Inputs({})

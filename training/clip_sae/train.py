@@ -1,7 +1,7 @@
-"""Training a dictionary from a stream of activations that is never stored.
+"""Train a dictionary on a stream of activations that is never stored.
 
-Activations come as chunks, each a function of its number; a run that stops after step s and resumes is bit for bit the
-run that did not stop (on a CPU). Under `accelerate launch` every process reads other chunks and gradients are averaged.
+Activations come in chunks, each a function of its number, so a run that is stopped and resumed is bit for bit the run
+that was not (on a CPU). Under `accelerate launch` every process reads other chunks and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def train(
     every: int = 1000,
     label: str = "SAE",
 ) -> tuple[SAE, list[dict[str, float]]]:
-    """Trains a dictionary. Returns it as it ships, and the curve: step, share of variance left, dead features.
+    """Train a dictionary. Returns its shipped form and the curve: step, fraction of variance unexplained, dead
+    features.
 
-    checkpoint: a safetensors file to write every `every` steps and to go on from if it is there; the caller removes it.
-    Raises ConfigError if a chunk holds less than one batch, or if the checkpoint is of another config.
+    checkpoint: a safetensors file, written every `every` steps and resumed from if it exists; the caller removes it.
+    Raises ConfigError if a chunk holds less than one batch, or if the checkpoint has another config.
     """
     accelerator = _accelerator(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -78,6 +79,8 @@ def train(
 def train_step(
     model: nn.Module, inner: Dictionary, opt: Any, x: Tensor, config: SAEConfig, step: int, accelerator: Any
 ) -> Tensor:
+    """Take one optimiser step on tokens x (N, D) and restart dead features when due; return the fraction of variance
+    unexplained."""
     for group in opt.param_groups:
         group["lr"] = config.lr * schedule(config, step)
     outcome: tuple[Tensor, Tensor, Tensor] = model(x)
@@ -105,7 +108,7 @@ def train_step(
 
 
 def _forget(opt: Any, inner: Dictionary, dead: Tensor) -> None:
-    """Resets Adam's moments of restarted rows."""
+    """Reset Adam's moments of restarted rows."""
     for p in (inner.encoder, inner.decoder, inner.bias):
         for moment in ("exp_avg", "exp_avg_sq"):
             opt.state[p][moment][dead] = 0
@@ -113,13 +116,13 @@ def _forget(opt: Any, inner: Dictionary, dead: Tensor) -> None:
 
 @torch.no_grad()
 def across_rows(weight: nn.Parameter) -> None:
-    """Projects the gradient of unit rows onto their tangent spaces, so that it does not change their lengths."""
+    """Project the gradient of unit rows onto their tangent spaces, so that it does not change their norms."""
     assert weight.grad is not None
     weight.grad.sub_((weight.grad * weight).sum(1, keepdim=True) * weight)
 
 
 def schedule(config: SAEConfig, step: int) -> float:
-    """Learning rate factor: linear warm-up, then a cosine down to `end_lr`."""
+    """Return the learning rate at a step as a fraction of its peak: linear warm-up, then a cosine down to `end_lr`."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -127,7 +130,7 @@ def schedule(config: SAEConfig, step: int) -> float:
 
 
 def _batches(x: Tensor, size: int, passes: int, seed: int, at: int, count: int) -> Iterator[Tensor]:
-    """At most `count` batches of a chunk, starting with number `at`; every pass is in another order."""
+    """Yield at most `count` batches of a chunk, starting with number `at`; every pass has another order."""
     generator = torch.Generator().manual_seed(seed)
     each = len(x) // size
     orders = [torch.randperm(len(x), generator=generator).to(x.device) for _ in range(passes)]
@@ -136,7 +139,7 @@ def _batches(x: Tensor, size: int, passes: int, seed: int, at: int, count: int) 
 
 
 def _accelerator(device: str) -> Any:
-    """The accelerator that joins several processes (accelerate launch, torchrun); None in a single process."""
+    """Return the accelerator that joins several processes (accelerate launch, torchrun); None in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from accelerate import Accelerator

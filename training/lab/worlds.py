@@ -107,7 +107,7 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @cache
 def typographic_classes(split: Split) -> tuple[str, ...]:
-    """Return a split's classes of animals and food: 40 % train, 20 % val, 40 % test; held: those of test in its style."""
+    """Return a split's classes of animals and food: 40 % train, 20 % val, 40 % test; held: those in its style."""
     lab, names = atlas.load(), _short("animals-nature", "food-drink")
     order = torch.randperm(len(names), generator=generator("typographic", "classes")).tolist()
     a, b = round(0.4 * len(names)), round(0.6 * len(names))

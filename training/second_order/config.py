@@ -1,4 +1,4 @@
-"""What a run of second_order may set, and its recipes."""
+"""Config of second_order and its recipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Edit = Literal["effects", "activations"]
 
 @dataclass(frozen=True)
 class Config:
-    """What to read, what to take away, and how to measure it."""
+    """Which neurons to read, which to ablate, and how to measure the edit."""
 
     __pydantic_config__ = STRICT
 

@@ -1,4 +1,4 @@
-"""Figures of a sealed patch."""
+"""Figures of a sealed second_order patch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from training.tasks.recognition import (
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """What one direction explains, ablations, what the lens leaves out, who carries neurons, candidates, neuron cards,
-    base beside patched on test."""
+    """Draw the figures: variance explained by one direction, ablations, error of the lens, heads that carry neurons,
+    candidates, neuron cards, base beside patched on test."""
     from matplotlib.figure import Figure
 
     found = read_evidence(folder)
@@ -88,7 +88,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
 
 
 def _candidates(found: Mapping[str, Any]) -> Any:
-    """The goal on val by layer, edit and number of neurons, beside base and control."""
+    """Draw the goal on val by layer, edit and number of neurons, beside base and control."""
     from matplotlib.figure import Figure
 
     goal, rows = GOAL[found["task"]], found["candidates"]
@@ -98,7 +98,7 @@ def _candidates(found: Mapping[str, Any]) -> Any:
         mine = [r for r in rows if (r["layer"], r["edit"]) == (layer, edit)]
         a.semilogx([r["count"] for r in mine], [r[goal] for r in mine], "o-" if edit == "effects" else "s--",
                    color=f"C{layer}", label=f"layer {layer}, {edit}")  # fmt: skip
-        hollow = [r for r in mine if r["worth"] < 0]  # costs more than the bound
+        hollow = [r for r in mine if r["worth"] < 0]  # hollow marker: costs more than the bound
         a.plot([r["count"] for r in hollow], [r[goal] for r in hollow], "o", markerfacecolor="white", color=f"C{layer}")
     a.axhline(found["base"][goal], color="grey", linestyle=":", label="base")
     a.plot(found["chosen"]["count"], found["random"][goal], "x", color="black", label="random neurons")
@@ -109,7 +109,7 @@ def _candidates(found: Mapping[str, Any]) -> Any:
 
 
 def _cards(folder: Path, found: Mapping[str, Any], rows: int = 6, columns: int = 5) -> Any:
-    """Neurons of the chosen layer that are described best by texts and matter: their words and strongest pictures."""
+    """Draw cards of the chosen layer's neurons that texts describe best and that matter: words and strongest images."""
     from matplotlib.figure import Figure
 
     cards, layer = load_neurons(folder), found["chosen"]["layer"]

@@ -1,4 +1,5 @@
-"""Reading and ranking neurons: directions, texts and thresholds of layers, and what each adds to the wrong class."""
+"""Read and rank neurons: directions, texts and thresholds per layer, and each neuron's contribution to the wrong
+class."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ from training.tasks.textspan import read_pool
 
 
 def sources(config: Config) -> list[Dataset]:
-    """Picture sets that directions are taken from: train pictures of the task with and without the spurious cue, and of
-    single things and crowds, so that neurons are not read by the task alone. Real data: the data set itself."""
+    """Return the image sets for computing directions: train images of the task with and without the spurious cue, and
+    of single objects and crowds, so that neurons are not read by the task alone. Real data: the data set itself."""
     if config.data:
         return list(of_task(config, "train", config.fit_images).values())
     own = list(of_task(config, "train", max(1, config.fit_images // 4)).values())
@@ -48,19 +49,20 @@ def sources(config: Config) -> list[Dataset]:
 
 
 def of_task(config: Config, split: str, n: int) -> dict[str, Dataset]:
-    """The task's data sets without the blank strips, from which nothing is learned."""
+    """Return the task's data sets without the blank strips, from which nothing is learned."""
     return {k: d for k, d in pictures(config, split, n).items() if k != "blank"}
 
 
 def texts_of(config: Config, data: Dataset) -> tuple[str, ...]:
-    """Candidate texts: lines of a file, class names of real data, or all names and grounds of the lab."""
+    """Return the candidate texts: lines of a file, class names of real data, or all names and backgrounds of the
+    lab."""
     if config.pool:
         return read_pool(config.pool)
     return data.classes if config.data else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))
 
 
 def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
-    """Pictures (B, 3, H, W) uint8 of all sets, in order."""
+    """Yield images (B, 3, H, W) uint8 of all sets, in order."""
     for each in data:
         for batch in each.batches(size):
             yield batch.image
@@ -70,7 +72,7 @@ def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:
 def read(
     base: Base, config: Config, texts: Sequence[str], thumb: int = 48
 ) -> tuple[NeuronCards, dict[int, NeuronLens]]:
-    """Describes all neurons of the config's layers in one pass over the pictures. Returns cards and lenses."""
+    """Describe all neurons of the config's layers in one pass over the images; return their cards and lenses."""
     lenses = {layer: lens(base, layer, config.ln) for layer in config.layers}
     data = sources(config)
     keep = max(1, round(config.share * sum(map(len, data))))
@@ -97,30 +99,30 @@ def read(
 
 @dataclass(frozen=True)
 class Ranked:
-    """Neurons of one layer ranked by their effect on the task, with the means they are ablated to."""
+    """Neurons of one layer ranked by their effect on the task, with the means to which they are ablated."""
 
     order: Tensor
-    """(N,) int64, what pulls most to the wrong side first"""
+    """(N,) int64 neurons, those that favour the wrong class most first"""
     pull: Tensor
-    """(N,)"""
+    """(N,) ranking score: increase of the neuron's contribution to the wrong class by the spurious cue"""
     effect_mean: Tensor
-    """(N, G) of S over clean pictures"""
+    """(N, G) mean of the scalars S over clean images, per neuron and later head"""
     fire_mean: Tensor
-    """(N,) of activations over clean pictures and tokens"""
+    """(N,) mean activation over clean images and tokens"""
 
 
 @dataclass(frozen=True)
 class Margins:
-    """Contribution of every neuron to the wrong class in each of n pictures, with mean effects and activations."""
+    """Contribution of every neuron to the wrong class in each of n images, with mean effects and activations."""
 
     m: dict[int, Tensor]
-    """layer -> (n, N): <phi_n, t_wrong - t_true> / |y|; of groups <phi_n, t_1 - t_0> / |y|"""
+    """Layer -> (n, N): <phi_n, t_wrong - t_true> / |y|; for groups <phi_n, t_1 - t_0> / |y|"""
     label: Tensor
     other: Tensor
     effect: dict[int, Tensor]
-    """layer -> (N, G) mean of S"""
+    """Layer -> (N, G) mean of the scalars S"""
     fire: dict[int, Tensor]
-    """layer -> (N,) mean activation over pictures and tokens"""
+    """Layer -> (N,) mean activation over images and tokens"""
 
 
 @torch.no_grad()
@@ -132,8 +134,10 @@ def margins(
     weights: Tensor,
     other: Tensor | None = None,
 ) -> Margins:
-    """Measures what every neuron adds to the wrong class in each picture. weights (k, C): class directions. other (n,):
-    the wrong class of each picture, if the pictures themselves do not show it."""
+    """Measure every neuron's contribution to the wrong class in each image.
+
+    weights (k, C): class directions. other (n,): the wrong class of each image, if the data set does not give it.
+    """
     says = {layer: at.against(weights.T) for layer, at in lenses.items()}  # (N, G, C)
     m: dict[int, list[Tensor]] = {layer: [] for layer in lenses}
     effect: dict[int, Tensor] = {}
@@ -164,10 +168,10 @@ def margins(
 def rank(
     base: Base, config: Config, lenses: Mapping[int, NeuronLens], data: Mapping[str, Dataset]
 ) -> dict[int, Ranked]:
-    """Ranks neurons by how much more they add to the wrong class when the spurious cue is in the picture.
+    """Rank neurons by how much more they add to the wrong class when the spurious cue is in the image.
 
-    Pairs (clean, attacked): the mean margin of attacked pictures less that of the same ones clean, both against the
-    word that is written. Groups: how far mean margins lie apart by place, less how far by label.
+    Pairs (clean, attacked): the mean margin of attacked images less that of the same ones clean, both against the
+    written word. Groups: how far apart mean margins are by place, less how far by label.
     """
     weights = classifier(base, config, data["clean"]).directions
     if config.task == "typographic":
@@ -188,14 +192,14 @@ def rank(
 
 
 def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
-    """A matched control: for each chosen neuron another one of nearly the same spread of effects, ties drawn."""
+    """Draw a matched control: for each chosen neuron another of nearly the same spread of effects, ties at random."""
     return tasks.alike(known.spread.cpu(), chosen, seed)
 
 
 def patch_of(
     base: Base, layer: int, at: NeuronLens, known: Directions, found: Ranked, neurons: Sequence[int], edit: Edit
 ) -> NeuronEdit:
-    """The edit that sets these neurons to their mean over clean pictures of train."""
+    """Build the edit that sets these neurons to their mean over clean train images."""
     js = list(neurons)
     if edit == "effects":
         return replace_effects(base, at, replace(known, mean=found.effect_mean), js)

@@ -1,4 +1,4 @@
-"""Fitting: neurons read and ranked on train, the edit chosen on val, the sealed folder."""
+"""Fit second_order: read and rank neurons on train, choose the edit on val, seal the folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from training.tasks.recognition import (
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Reads the neurons, ranks them on train, chooses the edit on val, seals it with cards and evidence."""
+    """Read the neurons, rank them on train, choose the edit on val, seal it with cards and evidence."""
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(config.base, "clip", config.device)
     base.model.requires_grad_(False)
@@ -71,11 +71,11 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 CONTROL = "control.safetensors"
-"""the control's tensors, so that it can be measured on test as it was on val"""
+"""File with the control's tensors, so that test measures the same control as val"""
 
 
 def candidates(config: Config, lenses: Mapping[int, NeuronLens]) -> Iterator[tuple[int, Edit, int]]:
-    """Candidate edits as (layer, edit, number of neurons); each leaves as many others for a control."""
+    """Yield candidate edits as (layer, edit, number of neurons); each leaves as many others for a control."""
     rows = [
         (layer, edit, n)
         for layer, at in lenses.items()

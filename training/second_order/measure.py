@@ -1,4 +1,4 @@
-"""Measuring: the task's metrics with an edit on."""
+"""Measure a second_order edit by the task's metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.tasks.recognition import (
 def measure(
     base: Base, config: Config, data: Mapping[str, Dataset], by: LabelSet, patch: NeuronEdit | None
 ) -> dict[str, float]:
-    """Metrics of the task with the patch applied to the base, as it would be served."""
+    """Compute the task's metrics with the patch applied to the base, as it would be served."""
     with patch.apply(base.model, root=base.root) if patch else nullcontext():
         said: dict[str, Answers] = {k: ask(base, config, d, by) for k, d in data.items()}
     return metrics(config, said)

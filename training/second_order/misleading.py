@@ -1,19 +1,19 @@
-"""Pictures that mislead by what else is on them: words mined from neurons, drawn beside the thing, out of lab sprites.
+"""Composed images that mislead CLIP: words mined from neurons are drawn beside an object, out of lab sprites.
 
-Gandelsman, Efros, Steinhardt, arXiv 2406.04341, section 5.1: neurons are polysemous, so words that have nothing to do
-with a class may speak for it. For a pair (true, wrong), words are mined (`neuron_cards.mine`), pictures of the
-true class are made that show them, and one counts as a success if CLIP prefers the wrong class. The paper generates
-pictures from text; here they are composed of sprites (or the ground, if the word is one), so what is on them is known
-and the filter is a rule instead of somebody's eye. Beside it, each with as many words and pictures:
+Gandelsman, Efros, Steinhardt, arXiv 2406.04341, section 5.1: neurons are polysemous, so unrelated words may be evidence
+for a class. For a pair (true, wrong), words are mined (`neuron_cards.mine`) and images of the true class that show them
+are made; an image is a success if CLIP prefers the wrong class. The paper generates images from text; here they are
+composed of sprites (or the background, if the word is one), so their content is known and the filter is a rule instead
+of a person. Controls, each with as many words and images:
 
-- `random neurons`: as many neurons drawn by chance, same mining;
-- `indirect`: the neurons with the largest effect on the answer by gradient x (activation - mean) (first order), same
-  mining; the paper takes such neurons' own indirect effects for directions, which needs a forward per neuron;
+- `random neurons`: as many random neurons, same mining;
+- `indirect`: the neurons with the largest first-order effect on the answer, gradient x (activation - mean), same
+mining; the paper takes such neurons' own indirect effects for directions, which needs a forward per neuron;
 - `similar words`: the pool's texts nearest to the wrong class; no neurons;
 - `random words` and `nothing`: floors.
 
-Rates before the filter are of pictures from words that were not filtered for synonyms, and of all of them; rates after
-it are of the pictures among them that pass (`passes`).
+Rates before the filter are over all images, made from words not filtered for synonyms; rates after it are over the
+images among them that pass (`passes`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from training.lab.renderer import BRICK, GROUNDS, Layout, Scene, generator, grou
 
 WAYS = ("second order", "random neurons", "indirect", "similar words", "random words", "nothing")
 VISIBLE = 0.6
-"""share of the true thing that must be seen"""
+"""Fraction of the true object that must be visible"""
 
 
 @dataclass(frozen=True)
 class Drawable:
-    """The texts of a pool that the lab has sprites or grounds for."""
+    """Texts of a pool that the lab can draw, as a sprite or as a background."""
 
     concept: dict[str, int]
     ground: dict[str, int]
@@ -62,8 +62,8 @@ def words_for(
     reader: Reader, way: str, true: str, wrong: str, can: Drawable, count: int, seed: int, images: Tensor | None = None,
     neurons: int = MINE_NEURONS,
 ) -> list[str]:  # fmt: skip
-    """At most `count` words that a way finds, not filtered for synonyms of the wrong class; never the true class or
-    the wrong one by its own name. images: (B, 3, h, w) for `indirect`."""
+    """Find at most `count` words by a method, not filtered for synonyms of the wrong class; never the names of the two
+    classes themselves. images: (B, 3, h, w) for `indirect`."""
     cards, base = reader.cards, reader.base
     t, w = clip.embed_texts(base, [true, wrong], clip.TEMPLATES)
     neurons = min(neurons, sum(len(one.told) for one in cards.layers.values()))
@@ -88,7 +88,7 @@ def words_for(
 
 
 def drawn(cards: NeuronCards, count: int, g: torch.Generator) -> list[tuple[int, Tensor]]:
-    """A random choice of `count` neurons, as (layer, neurons)."""
+    """Draw `count` random neurons, as (layer, neurons)."""
     places = [(number, n) for number, one in cards.layers.items() for n in range(len(one.told))]
     picked = [places[i] for i in torch.randperm(len(places), generator=g)[:count].tolist()]
     return [
@@ -97,8 +97,8 @@ def drawn(cards: NeuronCards, count: int, g: torch.Generator) -> list[tuple[int,
 
 
 def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count: int) -> list[tuple[int, Tensor]]:
-    """(layer, neurons) with the largest first-order effect of mean-ablation on <y, wrong - true> / |y|, by its mean
-    absolute value over pictures."""
+    """Return the neurons with the largest first-order effect of mean-ablation on <y, wrong - true> / |y|, by its mean
+    absolute value over images, as (layer, neurons)."""
     base, layers = reader.base, list(reader.cards.layers)
     blocks = base.model.visual.transformer.resblocks
     kept: dict[int, Tensor] = {}
@@ -133,8 +133,8 @@ def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count:
 def compose(
     true: str, words: Sequence[str], can: Drawable, n: int, styles: Sequence[str], g: torch.Generator
 ) -> tuple[Scene, Scene, list[list[str]]]:
-    """Draws n pictures of the true class with two of the words each, and the same pictures without the words. Returns
-    both scenes and the words on each."""
+    """Render n images of the true class with two of the words each, and the same images without the words. Returns both
+    scenes and the words on each."""
     lab = atlas.load()
 
     def sprite(concept: int) -> int:
@@ -154,7 +154,7 @@ def compose(
                 with_words[i, place] = sprite(can.concept[word])
         shown.append(few)
     stuff = things(with_words, g)
-    # a brick wall is cut at whole bricks only, so a ground that changes keeps a corner that fits every kind
+    # backgrounds differ in the crops they allow (brick walls: whole bricks), so keep a corner that fits every kind
     corner = ground.corner // BRICK * BRICK
     with_scene = render(Layout(replace(ground, kind=kind, corner=corner), stuff))
     alone = render(Layout(replace(ground, corner=corner), replace(stuff, sprite=thing)))
@@ -162,7 +162,7 @@ def compose(
 
 
 def passes(scene: Scene, alone: Scene, shown: Sequence[Sequence[str]], wrong: str, near: set[str]) -> Tensor:
-    """Filter (n,): enough of the true thing is visible, and nothing on the picture names the wrong class, by a common
+    """Filter images (n,): enough of the true object is visible, and nothing shown names the wrong class, by a common
     word or by a synonym (`near`)."""
     seen = scene.mask[:, 0].sum((1, 2)) / alone.mask[:, 0].sum((1, 2)).clamp_min(1)
     name = set(wrong.split())
@@ -171,21 +171,21 @@ def passes(scene: Scene, alone: Scene, shown: Sequence[Sequence[str]], wrong: st
 
 
 def synonyms(cards: NeuronCards, text: Tensor, at: float = SYNONYM) -> set[str]:
-    """Texts of the pool whose cosine with `text` (k,), both less the pool's mean, is `at` or more."""
+    """Return the pool's texts whose cosine with `text` (k,), both centred on the pool's mean, is at least `at`."""
     middle = cards.pool.mean(0)
     near = nnf.normalize(cards.pool - middle, dim=1) @ nnf.normalize(text - middle, dim=0) >= at
     return {cards.texts[j] for j in near.nonzero()[:, 0].tolist()}
 
 
 def class_pairs(data: Dataset, count: int, seed: int) -> list[tuple[str, str]]:
-    """Pairs of classes, drawn by the seed; no class twice."""
+    """Draw pairs of classes by the seed; no class twice."""
     order = torch.randperm(len(data.classes), generator=generator("pairs", seed)).tolist()
     return [(data.classes[order[2 * i]], data.classes[order[2 * i + 1]]) for i in range(count)]
 
 
 @torch.no_grad()
 def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
-    """Whether the wrong class gets the larger logit, (n,) bool."""
+    """Return whether the wrong class gets the larger logit, (n,) bool."""
     weights = clip.zero_shot(base, [true, wrong])
     return (clip.embed_images(base, images) @ weights).argmax(1).cpu() == 1
 
@@ -193,7 +193,7 @@ def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
 def attack(
     reader: Reader, pairs: int = 8, n: int = 40, words: int = 8, seed: int = 0, split: str = "test"
 ) -> dict[str, Any]:
-    """Composes misleading pictures in every way for every pair of classes and counts successes before and after the
+    """Compose misleading images by every method for every pair of classes; count successes before and after the
     filter."""
     data = worlds.WORLDS["imagenet"](split, 64, seed)
     styles = worlds.STYLES[split]

@@ -1,13 +1,13 @@
-"""Orthogonal matching pursuit, many signals at once: each as a sum of few texts.
+"""Orthogonal matching pursuit for many signals at once: approximate each by a sum of few dictionary atoms (texts).
 
-Per signal x: take the atom that the residual correlates with most, project x on the span of all taken so far, repeat.
-Here all signals take a step together: one product with the dictionary, one Gram-Schmidt step (twice, which is enough
-to stay orthogonal to rounding). No M x M Gram matrix is formed, which for 30,000 texts would be 3.6 GB. The supports
-are scikit-learn's (`SparseCoder(transform_algorithm="omp")`).
+Per signal x: take the atom that the residual correlates with most, project x onto the span of all taken so far, repeat.
+Here all signals step together: one product with the dictionary, one Gram-Schmidt step (done twice, which keeps the
+basis orthogonal to rounding). No M x M Gram matrix is formed, which for 30,000 texts would be 3.6 GB. The supports
+equal scikit-learn's (`SparseCoder(transform_algorithm="omp")`).
 
-The pursuit compares correlations, so atoms should be of unit norm. The second-order lens' authors normalise the
-dictionary per dimension instead of per text, which whitens the texts but not the signals; `atoms(..., "legacy")` does
-the same, for comparison with their files.
+Correlations are compared, so atoms should have unit norm. The second-order lens' authors normalise the dictionary per
+dimension instead of per text, which whitens the texts but not the signals; `atoms(..., "legacy")` does the same, for
+comparison with their files.
 
 Shapes: S signals, M atoms, k joint space, m atoms per signal.
 """
@@ -25,29 +25,30 @@ from registry.errors import Invalid
 
 AtomNorm = Literal["unit", "legacy"]
 CELLS = 1 << 23
-"""correlations held at once"""
+"""Number of correlations held in memory at once"""
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """Signals as sums of few atoms."""
+    """Sparse approximations of S signals."""
 
     index: Tensor
-    """(S, m) int64 in the order in which they were taken; -1 where the signal was exhausted before"""
+    """(S, m) int64 atoms in the order in which they were taken; -1 where the signal was exhausted before"""
     coefficient: Tensor
-    """(S, m) of the last projection on all of them; 0 where the index is -1"""
+    """(S, m) coefficients of the last projection onto all atoms taken; 0 where the index is -1"""
     explained: Tensor
-    """(S, m) share of the signal's energy after each step"""
+    """(S, m) cumulative fraction of the signal's energy explained after each step"""
 
     def sum(self, atoms: Tensor) -> Tensor:
-        """(S, k): what the signals were approximated by."""
+        """Reconstruct the signals (S, k) from the dictionary (M, k)."""
         return torch.einsum("sm,smk->sk", self.coefficient, atoms[self.index.clamp_min(0)])
 
 
 def atoms(texts: Tensor, norm: AtomNorm = "unit") -> Tensor:
-    """A dictionary (M, k) of text embeddings (M, k): minus their mean, and of unit norm. legacy: per dimension, x 100.
+    """Build a dictionary (M, k) from text embeddings (M, k): centre and scale to unit norm. legacy: per dimension, x
+    100.
 
-    Without their mean, because all texts share most of what they say. Raises Invalid for fewer than two texts.
+    Centred, because the mean dominates all text embeddings. Raises Invalid for fewer than two texts.
     """
     if len(texts) < 2:
         raise Invalid("A dictionary of texts needs at least two: what all of them share is taken away.")
@@ -61,10 +62,10 @@ def atoms(texts: Tensor, norm: AtomNorm = "unit") -> Tensor:
 
 @torch.no_grad()
 def pursue(signals: Tensor, dictionary: Tensor, m: int, tolerance: float = 1e-6) -> Sparse:
-    """At most m atoms of `dictionary` (M, k) for each of `signals` (S, k).
+    """Approximate each of `signals` (S, k) by at most m atoms of `dictionary` (M, k).
 
-    tolerance: a residual or what an atom adds below this share of the norm is rounding; the signal stops there. Raises
-    Invalid if m does not fit.
+    tolerance: a residual, or an atom's new component, below this fraction of the norm is rounding error; the signal
+    stops there. Raises Invalid if m does not fit.
     """
     M, k = dictionary.shape
     if not 1 <= m <= min(M, k):
@@ -78,9 +79,9 @@ def _pursue(x: Tensor, dictionary: Tensor, m: int, tolerance: float) -> Sparse:
     S, k = x.shape
     energy = x.square().sum(1).clamp_min(1e-300 if x.dtype == torch.float64 else 1e-30)
     left = x.clone()
-    Q = x.new_zeros(S, m, k)  # the taken atoms, made orthonormal
-    R = torch.eye(m, dtype=x.dtype, device=x.device).repeat(S, 1, 1)  # atoms in terms of Q, upper triangular
-    y = x.new_zeros(S, m)  # the signal in terms of Q
+    Q = x.new_zeros(S, m, k)  # orthonormal basis of the atoms taken
+    R = torch.eye(m, dtype=x.dtype, device=x.device).repeat(S, 1, 1)  # atoms in basis Q, triangular
+    y = x.new_zeros(S, m)  # coefficients of the signal in the basis Q
     index = torch.full((S, m), -1, device=x.device)
     explained = x.new_zeros(S, m)
     rows, live = torch.arange(S, device=x.device), torch.ones(S, dtype=torch.bool, device=x.device)

@@ -1,4 +1,5 @@
-"""The paper's open questions: how much one direction explains, what the lens holds still, who carries a neuron."""
+"""The paper's open questions: how much one direction explains, what the lens holds fixed, which heads carry a
+neuron."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ REPLACEMENTS: tuple[Replacement, ...] = ("mean", "significant", "insignificant",
 
 @torch.no_grad()
 def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], data: Dataset, weights: Tensor) -> Any:
-    """Zero-shot accuracy when all effects of a layer are replaced (section 4 of the paper), layer by layer, and the
-    share of pictures in which an effect is significant."""
+    """Measure zero-shot accuracy with all effects of a layer replaced (section 4 of the paper), layer by layer, and the
+    fraction of images in which an effect is significant."""
     right: dict[int, dict[str, int]] = {layer: dict.fromkeys(REPLACEMENTS, 0) for layer in lenses}
     base_right, counted = 0, dict.fromkeys(lenses, 0.0)
     for batch in data.batches(32):
@@ -58,10 +59,10 @@ def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], 
 def linearisation(
     base: Base, cards: NeuronCards, at: NeuronLens, images: Tensor, neurons: Sequence[int]
 ) -> dict[str, Any]:
-    """Error of the lens against true mean-ablation of a neuron, as what the lens holds fixed is let go one by one.
+    """Compare the lens with true mean-ablation of a neuron while what the lens holds fixed is released step by step.
 
-    Per step: |phi - change|^2 over |change|^2, both about the neuron's mean activation, summed over neurons and
-    pictures; their cosine, mean over both; the share of the final change's energy that the step has.
+    Per step: |phi - change|^2 over |change|^2, both relative to the neuron's mean activation, summed over neurons and
+    images; their mean cosine; and the step's fraction of the final change's energy.
     """
     layer = at.layer
     rest = cards.layers[layer].rest
@@ -99,7 +100,7 @@ def linearisation(
 
 
 def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[int, NeuronLens]) -> dict[str, Any]:
-    """Answers the paper's open questions on val: variance explained by one direction, error of the lens, carrying
+    """Answer the paper's open questions on val: variance explained by one direction, error of the lens, carrying
     heads."""
     images = world(config, _plain(config), "val", config.val_images)
     weights = clip.zero_shot(base, images.classes)
@@ -129,7 +130,7 @@ def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[in
 
 
 def _plain(config: Config) -> str:
-    """Name of the world of clean pictures on which zero-shot accuracy is measured."""
+    """Return the name of the world of clean images on which zero-shot accuracy is measured."""
     return "imagenet" if not config.data or config.task in ("typographic", "steer") else config.task
 
 
@@ -137,7 +138,7 @@ BINS = 20
 
 
 def _summary(x: Tensor) -> dict[str, Any]:
-    """Mean, quartiles and a histogram over neurons of shares between 0 and 1."""
+    """Summarise fractions x (N,) over neurons: mean, quartiles and a histogram."""
     x = x.float().cpu().clamp(0, 1)
     quartiles = [round(float(v), 4) for v in x.quantile(torch.tensor([0.25, 0.5, 0.75]))]
     return {"mean": round(float(x.mean()), 4), "quartiles": quartiles, "histogram": x.histc(BINS, 0, 1).long().tolist()}

@@ -1,4 +1,4 @@
-"""The full report: the sealed patch and its control on test, masks, pictures that mislead."""
+"""Full report of second_order: the sealed patch and its control on test, segmentation, misleading images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measures a sealed patch and its control on test, segmentation by its neurons beside other ways, and pictures
+    """Measure a sealed patch and its control on test, segmentation by its neurons beside other methods, and images
     composed to mislead."""
     opened = open_patch(folder, config.base, config.device)
     base, patch, fitted = opened.base, opened.patch, opened.fitted

@@ -1,8 +1,8 @@
-"""Metrics of captions, written to their published definitions: BLEU (Papineni et al. 2002), CIDEr-D (Vedantam et al.
-2015), CLIPScore (Hessel et al. 2021), and exact objects on the lab, where what is in a picture is known.
+"""Caption metrics implemented from their published definitions: BLEU (Papineni et al. 2002), CIDEr-D (Vedantam et al.
+2015), CLIPScore (Hessel et al. 2021), and object precision and recall where the ground truth is known.
 
-Texts are compared as lower-case words; punctuation is left out, as the usual tokeniser for these metrics does. METEOR
-and SPICE need word nets and parsers that are no part of this project, so there is nothing here under their names.
+Texts are compared as lower-case words without punctuation, as the usual tokeniser for these metrics leaves them. METEOR
+and SPICE need WordNet and parsers, so they are not implemented.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from registry.errors import Invalid
 
 MAX_N = 4
 SIGMA = 6.0
-"""Width of CIDEr-D's penalty for captions of other lengths"""
+"""Standard deviation, in words, of CIDEr-D's Gaussian length penalty"""
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
+    """Split a text into lower-case words without punctuation."""
     return re.findall(r"[\w']+", text.lower())
 
 
 def ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
-    """How often every run of n words occurs."""
+    """Count every n-gram of a text."""
     w = words(text)
     return Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1))
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], n: int = MAX_N) -> float:
-    """Corpus BLEU-n in [0, 1]: geometric mean of the clipped n-gram precisions of the whole corpus, times the brevity
-    penalty exp(1 - r/c) with the closest reference lengths (of two equally close the shorter). No smoothing."""
+    """Compute corpus BLEU-n in [0, 1], unsmoothed: the geometric mean of the clipped n-gram precisions of the whole
+    corpus, times the brevity penalty exp(1 - r/c) with the closest reference lengths (the shorter of two equally
+    close)."""
     _check(candidates, references)
     hits, total = [0] * n, [0] * n
     length = closest = 0
@@ -58,12 +59,14 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], n: int 
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of every candidate: 10 / 4 times the sum over n = 1..4 of the mean over its references of
+    """Compute the CIDEr-D score of each candidate: 10 / 4 times the sum over n = 1..4 of the mean over its references
+    of
 
-        exp(-(l_c - l_r)^2 / (2 SIGMA^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
+            exp(-(l_c - l_r)^2 / (2 SIGMA^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 
-    g_n are tf-idf vectors of n-grams: counts times log(N / df), df in how many of the N items some reference has it.
-    The corpus for df is the references given here, so scores of different sets do not compare."""
+    g_n are tf-idf vectors of n-grams: counts times log(N / df), with df the number of the N items that have the n-gram
+    in a reference. Document frequencies come from the references given, so scores of different sets do not compare.
+    """
     _check(candidates, references)
     N = len(references)
     df: list[Counter[tuple[str, ...]]] = [Counter() for _ in range(MAX_N)]
@@ -92,22 +95,24 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> l
 
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """CLIPScore 2.5 max(cos, 0) (n,) of unit features (n, k) each."""
+    """Compute CLIPScore (n,), 2.5 max(cos, 0), of unit image and text features (n, k)."""
     return 2.5 * (images * texts).sum(-1).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Objects:
-    """Which names a caption says, against what is there."""
+    """Precision, recall and F1 of the object names in a caption, and the names it mentions."""
 
     precision: float
     recall: float
     f1: float
     said: frozenset[str]
+    """Names that the caption mentions"""
 
 
 def named(text: str, names: Iterable[str]) -> frozenset[str]:
-    """The names that a text says: whole words, longer names first, so that "horse face" is no horse."""
+    """Return the names that occur in a text as whole words, longest match first, so that "horse face" is not a
+    "horse"."""
     found, left = set(), f" {' '.join(words(text))} "
     for name in _longest_first(tuple(names)):
         if f" {name} " in left:
@@ -122,7 +127,8 @@ def _longest_first(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def objects(text: str, there: Iterable[str], names: Iterable[str]) -> Objects:
-    """Precision, recall and F1 of the names a caption says, of all `names` there are; 0 where it says none."""
+    """Score a caption's object names against the objects present. names: vocabulary of objects; a caption without any
+    gets 0."""
     said, true = named(text, names), frozenset(" ".join(words(t)) for t in there)
     hit = len(said & true)
     p, r = hit / len(said) if said else 0.0, hit / len(true) if true else 0.0

@@ -1,8 +1,8 @@
-"""What video models are measured by: eleven motions of the lab, controls, probes of frozen features, fine-tuning.
+"""Motion classification on the lab's clips: how video models are trained, probed and fine-tuned, with two CNN controls.
 
-Shared by the systems that train on clips. Choose on `val`, report `test`. Every table stands beside two controls: a
-small CNN on frame differences (positive: the labels can be learnt, from motion) and the same CNN on the middle frame
-(negative: nothing but motion tells the classes apart).
+Shared by the systems that train on clips. Choose on `val`, report `test`. Every table includes a positive control, a
+small CNN on frame differences (the labels are learnable from motion), and a negative one, the same CNN on the middle
+frame (nothing but motion separates the classes).
 """
 
 from __future__ import annotations
@@ -26,53 +26,55 @@ from training.lab.worlds import MOTIONS
 
 CLASSES = MOTIONS
 POSITIVE, NEGATIVE = 0.75, 0.25
-"""gates: no number of a transformer is believed unless the positive control is above and the negative one below"""
+"""Validity gates on accuracy: a transformer's number counts only if the positive control exceeds the first and the
+negative control stays below the second"""
 
 
 @lru_cache(8)
 def clips(split: str, n: int, seed: int = 0, frames: int = actions.FRAMES, size: int = actions.SIZE) -> actions.Clips:
-    """Labelled clips of a split of the lab, kept between calls."""
+    """Draw labelled clips of a lab split; cached, since rendering is slow."""
     return actions.draw(split, n, seed, frames, size)
 
 
 def rate(step: int, steps: int, warm: int) -> float:
-    """Linear warm-up, then half a cosine to 0: what the peak learning rate is multiplied by."""
+    """Return the learning rate at a step as a fraction of its peak: linear warm-up, then half a cosine down to 0."""
     return min((step + 1) / max(1, warm), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def optimiser_of(
     groups: list[dict[str, Any]], decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-15
 ) -> Any:
-    """AdamW over groups {"params", "peak"}, fused where the device has it.
+    """Create AdamW over parameter groups {"params", "peak"}, fused where the device supports it.
 
-    eps is far below its usual 1e-8: the loss of pixels in [0, 1] is so small that the gradients of a narrow model's
-    queries are 1e-10, and such weights would never move.
+    eps is far below the usual 1e-8: losses on pixels in [0, 1] are so small that query gradients of a narrow model are
+    around 1e-10, and with a larger eps these weights would never move.
     """
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=decay, fused=device in ("cpu", "cuda"))
 
 
 def autocast(device: str, wanted: bool) -> Any:
-    """bfloat16 where it is wanted: on CUDA; a CPU without units for it is thirty times slower with it."""
+    """Return an autocast scope to bfloat16 if `wanted`; a CPU without bfloat16 units is thirty times slower in it."""
     if not wanted:
         return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, share: float) -> None:
+    """Set every group's learning rate to `share` of its peak."""
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * share
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A model that was trained, and what that cost."""
+    """A trained model and its training cost."""
 
     model: Any
     seconds: float
-    """Seconds of processor time"""
+    """CPU seconds of this process"""
     train: float
-    """accuracy on the last fifth of its training batches"""
+    """Accuracy in [0, 1], averaged over the last fifth of the training steps"""
 
 
 def train(
@@ -80,7 +82,10 @@ def train(
     seed: int, see: Callable[[Tensor], Tensor] = lambda x: x, smoothing: float = 0.0, decay: float = 0.05,
     warm: float = 0.1,
 ) -> Fitted:  # fmt: skip
-    """Fit a classifier by AdamW on shuffled batches; groups: {"params", "peak"} each."""
+    """Train a classifier by AdamW and cross-entropy on shuffled batches of `inputs` (n, ...) and `label` (n,).
+
+    groups: {"params", "peak"} each; see: transform of a batch before the model; warm: fraction of the steps.
+    """
     g = Generator().manual_seed(seed)
     optimiser = optimiser_of(groups, decay)
     order, begun, right = torch.empty(0, dtype=torch.int64), time.process_time(), []
@@ -103,7 +108,7 @@ def train(
 
 @torch.no_grad()
 def answers(model: Callable[[Tensor], Tensor], inputs: Tensor, see: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """(n,) the class that scores highest for each input."""
+    """Predict the class (n,) of each input, in batches of 100."""
     return torch.cat([model(see(part)).argmax(1).cpu() for part in inputs.split(100)])
 
 
@@ -111,20 +116,21 @@ def answers(model: Callable[[Tensor], Tensor], inputs: Tensor, see: Callable[[Te
 
 
 def differences(video: Tensor) -> Tensor:
-    """(n, 3 (T - 1), R, R): each frame less the one before."""
+    """Return frame differences (n, 3 (T - 1), R, R) of normalised clips, stacked as channels."""
     x = normalise(video)
     return (x[:, 1:] - x[:, :-1]).flatten(1, 2)
 
 
 def middle(video: Tensor) -> Tensor:
-    """(n, 3, R, R): the middle frame, which says nothing of the class in the lab's actions."""
+    """Return the normalised middle frame (n, 3, R, R), which is independent of the class in the lab's actions."""
     return normalise(video[:, video.shape[1] // 2, None])[:, 0]
 
 
 def control(
     see: Callable[[Tensor], Tensor], labelled: actions.Clips, test: actions.Clips, steps: int = 600, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """Fit a three-layer CNN on what `see` shows of a clip: (n,) right or wrong on test, and its processor seconds."""
+    """Train a three-layer CNN on the view `see` of clips; return whether it is right on each test clip (n,), and CPU
+    seconds."""
     torch.manual_seed(seed)
     channels, width, size = see(test.video[:1]).shape[1], 24, test.video.shape[-1]
 
@@ -147,7 +153,8 @@ def probe(
     features: Tensor, label: Tensor, pooling: Pooling = "attention", steps: int = 200, seed: int = 0,
     classes: int = len(CLASSES), peak: float = 5e-3,
 ) -> Probe:  # fmt: skip
-    """Fit a probe on frozen features (n, N, d)."""
+    """Train a probe on frozen features (n, N, d): attention pooling over the N tokens, or another `pooling`, then a
+    linear layer."""
     torch.manual_seed(seed)
     model = Probe(features.shape[-1], classes, pooling)
     groups = [{"params": list(model.parameters()), "peak": peak}]

@@ -1,7 +1,7 @@
-"""Tasks that patches of CLIP are measured by: a typographic attack, Waterbirds, CelebA, steering to a word.
+"""Image-recognition tasks by which patches of CLIP are measured: typographic attacks, Waterbirds, CelebA, steering.
 
-On real data or its rendered twin. Every task has a metric to improve (`GOAL`) and one that must not fall (`KEPT`);
-candidates are compared on val by `worth`, and test is only ever reported.
+Each runs on real data or on its rendered twin. A task has a metric to improve (`GOAL`) and one that must not fall
+(`KEPT`). Candidates are compared on val by `worth`; test is only ever reported.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from training.tasks.intervals import mean, share
 Task = Literal["typographic", "waterbirds", "celeba", "steer"]
 Classifier = Literal["zero-shot", "probe"]
 PROBE_IMAGES, PROBE_DECAY = 1600, 1e-5
-"""Train pictures that a probe is fitted on, and the decay of its squared weights. The more decay the more a probe leans
-on what should not matter (val, waterbirds,
-average and worst group: .81 and .48 at 1e-3, .83 and .57 at 1e-4, .87 and .69 here)"""
+"""Number of train images for fitting a linear probe, and its L2 penalty. A stronger penalty makes the probe rely more
+on the spurious cue (val, waterbirds, average and worst-group accuracy: .81 and .48 at 1e-3, .83 and .57 at 1e-4, .87
+and .69 here)"""
 
 
 class Asked(Protocol):
-    """The fields of a system's config that say what it is measured by."""
+    """The fields that a system's config must have for its patches to be measured on a task."""
 
     @property
     def task(self) -> Task: ...
@@ -67,16 +67,17 @@ class Answers:
     """Logits of n pictures, with their classes and spurious cues."""
 
     logits: Tensor
-    """(n, C)"""
+    """(n, C) logits over the label set"""
     label: Tensor
-    """(n,)"""
+    """(n,) index of the true class"""
     other: Tensor
-    """(n,) the spurious cue: the class that is written (-1 for none), the place; for steering, the word's class"""
+    """(n,) spurious cue: the written class (-1 for none), the place, or for steering the target word's class"""
 
 
 def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
-    """Data sets of a task by name: `clean`; for the typographic one also the same pictures with another class written
-    on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS)."""
+    """Return a task's data sets by name: `clean`, and for the typographic task the same images with another class
+    written on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out
+    (worlds.HANDS). Raises ConfigError for a fold of another task."""
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
     if config.task == "typographic":
@@ -84,14 +85,14 @@ def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dat
         return {name: world(config, "typographic", split, n, word=w) for name, w in words.items()}
     if config.task == "steer":
         return {"clean": world(config, "imagenet", split, n)}
-    # groups are drawn alike to fit on: at the twins' own correlation a rare group is ten pictures of 384, which gates
-    # learn by heart. A real data set is drawn as it is, and its groups are weighted
+    # Groups are balanced for fitting: at the twins' own correlation a rare group has ten images of 384, which gates
+    # memorise. A real data set is not resampled; its groups are weighted instead.
     even: dict[str, Any] = {"correlation": 0.5} if split == "train" and not config.data else {}
     return {"clean": world(config, config.task, split, n, fold=fold, **even)}
 
 
 def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
-    """At most n pictures of a lab world, or of the real data set in `data`, drawn by the seed."""
+    """Draw at most n images, by the seed, from a lab world or from the real data set in `config.data`."""
     if not config.data:
         return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
     if name == "typographic":
@@ -111,11 +112,11 @@ def classifier(
     folder: Path | None = None,
     fold: str = "",
 ) -> LabelSet:
-    """The classifier of a task's classes: a linear probe, or zero-shot weights from texts. The lab's birds are
-    classified by species name; blond or not by the mean over names of people, since hair alone is no concept of this
-    model.
+    """Build the classifier of a task: a linear probe, or zero-shot weights from the class names' text embeddings.
 
-    folder: of the sealed patch that is measured; its probe is the one that is served, so that one is taken.
+    The lab's birds are classified by species name, and hair colour by the mean embedding of people's names, since hair
+    alone is no concept of this model. folder: that of a sealed patch; if it holds a probe, this one is used, as in
+    serving.
     """
     if config.classifier == "probe":
         if folder is None or not (folder / FILE).is_file():
@@ -138,19 +139,19 @@ def classifier(
 
 
 def _kinds() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Class and name of every species of the lab's birds."""
+    """Return the class and the species name of each of the lab's birds."""
     both = worlds.LANDBIRDS, worlds.WATERBIRDS
     return ("landbird",) * len(both[0]) + ("waterbird",) * len(both[1]), (*both[0], *both[1])
 
 
 _probes: dict[tuple[Any, ...], LabelSet] = {}
-"""The last probe, so that a fit and its measurements share it"""
+"""The last fitted probe, shared by a fit and its measurements"""
 
 
 def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
-    """A linear classifier of the base's embeddings, fitted on the train split as it is (empirical risk minimisation),
-    so that it picks up train's spurious correlations. The lab's birds are classified by species. fold: the held-out
-    illustrator."""
+    """Fit a linear classifier on the base's embeddings of the train split by empirical risk minimisation, so that it
+    learns train's spurious correlations. The lab's birds are classified by species. fold: the held-out illustrator.
+    Raises ConfigError for a zero-shot task."""
     if config.task in ("typographic", "steer"):
         raise ConfigError(f"classifier=probe is for groups, waterbirds or celeba; {config.task} is zero-shot.")
     key = base.digest, config.task, config.data, config.seed, fold
@@ -183,13 +184,14 @@ def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
 
 
 def seal_labels(config: Asked, by: LabelSet, folder: Path) -> None:
-    """Writes a probe beside the patch that was fitted for it; zero-shot weights follow from texts and need no file."""
+    """Write a probe beside the patch that was fitted for it; zero-shot weights are recomputed from texts and need no
+    file."""
     if config.classifier == "probe":
         save_label_set(by, folder)
 
 
 def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
-    """Per-picture outcomes behind each metric: (n,) of 0 or 1, for steering also of probabilities."""
+    """Return the per-image outcomes behind each metric: (n,) of 0 or 1; for steering also probabilities."""
     clean = said["clean"]
     right = clean.logits.argmax(1) == clean.label
     if config.task == "typographic":
@@ -211,12 +213,12 @@ def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
 
 
 LESS = ("says_word",)
-"""metrics that a better patch has less of"""
+"""Metrics that a good patch lowers"""
 
 
 def measured(config: Asked, said: Mapping[str, Answers]) -> dict[str, Measure]:
-    """Metrics of a task with 95 % intervals. To improve: `attacked`, `worst_group` (with the interval of the group that
-    is worst here) or `probability`; to keep: `clean` or `average`."""
+    """Compute a task's metrics with 95 % intervals. To improve: `attacked`, `worst_group` (with the interval of the
+    group that is worst here) or `probability`; to keep: `clean` or `average`."""
     got = {
         k: mean(v) if v.is_floating_point() else share(v, "lower" if k in LESS else "higher")
         for k, v in outcomes(config, said).items()
@@ -227,7 +229,7 @@ def measured(config: Asked, said: Mapping[str, Answers]) -> dict[str, Measure]:
 
 
 def metrics(config: Asked, said: Mapping[str, Answers]) -> dict[str, float]:
-    """The values of `measured` alone, by which candidates are judged."""
+    """Return the point estimates of `measured`, by which candidates are compared."""
     return {k: m.value for k, m in measured(config, said).items()}
 
 
@@ -236,8 +238,8 @@ KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "s
 
 
 def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """The value by which a candidate is chosen: the metric to improve if the metric to keep falls by at most `bound`,
-    else minus the excess."""
+    """Return a candidate's selection score: the metric to improve if the metric to keep falls by at most `bound`, else
+    minus the excess."""
     kept = KEPT[config.task]
     score = got[GOAL[config.task]]
     return choose.worth(score, got[kept], base[kept] - config.bound) if kept else score
@@ -245,7 +247,7 @@ def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) ->
 
 @torch.no_grad()
 def ask(base: Base, config: Asked, data: Dataset, by: LabelSet) -> Answers:
-    """Logits of every picture of a set, under whatever patches are applied to the base."""
+    """Classify every image of a data set with whatever patches are applied to the base."""
     logits, label, other = [], [], []
     for batch in data.batches(50):
         logits.append(by.logits(clip.embed_images(base, batch.image), clip.logit_scale(base)))
@@ -255,6 +257,8 @@ def ask(base: Base, config: Asked, data: Dataset, by: LabelSet) -> Answers:
 
 
 def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
+    """Return each image's spurious cue (B,), see `Answers.other`. Raises ConfigError if the steering word is no
+    class."""
     if config.task == "steer":
         if config.word not in data.classes:
             raise ConfigError(
@@ -266,16 +270,16 @@ def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
 
 
 GROUPS = {"clean": "quality", "blank": "quality", "average": "quality"}
-"""Metrics that must not fall; the others are what the patch is for"""
+"""Prefix of metrics that must not fall; all others are named `target/...`"""
 
 
 def reported_splits(config: Asked) -> tuple[str, ...]:
-    """What is reported: test, and of the lab's twins a style that no lab model was trained on (`held`)."""
+    """Return the splits to report: test, and for lab twins also `held`, the style that no lab model was trained on."""
     return ("test",) if config.data else ("test", "held")
 
 
 def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, Measure]:
-    """The task's metrics on test, and for the lab's twins in the style no lab model was trained on (`_held`)."""
+    """Measure an arm on test, and for lab twins in the held-out style (`_held`): metric -> Measure."""
     out: dict[str, Measure] = {}
     for split in reported_splits(config):
         end = "" if split == "test" else f"_{split}"
@@ -290,24 +294,25 @@ def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, Measur
 
 @dataclass(frozen=True)
 class Arm:
-    """What a report measures: a patch of some tower, and how class names are put into words while it is on."""
+    """A model variant that a report measures: a patch with its strength, and the prompt templates used with it."""
 
     patch: Patch | None = None
-    """None: the base"""
+    """Patch to apply; None for the base"""
     strength: float = 1.0
     templates: Sequence[str] = clip.TEMPLATES
     about: Mapping[str, Any] = field(default_factory=dict)
-    """what was fitted and chosen, as plain values"""
+    """How the variant was fitted and chosen, as plain values"""
 
     def on(self, base: Base) -> AbstractContextManager[Any]:
-        """The base with this arm, as a scope."""
+        """Apply this arm to the base for the duration of a `with` block."""
         return self.patch.apply(base.model, self.strength, base.root) if self.patch else nullcontext()
 
 
 def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], folder: Path, draft: Draft) -> None:
-    """Every arm on test and in the held style, each metric with its interval, into `draft` under "arms" as it comes.
+    """Measure every arm on test and in the held-out style; write each metric with its interval into `draft` under
+    "arms" as soon as it is known.
 
-    folder: of the sealed patch, whose probe is the classifier if it has one.
+    folder: that of the sealed patch, whose probe is the classifier if it has one.
     """
     sets = {split: pictures(config, split, config.test_images) for split in reported_splits(config)}
     for name, arm in tqdm(arms, "arms", disable=None):
@@ -323,8 +328,8 @@ def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], fold
 def examples(
     base: Base, config: Asked, data: Mapping[str, Dataset], by: LabelSet, patch: Patch, folder: Path, count: int = 8
 ) -> dict[str, list[str]]:
-    """What the first pictures of a split are, and what base and patched model call them. The pictures are kept in
-    examples.safetensors."""
+    """Record the true class, the base's and the patched model's predictions of a split's first images; the images are
+    saved in examples.safetensors."""
     shown = data["attacked" if config.task == "typographic" else "clean"]
     batch = shown.read(range(min(count, len(shown))))
     out = {"is": [shown.classes[i] for i in batch.label.tolist()]}
@@ -337,13 +342,14 @@ def examples(
 
 
 def affordable(counts: Sequence[int], among: int) -> list[int]:
-    """The counts that leave as many other items for a control; if none does, the largest one that would."""
+    """Return the counts that leave as many other items for a control of equal size; if none does, the largest that
+    would."""
     return [n for n in counts if 2 * n <= among] or [among // 2]
 
 
 def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
-    """A matched control: for each chosen item the nearest other one by mass (N,), ties drawn at random, none twice.
-    Raises ConfigError if fewer others are left than are chosen."""
+    """Draw a matched control: for each chosen item the nearest other one by mass (N,), ties at random, none twice.
+    Raises ConfigError if fewer others are left than were chosen."""
     if 2 * len(chosen) > len(mass):
         raise ConfigError(
             f"{len(chosen)} of {len(mass)} are chosen: no control of as many others is left. Choose fewer."
@@ -359,7 +365,7 @@ def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
 
 
 def bars(results: Mapping[str, Mapping[str, float]]) -> Any:
-    """Figure: metrics on test, arm beside arm."""
+    """Draw the figure of test metrics as bars, grouped by metric with one bar per arm."""
     from matplotlib.figure import Figure
 
     keys = [k for k in results["base"] if not k.endswith("_held")]

@@ -1,20 +1,21 @@
-"""How well maps find the thing: direct effects of heads, neurons, raw attention and a map that finds nothing, on one
-table.
+"""Zero-shot segmentation by heat maps: compare heads' direct effects, neurons, raw attention and a trivial baseline.
 
-Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one, its map less
-the mean over classes', bilinear to the picture's size, what is below zero counts as nothing, cut at the map's own mean.
-Beside it half-way between its least and its largest, as arXiv 2406.04341 cuts, and Otsu's threshold, as services cut.
-Pixel accuracy, mean intersection over union of thing and ground, mean average precision; and how often the map is
-highest in the thing. Ways:
+Protocol of Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 5.1: the class is the predicted one; its map, less
+the mean map of all classes, is resized bilinearly to the image, clipped at zero and thresholded at its own mean. Two
+further thresholds: half-way between minimum and maximum (as in arXiv 2406.04341) and Otsu's (as served). Metrics: pixel
+accuracy, mean IoU of foreground and background, mean average precision, and pointing (whether the map's maximum lies on
+the object). Methods:
 
-- `direct effects`: what all heads add to the class, by the patch they read (2310.05916); of the last four layers;
-- `raw attention`: the class token's, mean over heads, of the last layer or of all;
-- `neurons, raw`: activations of the 200 neurons whose direction says the class most (2406.04341, as published); times
-  their sign; times how much they say it;
-- `neurons, effect` (ours): what all neurons add to the class through later heads, by the patch they fire at.
+- `direct effects`: direct contributions of all heads to the class logit, by source patch (2310.05916); also of the last
+four layers;
+- `raw attention`: attention of the class token, averaged over heads, of the last layer or of all;
+- `neurons, raw`: activations of the 200 neurons whose direction is nearest the class (2406.04341, as published); also
+times their sign, and times their cosine;
+- `neurons, effect` (ours): what all neurons contribute to the class through later heads, by the patch at which they
+fire.
 
-Of the lab two tables: single things, and one of three things, asked for by its name. A picture of one thing is found by
-looking at all, whatever was asked; among several only a map that answers the question can find the one.
+The lab gives two tables: single objects, and one of three objects, asked for by name. A single object is found by any
+saliency; among several, only a map that depends on the query can find the right one.
 
     python -m training.tasks.segmentation lab:clip REPORT.json                        # the lab's masks
     python -m training.tasks.segmentation lab:clip REPORT.json --neurons FOLDER  # and the neurons of a second_order fit
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from patches.evidence.neuron_cards import Reader, Vote, load_neurons, segment
 from patches.families import clip
 from patches.families.base import Base, load_base
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from patches.families.clip.maps import Threshold
 from training.data.images import READERS, Dataset
@@ -47,17 +48,18 @@ from training.lab import worlds
 from training.tasks.textspan import read_pool
 
 CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half", ", cut by Otsu": "otsu"}
-"""what a row's name ends with -> where its map is cut"""
+"""Suffix of a row's name -> threshold by which its maps are binarised"""
 VOTES: tuple[Vote, ...] = ("raw", "signed", "weighted", "effect")
 
 Way = Callable[[Tensor, Tensor], Tensor]
-"""pictures as the processor makes them (B, 3, h, w), classes (B,) -> maps (B, g, g), 0 for nothing"""
+"""Method: preprocessed images (B, 3, h, w) and class indices (B,) -> heat maps (B, g, g), non-negative or
+binary-ready"""
 
 
 def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
-    """Segmentation scores per picture (B,) of a thresholded map: pixel accuracy, IoU of thing and of ground, and their
-    mean."""
-    cut = heatmap.mask(got, threshold, mask.shape[-1])
+    """Score thresholded maps `got` (B, g, g) against masks (B, R, R): pixel accuracy, IoU of foreground ("thing") and
+    background ("ground"), and their mean, (B,) each."""
+    cut = maps.mask(got, threshold, mask.shape[-1])
     out = {"accuracy": (cut == mask).float().mean((1, 2))}
     for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
         out[name] = (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp_min(1)
@@ -65,8 +67,9 @@ def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str
 
 
 def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Threshold-free scores per picture (B,): average precision, and whether the map's maximum lies in the thing."""
-    full = heatmap.resized(got, mask.shape[-1])
+    """Score maps without a threshold, (B,) each: average precision, and whether the map's maximum lies on the
+    object."""
+    full = maps.resized(got, mask.shape[-1])
     pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
     return {
         "precision": torch.stack([average_precision(x, m) for x, m in pairs]),
@@ -75,7 +78,7 @@ def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def average_precision(score: Tensor, right: Tensor) -> Tensor:
-    """Mean over right pixels of the share of right ones among those that score at least as high."""
+    """Compute the average precision of scores (N,) for the pixels with `right` (N,) bool."""
     order = score.argsort(descending=True)
     hit = right[order].float()
     precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
@@ -83,30 +86,30 @@ def average_precision(score: Tensor, right: Tensor) -> Tensor:
 
 
 def ways(lens: Lens, weights: Tensor, reader: Reader | None = None, count: int = 200) -> dict[str, Way]:
-    """Segmentation methods by name. weights (k, C): a classifier; count: neurons that vote."""
+    """Return the segmentation methods by name. weights (k, C): zero-shot classifier; count: neurons that vote."""
     mean = weights.mean(1)
 
     def direct(x: Tensor, which: Tensor, layers: Sequence[int] | None = None) -> Tensor:
         T = weights[:, which].T - mean  # (B, k)
         heads = None if layers is None else [(i, h) for i in layers for h in range(lens.heads)]
-        made = [heatmap.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))]
+        made = [maps.grid(lens, x[i : i + 1], T[i : i + 1], heads)[0, 0] for i in range(len(x))]
         return torch.stack(made).clamp_min(0)
 
     def neurons(x: Tensor, which: Tensor, vote: Vote) -> Tensor:
         assert reader is not None
         said, place = torch.unique(which, return_inverse=True)
         texts = weights.T[said]
-        # as the direct way: what all classes share says nothing of where this one is. Voters are chosen by the class
+        # as for direct effects, what all classes share does not locate this one; voters are chosen by the class alone
         texts = texts - mean if vote == "effect" else nnf.normalize(texts, dim=1)
-        maps = segment(reader, x, texts, count, vote)[torch.arange(len(x)), place]
-        return maps.clamp_min(0) if vote == "effect" else maps
+        voted = segment(reader, x, texts, count, vote)[torch.arange(len(x)), place]
+        return voted.clamp_min(0) if vote == "effect" else voted
 
     last = range(max(0, lens.layers - 4), lens.layers)
     out: dict[str, Way] = {
         "direct effects": direct,
         "direct effects, last four layers": lambda x, which: direct(x, which, last),
-        "raw attention, last layer": lambda x, _: heatmap.attention(lens, x),
-        "raw attention, all layers": lambda x, _: heatmap.attention(lens, x, range(lens.layers)),
+        "raw attention, last layer": lambda x, _: maps.attention(lens, x),
+        "raw attention, all layers": lambda x, _: maps.attention(lens, x, range(lens.layers)),
     }
     if reader is not None:
         count = min(count, sum(len(one.told) for one in reader.cards.layers.values()))
@@ -123,8 +126,11 @@ def table(
     named: bool = False,
     reader: Reader | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of every method and threshold on a data set: method and threshold -> score -> [mean, half of a 95 %
-    interval, n]."""
+    """Score every method and threshold on a data set: method and threshold -> metric -> [mean, half of the 95 %
+    interval, n].
+
+    named: take the class from the label instead of the model's prediction.
+    """
     found: dict[str, dict[str, list[Tensor]]] = {}
     weights = clip.zero_shot(base, classes)
     how = ways(Lens(base), weights, reader)
@@ -154,7 +160,7 @@ def table(
 
 
 def lab(base: Base, split: worlds.Split, n: int, seed: int = 0, reader: Reader | None = None) -> dict[str, Any]:
-    """Segmentation tables of the lab: single things, and one of three things."""
+    """Compute the lab's two tables: single objects, and one of three objects asked for by name."""
     single, crowd = worlds.imagenet(split, n, seed), worlds.coco(split, n, seed)
     return {
         "single things": table(base, single, worlds.imagenet_classes(), reader=reader),
@@ -163,6 +169,7 @@ def lab(base: Base, split: worlds.Split, n: int, seed: int = 0, reader: Reader |
 
 
 def main(words: Sequence[str]) -> None:
+    """Run the command line: base reference, output file, `--neurons FOLDER`, `--data FOLDER NAMES`."""
     parser = argparse.ArgumentParser(prog="python -m training.tasks.segmentation")
     parser.add_argument("base", help="reference of a CLIP")
     parser.add_argument("report", type=Path, help="JSON file to write")

@@ -1,16 +1,17 @@
-"""TEXTSPAN: which texts span what an attention head adds to the embedding. Needs second moments only.
+"""TextSpan: describe each attention head by the texts that span its contributions to the embedding, from second
+moments.
 
-Gandelsman, Efros, Steinhardt, arXiv 2310.05916, algorithm 1. Per head, with C (N, k) what it adds to N unit embeddings:
-the pool R (M, k) is projected on the head's own directions, then again and again the text along which C varies most is
-taken and its direction removed from C and from every text. All of it is a function of n, sum c and sum c c^T, so
-pictures are streamed and the cost of the rest does not depend on how many there were:
+Gandelsman, Efros, Steinhardt, arXiv 2310.05916, algorithm 1. Per head, with C (N, k) its contributions to N unit
+embeddings: project the text pool R (M, k) onto the head's own directions; then repeatedly take the text along which C
+varies most, and remove its direction from C and from every text. All of it depends only on n, sum c and sum c c^T, so
+images are streamed and the cost of the rest does not grow with their number:
 
     G = sum c c^T = B' S B,  Z = B (G / n - mu mu^T) B^T,  R' = R B^T
     j = argmax_j R'_j Z R'_j^T,  u = R'_j / |R'_j|,  share = u Z u^T / tr,  Q = 1 - u^T u,  R' <- R' Q,  Z <- Q Z Q
 
-Texts are not normalised after the projection: one that the head can hardly say should not win. The head's own
-directions are at most `RANK`, and only those that are more than rounding; with `own` means
-(`families.clip.direct`) a head has at most e of them.
+Texts are not renormalised after the projection: a text that lies mostly outside of the head's subspace should not win.
+At most `RANK` directions of a head are kept, and only those above rounding error; with `own` means
+(`families.clip.direct`) a head of width e has at most e.
 
 Shapes: k joint space, M texts, L layers, H heads, m texts per head, r directions of a head.
 """
@@ -28,31 +29,35 @@ from patches.families.clip.direct import Lens, Share
 from registry.errors import Invalid, NotFound
 
 RANK = 80
-"""directions of a head that are kept, as published"""
+"""Number of principal directions kept per head, as published"""
 ROUNDING = 1e-6
-"""singular values below this part of the largest are rounding, and what they point at is chance"""
+"""Relative singular value below which a direction is rounding error"""
 CONSTANT = 1e-12
-"""a head whose variance is below this part of its second moment says the same of every picture"""
+"""Variance over second moment below which a head's contribution is constant"""
 MAX_TEXTS = 200_000
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments of what heads add to unit embeddings; pictures themselves are not kept."""
+    """First and second moments of heads' contributions to unit embeddings, accumulated over images."""
 
     count: int
+    """Number of images"""
     sum: Tensor
+    """(L, H, k) float64: sum of c"""
     """(L, H, k) float64"""
     square: Tensor
     """(L, H, k, k) float64: sum of c c^T"""
     layers: tuple[int, ...]
+    """Layer of each row of `sum` and `square`"""
 
     @property
     def mean(self) -> Tensor:
+        """(L, H, k) mean contribution of each head"""
         return self.sum / self.count
 
     def covariance(self, layer: int, head: int) -> Tensor:
-        """Covariance (k, k) of a head; layer: its place in `layers`."""
+        """Return a head's covariance (k, k); layer: position in `layers`."""
         mean = self.mean[layer, head]
         return self.square[layer, head] / self.count - torch.outer(mean, mean)
 
@@ -60,10 +65,10 @@ class Moments:
 def moments(
     lens: Lens, batches: Iterable[Tensor], layers: Sequence[int], unit: bool = True, share: Share = "own"
 ) -> Moments:
-    """Accumulates moments over batches of preprocessed pictures. unit: contributions to embeddings of unit norm
-    (published).
+    """Accumulate moments over batches of preprocessed images (B, 3, h, w).
 
-    Memory: L H k^2 doubles, whatever the number of pictures. Raises Invalid for fewer than two.
+    unit: contributions to embeddings of unit norm (as published). Memory: L H k^2 doubles, whatever the number of
+    images. Raises Invalid for fewer than two.
     """
     lens.check(layers)
     at = list(layers)
@@ -84,29 +89,31 @@ def moments(
 
 @dataclass(frozen=True)
 class Span:
-    """The texts that span one head's output, best first."""
+    """Texts that span one head's contributions, in the order in which they were taken."""
 
     layer: int
     head: int
     texts: tuple[int, ...]
-    """rows of the pool"""
+    """Rows of the pool"""
     share: tuple[float, ...]
-    """Share of the head's variance that each text adds"""
+    """Fraction of the head's variance that each text adds"""
     rank: int
-    """directions the head has"""
+    """Number of directions of the head"""
     variance: float
-    """trace of its covariance"""
+    """Trace of the head's covariance"""
     random: float
-    """share that as many texts drawn from the pool explain: what `sum(share)` is to be held against"""
+    """Fraction of variance explained by as many random texts of the pool: the control for `sum(share)`"""
 
 
 @torch.no_grad()
 def spans(
     seen: Moments, pool: Tensor, count: int = 10, rank: int = RANK, normalise_pool: bool = False, draws: int = 8
 ) -> list[Span]:
-    """Every head's texts out of a pool of unit embeddings (M, k). Fewer than `count` if a head has fewer directions.
+    """Compute the texts of every head from a pool of unit text embeddings (M, k); fewer than `count` if a head has
+    fewer directions.
 
-    normalise_pool: texts at unit norm after the projection on the head's directions, so that long ones do not win.
+    normalise_pool: rescale texts to unit norm after projecting them onto the head's directions, so that long ones do
+    not win.
     """
     if not 1 <= count <= len(pool):
         raise Invalid(f"count={count}: a pool of {len(pool)} texts gives 1 to {len(pool)} per head.")
@@ -122,7 +129,8 @@ def spans(
 
 
 def basis(square: Tensor, rank: int) -> Tensor:
-    """Main directions (r, k) of a head's second moments (k, k), largest first, without rounding noise."""
+    """Return the principal directions (r, k) of second moments (k, k), largest first, without those below rounding
+    error."""
     values, vectors = torch.linalg.eigh(square)
     kept = min(rank, int((values > ROUNDING**2 * values[-1].clamp_min(1e-300)).sum()))
     kept_vectors: Tensor = vectors[:, len(values) - kept :].flip(1).T
@@ -151,7 +159,7 @@ def _span(
     least = 1e-9 * float(R.square().sum(1).max())
     while len(texts) < min(count, len(B)):
         worth = ((R @ Z) * R).sum(1)
-        worth[R.square().sum(1) <= least] = -1.0  # nothing is left of it but rounding
+        worth[R.square().sum(1) <= least] = -1.0  # exhausted texts: only rounding error is left of them
         j = int(worth.argmax())
         if float(worth[j]) <= 0:
             break
@@ -165,7 +173,7 @@ def _span(
 
 
 def read_pool(file: str | Path) -> tuple[str, ...]:
-    """Reads a pool of texts from a .txt, one a line, stripped, without empty or repeated lines. Raises NotFound or
+    """Read a text pool from a .txt file, one text a line, stripped, without empty or repeated lines. Raises NotFound or
     Invalid."""
     path = Path(file).expanduser()
     if path.suffix != ".txt" or not path.is_file():

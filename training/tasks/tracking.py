@@ -1,8 +1,8 @@
-"""Label propagation by DAVIS' measures: region similarity J and boundary accuracy F.
+"""Video object segmentation by label propagation, scored as in DAVIS: region similarity J and boundary accuracy F.
 
-J is the intersection of an object's two masks over their union; F the harmonic mean of the precision and recall of
-their boundaries, matched within a tolerance of 0.8 % of the picture's diagonal and at least one pixel. Both are means
-over objects and frames after the first, objects that are not in the first frame left out.
+J is the IoU of an object's predicted and true masks. F is the harmonic mean of the precision and recall of their
+boundaries, matched within 0.8 % of the image diagonal and at least one pixel. Both are averaged over objects and all
+frames but the first; objects that are not in the first frame are left out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from patches.families.video.track import propagate, to_frames
 
 
 def region(a: Tensor, b: Tensor) -> float:
-    """J of two boolean masks (R, R); two empty ones agree."""
+    """Compute J, the IoU of two boolean masks (R, R); 1 if both are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 
 
 def boundary(a: Tensor, b: Tensor) -> float:
-    """F of two boolean masks (R, R)."""
+    """Compute F, the boundary F-measure of two boolean masks (R, R)."""
     reach = max(1, round(0.008 * math.hypot(*a.shape)))
     edge_a, edge_b = _edge(a), _edge(b)
     if not bool(edge_a.any()) or not bool(edge_b.any()):
@@ -35,16 +35,19 @@ def boundary(a: Tensor, b: Tensor) -> float:
 
 
 def _edge(mask: Tensor) -> Tensor:
+    """Return the boundary pixels of a mask (R, R)."""
     inner = -nnf.max_pool2d(-nnf.pad(mask[None, None].float(), (1, 1, 1, 1)), 3, 1)[0, 0]
     return mask & (inner < 0.5)
 
 
 def _grown(mask: Tensor, reach: int) -> Tensor:
+    """Dilate a mask (R, R) by `reach` pixels."""
     return nnf.max_pool2d(mask[None, None].float(), 2 * reach + 1, 1, reach)[0, 0] > 0.5
 
 
 def score(found: Tensor, true: Tensor) -> tuple[float, float]:
-    """J and F of labels (T, R, R) against the truth, frame 0 left out."""
+    """Return J and F of predicted object labels (T, R, R) against the true ones, without frame 0; NaN without any
+    object."""
     objects = [int(o) for o in true[0].unique() if int(o)]
     pairs = [
         (region(found[t] == o, true[t] == o), boundary(found[t] == o, true[t] == o))
@@ -56,7 +59,7 @@ def score(found: Tensor, true: Tensor) -> tuple[float, float]:
 
 
 def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
-    """Means over clips, the mean of both, and its standard error."""
+    """Average J and F over clips: their means, the mean JF of both with its standard error `se`, and n clips."""
     kept = torch.tensor([s for s in scores if s[0] == s[0]])
     both = kept.mean(1)
     return {
@@ -69,17 +72,21 @@ def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def each(found: Tensor, mask: Tensor) -> list[tuple[float, float]]:
-    """J and F of every clip: labels (n, T, R, R) against masks (n, T, R, R)."""
+    """Return J and F of every clip: predicted labels (n, T, R, R) against masks (n, T, R, R)."""
     return [score(labels.long(), m.long()) for labels, m in zip(found, mask, strict=True)]
 
 
 def copied(mask: Tensor) -> dict[str, float]:
-    """The baseline: the first frame's mask (n, T, R, R) left where it is."""
+    """Score the baseline that copies the first frame's mask (n, T, R, R) to all frames."""
     return summary([score(m[:1].long().expand_as(m), m.long()) for m in mask])
 
 
 def tracks(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Propagate the first masks of clips (n, T, R, R) along features (n, S side^2, d): labels (n, T, R, R)."""
+    """Propagate first-frame masks of clips (n, T, R, R) along patch features (n, S side^2, d); returns labels (n, T, R,
+    R).
+
+    grid: (S, side), the numbers of time slices and of patches a side.
+    """
     slices, side = grid
     out = [to_frames(propagate(x.view(slices, side * side, -1), m[0].long(), side), len(m))
            for x, m in zip(features, mask, strict=True)]  # fmt: skip
@@ -87,5 +94,5 @@ def tracks(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def tracked(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """J, F, their mean with its standard error, of propagation along features."""
+    """Score propagation along features: J, F, their mean JF with its standard error, n."""
     return summary(each(tracks(features, mask, grid), mask))

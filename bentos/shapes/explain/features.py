@@ -28,7 +28,7 @@ from patches.engine.read import record
 from patches.evidence import read_evidence, tensors
 from patches.evidence.feature_cards import Cards, load_cards
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae
 from registry.errors import BadRequest, NotFound, PatchError
 
@@ -167,7 +167,7 @@ class Service(Explainer):
             raise NotFound(f"There is no feature {name[:40]!r}; features are numbers from 0.")
         card = one.cards.card(int(name))
         for seen in card["pictures"]:
-            seen["png"] = heatmap.png(one.cards.thumbs[seen["picture"]])
+            seen["png"] = maps.png(one.cards.thumbs[seen["picture"]])
         out = {**card, "edited": int(name) in one.chosen, "site": one.site}
         return self.said(out, table, choice)
 
@@ -183,7 +183,7 @@ class Service(Explainer):
         said = read_evidence(folder)["examples"]
         images = tensors(folder, "examples.safetensors")["image"]
         return [
-            {"png": heatmap.png(image), **{k: v[i] for k, v in said.items()}}
+            {"png": maps.png(image), **{k: v[i] for k, v in said.items()}}
             for i, image in enumerate(images[:MAX_EXAMPLES])
         ]
 

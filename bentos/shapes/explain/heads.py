@@ -34,7 +34,7 @@ from bentos.tokens import ANY
 from patches.evidence import content
 from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from patches.families.pictures import Budget, guarded, read
 from registry import manifest
@@ -149,14 +149,14 @@ class Service(Explainer):
             if heads:
                 _check_heads(lens, heads)
             texts = clip.embed_texts(lens.base, [ask.text, *([ask.against] if ask.against else [])])
-            return heatmap.grid(lens, x[None], texts, heads)[0].cpu()
+            return maps.grid(lens, x[None], texts, heads)[0].cpu()
 
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
         picture = self.runtime.base.processor.shown(x)
         for side, arm in self.sides(choice, ask.compare and choice.digest != BASE, "patched"):
             grids = await self.read(look, arm=arm)  # (1 or 2, g, g)
             shown = grids[0] - grids[1] if len(grids) == 2 else grids[0]
-            drawn = await asyncio.to_thread(heatmap.drawn, picture, shown, ask.threshold, ask.side, ask.format)
+            drawn = await asyncio.to_thread(maps.drawn, picture, shown, ask.threshold, ask.side, ask.format)
             out |= {"base": drawn} if side == "base" else drawn
         return self.said(out, table, choice)
 
@@ -222,7 +222,7 @@ class Service(Explainer):
         for i, score in zip(rows.tolist(), scores.tolist(), strict=True):
             data.append({"picture": i, "name": gallery.names[i], "score": score})
             if ask.thumbs:
-                data[-1]["png"] = heatmap.png(gallery.thumbs[i])
+                data[-1]["png"] = maps.png(gallery.thumbs[i])
         out = {"object": "neighbours", "data": data, "heads": [f"{a}.{b}" for a, b in heads], "metric": ask.metric}
         return self.said(out, table, choice)
 

@@ -38,7 +38,7 @@ from patches.evidence.neuron_cards import (
     segment,
 )
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.pictures import Budget
 from patches.mechanisms.neurons import NeuronEdit
 from registry.errors import BadRequest, NotFound, PatchbayError
@@ -123,7 +123,7 @@ class Service(Explainer):
         layer, neuron = (_number(request.path_params[k], k) for k in ("layer", "neuron"))
         card = self._card(reader, layer, neuron, patch)
         for seen in card["pictures"]:
-            seen["png"] = heatmap.png(reader.cards.thumbs[seen["picture"]])
+            seen["png"] = maps.png(reader.cards.thumbs[seen["picture"]])
         return self.said(card, table, choice)
 
     async def attributes(self, request: Request, ask: Attributes) -> Response:
@@ -163,7 +163,7 @@ class Service(Explainer):
         for side, arm in self.sides(choice, ask.compare, "base"):
             grids = await self.read(look, arm=arm)  # (1 or 2, rows, columns)
             grid = grids[0] - grids[1] if len(grids) == 2 else grids[0]
-            out[side] = await asyncio.to_thread(heatmap.drawn, picture, grid, ask.threshold, ask.side, ask.format)
+            out[side] = await asyncio.to_thread(maps.drawn, picture, grid, ask.threshold, ask.side, ask.format)
         return self.said(out, table, choice)
 
     async def mine(self, request: Request, ask: Mine) -> Response:

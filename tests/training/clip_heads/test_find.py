@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from registry.errors import ConfigError
 from tests.training.clip_heads.some import PLANTED, TAXONOMY, TINY, WORDS, squares
@@ -41,10 +41,10 @@ def test_a_planted_head_segments_what_it_reads(planted):
     t = clip.embed_texts(planted, ["red"])
     red = masks.any((1, 2))
     for heads in ([PLANTED], None):
-        got = heatmap.mask(heatmap.grid(lens, x[red], t, heads)[:, 0], "half", 32)
+        got = maps.mask(maps.grid(lens, x[red], t, heads)[:, 0], "half", 32)
         iou = (got & masks[red]).sum((1, 2)) / (got | masks[red]).sum((1, 2))
         assert iou.mean() > 0.9
-    raw = heatmap.mask(heatmap.attention(lens, x[red]), "half", 32)  # it looks evenly, so attention says nothing
+    raw = maps.mask(maps.attention(lens, x[red]), "half", 32)  # it looks evenly, so attention says nothing
     assert ((raw & masks[red]).sum((1, 2)) / (raw | masks[red]).sum((1, 2))).mean() < 0.5
 
 

@@ -16,7 +16,7 @@ from patches.evidence.neuron_cards import (
     segment,
     voters,
 )
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.second_order import lens, look, scalars
 from registry.errors import BadArtifact, Invalid, NotFound
 from tests.training.second_order.some import LAST, LAYER, NEURON, OTHERS, RED, WORDS, colours
@@ -46,8 +46,8 @@ def test_the_planted_neuron_segments_what_it_means(reader, planted, vote):
     red = atoms(reader.cards.pool)[:1]
     assert voters(reader.cards, red[0], 1)[0][1].tolist() == [NEURON]
     sign = float((reader.cards.layers[LAYER].known.direction[NEURON] @ red[0]).sign())
-    maps = segment(reader, planted.processor.image(images), red, 1, vote)[:, 0]
-    said = heatmap.mask(maps if vote == "raw" else sign * maps, "half", 32)
+    voted = segment(reader, planted.processor.image(images), red, 1, vote)[:, 0]
+    said = maps.mask(voted if vote == "raw" else sign * voted, "half", 32)
     iou = (said & mask).sum((1, 2)) / (said | mask).sum((1, 2))
     print(f"IoU of the planted neuron, {vote}: mean {float(iou.mean()):.3f}, least {float(iou.min()):.3f}")
     assert float(iou.min()) > 0.9

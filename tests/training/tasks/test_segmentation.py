@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from training.lab import worlds
 from training.tasks.segmentation import average_precision, order, scores, table, ways
@@ -33,7 +33,7 @@ def test_what_is_asked_for_by_name_is_the_label_and_not_the_prediction(tiny_clip
     weights = clip.zero_shot(tiny_clip, classes)
     made = ways(Lens(tiny_clip), weights)["direct effects"](x, batch.label)
     apart = weights - weights.mean(1, keepdim=True)
-    one = heatmap.grid(Lens(tiny_clip), x[3:4], apart[:, batch.label[3:4]].T)[0, 0]
+    one = maps.grid(Lens(tiny_clip), x[3:4], apart[:, batch.label[3:4]].T)[0, 0]
     torch.testing.assert_close(made[3], one)
     got = table(tiny_clip, data, classes, named=True)["direct effects"]
     want = {**scores(made, batch.extras["mask"]), **order(made, batch.extras["mask"])}
@@ -59,16 +59,16 @@ def test_average_precision_is_the_share_for_a_flat_order():
 def test_runs_and_thresholds_say_the_same_mask():
     x = torch.rand(6, 6, generator=torch.Generator().manual_seed(0))
     for threshold in ("mean", "half", "otsu"):
-        mask = heatmap.mask(x, threshold, 24)
+        mask = maps.mask(x, threshold, 24)
         flat, value = [], False
-        for n in heatmap.runs(mask)["counts"]:
+        for n in maps.runs(mask)["counts"]:
             flat += [value] * n
             value = not value
         assert torch.tensor(flat).view(24, 24).equal(mask)
     two = torch.zeros(4, 4)
     two[:2] = 1.0
-    assert heatmap.mask(two, "otsu", 4).equal(two.bool())
-    assert not heatmap.mask(torch.zeros(4, 4), "half", 8).any()
+    assert maps.mask(two, "otsu", 4).equal(two.bool())
+    assert not maps.mask(torch.zeros(4, 4), "half", 8).any()
 
 
 def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
@@ -76,13 +76,13 @@ def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
     x = -torch.ones(6, 6)
     x[1:3, 1:3] = 4.0
     x[:, 5] = -9.0
-    got = heatmap.drawn(torch.full((3, 12, 12), 0.5), x, "mean", 24, ["floats", "rle", "png"])
-    want = heatmap.mask(x.clamp_min(0), "mean", 24)
-    assert got["rle"] == heatmap.runs(want)
+    got = maps.drawn(torch.full((3, 12, 12), 0.5), x, "mean", 24, ["floats", "rle", "png"])
+    want = maps.mask(x.clamp_min(0), "mean", 24)
+    assert got["rle"] == maps.runs(want)
     assert got["covered"] == pytest.approx(float(want.float().mean()))
-    assert got["covered"] < 0.5 * float(heatmap.mask(x, "mean", 24).float().mean())
+    assert got["covered"] < 0.5 * float(maps.mask(x, "mean", 24).float().mean())
     assert got["floats"] == x.tolist()
-    line = heatmap.outline(want)
+    line = maps.outline(want)
     shown = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(got["png"].split(",")[1]))))).permute(
         2, 0, 1
     )
@@ -94,7 +94,7 @@ def test_what_is_drawn_is_the_mask_of_what_speaks_for_the_text_outlined():
 def test_a_map_is_red_for_blue_against_and_grey_where_it_says_nothing():
     x = torch.zeros(3, 3)
     x[0, 0], x[2, 2] = 2.0, -1.0
-    red, green, blue = heatmap.overlay(torch.full((3, 9, 9), 0.5), x, 9).int()
+    red, green, blue = maps.overlay(torch.full((3, 9, 9), 0.5), x, 9).int()
     assert red[0, 0] > 180 > 80 > blue[0, 0]
     assert blue[8, 8] > red[8, 8]
     assert red[4, 4] == green[4, 4] == blue[4, 4] == 128

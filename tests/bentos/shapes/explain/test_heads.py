@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 
 from patches.evidence.gallery import load_gallery
 from patches.families import clip
-from patches.families.clip import maps as heatmap
+from patches.families.clip import maps
 from patches.families.clip.direct import Lens
 from tests.bentos.shapes.test_classify import coded, picture
 
@@ -60,7 +60,7 @@ def test_a_segmentation_comes_as_floats_runs_and_a_picture(heads, tiny_clip):
         lens = Lens(tiny_clip)
         x = tiny_clip.processor.image([picture(1)])
         t = clip.embed_texts(tiny_clip, ["cat", "dog"])
-        want = heatmap.grid(lens, x, t)[0]
+        want = maps.grid(lens, x, t)[0]
         torch.testing.assert_close(torch.tensor(got["floats"]), want[0], atol=1e-5, rtol=1e-4)
         assert sum(got["rle"]["counts"]) == 64 * 64
         inside = sum(got["rle"]["counts"][1::2])
@@ -74,7 +74,7 @@ def test_a_segmentation_comes_as_floats_runs_and_a_picture(heads, tiny_clip):
         torch.testing.assert_close(torch.tensor(one), -torch.tensor(two), atol=1e-6, rtol=0)
         torch.testing.assert_close(torch.tensor(one), want[0] - want[1], atol=1e-5, rtol=1e-4)
         few = (await s.http.post("/v1/explain/segment", json={**body, "heads": ["0.1", "2.3"]})).json()["floats"]
-        want = heatmap.grid(lens, x, t[:1], [(0, 1), (2, 3)])[0, 0]
+        want = maps.grid(lens, x, t[:1], [(0, 1), (2, 3)])[0, 0]
         torch.testing.assert_close(torch.tensor(few), want, atol=1e-5, rtol=1e-4)
 
     asking(work, heads)
