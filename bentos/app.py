@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bentos.desk import ROUTES, Desk
-from bentos.http import Call, Handler, endpoint, preflight
+from bentos.http import Call, Handler, elsewhere, endpoint, preflight
 from bentos.runtime import Runtime, Settings, check
 from bentos.tokens import Tokens
 from registry.ab.ledger import Ledger
@@ -26,6 +26,7 @@ from registry.errors import NotFound
 from registry.home import home
 from registry.systems import System, system
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 KEEP_ALIVE_S = 75
 """idle connections are closed after this; longer than proxies keep theirs (60 s), or they send into a closed one"""
 
@@ -82,6 +83,7 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
         app.router.routes.extend(
             Route(path, preflight(guard), methods=["OPTIONS"]) for path in {r.path for r in routes}
         )
+    app.router.routes.append(Route("/{path:path}", elsewhere(routes), methods=list(METHODS)))
     return app
 
 

@@ -6,7 +6,7 @@ one system share the one copy of its base. The app is plain Starlette; BentoML s
 so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.
 
-Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/livez`, `/readyz`, `/metrics`,
+Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/health`, `/livez`, `/readyz`, `/metrics`,
 `/openapi.json`, the playground at `/`.
 """
 
@@ -25,7 +25,7 @@ from bentos import playground
 from bentos.http import Call, answer, parse
 from bentos.openapi import openapi
 from bentos.runtime import SHADOW_QUEUE, Runtime
-from bentos.runtime.arms import Choice, Table, choose, other, owned
+from bentos.runtime.arms import Choice, Table, choose, other, owned, unit_of
 from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.families.worker import Job
@@ -59,7 +59,8 @@ class Outcome(BaseModel):
     """What came of one unit."""
 
     model_config = Strict
-    unit: Annotated[str, Field(min_length=1, max_length=128)]
+    unit: Annotated[str, Field(min_length=1)]
+    """as the request named it: its header's unit, or its `user`"""
     value: float | bool
     experiment: Annotated[str, Field(max_length=64)] | None = None
     """by default the live one"""
@@ -107,7 +108,7 @@ class Desk:
     def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
         """Who answers: by header, else by the body's `model`; the table stays the one a request began with."""
         table = self.table()
-        unit = request.headers.get("x-patchbay-unit") or unit
+        unit = request.headers.get("x-patchbay-unit") or unit_of(unit)
         token = request.state.token
         wish = request.headers.get("x-patchbay-arm") or model
         return table, choose(table, wish, unit, token.tenant, "compare" in token.scopes)
@@ -234,7 +235,7 @@ class Desk:
                 )
             if x.mode == "split" and one.arm is not None:
                 raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
-            unit, key = owned(owner, one.unit), owned(owner, one.key) if one.key else None
+            unit, key = owned(owner, unit_of(one.unit) or ""), owned(owner, one.key) if one.key else None
             await asyncio.to_thread(events.arm_of, x.name, unit)
             new = await self.kept(events.outcome(x, unit, value, arm=one.arm, key=key), OUTCOME_S)
             return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
@@ -279,6 +280,22 @@ class Desk:
         made = [{"id": n, "object": "model", "created": self.created, "owned_by": "patchbay"} for n in names]
         about = {**facts(table, None), "judge": self.runtime.judging or None, "warning": plain(self.runtime.warning)}
         return answer({"object": "list", "data": made, "patchbay": about})
+
+    async def model_of(self, request: Request, _: None) -> Response:
+        """One of them, by any name that a request's `model` may have. Raises NotFound naming those there are."""
+        name = request.path_params["model"]
+        table = self.table()
+        choice = choose(table, name, None, request.state.token.tenant, "compare" in request.state.token.scopes)
+        made = {"id": name, "object": "model", "created": self.created, "owned_by": "patchbay"}
+        return answer({**made, "patchbay": facts(table, choice)})
+
+    async def health(self, request: Request, _: None) -> Response:
+        """What other servers of this API have: 200 if requests may be sent."""
+        del request
+        why = self.runtime.ill()
+        return (
+            answer({"status": "ill", "why": plain(why)}, 503, {"retry-after": "2"}) if why else answer({"status": "ok"})
+        )
 
     async def ready(self, request: Request, _: None) -> Response:
         del request
@@ -344,6 +361,8 @@ def headers(table: Table, choice: Choice) -> dict[str, str]:
 ROUTES: tuple[Call, ...] = (
     Call("POST", "/v1/outcomes", Desk.outcomes, "outcomes", Outcomes),
     Call("GET", "/v1/models", Desk.models, ANY),
+    Call("GET", "/v1/models/{model:path}", Desk.model_of, ANY),
+    Call("GET", "/health", Desk.health),
     Call("GET", "/v1/experiments/live", Desk.live, "outcomes"),
     Call("GET", "/v1/shadows", Desk.shadow_answers, "compare"),
     Call("GET", "/metrics", Desk.metrics, "metrics"),

@@ -13,7 +13,7 @@ import logging
 import re
 import reprlib
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import compile_path
 
 from bentos.tokens import OPEN, Tokens, check_browser, near
 from registry.errors import (
@@ -121,6 +122,25 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
             response.headers["access-control-allow-origin"] = allowed
             response.headers["vary"] = "origin"
         return response
+
+    return route
+
+
+def elsewhere(calls: Sequence[Call]) -> Callable[[Request], Awaitable[Response]]:
+    """What no route answers: OPTIONS with the methods there are, and refusals as objects, of paths and of methods."""
+    known = [(compile_path(c.path)[0], "GET, HEAD" if c.method == "GET" else c.method) for c in calls]
+
+    async def route(request: Request) -> Response:
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        methods = [m for pattern, m in known if pattern.match(path)]
+        if not methods:
+            where = f"There is nothing at {path[:80]!r}. /openapi.json lists what there is."
+            return error(404, where, KINDS[404])
+        allow = {"allow": ", ".join([*dict.fromkeys(methods), "OPTIONS"])}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allow)
+        wrong = f"{path[:80]} takes {allow['allow']}, not {request.method[:20]}."
+        return error(405, wrong, KINDS[400], headers=allow)
 
     return route
 
@@ -276,11 +296,13 @@ def parse(model: type[BaseModel], values: Any) -> Any:
         # the branches of a union are our names, not the caller's
         where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))[:200]
         given = _shown.repr(first.get("input"))[:80]
-        refusal = BadRequest(f"{where}: {first['msg']} (got {given}).")
+        said = _UNKNOWN if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        refusal = BadRequest(f"{where}: {said} (got {given}).")
         refusal.param = where  # type: ignore[attr-defined]
         raise refusal from None
 
 
+_UNKNOWN = "this field is not known here, and what it asks for would not be done; leave it out"
 _shown = reprlib.Repr()
 _shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
 
@@ -296,7 +318,8 @@ def refuse(e: PatchbayError, number: str = "") -> Response:
             log.error("request %s: %s: %s", number, type(e).__name__, e)
         if not isinstance(e, (NotReady, Failed)):
             text = f"Something failed here ({type(e).__name__}); it is in the log as request {number}."
-    return error(e.status, plain(text), KINDS.get(e.status, "server_error"), getattr(e, "param", None), headers)
+    kind = KINDS.get(e.status, "server_error")
+    return error(e.status, plain(text), kind, getattr(e, "param", None), headers, e.code)
 
 
 def told(e: PatchbayError) -> dict[str, Any]:
@@ -305,9 +328,11 @@ def told(e: PatchbayError) -> dict[str, Any]:
 
 
 def error(
-    status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None
-) -> Response:
-    return answer({"error": {"message": message, "type": kind, "param": param, "code": kind}}, status, headers)
+    status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None,
+    code: str | None = None,
+) -> Response:  # fmt: skip
+    """An error as OpenAI's API writes it; its code is its kind unless it has one of its own."""
+    return answer({"error": {"message": message, "type": kind, "param": param, "code": code or kind}}, status, headers)
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
         about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
         if jobs and r.method == "POST":
             about["responses"] |= {"202": {"description": "accepted as a job; see /v1/jobs/{id}"}, "409": error}
-        names = [part[1:-1] for part in r.path.split("/") if part.startswith("{")]
+        path = re.sub(r":\w+}", "}", r.path)
+        names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
         if names:
             about["parameters"] = [
                 {"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names
@@ -35,7 +37,7 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
             about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         if r.scope is not None:
             about["security"] = [{"bearer": []}, {}]
-        paths.setdefault(r.path, {})[r.method.lower()] = about
+        paths.setdefault(path, {})[r.method.lower()] = about
     bearer = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",

@@ -4,6 +4,7 @@
     ├── ConfigError        a config field does not exist, is missing, or does not fit
     ├── Invalid            a value that cannot be used, wherever it came from    (HTTP 400, exit status 2)
     │   ├── TooLarge       it is beyond a stated limit                      (HTTP 413)
+    │   ├── TooLong        a prompt does not fit the model's context        (HTTP 400)
     │   └── BadRequest     what a caller sent over HTTP cannot be answered  (HTTP 400)
     │       ├── Unauthorised   no token, or one we do not know              (HTTP 401)
     │       ├── Forbidden      a known token without the scope              (HTTP 403)
@@ -38,6 +39,8 @@ class PatchbayError(Exception):
 
     status: ClassVar[int] = 500
     """the HTTP status a service answers with"""
+    code: ClassVar[str | None] = None
+    """what OpenAI's API calls it, for clients that act on it"""
 
 
 class ConfigError(PatchbayError):
@@ -60,6 +63,12 @@ class TooLarge(Invalid):
     """A body, a prompt or a count is beyond the stated limit."""
 
     status = 413
+
+
+class TooLong(Invalid):
+    """A prompt, alone or with the answer that was asked for, does not fit the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class Unauthorised(BadRequest):

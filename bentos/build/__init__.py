@@ -379,5 +379,6 @@ Every answer says in its headers which of them gave it.
 | `PATCHBAY_BASE` | where the base is, if not where its name says: `local-dir:<folder>`, `gguf:<file>` |
 | `PATCHBAY_DEVICE` | `cpu` or `cuda` |
 | `PATCHBAY_SLOTS`, `PATCHBAY_CONTEXT` | rows decoded at once, tokens of a row |
+| `PATCHBAY_KV_GIB` | memory of keys and values; rows wait for room in it (default: what is free, less a reserve) |
 | `PATCHBAY_CACHE` | where a base that has to be converted is kept |
 """

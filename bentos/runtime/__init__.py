@@ -85,9 +85,8 @@ class Runtime:
             refs = check(s, head)
             bases = {role: load_base(refs[role], kind, s.device) for role, kind in row.bases.items()}
             self.subject = Subject(bases, about=family(row.family))
-            self.loop = Loop(
-                self.subject.worker(WorkerSettings(s.slots, s.context, s.provider)), self.watch, self.counts
-            )
+            size = WorkerSettings(s.slots, s.context, s.provider, int(s.kv_gib * 2**30) or None)
+            self.loop = Loop(self.subject.worker(size), self.watch, self.counts)
             self.watch.spawn("work", self.loop.work, WORK_SILENT_S)
             self.call(lambda: self.worker.proof(None))
             if pinned:

@@ -7,6 +7,7 @@ the live experiment, if there is one, which assigns the unit; else the champion.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from dataclasses import dataclass, replace
@@ -16,6 +17,20 @@ from registry.ab.ledger import BASE
 from registry.errors import BadRequest, NotFound
 
 UNIT = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def unit_of(user: str | None) -> str | None:
+    """The unit of an experiment that a `user` of OpenAI's API is: itself, or its hash where it is no unit. An empty
+    one is none."""
+    if not user or UNIT.fullmatch(user):
+        return user or None
+    return f"user-{hashlib.sha256(user.encode(errors='surrogatepass')).hexdigest()[:40]}"
+
+
+class NoModel(NotFound):
+    """What was asked for is no arm here."""
+
+    code = "model_not_found"
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", to
     for prefix in (table.system, table.base):
         if name == prefix:
             name = "auto" if prefix == table.system else BASE
-        elif name.startswith(prefix + "@"):
+        elif name.startswith((prefix + "@", prefix + "/")):  # with a slash: as answers name what answered
             name = name[len(prefix) + 1 :]
     if name == "auto":
         x = table.experiment
@@ -109,7 +124,7 @@ def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", to
             raise BadRequest(f"sha256:{prefix} fits several loaded patches; write more digits.")
     can = ["auto", BASE, "champion", *(["challenger"] if table.challenger else [])]
     can += [f"sha256:{d[:16]}" for d in sorted(table.loaded)]
-    raise NotFound(f"There is no model or arm {name[:80]!r} here. There are: {', '.join(can)}.")
+    raise NoModel(f"There is no model or arm {name[:80]!r} here. There are: {', '.join(can)}.")
 
 
 def other(choice: Choice) -> Choice:

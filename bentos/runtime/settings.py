@@ -32,6 +32,8 @@ class Settings:
     """rows of one batch"""
     context: int = 4096
     """tokens of a row, prompt and answer"""
+    kv_gib: float = 0.0
+    """GiB that keys and values of all rows may take; 0: what is free, less a reserve"""
     provider: str = ""
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None
@@ -47,6 +49,7 @@ class Settings:
             device=env.get("PATCHBAY_DEVICE", "cpu"),
             slots=int(env.get("PATCHBAY_SLOTS", "32")),
             context=int(env.get("PATCHBAY_CONTEXT", "4096")),
+            kv_gib=float(env.get("PATCHBAY_KV_GIB", "0")),
             provider=env.get("PATCHBAY_PROVIDER", ""),
             pinned=Path(pinned) if pinned else None,
         )

@@ -9,7 +9,11 @@ from typing import Any
 
 import orjson
 
+from bentos.shapes.pieces import Pieces
 from patches.families.llm.worker import Row
+
+JOINT = 8
+"""tokens of the prompt that an answer's first one is decoded with"""
 
 
 @dataclass
@@ -24,8 +28,17 @@ class Text:
     given: int = 0
     """characters handed out"""
     stopped: bool = False
+    before: Sequence[int] = ()
+    """the prompt's last tokens: what the first one's text may depend on (Llama 2's loses its space without them)"""
     _from: int = 0
     _to: int = 0
+
+    def __post_init__(self) -> None:
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        self.ids = [i for i in self.before if i not in special][-JOINT:]
+        self._to = len(self.ids)
+        while self._to and self._decode(self._to).endswith("\ufffd"):  # half a character; the answer may end it
+            self._to -= 1
 
     def push(self, ids: Sequence[int]) -> None:
         """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
@@ -92,18 +105,17 @@ class About:
     def head(self, name: str) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
-    def whole(self, lines: list[Line], scores: int | None, echo: bool, tokenizer: Any) -> dict[str, Any]:
+    def whole(self, lines: list[Line], scores: int | None, echo: bool, pieces: Pieces) -> dict[str, Any]:
         choices = []
         for line in lines:
             text = line.text.text
-            logprobs = self.logprobs(line.row.out[: line.seen], line.row.scores[: line.seen], tokenizer)
-            one: dict[str, Any] = {"index": line.index, "finish_reason": line.finish}
-            one["logprobs"] = logprobs if scores is not None else None
+            one: dict[str, Any] = {"index": line.index, "finish_reason": line.finish, "logprobs": None}
             if self.kind == "chat":
                 one["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
-                echoed = tokenizer.decode(line.row.prompt, skip_special_tokens=True) if echo else ""
-                one["text"] = echoed + text
+                one["text"] = (self.echoed(line, pieces) if echo else "") + text
+            if scores is not None:
+                one["logprobs"] = self.logprobs(*self.scored(line, 0, line.seen, echo), pieces)
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
             if line.row.told:
@@ -111,6 +123,18 @@ class About:
             choices.append(one)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
+
+    @staticmethod
+    def echoed(line: Line, pieces: Pieces) -> str:
+        """The prompt as a text."""
+        return str(pieces.tokenizer.decode(line.row.prompt, skip_special_tokens=True))
+
+    @staticmethod
+    def scored(line: Line, start: int, upto: int, echo: bool) -> tuple[list[int], list[Any]]:
+        """Ids of an answer from `start` and what each scored, the prompt's before them if it is echoed."""
+        row = line.row
+        ids, scores = row.out[start:upto], list(row.scores[start:upto])
+        return ([*row.prompt, *ids], [*row.prompt_scores, *scores]) if echo else (ids, scores)
 
     def part(
         self, line: Line, text: str, *, role: bool = False, finish: str | None = None, logprobs: Any = None
@@ -137,24 +161,37 @@ class About:
         made = sum(len(line.row.out) for line in lines)
         return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
-    def logprobs(self, ids: Sequence[int], scores: Sequence[Any], tokenizer: Any) -> dict[str, Any]:
-        def token(i: int, score: float) -> dict[str, Any]:
-            text = tokenizer.decode([i])
-            return {"token": text, "logprob": score, "bytes": list(text.encode())}
-
-        parts = [
-            {**token(i, score), "top_logprobs": [token(j, s) for j, s in best]}
-            for i, (score, best) in zip(ids, scores, strict=False)
-        ]
+    def logprobs(self, ids: Sequence[int], scores: Sequence[Any], pieces: Pieces, at: int = 0) -> dict[str, Any]:
+        """What OpenAI's API says of scored tokens; `at`: characters of the text before the first. The first token of a
+        prompt, which nothing comes before, has null."""
         if self.kind == "chat":
+
+            def token(i: int, score: float) -> dict[str, Any]:
+                return {"token": pieces.text(i), "logprob": score, "bytes": list(pieces.bytes(i))}
+
+            parts = [
+                {**token(i, score), "top_logprobs": [token(j, s) for j, s in best]}
+                for i, (score, best) in zip(ids, scores, strict=False)
+            ]
             return {"content": parts, "refusal": None}
-        offsets, at = [], 0
-        for p in parts:
-            offsets.append(at)
-            at += len(p["token"])
+        offsets, raw = [], b""
+        for i in ids:
+            offsets.append(at + len(raw.decode(errors="ignore")))
+            raw += b"" if i in pieces.special else pieces.bytes(i)
         return {
-            "tokens": [p["token"] for p in parts],
-            "token_logprobs": [p["logprob"] for p in parts],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in p["top_logprobs"]} for p in parts],
+            "tokens": [pieces.name(i) for i in ids],
+            "token_logprobs": [one[0] if one else None for one in scores],
+            "top_logprobs": [_named(i, one, pieces) if one else None for i, one in zip(ids, scores, strict=False)],
             "text_offset": offsets,
         }
+
+
+def _named(own: int, scored: tuple[float, list[tuple[int, float]]], pieces: Pieces) -> dict[str, float]:
+    """name -> log-probability of the most likely tokens and the one that stands there. Names are those of different
+    tokens: where two read alike, the less likely one is called by its id."""
+    score, best = scored
+    out: dict[str, float] = {}
+    for i, s in [*best, *([] if own in dict(best) else [(own, score)])]:
+        name = pieces.name(i)
+        out[f"token_id:{i}" if name in out else name] = s
+    return out

@@ -28,7 +28,7 @@ from torch import Tensor
 from bentos import jobs
 from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer
-from bentos.runtime.arms import UNIT, Choice
+from bentos.runtime.arms import Choice
 from bentos.shapes.films import stacked, unpacked
 from bentos.tokens import ANY
 from patches.families.pictures import MAX_BYTES, read
@@ -90,7 +90,7 @@ class Caption(Media):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """the same seed, input and arm give the same trace, if no budget of seconds ends it"""
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    user: str | None = None
     """the unit of an experiment: printable, without spaces"""
     patchbay: Extra = Field(default_factory=Extra)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
-from bentos.runtime.arms import UNIT, Choice, Table
+from bentos.runtime.arms import Choice, Table
 from bentos.shapes import pictures
 from bentos.shapes.pictures import Image, Images
 from patches.evidence import label_set
@@ -56,7 +56,7 @@ class Classify(BaseModel):
     top: Annotated[int, Field(ge=1, le=MAX_LABELS)] = 5
     """how many labels to tell of"""
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    user: str | None = None
     """the unit of an experiment: printable, without spaces"""
     patchbay: Extra = Field(default_factory=Extra)
 

@@ -9,7 +9,6 @@ decoded in a process of their own, two at a time; a clip that is refused costs i
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
 from collections.abc import Sequence
@@ -20,13 +19,13 @@ import torch
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
-from torch import Tensor
 
 from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer, parse, told
 from bentos.runtime import Runtime
-from bentos.runtime.arms import UNIT, Choice
+from bentos.runtime.arms import Choice
 from bentos.shapes import films, waiting
+from bentos.shapes.vectors import numbers
 from patches.families.pictures import MAX_BYTES
 from patches.families.video import Clip, VideoModel
 from patches.families.video.decode import Decoded, Limits, cropped, read, sample
@@ -85,7 +84,7 @@ class Video(BaseModel):
     encoding: Literal["float", "base64"] = "float"
     """Form of the features in the answer: numbers, or little-endian float32 in base64"""
     model: Annotated[str, Field(max_length=200)] | None = None
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    user: str | None = None
     patchbay: Extra = Field(default_factory=Extra)
 
 
@@ -277,13 +276,6 @@ def borrowed(model: VideoModel) -> str:
     if getattr(config, "norm_pix_loss", False):
         parts.append("each hidden patch's mean and deviation")
     return " and ".join(parts) or "nothing"
-
-
-def numbers(x: Tensor, encoding: str) -> Any:
-    """A tensor as JSON numbers, or as base64 of little-endian float32."""
-    if encoding == "base64":
-        return base64.b64encode(x.contiguous().numpy().astype("<f4").tobytes()).decode()
-    return x.tolist()
 
 
 def _best(job: Clip, model: VideoModel) -> str | None:

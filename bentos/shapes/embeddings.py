@@ -16,38 +16,38 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from bentos.desk import Desk, Extra, Strict, facts, headers
+from bentos.desk import Desk, Extra, facts, headers
 from bentos.http import Call, answer
 from bentos.runtime import Runtime
-from bentos.runtime.arms import UNIT
 from bentos.shapes import embed, films, pictures
+from bentos.shapes.neutral import Body
+from bentos.shapes.vectors import entries
 from patches.families import clip as clips
 from patches.families.clip.worker import Picture
 from patches.families.pictures import read as read_picture
 from patches.families.video import Clip
 from patches.families.video.decode import Limits, cropped, fit, read
-from registry.errors import BadRequest, Invalid, PatchbayError
+from registry.errors import BadRequest, PatchbayError
 
 MAX_INPUTS = 64
 MAX_INPUT = 64 << 20
 Input = Annotated[str, Field(min_length=1, max_length=MAX_INPUT)]
 
 
-class Embeddings(BaseModel):
+class Embeddings(Body):
     """POST /v1/embeddings"""
 
-    model_config = Strict
     input: Input | Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS)]
     model: Annotated[str, Field(max_length=200)] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, le=65536)] | None = None
     """the first so many numbers, normalised again"""
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
+    user: str | None = None
     patchbay: Extra = Field(default_factory=Extra)
 
 
@@ -67,16 +67,11 @@ class Service:
         try:
             of = _clip if self.runtime.base.family == "clip" else _video
             vectors = await of(self.runtime, inputs, choice.arm, ask.patchbay.strength)
-            if ask.dimensions is not None:
-                if ask.dimensions > vectors.shape[1]:
-                    raise Invalid(f"dimensions={ask.dimensions}: this model has {vectors.shape[1]}.")
-                vectors = nnf.normalize(vectors[:, : ask.dimensions], dim=1)
+            data = entries(list(vectors), ask.dimensions, ask.encoding_format)
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)
             raise
         await self.desk.expose(request, choice, 200, start)
-        data = [{"object": "embedding", "index": i, "embedding": embed.numbers(v, ask.encoding_format)}
-                for i, v in enumerate(vectors)]  # fmt: skip
         usage = {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}
         out = {"object": "list", "data": data, "model": self.desk.model(choice), "usage": usage}
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))

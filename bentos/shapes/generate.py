@@ -1,12 +1,14 @@
 """The shape `generate`: a language model and its patches behind OpenAI's API; every row of a batch has its own arm.
 
-`/v1/chat/completions` and `/v1/completions`: streaming, stop, logprobs, usage.
+`/v1/chat/completions` and `/v1/completions`: streaming, stop, logprobs (of the prompt, too), usage; `/v1/embeddings` of
+texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -15,16 +17,18 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bentos.desk import DEADLINE_S, Desk, facts, headers
-from bentos.http import MAX_BODY_BYTES, Call, answer, refuse
+from bentos.http import MAX_BODY_BYTES, Call, answer, error, refuse
 from bentos.runtime.arms import Choice
-from bentos.shapes.answers import About, Line, Text
-from bentos.shapes.messages import MAX_ROWS, Ask, Chat, Completion
+from bentos.shapes.answers import JOINT, About, Line, Text
+from bentos.shapes.messages import MAX_ROWS, Ask, Chat, Completion, TextEmbeddings
+from bentos.shapes.pieces import Pieces
+from bentos.shapes.vectors import entries
 from bentos.tokens import ANY
 from patches.engine.patch import Patch
 from patches.evidence import read_evidence, tensors
 from patches.families import pictures
 from patches.families.llm.worker import Row
-from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge
+from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge, TooLong
 
 DEFAULT_TOKENS = 128
 """an answer's length if the request names none"""
@@ -62,6 +66,11 @@ class Service:
         self.desk, self.runtime = desk, desk.runtime
         self.encoding = asyncio.Lock()
 
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """Tokens as answers show them."""
+        return Pieces(self.runtime.base.processor)
+
     # ---- asking --------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request, ask: Chat) -> Response:
@@ -80,7 +89,7 @@ class Service:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
             raise BadRequest(f"messages: this model's chat template refuses them ({str(e)[:120]}).") from None
-        tokens = ask.max_completion_tokens or ask.max_tokens
+        tokens = ask.max_completion_tokens or ask.max_tokens or DEFAULT_TOKENS
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs: set logprobs to true as well.")
         scores = (ask.top_logprobs or 0) if ask.logprobs else None
@@ -93,7 +102,7 @@ class Service:
             raise BadRequest(f"{base.name} answers no prompts.")
         size = len(prompt) if isinstance(prompt, str) else sum(_letters(m) for m in prompt if isinstance(m, dict))
         if size > (most := CHARS_PER_TOKEN * self.runtime.settings.context):
-            raise TooLarge(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
+            raise TooLong(f"The prompt has {size} characters; {most} are allowed. Shorten it.")
         if not urls and size <= SHORT and not self.encoding.locked():
             return read(base, prompt, (), begun)
         if not urls:
@@ -110,17 +119,62 @@ class Service:
             prompts = [ask.prompt]
         else:
             prompts = [ask.prompt] if isinstance(ask.prompt[0], int) else list(ask.prompt)
-        size = self.runtime.base.model.config.get_text_config().vocab_size
         rows = []
         for i, prompt in enumerate(prompts):
             make = await self._read(prompt)
-            ids = make().prompt
-            if not ids:
-                raise BadRequest(f"prompt {i} is empty; give at least one token.")
-            if max(ids) >= size:
-                raise BadRequest(f"prompt {i}: token {max(ids)} is beyond the vocabulary of {size}.")
+            self._check_ids(i, make().prompt)
             rows.append(make)
-        return await self._answer(request, ask, rows, ask.max_tokens or 16, ask.logprobs, "text")
+        tokens = 16 if ask.max_tokens is None else ask.max_tokens
+        return await self._answer(request, ask, rows, tokens, ask.logprobs, "text")
+
+    async def embed_texts(self, request: Request, ask: TextEmbeddings) -> Response:
+        """Unit vectors: the mean of each text's last hidden states, under one arm."""
+        start = time.perf_counter()
+        table, choice = self.desk.choice(request, ask.model, ask.user)
+        prompts = ask.inputs
+        rows, news = [], asyncio.Event()
+        loop, context = asyncio.get_running_loop(), self.runtime.worker.context
+
+        def ring(row: Row) -> None:
+            if row.finished:
+                with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone
+                    loop.call_soon_threadsafe(news.set)
+
+        for i, prompt in enumerate(prompts):
+            row = (await self._read(prompt))(arm=choice.arm, strength=ask.patchbay.strength, max_tokens=0, pool=True)
+            self._check_ids(i, row.prompt)
+            if len(row.prompt) > context:
+                raise TooLong(f"input {i} has {len(row.prompt)} tokens; {context} are allowed. Shorten it.")
+            row.on_step = ring
+            rows.append(row)
+        await self.desk.prepare(rows, ask.patchbay.ask)
+        self.runtime.submit(rows)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while not all(row.finished for row in rows):
+                    await news.wait()
+                    news.clear()
+        finally:
+            for row in rows:
+                if not row.finished:
+                    self.runtime.cancel(row)
+        if (failed := next((r.error for r in rows if r.error is not None), None)) is not None:
+            await self.desk.expose(request, choice, failed.status, start)
+            raise failed
+        data = entries([r.pooled for r in rows if r.pooled is not None], ask.dimensions, ask.encoding_format)
+        await self.desk.expose(request, choice, 200, start)
+        used = sum(len(r.prompt) for r in rows)
+        out = {"object": "list", "data": data, "model": self.desk.model(choice),
+               "usage": {"prompt_tokens": used, "total_tokens": used}}  # fmt: skip
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    def _check_ids(self, index: int, ids: Sequence[int]) -> None:
+        """Raises BadRequest for a prompt without tokens, or with one that the model has no row for."""
+        size = self.runtime.base.model.config.get_text_config().vocab_size
+        if not ids:
+            raise BadRequest(f"prompt {index} is empty; give at least one token.")
+        if max(ids) >= size:
+            raise BadRequest(f"prompt {index}: token {max(ids)} is beyond the vocabulary of {size}.")
 
     async def about(self, request: Request, _: None) -> Response:
         """What may be sent: whether the model sees pictures, what the arm's mechanism takes as `patchbay.ask` (JSON
@@ -142,7 +196,7 @@ class Service:
         return [{**one, "png": pictures.png(image)} for one, image in zip(said, images, strict=True)]
 
     async def _answer(
-        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, kind: str
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int, scores: int | None, kind: str
     ) -> Response:
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
@@ -178,7 +232,7 @@ class Service:
             raise
         await self.desk.expose(request, choice, 200, start, news.latency_ms(start, lines))
         del shadow
-        out = about.whole(lines, scores, getattr(ask, "echo", False), self.runtime.base.processor)
+        out = about.whole(lines, scores, _echoes(ask), self.pieces)
         out["patchbay"] = facts(table, choice)
         return answer(out, headers=named)
 
@@ -193,7 +247,7 @@ class Service:
             line.row.params, line.row.told = said.params, said.told
 
     def _lines(
-        self, ask: Ask, prompts: list[Make], tokens: int | None, scores: int | None, choice: Choice
+        self, ask: Ask, prompts: list[Make], tokens: int, scores: int | None, choice: Choice
     ) -> tuple[list[Line], News]:
         """The rows of a request, and the event their decoding sets when there is something to do here."""
         n = ask.n or 1
@@ -211,6 +265,9 @@ class Service:
             if int(token) >= size:
                 raise BadRequest(f"logit_bias: {token[:20]!r} is no token id below {size}.")
             bias[int(token)] = float(add)
+        context = self.runtime.worker.context
+        if tokens > context:
+            raise BadRequest(f"max_tokens is {tokens}; this model's context has {context} tokens. Ask for fewer.")
         news = News()
         loop = asyncio.get_running_loop()
         lines: list[Line] = []
@@ -230,13 +287,20 @@ class Service:
                 for i in range(n):
                     seed = None if ask.seed is None else (ask.seed + i) % 2**63
                     row = prompt(
-                        arm=arm, strength=ask.patchbay.strength, max_tokens=tokens or DEFAULT_TOKENS,
+                        arm=arm, strength=ask.patchbay.strength, max_tokens=tokens,
                         temperature=1.0 if ask.temperature is None else ask.temperature,
                         top_p=1.0 if ask.top_p is None else ask.top_p, seed=seed, logprobs=scores, bias=bias,
-                        ignore_eos=ask.ignore_eos,
+                        ignore_eos=ask.ignore_eos, score_prompt=_echoes(ask) and scores is not None,
                     )  # fmt: skip
+                    row.max_tokens = min(tokens, room := context - len(row.prompt))
+                    if room < min(1, tokens):
+                        raise TooLong(
+                            f"This model's context has {context} tokens, and {_which(p, prompts)} has "
+                            f"{len(row.prompt)}. Shorten it."
+                        )
                     row.on_step = ring
-                    lines.append(Line(len(lines), p, row, Text(self.runtime.base.processor, stops), label))
+                    text = Text(self.runtime.base.processor, stops, before=row.prompt[-2 * JOINT :])
+                    lines.append(Line(len(lines), p, row, text, label))
         return lines, news
 
     async def _receive(self, request: Request, lines: list[Line], news: News, start: float) -> None:
@@ -271,6 +335,8 @@ class Service:
         start: float,
     ) -> AsyncIterator[bytes]:  # fmt: skip
         open_lines, status, scored = list(lines), 499, {line.index: 0 for line in lines}
+        offsets: dict[int, int] = {}
+        """line -> characters that were answered"""
         try:
             if about.kind == "chat":
                 for line in lines:
@@ -282,10 +348,12 @@ class Service:
                     piece = line.text.take(last=done)
                     if piece or done:
                         upto = max(line.seen, scored[line.index])
-                        scores = line.row.scores[scored[line.index] : upto]
-                        ids = line.row.out[scored[line.index] : upto]
-                        scored[line.index] = upto
-                        logprobs = about.logprobs(ids, scores, self.runtime.base.processor) if scores else None
+                        first = _echoes(ask) and line.index not in offsets
+                        ids, scores = about.scored(line, scored[line.index], upto, first)
+                        scored[line.index], at = upto, offsets.get(line.index, 0)
+                        offsets[line.index] = at + self.pieces.letters_of(ids)
+                        piece = (about.echoed(line, self.pieces) if first else "") + piece
+                        logprobs = about.logprobs(ids, scores, self.pieces, at) if scores else None
                         yield about.part(line, piece, logprobs=logprobs)
                     if done:
                         yield about.part(line, "", finish=line.finish)
@@ -301,7 +369,8 @@ class Service:
             yield b"data: " + bytes(refuse(e).body) + b"\n\n"
         except TimeoutError:
             status = 504
-            yield b'data: {"error":{"message":"No answer in time; it was given up.","type":"timeout_error"}}\n\n'
+            late = error(504, "No answer in time; it was given up.", "timeout_error")
+            yield b"data: " + bytes(late.body) + b"\n\n"
         finally:
             self._cancel(lines)
             if choice.experiment is not None:
@@ -309,7 +378,7 @@ class Service:
                 self.desk.later(self.desk.expose(request, choice, status, start, news.latency_ms(start, lines)))
 
     def _shadow(
-        self, request: Request, ask: Ask, prompts: list[Make], tokens: int | None, twin: Choice, lines: list[Line]
+        self, request: Request, ask: Ask, prompts: list[Make], tokens: int, twin: Choice, lines: list[Line]
     ) -> asyncio.Task[None]:
         """Decode the treatment beside the control, without anybody waiting for it."""
         shadows, news = self._lines(ask, prompts, tokens, None, twin)
@@ -345,6 +414,14 @@ class Service:
                 self.runtime.cancel(line.row)
 
 
+def _echoes(ask: Ask) -> bool:
+    return isinstance(ask, Completion) and ask.echo
+
+
+def _which(index: int, prompts: Sequence[Make]) -> str:
+    return f"prompt {index}" if len(prompts) > 1 else "the prompt"
+
+
 def _letters(message: dict[str, Any]) -> int:
     content = message["content"]
     return len(content) if isinstance(content, str) else sum(len(p.get("text", "")) for p in content)
@@ -353,5 +430,6 @@ def _letters(message: dict[str, Any]) -> int:
 ROUTES: tuple[Call, ...] = (
     Call("POST", "/v1/chat/completions", Service.chat, "generate", Chat, MAX_CHAT_BYTES),
     Call("POST", "/v1/completions", Service.complete, "generate", Completion),
+    Call("POST", "/v1/embeddings", Service.embed_texts, "generate", TextEmbeddings),
     Call("GET", "/v1/generate", Service.about, ANY),
 )

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field, model_validator
 
-from bentos.desk import Extra, Strict
-from bentos.runtime.arms import UNIT
+from bentos.desk import Extra
+from bentos.shapes.neutral import Body, Neutral, NeutralChat, NeutralMessage, Only
 from registry.errors import BadRequest
 
-MAX_TOKENS = 1024
-"""an answer's length may be named up to this"""
+MAX_TOKENS = 1 << 20
+"""an answer's length may be named up to the model's context, and no model's is longer than this"""
 MAX_ROWS = 64
 """prompts x n of one request"""
 MAX_STOPS, MAX_STOP_CHARS = 4, 64
 
 
-class StreamOptions(BaseModel):
-    model_config = Strict
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Ask(BaseModel):
-    """Fields that chats and completions share; what clients send and we need not act on is accepted by name."""
+class Ask(Neutral):
+    """Fields that chats and completions share."""
 
-    model_config = Strict
     model: Annotated[str, Field(max_length=200)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    """up to the context; what does not fit beside the prompt is not used. 0, of a completion: only its prompt is
+    scored"""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -43,44 +43,43 @@ class Ask(BaseModel):
         Field(max_length=300),
     ] | None = None  # fmt: skip
     """token id -> added to its logit"""
-    user: Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None = None
-    """the unit of an experiment: printable, without spaces"""
+    user: str | None = None
+    """the unit of an experiment, whatever it is"""
     patchbay: Extra = Field(default_factory=Extra)  # a default value would be copied deeply, every time
-    # accepted, and without effect here
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
     ignore_eos: bool = False
     """decode on past the end token; for measurements"""
 
 
-class TextPart(BaseModel):
-    model_config = Strict
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(BaseModel):
-    model_config = Strict
+class ImageUrl(Body):
     url: str
     """a data URL; nothing is fetched"""
     detail: Literal["auto", "low", "high"] | None = None
     """accepted, and without effect here"""
 
 
-class ImagePart(BaseModel):
-    model_config = Strict
+class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class Message(BaseModel):
-    model_config = Strict
+class Message(NeutralMessage):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=256)]
+    content: (
+        str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(max_length=256)]
+    ) = ""
+    """left out or null where the assistant said nothing"""
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _says(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"a {self.role} message without content; only the assistant may have said nothing")
+        return self
 
     @property
     def pictures(self) -> list[str]:
@@ -111,9 +110,10 @@ def _text(part: TextPart | ImagePart) -> str:
     return part.text if isinstance(part, TextPart) else ""
 
 
-class Chat(Ask):
+class Chat(Ask, NeutralChat):
     """POST /v1/chat/completions"""
 
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
@@ -133,5 +133,25 @@ class Completion(Ask):
     ]  # fmt: skip
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
-    suffix: None = None
-    best_of: Literal[1] | None = None
+    """begin the text with the prompt; with logprobs its tokens are scored, too"""
+    suffix: Annotated[None, Only("")] = None
+
+
+class TextEmbeddings(Body):
+    """POST /v1/embeddings of a language model"""
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_ROWS)] | Ids | Annotated[
+        list[Ids], Field(min_length=1, max_length=MAX_ROWS)
+    ]  # fmt: skip
+    model: Annotated[str, Field(max_length=200)] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """the first so many numbers, normalised again"""
+    user: str | None = None
+    patchbay: Extra = Field(default_factory=Extra)
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Texts and lists of token ids, one for each answer."""
+        one = isinstance(self.input, str) or isinstance(self.input[0], int)
+        return [self.input] if one else list(self.input)

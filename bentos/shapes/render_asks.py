@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bentos.desk import Extra, Strict
-from bentos.runtime.arms import UNIT
 from bentos.shapes.drawing import MAX_LEVELS, MAX_ROWS, MAX_STEPS
+from bentos.shapes.neutral import Body
 from patches.families import diffusion
 from patches.families.pictures import MAX_BYTES
 
@@ -16,7 +16,7 @@ Prompt = Annotated[str, Field(max_length=4000)]
 Data = Annotated[str, Field(min_length=1, max_length=MAX_BYTES * 4 // 3 + 128)]
 """a picture's file in base64"""
 Model = Annotated[str, Field(max_length=200)] | None
-User = Annotated[str, Field(pattern=rf"^{UNIT.pattern}$")] | None
+User = str | None
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None
 Solver = Literal["", "ddim", "dpm++", "unipc"]
 Method = Literal["fixed_point", "ddim", "edit_friendly", "edict", "o_belm"]
@@ -37,10 +37,9 @@ class Drawing(Extra):
     """a picture is inverted along"""
 
 
-class Generations(BaseModel):
+class Generations(Body):
     """POST /v1/images/generations"""
 
-    model_config = Strict
     prompt: Prompt
     model: Model = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from patches.engine.isolate import fail
@@ -54,6 +55,18 @@ class WorkerSettings:
     """tokens of a row, for families that have tokens"""
     provider: str = ""
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
+    kv_bytes: int | None = None
+    """Bytes that keys and values of all rows may take; None: what is free, less a reserve"""
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Bytes of keys and values that `device` has room for now: four fifths of what is free, half of it on a CPU, whose
+    memory others use, too."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available // 2)
 
 
 J = TypeVar("J", bound=Job)
@@ -64,6 +77,8 @@ class Worker(ABC, Generic[J]):
 
     waiting: deque[J]
     running: list[J]
+    context: int = 0
+    """Tokens that a row may hold, of families that have tokens"""
     engines: Mapping[str | None, Any] = {}
     """arm -> what runs it in another runtime than torch"""
 

@@ -376,7 +376,7 @@ def long_prompts(home: Path, night: bool, seed: int) -> Row:
         return Row(
             "prompts of 2 MB",
             n,
-            set(seen) == {413} and worst < 1.0,
+            set(seen) == {400} and worst < 1.0,
             hurt=sum(v > 1.0 for v in slow),
             note=f"{dict(seen)}; livez at worst {worst * 1e3:.0f} ms",
         )

@@ -21,18 +21,19 @@ from torch import Tensor
 from patches.engine.isolate import fail, isolate, not_finite, usable
 from patches.engine.patch import Applied
 from patches.families.base import Base
+from patches.families.llm.cache import SlotCache
 from patches.families.worker import Job, Worker
-from registry.errors import Failed, Invalid, TooLarge
+from registry.errors import Failed, Invalid, TooLong
 
 # transformers renames this argument in 5.40, which pyproject.toml keeps out; until then it would say so in every log
 warnings.filterwarnings("ignore", message=".*past_key_values. is deprecated", category=FutureWarning)
 
 log = logging.getLogger("patchbay")
 
-GROW = 256
-"""columns and slots are added in steps, so that a short batch costs little memory"""
 PREFILL_TOKENS = 2048
-"""padded prompt tokens in one forward; more would make running rows wait longer"""
+"""padded prompt tokens in one forward; a longer prompt comes in parts, and running rows go on between them"""
+SCORED_TOKENS = 128
+"""prompt tokens whose logits over the whole vocabulary are held at once"""
 COLD = 1e-4
 """temperatures below take the most likely token: logits divided by less leave what float32 can say"""
 
@@ -43,6 +44,7 @@ class Row(Job):
 
     prompt: list[int]
     max_tokens: int = 16
+    """0: the prompt is read, and nothing follows it"""
     temperature: float = 0.0
     """0: greedy"""
     top_p: float = 1.0
@@ -52,125 +54,48 @@ class Row(Job):
     bias: dict[int, float] = field(default_factory=dict)
     """token id -> added to its logit"""
     ignore_eos: bool = False
+    score_prompt: bool = False
+    """whether `logprobs` are wanted of the prompt, too"""
+    pool: bool = False
+    """whether the prompt's states are wanted"""
     out: list[int] = field(default_factory=list)
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     """per token: its log-probability (before temperature), and the most likely alternatives"""
+    prompt_scores: list[tuple[float, list[tuple[int, float]]] | None] = field(default_factory=list)
+    """per prompt token: the same; None for the first, which nothing comes before"""
+    pooled: Tensor | None = None
+    """(D,) float32 sum of the prompt's last hidden states"""
     generator: torch.Generator | None = None
-
-
-class SlotCache:
-    """Keys and values of many sequences; the interface of transformers' Cache that decoders call.
-
-    keys, values: per layer (S, heads, N, D). ids (S, N). lengths: tokens held per slot. During a forward, `starts` (B,)
-    says where the new tokens of the active slots [first, first + B) go.
-    """
-
-    is_compileable = False
-
-    def __init__(self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.head_shape, self.dtype, self.device = (heads, width), dtype, device
-        self.keys = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
-        self.ids = torch.full((0, 0), -1, dtype=torch.long, device=device)
-        self.lengths: list[int] = []
-        self.first = 0
-        self.starts = torch.zeros(0, dtype=torch.long, device=device)
-        self.uniform: int | None = None
-        """where all rows of this forward start, if they start at one column"""
-        self.columns = 0
-
-    @property
-    def layers(self) -> list[Tensor]:
-        return self.keys
-
-    def begin(self, first: int, starts: list[int], ids: Tensor, counts: list[int]) -> None:
-        """Open a forward over slots [first, first+B): row b brings counts[b] real tokens, ids (B, T) right padded."""
-        B, T = ids.shape
-        self._reserve(first + B, max(s + T for s in starts))
-        self.first, self.starts = first, torch.tensor(starts, device=self.device)
-        self.uniform = starts[0] if len(set(starts)) == 1 else None
-        self.columns = max(s + T for s in starts)
-        for b, (s, n) in enumerate(zip(starts, counts, strict=True)):
-            self.ids[first + b, s : s + n] = ids[b, :n]
-            self.ids[first + b, s + n : self.columns] = -1
-
-    def tokens(self) -> Tensor:
-        """(B, K) ids held by the active slots, -1 where there is none."""
-        return self.ids[self.first : self.first + len(self.starts), : self.columns]
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store (B, heads, T, D) and return views of everything the active slots hold."""
-        B, T = keys.shape[0], keys.shape[2]
-        rows = slice(self.first, self.first + B)
-        out = []
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if self.uniform is not None:
-                store[rows, :, self.uniform : self.uniform + T] = new
-            elif T == 1:
-                at = self.starts[:, None, None, None].expand(-1, new.shape[1], 1, new.shape[3])
-                store[rows].scatter_(2, at, new)
-            else:
-                for b, s in enumerate(self.starts.tolist()):
-                    store[self.first + b, :, s : s + T] = new[b]
-            out.append(store[rows, :, : self.columns])
-        return out[0], out[1]
-
-    def get_seq_length(self, *_: Any) -> int:
-        return int(self.starts.max()) if len(self.starts) else 0
-
-    def wipe(self, slot: int) -> None:
-        """Forget what a failed row wrote: a masked column still takes part in 0 * value, and it may be NaN."""
-        for store in (*self.keys, *self.values):
-            if slot < len(store):
-                store[slot] = 0.0
-        if slot < len(self.ids):
-            self.ids[slot] = -1
-
-    def drop(self, slot: int) -> None:
-        """Free a slot: the last one takes its place."""
-        last = len(self.lengths) - 1
-        if slot != last:
-            n = self.lengths[last]
-            for store in (*self.keys, *self.values):
-                store[slot, :, :n] = store[last, :, :n]
-            self.ids[slot, :n] = self.ids[last, :n]
-            self.ids[slot, n:] = -1
-            self.lengths[slot] = n
-        self.lengths.pop()
-
-    def _reserve(self, slots: int, columns: int) -> None:
-        S, N = self.ids.shape
-        if slots <= S and columns <= N:
-            return
-        S2 = S if slots <= S else max(slots, min(2 * S, S + 16))
-        N2 = N if columns <= N else math.ceil(columns / GROW) * GROW
-        heads, width = self.head_shape
-        for stores in (self.keys, self.values):
-            for i, old in enumerate(stores):
-                if old.shape[0] >= S2 and old.shape[2] >= N2:
-                    continue  # memory ran out on the way the last time; this one had grown
-                # zeros, because a masked column still takes part in 0 * value
-                new = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=self.device)
-                new[: old.shape[0], :, : old.shape[2]] = old[:S2, :, :N2]
-                stores[i] = new
-        ids = torch.full((S2, N2), -1, dtype=torch.long, device=self.device)
-        ids[:S, :N] = self.ids
-        self.ids = ids
 
 
 class Decoder(Worker[Row]):
     """A running batch: `add` sequences, call `step` until `idle`."""
 
-    def __init__(self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None) -> None:
+    def __init__(
+        self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None,
+        kv_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """kv_bytes: Bytes that keys and values of all rows may take; rows wait until there is room for them."""
+        self.kv_bytes = kv_bytes
         config = base.model.config.get_text_config()  # of a model that also sees, the part that reads
         self.base, self.applied, self.slots = base, applied, slots
         self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
         """prompt and answer together, in tokens"""
         layers = getattr(config, "layer_types", None) or ()
-        self.window = config.sliding_window if "sliding_attention" in layers else None
+        self.mixed = bool(layers)
+        """whether layers say for themselves what they see; if not, all of them see the window"""
+        self.window = getattr(config, "sliding_window", None) if "sliding_attention" in layers or not layers else None
         self.cap = getattr(config, "final_logit_softcapping", None)
         """what Gemma 2 squashes its logits to; read once, for a config takes its time to answer"""
+        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        """what Cohere multiplies its logits by, and Granite divides them by"""
+        self.filling: Row | None = None
+        """whose prompt comes in parts"""
+        self.filled = False
+        """whether the last step was a part of it"""
         self.reset()
+        if kv_bytes is not None:
+            self.context = min(self.context, max(1, kv_bytes // self.cache.token_bytes))
         model = base.model
         eos = model.generation_config.eos_token_id  # type: ignore[union-attr]
         self.stops = {base.processor.eos_token_id, *([eos] if isinstance(eos, int) else eos or [])}
@@ -184,20 +109,24 @@ class Decoder(Worker[Row]):
         model, config = self.base.model, self.base.model.config.get_text_config()
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device)  # type: ignore[arg-type]
+        self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device, self.kv_bytes)  # type: ignore[arg-type]
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         """running[i] lies in slot i"""
+        self.filling = None
 
     def check(self, sequences: Iterable[Row]) -> None:
-        """Raises TooLarge if one does not fit the context, Invalid if it has a token that the model has no row for
-        (on a GPU one such id would end everybody's context)."""
+        """Raises TooLong if one does not fit the context, Invalid if it has a token that the model has no row for (on
+        a GPU one such id would end everybody's context)."""
         for s in sequences:
-            if not s.prompt or len(s.prompt) + s.max_tokens > self.context:
-                raise TooLarge(
+            need = len(s.prompt) + s.max_tokens
+            if not s.prompt or need > self.context:
+                raise TooLong(
                     f"The prompt has {len(s.prompt)} tokens and max_tokens is {s.max_tokens}; together they must be "
                     f"between 1 and {self.context}. Shorten the prompt or lower max_tokens."
                 )
+            if s.max_tokens < 0:
+                raise Invalid(f"max_tokens is {s.max_tokens}; 0 reads the prompt alone.")
             for token in (max(s.prompt), min(s.prompt), *s.bias):
                 if not 0 <= token < self.vocabulary:
                     raise Invalid(
@@ -223,42 +152,72 @@ class Decoder(Worker[Row]):
         Returns the sequences that got a token or failed; those finished among them have left the batch. A sequence
         that makes the forward raise, or whose logits are not finite, fails alone.
         """
-        joined = self._admit()
-        rows = joined or list(self.running)
+        rows = self._admit()
+        joining = bool(rows) or (self.filling is not None and not (self.filled and len(self.running) > 1))
+        if not rows and joining:
+            rows = [s for s in self.running if s is self.filling]
+        elif not rows:
+            rows = [s for s in self.running if s is not self.filling]
+        self.filled = joining
         if not rows:
             return []
-        first = len(self.running) - len(joined) if joined else 0
-        slots = {id(s): first + b for b, s in enumerate(rows)}
-        isolate(rows, lambda some: self._advance(some, slots[id(some[0])], bool(joined)), self._size)
-        for slot in reversed(range(first, first + len(rows))):
-            if self.running[slot].finished:
-                self._leave(slot)
-        return rows
+        slots = {id(s): b for b, s in enumerate(self.running)}
+        for some in self._neighbours(rows, slots):
+            isolate(some, lambda few: self._advance(few, slots[id(few[0])], joining), self._size)
+        for s in reversed(rows):
+            if s.finished:
+                self._leave(slots[id(s)])
+        return [s for s in rows if s is not self.filling]
+
+    @staticmethod
+    def _neighbours(rows: list[Row], slots: dict[int, int]) -> list[list[Row]]:
+        """Rows, which come in the order of their slots, as runs without a gap."""
+        runs: list[list[Row]] = []
+        for s in rows:
+            if runs and slots[id(s)] == slots[id(runs[-1][-1])] + 1:
+                runs[-1].append(s)
+            else:
+                runs.append([s])
+        return runs
 
     def _advance(self, rows: Sequence[Row], first: int, joining: bool) -> None:
         """The next token of neighbouring rows, which lie in slots first, first + 1, ... Nothing is kept if it raises:
         lengths advance last, and columns beyond them are written again."""
+        starts = self.cache.lengths[first : first + len(rows)]
         if joining:
-            counts = [len(s.prompt) for s in rows]
+            parts = [self._part(s, at) for s, at in zip(rows, starts, strict=True)]
+            counts = [len(part) for part in parts]
             ids = torch.zeros(len(rows), max(counts), dtype=torch.long)
-            for b, s in enumerate(rows):
-                ids[b, : counts[b]] = torch.tensor(s.prompt)
-            starts = [0] * len(rows)
+            for b, part in enumerate(parts):
+                ids[b, : counts[b]] = torch.tensor(part)
         else:
             counts = [1] * len(rows)
             ids = torch.tensor([[s.out[-1]] for s in rows])
-            starts = self.cache.lengths[first : first + len(rows)]
         logits = self._forward(rows, first, starts, ids.to(self.base.device), counts)
-        tokens = self._choose(rows, logits)
+        unfinished = joining and starts[0] + counts[0] < len(rows[0].prompt)
+        tokens: list[int | None] = [None] * len(rows) if unfinished else self._choose(rows, logits)
         for b, (s, token) in enumerate(zip(rows, tokens, strict=True)):
             self.cache.lengths[first + b] = starts[b] + counts[b]
-            if token is None:
+            if joining and not unfinished:
+                self.filling = None if self.filling is s else self.filling
+                s.finished = s.finished or ("length" if s.max_tokens == 0 else None)
+            if token is None or s.finished:
                 continue
             s.out.append(token)
             if token in self.stops and not s.ignore_eos:
                 s.finished = "stop"
             elif len(s.out) >= s.max_tokens:
                 s.finished = "length"
+
+    def _part(self, row: Row, start: int) -> list[int]:
+        """What of a prompt comes in this forward; all of it unless it is long."""
+        whole = start == 0 and (len(row.prompt) <= PREFILL_TOKENS or self._undivided(row))
+        return row.prompt if whole else row.prompt[start : start + PREFILL_TOKENS]
+
+    def _undivided(self, row: Row) -> bool:
+        """Whether a prompt must come whole, however long it is."""
+        del row
+        return False
 
     @staticmethod
     def _size(row: Row) -> float:
@@ -284,14 +243,21 @@ class Decoder(Worker[Row]):
     def _admit(self) -> list[Row]:
         joined: list[Row] = []
         longest = 0
+        columns = max((_columns(s) for s in self.running), default=0)
         while self.waiting and len(self.running) < self.slots:
-            longest = max(longest, len(self.waiting[0].prompt))
+            s = self.waiting[0]
+            longest, columns = max(longest, len(s.prompt)), max(columns, _columns(s))
+            long = longest > PREFILL_TOKENS and not self._undivided(s)
             if joined and longest * (len(joined) + 1) > PREFILL_TOKENS:
                 break
-            s = self.waiting.popleft()
-            joined.append(s)
+            if (long and self.filling is not None) or not self.cache.fits(len(self.running) + 1, columns):
+                break  # it waits, and so do those behind it
+            joined.append(self.waiting.popleft())
             self.running.append(s)
             self.cache.lengths.append(0)
+            if long:
+                self.filling = s
+                break
         return joined
 
     def _leave(self, slot: int) -> None:
@@ -299,6 +265,8 @@ class Decoder(Worker[Row]):
             self.cache.wipe(slot)
         self.cache.drop(slot)
         last = self.running.pop()
+        if self.filling is not None and self.filling.finished:
+            self.filling = None
         if slot < len(self.running):
             self.running[slot] = last
 
@@ -319,21 +287,52 @@ class Decoder(Worker[Row]):
         else:
             with self.applied.rows([s.arm for s in rows], [s.strength for s in rows], [s.params for s in rows]):
                 hidden = self.decoder(**call).last_hidden_state
-        last = torch.tensor(counts, device=device) - 1
-        return self._logits(hidden[torch.arange(len(rows), device=device), last])
+        return self._read(rows, hidden, starts, counts)
+
+    def _read(self, rows: Sequence[Row], hidden: Tensor, starts: list[int], counts: list[int]) -> Tensor:
+        """Logits (B, V) after each row's last new token, from last hidden states (B, T, D); what else rows want of
+        their prompts is kept on the way."""
+        for b, s in enumerate(rows):
+            if starts[b] < len(s.prompt) and (s.score_prompt or s.pool):
+                self._keep(s, hidden[b, : counts[b]], starts[b])
+        last = torch.tensor(counts, device=hidden.device) - 1
+        return self._logits(hidden[torch.arange(len(rows), device=hidden.device), last])
+
+    def _keep(self, s: Row, states: Tensor, start: int) -> None:
+        """Scores and states of the prompt tokens from `start`; a forward that is run again writes them again."""
+        if s.pool:
+            of = states.float().sum(0)
+            s.pooled = of if start == 0 or s.pooled is None else s.pooled + of
+        if not s.score_prompt:
+            return
+        s.prompt_scores = [None, *s.prompt_scores[1 : start + 1]]
+        for at in range(0, len(states), SCORED_TOKENS):
+            targets = s.prompt[start + at + 1 : start + min(at + SCORED_TOKENS, len(states)) + 1]
+            if not targets:
+                break
+            scores = self._logits(states[at : at + len(targets)]).log_softmax(-1)
+            ids = torch.tensor(targets, device=scores.device)
+            own = scores.gather(1, ids[:, None])[:, 0]
+            if not own.isfinite().all():
+                fail(s, not_finite(s.arm))
+                return
+            s.prompt_scores += zip(own.tolist(), best_of(scores, s.logprobs or 0), strict=True)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _mask(self, positions: Tensor) -> Any:
-        """(B, 1, T, K) bool: key k may be seen from position p if k <= p. A dict for models with sliding layers."""
+        """(B, 1, T, K) bool: key k may be seen from position p if k <= p, and is in the window of a layer that has one.
+        A dict for models whose layers differ."""
         k = torch.arange(self.cache.columns, device=positions.device)
         full = (k <= positions[:, :, None])[:, None]
         if self.window is None:
             return full
         near = (k > positions[:, :, None] - self.window)[:, None]
-        return {"full_attention": full, "sliding_attention": full & near}
+        return {"full_attention": full, "sliding_attention": full & near} if self.mixed else full & near
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int | None]:
         """A token for each row; None for a row that has none, which fails alone."""
@@ -341,10 +340,10 @@ class Decoder(Worker[Row]):
             for token, add in s.bias.items():
                 logits[b, token] += add
         highest, at = logits.max(-1)  # of NaN and something the highest is NaN
-        greedy, best_of = at.tolist(), highest.tolist()
+        greedy, top = at.tolist(), highest.tolist()
         out: list[int | None] = []
         for b, s in enumerate(rows):
-            if not math.isfinite(best_of[b]):
+            if not math.isfinite(top[b]):
                 fail(s, not_finite(s.arm))
                 out.append(None)
                 continue
@@ -352,9 +351,7 @@ class Decoder(Worker[Row]):
                 token = greedy[b] if s.temperature < COLD else _sample(logits[b], s)
                 if s.logprobs is not None:
                     scores = logits[b].log_softmax(-1)
-                    top = scores.topk(min(s.logprobs, len(scores))) if s.logprobs else None
-                    best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else []
-                    s.scores.append((float(scores[token]), best))
+                    s.scores.append((float(scores[token]), best_of(scores[None], s.logprobs)[0]))
                 out.append(token)
             except (RuntimeError, ValueError, OverflowError) as e:
                 log.exception("a draw failed")
@@ -362,6 +359,19 @@ class Decoder(Worker[Row]):
                 fail(s, Failed(f"No token can be drawn with {how} ({e})."))
                 out.append(None)
         return out
+
+
+def _columns(row: Row) -> int:
+    """Columns a row may come to hold."""
+    return len(row.prompt) + row.max_tokens
+
+
+def best_of(scores: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` most likely (id, log-probability) of each row of scores (n, V)."""
+    if not count:
+        return [[] for _ in scores]
+    top = scores.topk(min(count, scores.shape[-1]))
+    return [list(zip(i, v, strict=True)) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 def _sample(logits: Tensor, s: Row) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from patches.engine.patch import Applied
 from patches.families.base import Base
-from patches.families.llm.worker import Decoder, Row, SlotCache
+from patches.families.llm.cache import SlotCache
+from patches.families.llm.worker import Decoder, Row
 from patches.families.search.config import SearchConfig
 from patches.families.search.generators import Asked, Generator, Proposal, Proposing
 from patches.families.search.parse import candidate, candidates

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from patches.families.base import Base
-from patches.families.llm.worker import Decoder, Row, SlotCache
+from patches.families.llm.cache import SlotCache
+from patches.families.llm.worker import Decoder, Row
 from patches.families.vlm.layouts import Layout, image_token, layout
 from registry.errors import Invalid
 
@@ -134,8 +135,11 @@ class PictureDecoder(Decoder):
             "use_cache": True,
         }
         hidden = self._call(rows, call, watched)
-        last = torch.tensor(counts, device=device) - 1
-        return self._logits(hidden[torch.arange(len(rows), device=device), last])
+        return self._read(rows, hidden, starts, counts)
+
+    def _undivided(self, row: Row) -> bool:
+        """A picture's features are put in place at once."""
+        return isinstance(row, Picture) and row.shows
 
     def _call(self, rows: Sequence[Row], call: dict[str, Any], watched: list[tuple[int, Picture, Tensor]]) -> Tensor:
         """(B, T, D) last hidden states, edited as the rows ask; what rows watch is kept."""

@@ -5,7 +5,7 @@ from patches.families import llm
 from patches.families.base import load_base
 from patches.families.llm.worker import Decoder, Row
 from patches.subject import Subject
-from registry.errors import ConfigError, NotFound, NotReady, TooLarge
+from registry.errors import ConfigError, NotFound, NotReady, TooLong
 
 
 def test_greedy_decoding_equals_generate(tiny_llm):
@@ -55,7 +55,7 @@ def test_cancelling_a_row_leaves_its_neighbours_alone(tiny_llm):
 
 def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(tiny_llm):
     decoder = Decoder(tiny_llm)
-    with pytest.raises(TooLarge, match="600 tokens"):
+    with pytest.raises(TooLong, match="600 tokens"):
         decoder.add([Row([5], max_tokens=2), Row([5] * 600)])
     assert decoder.idle
 
@@ -109,6 +109,72 @@ def test_any_llama_folder_loads_and_keeps_its_digest(tiny_llm, tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         assert torch.equal(one.model(input_ids=ids).logits, tiny_llm.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("arm", [None, "a"])
+def test_a_long_prompt_comes_in_parts_while_others_go_on(tiny_llm, monkeypatch, arm):
+    """Parts, in any company, give what the whole gives, for a patch that looks at all of the row, too."""
+    from patches.families.llm import worker
+    from patches.mechanisms.sink import SinkConfig, SinkEdit
+
+    patched = Subject(tiny_llm, {"a": SinkEdit(SinkConfig(neurons=((1, 3), (2, 9)), damp_limit=2.0), {})})
+    long = [[5 + i % 7 for i in range(61)], [9] * 50]
+
+    def rows():
+        kept = {"logprobs": 2, "score_prompt": True, "pool": True, "ignore_eos": True, "arm": arm}
+        short = [Row([5 + i, 6, 7], max_tokens=12, ignore_eos=True, arm=arm) for i in range(3)]
+        return [*short, *(Row(p, max_tokens=9, **kept) for p in long)]
+
+    want = Decoder(tiny_llm, patched.applied, slots=5).run(rows())
+    monkeypatch.setattr(worker, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(worker, "SCORED_TOKENS", 5)
+    decoder = Decoder(tiny_llm, patched.applied, slots=5)
+    got = rows()
+    decoder.add(got)
+    between = 0
+    while not decoder.idle:
+        waiting = decoder.filling
+        between += any(row is not waiting for row in decoder.step()) and waiting is not None
+    assert between >= 4
+    for a, b in zip(got, want, strict=True):
+        assert (a.out, a.finished) == (b.out, b.finished)
+        for x, y in zip(a.prompt_scores, b.prompt_scores, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or x[0] == pytest.approx(y[0], abs=1e-4)
+        assert b.pooled is None or torch.allclose(a.pooled, b.pooled, atol=1e-3)
+    decoder, got = Decoder(tiny_llm, patched.applied, slots=5), rows()
+    decoder.add(got)
+    for _ in range(4):
+        decoder.step()
+    decoder.cancel(next(row for row in got if row is decoder.filling))
+    while not decoder.idle:
+        decoder.step()
+    assert [r.finished for r in got].count("cancelled") == 1
+    assert all(a.out == b.out for a, b in zip(got, want, strict=True) if a.finished != "cancelled")
+    patched.close()
+
+
+def test_rows_wait_for_room_in_the_memory_of_keys_and_values(tiny_llm):
+    lengths = (2, 3, 20, 1, 4, 8, 2, 9)
+
+    def rows():
+        return [Row([5 + i % 9, 6, 7] * n, max_tokens=6, ignore_eos=True) for i, n in enumerate(lengths)]
+
+    want = [r.out for r in Decoder(tiny_llm).run(rows())]
+    token = Decoder(tiny_llm).cache.token_bytes
+    assert token == 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, width, float32
+    decoder, got, most = Decoder(tiny_llm, kv_bytes=100 * token), rows(), 0
+    assert decoder.context == 100
+    decoder.add(got)
+    while not decoder.idle:
+        decoder.step()
+        held = sum(t.nbytes for t in (*decoder.cache.keys, *decoder.cache.values))
+        most = max(most, held)
+        assert held <= 100 * token
+    assert most > 50 * token
+    assert [r.out for r in got] == want
+    with pytest.raises(TooLong, match="between 1 and 100"):
+        decoder.add([Row([5] * 99, max_tokens=2)])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3_text", "mistral"])
