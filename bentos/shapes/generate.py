@@ -299,7 +299,8 @@ class Service:
                             f"{len(row.prompt)}. Shorten it."
                         )
                     row.on_step = ring
-                    text = Text(self.runtime.base.processor, stops, before=row.prompt[-2 * JOINT :])
+                    before = row.prompt[-2 * JOINT :] if _continues(ask) else ()  # a message begins anew
+                    text = Text(self.runtime.base.processor, stops, before=before)
                     lines.append(Line(len(lines), p, row, text, label))
         return lines, news
 
@@ -416,6 +417,11 @@ class Service:
 
 def _echoes(ask: Ask) -> bool:
     return isinstance(ask, Completion) and ask.echo
+
+
+def _continues(ask: Ask) -> bool:
+    """Whether the answer goes on where the prompt ended, in the middle of a text."""
+    return not isinstance(ask, Chat) or ask.continue_final_message
 
 
 def _which(index: int, prompts: Sequence[Make]) -> str:
