@@ -81,6 +81,8 @@ class Video(BaseModel):
     """rollout: frames that are kept; 0 is half of the model's"""
     temperature: Annotated[float, Field(ge=0, le=4)] = 0.0
     top_k: Annotated[int, Field(ge=0, le=100_000)] = 0
+    expected: bool = False
+    """rollout: paint the mean of what may come, the picture of least squared error, in place of one code"""
     encoding: Literal["float", "base64"] = "float"
     """Form of the features in the answer: numbers, or little-endian float32 in base64"""
     model: Annotated[str, Field(max_length=200)] | None = None
@@ -161,7 +163,7 @@ class Service:
             objects = films.mask(clip.mask, decoded.size, model.size)
         job = Clip(
             cropped(frames, model.size), tuple(dict.fromkeys(ask.wants)), ask.layer, ask.ratio, ask.mask, ask.seed,
-            ask.given, ask.temperature, ask.top_k, objects, arm=arm, strength=ask.patchbay.strength,
+            ask.given, ask.temperature, ask.top_k, ask.expected, objects, arm=arm, strength=ask.patchbay.strength,
         )  # fmt: skip
         self.runtime.worker.check([job])
         times = [round(float(decoded.times[i]), 4) for i in at]
@@ -257,6 +259,7 @@ def answers(job: Clip, model: VideoModel, ask: Video) -> dict[str, Any]:
             "given": given,
             "drawn": model.frames - given,
             "nats": job.off,
+            "expected": ask.expected,
         }
     if job.tracked is not None:
         out["track"] = {

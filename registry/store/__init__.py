@@ -5,6 +5,7 @@
     model       <base>            one per base: the base is one version, every artifact made from it another; each can
                                   be loaded, served and evaluated with MLflow alone
     experiment  patchbay/ab       one run per online experiment, one step per window
+    experiment  patchbay/sweeps   a run per sweep that seals nothing, a nested run per row
 
 MLflow is index and display only. Identity is the manifest's digest and every pull is checked against it, for MLflow
 checks no bytes; who is live is the ledger's, and MLflow's aliases mirror it. Base weights are never copied here.
@@ -37,9 +38,10 @@ from registry.store.mlflow_client import TAGS  # noqa: E402
 from registry.store.models import Gate, Pushed, pull, push  # noqa: E402
 from registry.store.refs import Ref, parse_ref, resolve  # noqa: E402
 from registry.store.shown import Comparison, Difference, Row, compare, compare_url, list_models, show  # noqa: E402
+from registry.store.sweeps import log_sweep  # noqa: E402
 
 __all__ = [
     "TAGS", "Comparison", "Difference", "Gate", "Pushed", "Ref", "Row", "Sides", "compare", "compare_url",
-    "list_models", "log_bench", "log_decision", "log_figures", "log_window", "mirror", "parse_ref", "pull", "push",
-    "resolve", "show", "show_experiment",
+    "list_models", "log_bench", "log_decision", "log_figures", "log_sweep", "log_window", "mirror", "parse_ref", "pull",
+    "push", "resolve", "show", "show_experiment",
 ]  # fmt: skip

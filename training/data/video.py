@@ -8,6 +8,8 @@
 | `ucf101_p` | `<corruption>/<severity>/<Class>/v_*.avi`, or `<corruption>/<Class>/...`; test clips of UCF101, damaged |
 | `davis` | `JPEGImages/<res>/<clip>/*.jpg`, `Annotations/<res>/<clip>/*.png`, `ImageSets/<year>/<split>.txt` |
 
+A recipe names one as `data=hmdb51:/folder` (a folder alone is UCF101's); `source` and `held` read it.
+
 Clips are decoded by PyAV (`pip install patchbay[video]`; its wheels carry FFmpeg with GPL parts) in a process of its
 own with limits on memory, time, pixels and frames, so that a broken file costs one error and nothing else. Frames are
 counted by decoding: headers lie.
@@ -15,8 +17,10 @@ counted by decoding: headers lie.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patches.families.video.decode import Limits, fit, read
-from registry.errors import BadArtifact, NotFound
+from patches.families.video.decode import Decoded, Limits, fit, read
+from registry.errors import BadArtifact, ConfigError, NotFound
 from training.data.images import Batch, Dataset
 
 SUFFIXES = {".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".gif"}
@@ -42,7 +46,7 @@ class Sampling:
     size: int = 224
 
 
-def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:
+def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Listed:
     """UCF101 by one of its three official folds. Raises NotFound naming what is missing."""
     root = Path(folder)
     lists, videos = _need(root / "ucfTrainTestlist"), _need(root / "UCF-101")
@@ -56,7 +60,7 @@ def ucf101(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sam
     return _dataset("ucf101", split, classes, files, labels, sampling, {"fold": fold})
 
 
-def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Dataset:
+def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sampling = Sampling()) -> Listed:
     """HMDB51 by one of its three official folds, whose files number train 1, test 2 and neither 0."""
     root = Path(folder)
     lists = _need(root / "testTrainMulti_7030_splits")
@@ -75,7 +79,7 @@ def hmdb51(folder: str | Path, split: str = "test", fold: int = 1, sampling: Sam
     return _dataset("hmdb51", split, classes, files, labels, sampling, {"fold": fold})
 
 
-def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampling()) -> Dataset:
+def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampling()) -> Listed:
     """Kinetics as folders of classes, or as a list of paths with labels."""
     root = Path(folder)
     table = root / f"{split}.csv"
@@ -93,7 +97,7 @@ def kinetics(folder: str | Path, split: str = "val", sampling: Sampling = Sampli
 
 def ucf101_p(
     folder: str | Path, corruption: str, severity: int = 3, sampling: Sampling = Sampling()
-) -> Dataset:  # fmt: skip
+) -> Listed:  # fmt: skip
     """One corruption of UCF101-P. Raises NotFound with the corruptions that lie there."""
     root = _need(Path(folder))
     there = sorted(d.name for d in root.iterdir() if d.is_dir())
@@ -144,15 +148,64 @@ def _davis(root: Path, name: str, resolution: str, size: int) -> Tracked:
     return Tracked(name, video, mask)
 
 
-READERS: Mapping[str, Callable[..., Dataset]] = {
-    "ucf101": ucf101, "hmdb51": hmdb51, "kinetics": kinetics, "ucf101_p": ucf101_p,
-}  # fmt: skip
+READERS: Mapping[str, Callable[..., Listed]] = {"ucf101": ucf101, "hmdb51": hmdb51, "kinetics": kinetics}
+"""those a recipe's `data` may name"""
+
+
+def source(data: str, split: str, sampling: Sampling = Sampling()) -> Listed:
+    """The data set that `data` names (`READER:FOLDER`, or a folder of UCF101), by its first official fold.
+
+    split: train, val or test. `val`, which the official lists lack, is the last tenth of each class of train, and
+    `train` the rest: lists are in the order of the films that clips were cut from, so most films are in one of the two.
+    Raises ConfigError for another reader, NotFound for what is missing.
+    """
+    name, colon, folder = data.partition(":")
+    if not colon:
+        name, folder = "ucf101", data
+    if name not in READERS:
+        raise ConfigError(f"data={data[:60]!r}: there is no reader {name!r:.30}. Readers: {', '.join(READERS)}.")
+    if split == "test":
+        whole = "val" if name == "kinetics" else "test"  # Kinetics' own test split was published without labels
+        return READERS[name](folder, whole, sampling=sampling)
+    every = READERS[name](folder, "train", sampling=sampling)
+    label, kept = every.label, []
+    for c in range(len(every.classes)):
+        rows = (label == c).nonzero()[:, 0]
+        cut = len(rows) - max(1, len(rows) // 10) if len(rows) > 1 else len(rows)
+        kept.append(rows[:cut] if split == "train" else rows[cut:])
+    return every.only(torch.cat(kept).sort().values, split)
+
+
+def held(data: str, split: str, limit: int, sampling: Sampling = Sampling()) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Up to `limit` clips of a split, drawn at random but always alike: (n, T, 3, R, R) uint8, (n,) labels, classes.
+
+    All are held in memory, and decoded on all processors.
+    """
+    found = source(data, split, sampling)
+    rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        batches = list(threads.map(lambda r: found.read([int(r)]), rows))
+    return torch.cat([b.image for b in batches]), torch.cat([b.label for b in batches]), found.classes
+
+
+@dataclass(frozen=True)
+class Listed(Dataset):
+    """A data set whose labels are known before any clip is decoded."""
+
+    label: Tensor
+    """(n,) int64"""
+
+    def only(self, rows: Tensor, split: str) -> Listed:
+        """Clips of these numbers alone, as another split."""
+        about = {**self.about, "rows": [int(r) for r in rows]}
+        return Listed(self.name, split, self.classes, len(rows), about, lambda r: self.reader(rows[r]),
+                      self.label[rows])  # fmt: skip
 
 
 def _dataset(
     name: str, split: str, classes: Sequence[str], files: Sequence[Path], labels: Sequence[int], sampling: Sampling,
     about: Mapping[str, Any],
-) -> Dataset:  # fmt: skip
+) -> Listed:  # fmt: skip
     if not files:
         raise NotFound(f"{name}/{split} lists no clips. Check that the folder is the whole data set.")
     gone = [f for f in files if not f.is_file()]
@@ -161,19 +214,19 @@ def _dataset(
     label = torch.tensor(labels, dtype=torch.int64)
 
     def read_rows(rows: Tensor) -> Batch:
-        clips = [
-            fit(
-                read(files[i].read_bytes(), Limits(max_bytes=1 << 30)),
-                sampling.frames,
-                sampling.size,
-                sampling.stride,
-            )
-            for i in rows.tolist()
-        ]
+        clips = [_fitted(read(files[i].read_bytes(), Limits(max_bytes=1 << 30)), sampling) for i in rows.tolist()]
         return Batch(torch.stack(clips), label[rows], {"file": [files[i].name for i in rows.tolist()]})
 
     whole = {**about, **vars(sampling), "files": len(files)}
-    return Dataset(name, split, tuple(classes), len(files), whole, read_rows)
+    return Listed(name, split, tuple(classes), len(files), whole, read_rows, label)
+
+
+def _fitted(clip: Decoded, how: Sampling) -> Tensor:
+    """(T, 3, R, R). A clip too short for the stride is seen whole; one with fewer frames than T waits at its last."""
+    if (short := how.frames - len(clip.frames)) > 0:
+        last = clip.frames[-1:].expand(short, -1, -1, -1)
+        clip = Decoded(torch.cat([clip.frames, last]), torch.arange(how.frames, dtype=torch.float64), clip.size)
+    return fit(clip, how.frames, how.size, how.stride if len(clip.frames) > (how.frames - 1) * how.stride else 0)
 
 
 def _need(path: Path) -> Path:
@@ -186,4 +239,5 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in _need(file).read_text().splitlines() if line.strip()]
 
 
-__all__ = ["READERS", "Sampling", "Tracked", "davis", "hmdb51", "kinetics", "ucf101", "ucf101_p"]
+__all__ = ["READERS", "Listed", "Sampling", "Tracked", "davis", "held", "hmdb51", "kinetics", "source", "ucf101",
+           "ucf101_p"]  # fmt: skip

@@ -80,7 +80,7 @@ class Fitted:
 def train(
     model: nn.Module, inputs: Tensor, label: Tensor, steps: int, batch: int, groups: list[dict[str, Any]],
     seed: int, see: Callable[[Tensor], Tensor] = lambda x: x, smoothing: float = 0.0, decay: float = 0.05,
-    warm: float = 0.1,
+    warm: float = 0.1, bf16: bool = False,
 ) -> Fitted:  # fmt: skip
     """Train a classifier by AdamW and cross-entropy on shuffled batches of `inputs` (n, ...) and `label` (n,).
 
@@ -88,6 +88,7 @@ def train(
     """
     g = Generator().manual_seed(seed)
     optimiser = optimiser_of(groups, decay)
+    device = next(model.parameters()).device
     order, begun, right = torch.empty(0, dtype=torch.int64), time.process_time(), []
     model.train()
     for step in range(steps):
@@ -95,21 +96,24 @@ def train(
             order = torch.cat([order, torch.randperm(len(label), generator=g)])
         rows, order = order[:batch], order[batch:]
         set_rate(optimiser, rate(step, steps, int(warm * steps)))
-        logits = model(see(inputs[rows]))
-        off = nnf.cross_entropy(logits, label[rows], label_smoothing=smoothing)
+        wanted = label[rows].to(device)
+        with autocast(str(device), bf16):
+            logits = model(see(inputs[rows].to(device)))
+        off = nnf.cross_entropy(logits.float(), wanted, label_smoothing=smoothing)
         optimiser.zero_grad()
         off.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        right.append(float((logits.argmax(1) == label[rows]).float().mean()))
+        right.append((logits.argmax(1) == wanted).float().mean().detach())  # read at the end: reading waits
     tail = right[-max(1, steps // 5) :]
-    return Fitted(model.eval(), time.process_time() - begun, sum(tail) / len(tail))
+    return Fitted(model.eval(), time.process_time() - begun, float(torch.stack(tail).mean()))
 
 
 @torch.no_grad()
 def answers(model: Callable[[Tensor], Tensor], inputs: Tensor, see: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """Predict the class (n,) of each input, in batches of 100."""
-    return torch.cat([model(see(part)).argmax(1).cpu() for part in inputs.split(100)])
+    """Predict the class (n,) of each input, in batches of 100, on the model's device."""
+    held = next(model.parameters()).device if isinstance(model, nn.Module) else inputs.device
+    return torch.cat([model(see(part.to(held))).argmax(1).cpu() for part in inputs.split(100)])
 
 
 # ---- controls -----------------------------------------------------------------------------------------------------
@@ -127,7 +131,12 @@ def middle(video: Tensor) -> Tensor:
 
 
 def control(
-    see: Callable[[Tensor], Tensor], labelled: actions.Clips, test: actions.Clips, steps: int = 600, seed: int = 0
+    see: Callable[[Tensor], Tensor],
+    labelled: actions.Clips,
+    test: actions.Clips,
+    steps: int = 600,
+    seed: int = 0,
+    classes: int = len(CLASSES),
 ) -> tuple[Tensor, float]:
     """Train a three-layer CNN on the view `see` of clips; return whether it is right on each test clip (n,), and CPU
     seconds."""
@@ -139,7 +148,7 @@ def control(
 
     model = nn.Sequential(
         *block(channels, width), *block(width, 2 * width), *block(2 * width, 4 * width), nn.Flatten(),
-        nn.Linear(4 * width * (-(-size // 8)) ** 2, len(CLASSES)),
+        nn.Linear(4 * width * (-(-size // 8)) ** 2, classes),
     )  # fmt: skip
     groups = [{"params": list(model.parameters()), "peak": 2e-3}]
     fitted = train(model, labelled.video, labelled.label, steps, 32, groups, seed, see, warm=0.03)

@@ -8,12 +8,17 @@ frames but the first; objects that are not in the first frame are left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from patches.families.video.track import propagate, to_frames
+from patches.families.video import VideoModel
+from patches.families.video.track import PARTS, SHARP, finer, propagate, to_frames
+from registry.measure import Measure
+from training.tasks.intervals import mean
 
 
 def region(a: Tensor, b: Tensor) -> float:
@@ -58,41 +63,42 @@ def score(found: Tensor, true: Tensor) -> tuple[float, float]:
     return sum(j for j, _ in pairs) / len(pairs), sum(f for _, f in pairs) / len(pairs)
 
 
-def summary(scores: list[tuple[float, float]]) -> dict[str, float]:
-    """Average J and F over clips: their means, the mean JF of both with its standard error `se`, and n clips."""
-    kept = torch.tensor([s for s in scores if s[0] == s[0]])
-    both = kept.mean(1)
-    return {
-        "J": round(float(kept[:, 0].mean()), 4),
-        "F": round(float(kept[:, 1].mean()), 4),
-        "JF": round(float(both.mean()), 4),
-        "se": round(float(both.std() / len(both) ** 0.5), 4),
-        "n": len(kept),
-    }
+class Pixels:
+    """A baseline for tracking: a model whose features are the patches' own pixels."""
+
+    def __init__(self, model: VideoModel) -> None:
+        self.cell, self.grid = model.cell, model.grid
+
+    def matching(self, clips: Tensor) -> list[Tensor]:
+        """Return patches (b T, n, 3 cell^2) of frames (b, T, 3, R, R), in raster order."""
+        return [nnf.unfold(clips.float().flatten(0, 1), self.cell, stride=self.cell).transpose(1, 2) / 255]
+
+    def parameters(self) -> Iterable[Tensor]:
+        return iter((torch.empty(0),))
 
 
-def each(found: Tensor, mask: Tensor) -> list[tuple[float, float]]:
-    """Return J and F of every clip: predicted labels (n, T, R, R) against masks (n, T, R, R)."""
-    return [score(labels.long(), m.long()) for labels, m in zip(found, mask, strict=True)]
+@torch.no_grad()
+def tracks(model: VideoModel, video: Tensor, mask: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Propagate the first-frame mask of a clip (T, 3, R, R) along a model's features at finer places; returns labels
+    (T, R, R) by layer. T is the model's own for a VideoMAE, any number for a Toto."""
+    side = model.grid[1] * PARTS
+    return [to_frames(propagate(x, mask[0].long(), side, temperature=SHARP), len(mask))
+            for x in finer(model, video, layers)]  # fmt: skip
 
 
-def copied(mask: Tensor) -> dict[str, float]:
-    """Score the baseline that copies the first frame's mask (n, T, R, R) to all frames."""
-    return summary([score(m[:1].long().expand_as(m), m.long()) for m in mask])
-
-
-def tracks(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Propagate first-frame masks of clips (n, T, R, R) along patch features (n, S side^2, d); returns labels (n, T, R,
-    R).
-
-    grid: (S, side), the numbers of time slices and of patches a side.
-    """
-    slices, side = grid
-    out = [to_frames(propagate(x.view(slices, side * side, -1), m[0].long(), side), len(m))
-           for x, m in zip(features, mask, strict=True)]  # fmt: skip
-    return torch.stack(out)
-
-
-def tracked(features: Tensor, mask: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """Score propagation along features: J, F, their mean JF with its standard error, n."""
-    return summary(each(tracks(features, mask, grid), mask))
+def tracked(model: VideoModel, clips: Iterable[tuple[Tensor, Tensor]], layers: Sequence[int]) -> dict[str, Measure]:
+    """Average the mean of J and F over (video, mask) pairs: of each layer, of its paired difference to the copy
+    baseline (`layer 2 - copy`), of copying the first mask (`copy`), and of tracking by pixels (`pixels`)."""
+    alone: Any = Pixels(model)
+    both: dict[str, list[float]] = {}
+    for video, mask in clips:
+        copy = score(mask[:1].long().expand_as(mask), mask.long())
+        if copy[0] != copy[0]:  # nothing to follow
+            continue
+        both.setdefault("copy", []).append(sum(copy) / 2)
+        (found,) = tracks(alone, video, mask, [0])
+        both.setdefault("pixels", []).append(sum(score(found, mask.long())) / 2)
+        for layer, found in zip(layers, tracks(model, video, mask, layers), strict=True):
+            both.setdefault(f"layer {layer}", []).append(sum(score(found, mask.long())) / 2)
+            both.setdefault(f"layer {layer} - copy", []).append(both[f"layer {layer}"][-1] - both["copy"][-1])
+    return {k: mean(v) for k, v in both.items()}

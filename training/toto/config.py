@@ -19,6 +19,13 @@ class Config:
     """the checkpoint it is compared with: of the same frames, size and classes"""
     size: str = "lab"
     """a name of training/toto/sizes.py: tiny, lab, base, large, 1b and those of the scaling curve"""
+    data: str = ""
+    """Real clips instead of the lab's, as READER:FOLDER (`ucf101:`, `hmdb51:`, `kinetics:`): what is trained on and
+    probed"""
+    davis: str = ""
+    """Folder of DAVIS, on whose val the report then tracks; empty: the lab's masks"""
+    stride: int = 4
+    """Frames of a real clip from one that the model sees to the next"""
     device: str = "cpu"
     seed: int = 0
     steps: int = 2000
@@ -55,8 +62,8 @@ RECIPES: dict[str, Config] = {
     "lab": Config(size="w48", steps=300, pool=3072, half=True),
     "long": Config(steps=8000, half=True),
     "demo": Config(size="w32", steps=150, pool=512, labels=110, val_clips=110, test_clips=220, tracked_clips=22),
-    "base": Config(size="base", **_PAPER),
-    "large": Config(size="large", **_PAPER),
-    "1b": Config(size="1b", **_PAPER),
-    "paper": Config(size="1b", **_PAPER),
+    "base": Config(base="untrained:toto-base", size="base", **_PAPER),
+    "large": Config(base="untrained:toto-large", size="large", **_PAPER),
+    "1b": Config(base="untrained:toto-1b", size="1b", **_PAPER),
+    "paper": Config(base="untrained:toto-1b", size="1b", **_PAPER),
 }  # fmt: skip

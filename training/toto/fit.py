@@ -18,6 +18,7 @@ from registry.errors import ConfigError
 from registry.manifest import Manifest
 from training.tasks import motion
 from training.toto import learn
+from training.toto.clips import classes, labelled, unlabelled
 from training.toto.config import Config
 from training.toto.sizes import SIZES
 
@@ -25,12 +26,17 @@ from training.toto.sizes import SIZES
 def fit(config: Config, folder: Path) -> Manifest:
     """Train one checkpoint and its probe; sealed as a model."""
     base = load_base(config.base, "video")
-    model, log = made(config)
-    if (model.frames, model.size, model.classes) != (base.model.frames, base.model.size, base.model.classes):
+    if (config.frames, config.image) != (base.model.frames, base.model.size):
         raise ConfigError(
-            f"{config.base} reads {base.model.frames} frames of {base.model.size} px; this recipe has {model.frames}, "
-            f"of {model.size}. Name another base."
+            f"{config.base} reads {base.model.frames} frames of {base.model.size} px; this recipe has {config.frames}, "
+            f"of {config.image}. Name another base."
         )
+    if base.model.head is not None and base.model.classes != classes(config):
+        raise ConfigError(
+            f"{config.base} knows {len(base.model.classes)} classes, the clips have {len(classes(config))} others. "
+            "Name a base of these, or one without a head."
+        )
+    model, log = made(config)
     checkpoints.save(model, folder, torch.float16 if config.half else torch.float32)
     write_evidence(folder, log)
     plain = {k: v for k, v in asdict(config).items() if k != "device"}
@@ -43,7 +49,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
     if config.size not in SIZES:
         raise ConfigError(f"size={config.size!r:.30} must be one of {', '.join(SIZES)}.")
     log: dict[str, Any] = {"val": []}
-    video = learn.pool(config.pool, config.frames, config.image)
+    video = unlabelled(config)
     codebook = learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
     model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed)
     if trained:
@@ -55,16 +61,16 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
         )
         done = learn.fit(model.to(config.device), ids, stills, plan)
         log |= {k: done[k] for k in ("clips", "tokens", "body", "flops", "loss")}
-    model = model.cpu().eval()
-    model.classes = motion.CLASSES
-    seen, val = (motion.clips(s, n, k, config.frames, config.image) for s, n, k in
-                 (("train", config.labels, 20), ("val", config.val_clips, 7)))  # fmt: skip
-    x, y = (learn.features(model, learn.tokenise(c.video, codebook)) for c in (seen, val))
+    model = model.eval()
+    model.classes = classes(config)
+    seen, val = labelled(config, "train", config.labels), labelled(config, "val", config.val_clips)
     best = -1.0
-    for layer in range(1, model.depth + 1):
-        probe = motion.probe(x[layer], seen.label, "attention", config.probe_steps, config.seed)
-        right = float((motion.answers(probe, y[layer]) == val.label).float().mean())
+    for layer, (x, y) in enumerate(learn.by_layer(model, seen.video, val.video)):
+        if layer == 0:
+            continue
+        probe = motion.probe(x, seen.label, "attention", config.probe_steps, config.seed, len(model.classes))
+        right = float((motion.answers(probe, y) == val.label).float().mean())
         log["val"].append(round(right, 4))
         if right > best:
             best, model.probe, model.probe_layer = right, probe, layer
-    return model, log
+    return model.cpu(), log

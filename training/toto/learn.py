@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from patches.families.video.base import llama
 from patches.families.video.tokens import RESERVED, Codebook, TokenVideo, kmeans, sequence
+from patches.families.video.untrained import llama
 from training.lab.video import actions
 from training.tasks.motion import autocast, optimiser_of, rate, set_rate
 from training.toto.sizes import Size
@@ -71,7 +72,8 @@ def tokenise_pictures(video: Tensor, codebook: Codebook, frames: int, g: Generat
     """Frames of different clips, shuffled, packed by `frames` behind the mark for pictures."""
     stills = video[:, 0][torch.randperm(len(video), generator=g)]
     stills = stills[: len(stills) // frames * frames]
-    codes = torch.cat([codebook.encode(part[:, None]) for part in stills.split(512)])  # each stands for itself
+    # each stands for itself
+    codes = torch.cat([codebook.encode(part[:, None].to(codebook.codes.device)) for part in stills.split(512)])
     return sequence(codes.view(-1, frames, codes.shape[-1]), "pictures")
 
 
@@ -142,7 +144,21 @@ def held_out(model: TokenVideo, ids: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def features(model: TokenVideo, ids: Tensor) -> Tensor:
     """(layers + 1, n, T n, d) of clips' ids."""
-    return torch.cat([torch.stack(model.token_states(part)) for part in ids.split(100)], 1)
+    device, size = model.codebook.codes.device, max(1, 12_800 // ids.shape[1])
+    return torch.cat([torch.stack(model.token_states(part.to(device))).cpu() for part in ids.split(size)], 1)
+
+
+def by_layer(model: TokenVideo, *videos: Tensor) -> Iterator[list[Tensor]]:
+    """For the embedding and each layer the features (n, T n, d) of sets of clips. All layers are held together where
+    that is less than 4 GiB, else clips are read again for each."""
+    ids = [tokenise(video, model.codebook) for video in videos]
+    width = model.lm.config.hidden_size
+    if 4 * width * (model.depth + 1) * sum(x.numel() for x in ids) < 4 << 30:
+        yield from ([x[layer] for x in every] for every in [[features(model, x) for x in ids]]
+                    for layer in range(model.depth + 1))  # fmt: skip
+        return
+    for layer in range(model.depth + 1):
+        yield [torch.cat([features(model, one)[layer] for one in x.split(1)]) for x in ids]
 
 
 def pool(n: int, frames: int, image: int, seed: int = 30) -> Tensor:

@@ -23,7 +23,12 @@ class Config:
     stage: str = "image_crops"
     """a stage of the progression, `natural` for the task's own clips without their labels, `scratch` for none"""
     data: str = ""
-    """folder of UCF101 (labelled clips, and natural pre-training); empty: the lab's actions"""
+    """Real clips instead of the lab's, as READER:FOLDER (`ucf101:`, `hmdb51:`, `kinetics:`; a folder alone is
+    UCF101's): what is probed, fine-tuned and measured, and what `natural` pre-trains on"""
+    damaged: str = ""
+    """Folder of UCF101-P, which the report then measures; empty: the lab's own corruptions"""
+    stride: int = 4
+    """Frames of a real clip from one that the model sees to the next"""
     device: str = "cpu"
     seed: int = 0
     size: Size = field(default_factory=Size)
@@ -38,9 +43,11 @@ class Config:
     """clips drawn; each batch is one of 96 views of some"""
     bf16: bool = False
     compile: bool = False
+    processes: int = 1
+    """Processes that pre-train together, one on each device, through `accelerate`"""
     labels: int = 550
-    few: int = 110
     tune_steps: int = 300
+    tune_batch: int = 16
     tune_peak: float = 2e-3
     layer_decay: float = 1.0
     probe_steps: int = 200
@@ -54,15 +61,16 @@ _PAPER = Size(768, 12, 12, 384, 4, 6, image=224, patch=16, frames=16, norm_pix=T
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny:motions", size=Size(16, 2, 2, 16, 1, 2, image=16, patch=8, frames=4), steps=12, batch=8, pool=64,
-        labels=44, few=22, tune_steps=12, probe_steps=12, test_clips=66,
+        labels=44, tune_steps=12, probe_steps=12, test_clips=66,
         val_clips=22,
     ),
     "lab": Config(stage="transforming", steps=1000, pool=2048, half=True),
     "long": Config(steps=16_000, half=True),
     "demo": Config(steps=400, pool=1024, labels=110, tune_steps=100, test_clips=220, val_clips=110),
     "paper": Config(
-        size=_PAPER, steps=159_000, batch=192, peak=2.25e-4, mask="tube", still="keep", pool=9537, labels=9537, few=0,
-        tune_steps=12_000, tune_peak=1e-3, layer_decay=0.7, bf16=True, compile=True, device="cuda",
+        base="untrained:videomae-base", size=_PAPER, steps=159_000, batch=192, peak=2.25e-4, mask="tube", still="keep",
+        pool=9537, labels=9537,
+        tune_steps=12_000, tune_batch=128, tune_peak=1e-3, layer_decay=0.7, bf16=True, compile=True, device="cuda",
     ),
 }  # fmt: skip
 

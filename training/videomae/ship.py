@@ -28,7 +28,7 @@ def ship(sweep: Path, row: str, folder: Path, seed: int = 0) -> MaskedVideo:
     net = new(how.size, seed)
     if row != SCRATCH:
         net.load_state_dict(load_file(sweep / f"{row}.{seed}.safetensors"))
-    seen, still = labelled(how, seed), how.plan.still
+    seen, still = labelled(how, seed), how.plan().still
     x = tuning.features(net, seen.video, still)[-1]
     probe = motion.probe(x, seen.label, "attention", how.probe_steps, seed)
     encoder = None if row == SCRATCH else net.videomae

@@ -59,22 +59,28 @@ def groups(net: VideoMAEForVideoClassification, peak: float, decay: float) -> li
 
 def finetune(
     encoder: Any, size: Size, labelled: actions.Clips, still: Still, steps: int = 200, batch: int = 16,
-    peak: float = 2e-3, decay: float = 1.0, seed: int = 0, classes: int = len(MOTIONS),
+    peak: float = 2e-3, decay: float = 1.0, seed: int = 0, classes: int = len(MOTIONS), device: str = "cpu",
+    bf16: bool = False,
 ) -> Fitted:  # fmt: skip
     """Fine-tune every weight on labelled clips. encoder: a VideoMAEModel, or None for from scratch."""
-    model = Classifier(classifier(size, classes, encoder, seed), still)
-    return train(
-        model, labelled.video, labelled.label, steps, batch, groups(model.net, peak, decay), seed, smoothing=0.1
-    )
+    model = Classifier(classifier(size, classes, encoder, seed), still).to(device)
+    return train(model, labelled.video, labelled.label, steps, batch, groups(model.net, peak, decay), seed,
+                 smoothing=0.1, bf16=bf16)  # fmt: skip
 
 
 @torch.no_grad()
 def features(net: VideoMAEForPreTraining | Any, video: Tensor, still: Still) -> Tensor:
     """(layers + 1, n, N, d): the frozen encoder's state after the embedding and after each block."""
     encoder = getattr(net, "videomae", net)
-    c = encoder.config
+    c, device = encoder.config, next(encoder.parameters()).device
+    at_once = max(1, 6400 // encoder.embeddings.position_embeddings.shape[1])  # 100 clips of the lab, 4 of ViT-B's
     parts = []
-    for part in video.split(100):
-        x = patchify(normalise(part, still=still), c.tubelet_size, c.patch_size)
-        parts.append(torch.stack(videomae.states(encoder, x)))
+    for part in video.split(at_once):
+        x = patchify(normalise(part.to(device), still=still), c.tubelet_size, c.patch_size)
+        parts.append(torch.stack(videomae.states(encoder, x)).cpu())
     return torch.cat(parts, 1)
+
+
+def last(net: VideoMAEForPreTraining | Any, video: Tensor, still: Still) -> Tensor:
+    """(n, N, d): the state after the last block alone, which is all that the probe reads."""
+    return torch.cat([features(net, part, still)[-1] for part in video.split(100)])

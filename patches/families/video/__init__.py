@@ -1,12 +1,13 @@
 """Video: VideoMAE (transformers' classes) and Toto (a Llama over visual tokens), clips in, one interface out."""
 
 from patches.families.family import Family
-from patches.families.video.base import SITES, llama, load, load_folder, read, save, tiny, tiny_masked, tiny_tokens
+from patches.families.video.base import SITES, load, load_folder, read, save, tiny, tiny_masked, tiny_tokens
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.planted import PURPOSES
 from patches.families.video.predict import predict
 from patches.families.video.table import TABLE
 from patches.families.video.tokens import Codebook, TokenVideo
+from patches.families.video.untrained import llama
 from patches.families.video.worker import Clip, VideoWorker, made
 
 __all__ = [

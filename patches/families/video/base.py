@@ -1,7 +1,7 @@
 """Loads and writes video checkpoints: transformers' own layout, and beside it what transformers has no place for.
 
 References: `lab:video-scratch`, `lab:video-natural` and others (ship here), `hf-hub:org/name@revision`,
-`local-dir:path`. A folder holds
+`local-dir:path`, `untrained:videomae-base` (published sizes with drawn weights). A folder holds
 
 | file | what |
 |---|---|
@@ -32,6 +32,7 @@ from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.pixels import IMAGENET_MEAN, IMAGENET_STD, STILLS
 from patches.families.video.probe import Probe
 from patches.families.video.tokens import RESERVED, Codebook, TokenVideo
+from patches.families.video.untrained import llama, untrained
 from registry import manifest
 from registry.errors import BadArtifact, NotFound
 
@@ -46,6 +47,10 @@ TINY_CLASSES = ("still", "left", "right")
 def load(ref: str, device: str = "cpu") -> Base:
     """The checkpoint `ref` names, in eval mode. Raises NotFound with what there is, BadArtifact for a broken folder."""
     check_device(device)
+    kind, _, which = ref.partition(":")
+    if kind == "untrained":
+        model = untrained(which)
+        return Base(ref, slug(f"untrained-{which}"), digest_of(model), model.to(device), None, "")
     folder, name = _folder(ref)
     return _base(folder, ref, name, device)
 
@@ -89,21 +94,6 @@ def _lively(probe: Probe) -> Probe:
     """Batch norm's moments away from 0 and 1, as after training."""
     probe.norm.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
     return probe
-
-
-def llama(width: int, depth: int, heads: int, vocabulary: int, positions: int, hidden: int = 0, spread: float = 0.02,
-          theta: float = 10_000.0, tied: bool = False) -> Any:  # fmt: skip
-    """A new Llama without end or pad tokens of its own: ids 1 to 3 are Toto's marks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=hidden or 4 * width, num_hidden_layers=depth,
-            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
-            initializer_range=spread, bos_token_id=1, eos_token_id=None, pad_token_id=None, tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": theta}, attn_implementation="sdpa",
-        )
-    )  # fmt: skip
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

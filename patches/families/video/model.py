@@ -55,6 +55,16 @@ class VideoModel(nn.Module, ABC):
     def states(self, clips: Tensor) -> list[Tensor]:
         """Features (b, N, d) after the embedding and after every block."""
 
+    @property
+    def cell(self) -> int:
+        """Pixels of a frame that one place of the grid stands for, along a side."""
+        return self.size // self.grid[1]
+
+    def matching(self, clips: Tensor) -> list[Tensor]:
+        """Features by which a thing is found again in later frames, by layer: places in raster order, slice after
+        slice, all slices read by the same means."""
+        return self.states(clips)
+
     def features(self, clips: Tensor, layer: int | None = None) -> Tensor:
         """Features (b, N, d) after block `layer` (0: the embedding; None: the last)."""
         found = self.states(clips)

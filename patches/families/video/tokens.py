@@ -71,9 +71,13 @@ class Codebook(nn.Module):
 
         before: frame (b, 3, size, size) in [0, 1] that the first of these differs from; None: it stands for itself.
         """
-        b, frames, _ = codes.shape
+        return self.paint(self.codes[codes], size, before)
+
+    def paint(self, patches: Tensor, size: int, before: Tensor | None = None) -> Tensor:
+        """The same for patches (b, T, n, 3 patch^2) that need be no centres: a mean of several, say."""
+        b, frames = patches.shape[:2]
         side = size // self.shrink
-        x = nnf.fold(self.codes[codes].flatten(0, 1).transpose(1, 2), (side, side), self.patch, stride=self.patch)
+        x = nnf.fold(patches.flatten(0, 1).transpose(1, 2), (side, side), self.patch, stride=self.patch)
         if self.shrink > 1:
             x = nnf.interpolate(x, scale_factor=self.shrink, mode="bilinear", align_corners=False)
         x = x.view(b, frames, 3, size, size)
@@ -144,6 +148,11 @@ class TokenVideo(VideoModel):
                 hook.remove()
         return [x[:, 1:] for x in (self.lm.model.embed_tokens(ids[:, :-1]), *out)]
 
+    def matching(self, clips: Tensor) -> list[Tensor]:
+        """Features (b T, n, d) of every frame of clips (b, T, 3, R, R), T any number, read alone as a packed picture:
+        in a clip's own tokens the first frame and the differences after it are of two kinds."""
+        return self.token_states(sequence(self.codebook.encode(clips.flatten(0, 1)[:, None]), "pictures"))
+
     def nll(self, ids: Tensor) -> Tensor:
         """Nats of each code given all before it (b, T n), of ids (b, 1 + T n + 1); the end mark is left out."""
         logits = self.lm(input_ids=ids[:, :-2], use_cache=False).logits.float()
@@ -155,24 +164,28 @@ class TokenVideo(VideoModel):
         return off.view(len(off), self.frames, -1).mean(2)
 
     def rollout(
-        self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True
+        self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True,
+        expected: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Go on from the first `given` frames of clips (b, T, 3, R, R) to the model's full length.
 
         Returns frames (b, T, 3, R, R) in [0, 1], the given ones as they came, and the nats of each new code
         (b, new, n). temperature 0 is greedy. Raises as `roll`.
         """
-        made = list(self.roll(clips, given, temperature, top_k, seed, cached))
+        made = list(self.roll(clips, given, temperature, top_k, seed, cached, expected))
         shown = clips[:, :given].float() / 255
         return torch.cat([shown, *(frame[:, None] for frame, _ in made)], 1), torch.stack([off for _, off in made], 1)
 
     def roll(
-        self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True
+        self, clips: Tensor, given: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0, cached: bool = True,
+        expected: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Frame after frame (b, 3, R, R) with the nats of its codes (b, n), drawn token by token with a KV cache.
 
-        cached=False recomputes everything for each token: the reference the cache is tested against. Reserved ids are
-        never drawn. Raises Invalid unless at least one frame is given and one is left to draw.
+        cached=False recomputes everything for each token: the reference the cache is tested against. expected=True
+        paints the mean patch under the model's distribution in place of the code that was drawn, which is the picture
+        of least squared error: where the likeliest single code is "nothing changes", it still says what may. Reserved
+        ids are never drawn. Raises Invalid unless at least one frame is given and one is left to draw.
         """
         if not 1 <= given < self.frames:
             raise Invalid(f"given={given}: from 1 to {self.frames - 1} of this model's {self.frames} frames.")
@@ -182,16 +195,21 @@ class TokenVideo(VideoModel):
         feed, before = ids, clips[:, given - 1].float() / 255
         for _ in range(self.frames - given):
             off: list[Tensor] = []
+            mean: list[Tensor] = []
             for _ in range(n):
                 out = self.lm(input_ids=feed, past_key_values=cache, use_cache=cached, logits_to_keep=1)
                 scores = out.logits[:, -1].float()
                 scores[:, :RESERVED] = -torch.inf
                 one = _draw(scores, temperature, top_k, g)
-                off.append(-scores.log_softmax(-1).gather(1, one)[:, 0])
+                log_p = scores.log_softmax(-1)
+                off.append(-log_p.gather(1, one)[:, 0])
+                if expected:
+                    mean.append(log_p[:, RESERVED:].exp() @ self.codebook.codes)
                 ids = torch.cat([ids, one], 1)
                 feed = one if cached else ids
             made = (ids[:, -n:] - RESERVED)[:, None]
-            before = self.codebook.decode(made, self.size, before)[:, 0]
+            patches = torch.stack(mean, 1)[:, None] if expected else self.codebook.codes[made]
+            before = self.codebook.paint(patches, self.size, before)[:, 0]
             yield before, torch.stack(off, 1)
 
 

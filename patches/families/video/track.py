@@ -3,13 +3,48 @@
 Every place of a later slice takes the labels of the k places it resembles most, among the first slice and the last few
 slices before it, within a radius, weighed by softmax of their cosine. Labels are carried as the whole patch of pixels
 that a place stands for, not as its mean: with a few large patches a thing is smaller than one of them.
+
+A patch of the lab is as large as a thing, so features are read at finer places (`finer`): the picture is shifted by
+parts of a patch and read again, and what a place of the model's own grid always says, wherever things are, is taken
+away. Dense features by shifts are old (Sermanet et al., OverFeat, 2014); they cost parts^2 forwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from patches.families.video.model import VideoModel
+
+PARTS, SHARP = 2, 0.03
+"""parts of a patch's side that one finer place is, and the temperature of matching them; both chosen on val"""
+
+
+def finer(model: VideoModel, clip: Tensor, layers: Sequence[int], parts: int = PARTS) -> list[Tensor]:
+    """Features of a clip (T, 3, R, R) uint8 at places of 1 / parts of a patch: (S, side^2, d) for each of `layers`.
+
+    Pictures are shifted by parts of a patch (edges repeated) and read parts^2 times. The mean over slices and shifts of
+    each place of the model's own grid is taken away: it says where the place is, not what is there. On the CPU.
+    """
+    step = model.cell // parts
+    size, count = clip.shape[-1], model.grid[1]
+    wide = nnf.pad(clip.float(), (model.cell // 2,) * 4, mode="replicate").to(torch.uint8)
+    out: list[Tensor] = []
+    for i in range(parts):
+        for j in range(parts):
+            y, x = i * step + step // 2, j * step + step // 2
+            states = model.matching(wide[None, ..., y : y + size, x : x + size].to(next(model.parameters()).device))
+            for n, layer in enumerate(layers):
+                f = states[layer].float().cpu().reshape(-1, count, count, states[layer].shape[-1])
+                if len(out) <= n:
+                    out.append(f.new_zeros(len(f), count, parts, count, parts, f.shape[-1]))
+                out[n][:, :, i, :, j] = f
+    return [(f - f.mean((0, 2, 4), keepdim=True)).reshape(len(f), (count * parts) ** 2, -1) for f in out]
 
 
 def propagate(

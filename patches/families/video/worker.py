@@ -1,7 +1,7 @@
 """Batches of clips, each with its own arm and its own wishes, on one copy of a video model.
 
-Features, class scores, surprise and label propagation of all clips of a step share forwards; rollouts advance by one
-frame a step, so a long one never holds up a short question.
+Features, class scores and surprise of all clips of a step share forwards; tracking has its own, and rollouts advance
+by one frame a step, so a long one never holds up a short question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from patches.engine.patch import Applied, Patch
 from patches.families.base import Base
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.tokens import TokenVideo
-from patches.families.video.track import propagate, to_frames
+from patches.families.video.track import PARTS, SHARP, finer, propagate, to_frames
 from patches.families.worker import Job, Worker, WorkerSettings
 from registry.errors import Invalid
 
@@ -48,6 +48,8 @@ class Clip(Job):
     """rollout: frames that are kept; 0: half"""
     temperature: float = 0.0
     top_k: int = 0
+    expected: bool = False
+    """rollout: paint the mean of what may come in place of the code that was drawn"""
     objects: Tensor | None = None
     """track: (R, R) int64 labels of the first frame"""
     out: Tensor | None = None
@@ -140,13 +142,15 @@ class VideoWorker(Worker[Clip]):
         self.running += new
         by_engine: dict[Any, list[Clip]] = {}
         for job in new:
-            if set(job.wants) - {"reconstruction", "rollout"}:
+            if set(job.wants) - {"reconstruction", "rollout", "track"}:
                 by_engine.setdefault(self._engine(job), []).append(job)
         for engine, jobs in by_engine.items():
             isolate(jobs, partial(self._forward, engine), _size)
         for job in [j for j in self.running if not j.finished]:
             if job in new and "reconstruction" in job.wants:
                 isolate([job], self._reconstruct, _size)
+            if job in new and "track" in job.wants and not job.finished:
+                isolate([job], self._track, _size)
             if "rollout" in job.wants and not job.finished:
                 isolate([job], self._roll, _size)
             if not job.finished and job.rolling is None:
@@ -157,11 +161,11 @@ class VideoWorker(Worker[Clip]):
     def _engine(self, job: Clip) -> Any:
         """What runs this job instead of torch: only plain questions about the last layer, at full strength."""
         plain = (job.arm is None or job.strength == 1.0) and job.layer is None
-        plain = plain and not {"track", "surprise"} & set(job.wants)
+        plain = plain and "surprise" not in job.wants
         return self.engines.get(job.arm) if plain else None
 
     def _forward(self, engine: Any, jobs: Sequence[Clip]) -> None:
-        """Features, scores, tracks and surprise."""
+        """Features, scores and surprise."""
         clips = torch.stack([job.video for job in jobs]).to(self.base.device)
         surprise: Sequence[Tensor | None] = [None] * len(jobs)
         if engine is not None:
@@ -190,10 +194,6 @@ class VideoWorker(Worker[Clip]):
             job.tokens = chosen
         if "scores" in job.wants and scores is not None:
             job.scores = scores.float().softmax(-1).cpu()
-        if "track" in job.wants and job.objects is not None:
-            slices, side = self.model.grid
-            x = states[depth // 2 if job.layer is None else job.layer].float().cpu()
-            job.tracked = to_frames(propagate(x.view(slices, side * side, -1), job.objects, side), self.model.frames)
 
     def _reconstruct(self, jobs: Sequence[Clip]) -> None:
         (job,) = jobs
@@ -207,6 +207,19 @@ class VideoWorker(Worker[Clip]):
             return
         job.made, job.hidden, job.off = made[0].float().cpu(), hidden[0].cpu(), float(off[0])
 
+    def _track(self, jobs: Sequence[Clip]) -> None:
+        (job,) = jobs
+        assert job.objects is not None
+        layer = self.model.depth // 2 if job.layer is None else job.layer
+        rows = len(job.video) if isinstance(self.model, TokenVideo) else 1
+        with self.applied.rows([job.arm] * rows, [job.strength] * rows, [job.params] * rows):
+            (x,) = finer(self.model, job.video, [layer])
+        if not bool(x.isfinite().all()):
+            fail(job, not_finite(job.arm, "features"))
+            return
+        found = propagate(x, job.objects, self.model.grid[1] * PARTS, temperature=SHARP)
+        job.tracked = to_frames(found, self.model.frames)
+
     def _roll(self, jobs: Sequence[Clip]) -> None:
         """One more frame; `rolling` is None after the last."""
         (job,) = jobs
@@ -214,7 +227,7 @@ class VideoWorker(Worker[Clip]):
         given = job.given or self.model.frames // 2
         if job.rolling is None:
             clips = job.video[None].to(self.base.device)
-            job.rolling = self.model.roll(clips, given, job.temperature, job.top_k, job.seed)
+            job.rolling = self.model.roll(clips, given, job.temperature, job.top_k, job.seed, expected=job.expected)
             job.made, job.off = job.video[:given].float() / 255, 0.0
         assert job.made is not None
         assert job.off is not None

@@ -111,14 +111,16 @@ def test_a_masked_model_answers_everything_it_can(home) -> None:
 def test_a_model_of_tokens_rolls_out_and_says_what_surprised_it(home) -> None:
     async def work(http, _):
         ask = {"clips": [film()], "wants": ["rollout", "surprise"], "given": 1, "temperature": 1.0, "seed": 3}
-        a, b = [(await http.post("/v1/video", json=ask)).json()["results"][0] for _ in range(2)]
-        return a, b
+        asks = (ask, ask, {**ask, "expected": True})
+        return [(await http.post("/v1/video", json=one)).json()["results"][0] for one in asks]
 
-    a, b = served(TOKENS, work)
+    a, b, mean = served(TOKENS, work)
     assert a == b  # the seed decides
     assert a["rollout"]["drawn"] == 3
     assert shown(a["rollout"]["animation"]).n_frames == 4
     assert a["surprise"]["unit"] == "nats a token"
+    assert mean["rollout"]["expected"]
+    assert mean["rollout"]["strip"] != a["rollout"]["strip"]
 
 
 def test_arms_are_models_and_base_stands_beside_checkpoint(home) -> None:
@@ -158,8 +160,9 @@ def test_frames_files_and_forms_are_the_same_clip(home) -> None:
         return [*got, form.json()["results"][0]]
 
     a, b, c = served(MASKED, work)
-    assert a["scores"] == b["scores"]
-    assert a["scores"] == c["scores"]
+    for other in (b, c):  # another batch rounds otherwise
+        assert [s["label"] for s in other["scores"]] == [s["label"] for s in a["scores"]]
+        assert [s["probability"] for s in other["scores"]] == pytest.approx([s["probability"] for s in a["scores"]])
 
 
 def test_embeddings_are_openais(home) -> None:
@@ -208,6 +211,7 @@ BAD = {
     "neither": ({}, 400, "either data .* or frames"),
     "both": ({**film(), "frames": [picture()["data"]] * 4}, 400, "either data .* or frames"),
     "one frame": ({"frames": [picture()["data"]]}, 400, "at least 2"),
+    "no frames": (zipped("a.txt"), 400, "no pictures"),
     "two sizes": ({"frames": [picture()["data"], picture(size=24)["data"]]}, 400, "one size"),
 }
 
@@ -226,6 +230,32 @@ def test_bad_clips_are_refused_with_the_reason_and_their_neighbours_are_answered
     a, b, c = served(MASKED, work)
     assert a["scores"] == c["scores"]
     assert b["error"]["code"] == 400
+
+
+def test_bad_films_are_refused_and_one_of_a_changing_rate_is_sampled_by_time(home) -> None:
+    import re
+
+    pytest.importorskip("av")
+    from tests.patches.families.video import test_decode as films
+
+    bad = {
+        "cut off": (films.film()[:400], 400, "cut off|no video|no frames"),
+        "audio alone": (films.sound(), 400, "no video stream"),
+        "no frames at all": (films.unframed(), 400, "no video|no frames"),
+        "a header of ten hours": (films.claimed(36_000), 413, "3[56][0-9]{3} s"),
+        "shorter than the model's": (films.film(2), 400, "2 frames .* needs 4"),
+    }
+
+    async def work(http, _):
+        for name, (raw, status, why) in bad.items():
+            got = await http.post("/v1/video", json={"clips": [text(raw)]})
+            assert got.status_code == status, f"{name}: {got.status_code} {got.text[:200]}"
+            assert re.search(why, got.text), f"{name}: {got.text[:300]}"
+        uneven = films.film(8, times=[0, 10, 20, 30, 350, 500, 700, 1000], container="matroska")
+        return (await http.post("/v1/video", json={"clips": [text(uneven)]})).json()["results"][0]
+
+    # a third of the second each, not of the frames: 0, .333, .667, 1
+    assert served(MASKED, work)["sampling"]["frames"] == [0, 4, 6, 7]
 
 
 ASKED = {

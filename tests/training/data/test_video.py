@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from registry.errors import BadArtifact, NotFound
+from registry.errors import BadArtifact, ConfigError, NotFound
 from tests.patches.families.video.test_decode import film
 from training.data import video as readers
 from training.data.video import Sampling
@@ -100,3 +100,50 @@ def test_davis_has_frames_and_numbered_objects(tmp_path: Path) -> None:
     (tmp_path / "Annotations" / "480p" / "bear" / "00001.png").unlink()
     with pytest.raises(BadArtifact, match="3 frames and 2 masks"):
         read()
+
+
+def ucf(folder: Path, raw: bytes, classes: tuple[str, ...] = ("Archery", "Biking"), train: int = 3) -> Path:
+    """A UCF101 of so many training clips a class and one of test."""
+    lists = folder / "ucfTrainTestlist"
+    lists.mkdir(parents=True)
+    (lists / "classInd.txt").write_text("".join(f"{i + 1} {c}\n" for i, c in enumerate(classes)))
+    names = {c: [f"{c}/v_{c}_g{g:02d}_c01.avi" for g in range(train + 1)] for c in classes}
+    (lists / "testlist01.txt").write_text("".join(f"{names[c][0]}\n" for c in classes))
+    (lists / "trainlist01.txt").write_text("".join(f"{n} 1\n" for c in classes for n in names[c][1:]))
+    for name in (n for c in classes for n in names[c]):
+        put(folder / "UCF-101" / name, raw)
+    return folder
+
+
+def test_a_recipe_names_a_reader_and_its_folder(tmp_path: Path, clip: bytes) -> None:
+    folder = ucf(tmp_path, clip)
+    for data in (str(folder), f"ucf101:{folder}"):
+        train, val, test = (readers.source(data, s, SMALL) for s in ("train", "val", "test"))
+        assert (len(train), len(val), len(test)) == (4, 2, 2)
+        assert train.label.tolist() == [0, 0, 1, 1]
+    names = {s: set(readers.source(data, s, SMALL).read([0, 1]).extras["file"]) for s in ("train", "val", "test")}
+    assert not names["train"] & names["val"]
+    assert not names["train"] & names["test"]
+    assert readers.source(data, "train", SMALL).digest != readers.source(data, "val", SMALL).digest
+    video, label, classes = readers.held(data, "train", 3, SMALL)
+    assert tuple(video.shape) == (3, 4, 3, 32, 32)
+    assert classes == ("Archery", "Biking")
+    assert torch.equal(readers.held(data, "train", 3, SMALL)[1], label)
+    with pytest.raises(ConfigError, match="there is no reader 'imagenet'"):
+        readers.source(f"imagenet:{folder}", "train")
+
+
+def test_kinetics_tests_on_its_val(tmp_path: Path, clip: bytes) -> None:
+    for name in ("train/abseiling/a", "train/abseiling/b", "val/abseiling/c"):
+        put(tmp_path / f"{name}.mp4", clip)
+    data = f"kinetics:{tmp_path}"
+    assert [len(readers.source(data, s, SMALL)) for s in ("train", "val", "test")] == [1, 1, 1]
+
+
+def test_real_clips_that_are_short_are_seen_whole_and_wait_at_their_last_frame(tmp_path: Path) -> None:
+    data = str(ucf(tmp_path, film(12, 48, container="avi")))
+    seen = readers.source(data, "test", Sampling(6, 4, 32)).read([0]).image[0]  # 6 frames at stride 4 need 21
+    assert float((seen[0].float() - seen[-1].float()).abs().mean()) > 1
+    waits = readers.source(data, "test", Sampling(16, 4, 32)).read([0]).image[0]
+    assert torch.equal(waits[11], waits[15])
+    assert not torch.equal(waits[0], waits[11])

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from patches.families.base import load_base
 from patches.families.video.tokens import PICTURES, RESERVED, VIDEO
-from registry.errors import ConfigError
-from training.tasks.tracking import boundary, copied, each, region
-from training.toto import learn
+from patches.families.video.track import finer
+from patches.families.video.untrained import CODES, FRAMES, IMAGE, PATCH, TOTO
+from patches.subject import Subject
+from registry.errors import ConfigError, NotFound
+from tests.patches.families.video.test_decode import film
+from tests.training.data.test_video import ucf
+from training.tasks.tracking import boundary, region, score, tracked
+from training.toto import RECIPES, evaluate, fit, learn, report
 from training.toto.config import Config
 from training.toto.fit import made
 from training.toto.scaling import law
@@ -84,14 +94,82 @@ def test_j_and_f_of_known_masks() -> None:
 
 
 def test_copying_a_mask_is_right_where_nothing_moves() -> None:
-    mask = torch.zeros(2, 4, 32, 32, dtype=torch.uint8)
-    mask[:, :, 4:12, 4:12] = 1
-    assert copied(mask)["JF"] == 1
-    mask[1, 1:, 4:12, 4:12] = 0
-    mask[1, 1:, 20:28, 20:28] = 1
-    assert [j for j, _ in each(mask[:, :1].expand_as(mask), mask)] == [1.0, 0.0]
+    mask = torch.zeros(4, 32, 32, dtype=torch.int64)
+    mask[:, 4:12, 4:12] = 1
+    assert score(mask[:1].expand_as(mask), mask) == (1.0, 1.0)
+    moved = mask.clone()
+    moved[1:] = torch.roll(mask[1:], (16, 16), (1, 2))
+    assert score(mask[:1].expand_as(mask), moved)[0] == 0.0
+
+
+def test_a_bright_thing_is_followed_at_finer_places() -> None:
+    """A white square goes two pixels a frame over noise: its own pixels find it, and leaving the mask does not."""
+    model = load_base("tiny:toto", "video").model
+    g = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 60, (1, 3, 16, 16), generator=g).repeat(4, 1, 1, 1)
+    mask = torch.zeros(4, 16, 16, dtype=torch.uint8)
+    for t in range(4):
+        video[t, :, 4:10, 2 + 2 * t : 8 + 2 * t] = 250
+        mask[t, 4:10, 2 + 2 * t : 8 + 2 * t] = 1
+    got = tracked(model, [(video.to(torch.uint8), mask)] * 2, [0, 2])
+    assert got["pixels"].value > got["copy"].value + 0.1
+    assert got["layer 2 - copy"].value == pytest.approx(got["layer 2"].value - got["copy"].value, abs=1e-5)
+    assert got["copy"].n == 2
+    (x,) = finer(model, video.to(torch.uint8), [1])
+    assert x.shape == (4, 16, 16)  # four frames, 4 x 4 places of 4 px, width 16
 
 
 def test_a_size_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="1b"):
         made(Config(size="7b"))
+
+
+def davis(folder: Path, frames: int = 6) -> Path:
+    """A DAVIS of one clip: a square that moves a pixel a frame."""
+    for t in range(frames):
+        picture = np.full((24, 40, 3), 60, np.uint8)
+        picture[6:16, 12 + t : 22 + t] = (200, 40, 40)
+        objects = np.zeros((24, 40), np.uint8)
+        objects[6:16, 12 + t : 22 + t] = 1
+        for place, array, suffix in (("JPEGImages", picture, "jpg"), ("Annotations", objects, "png")):
+            file = folder / place / "480p" / "square" / f"{t:05d}.{suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(file)
+    (folder / "ImageSets" / "2017").mkdir(parents=True)
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("square\n")
+    return folder
+
+
+def test_real_clips_are_trained_on_and_davis_is_tracked(tmp_path: Path, home) -> None:
+    pytest.importorskip("av")
+    data = ucf(tmp_path / "ucf", film(8, 32, container="avi"), ("still", "left", "right"))
+    config = replace(RECIPES["tiny"], base="tiny:toto", data=f"ucf101:{data}", davis=str(davis(tmp_path / "davis")),
+                     stride=1, steps=2, labels=6, probe_steps=2, val_clips=3, test_clips=3, codes=8)  # fmt: skip
+    fit(config, tmp_path / "out")
+    got = evaluate(Subject(load_base("tiny:toto", "video")), config, None)
+    assert got["target/track"].n == 1
+    assert got["target/probe"].n == 3
+    found = report(tmp_path / "out", config)
+    assert set(found["tracking"]) >= {"copy", "layer 0", "layer 2", "layer 2 - copy"}
+    assert "target/track" not in evaluate(Subject(load_base("tiny:toto", "video")), replace(config, davis=""), None)
+    with pytest.raises(ConfigError, match="knows 11 classes, the clips have 3"):
+        fit(replace(config, base="tiny:toto-motions"), tmp_path / "no")
+
+
+def test_published_sizes_are_compared_with_themselves_untrained() -> None:
+    for name in ("base", "large", "1b", "paper"):
+        config = RECIPES[name]
+        assert config.base == f"untrained:toto-{config.size}"
+        assert (config.frames, config.image, config.patch * config.shrink) == (FRAMES, IMAGE, PATCH)
+        assert config.codes == CODES
+    assert SIZES["1b"] is TOTO["1b"]
+    with pytest.raises(NotFound, match="untrained:videomae-base, untrained:toto-base"):
+        load_base("untrained:toto-7b", "video")
+
+
+def test_more_seeds_are_no_more_sizes() -> None:
+    points = [{"flops": 10.0**k, "nll": 7.0 * 10 ** (-0.04 * k) * (1 + 0.01 * s), "seed": s}
+              for k in range(9, 13) for s in range(3)]  # fmt: skip
+    got = law(points)
+    assert got["sizes"] == 4
+    assert got["by_seed"] == pytest.approx([0.04] * 3, abs=1e-4)

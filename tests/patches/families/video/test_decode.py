@@ -46,6 +46,12 @@ def film(
     return out.getvalue()
 
 
+def unframed() -> bytes:
+    """An AVI with a video stream whose chunks of frames were cut out: header and index alone."""
+    raw = film(12, container="avi")
+    return raw[: raw.index(b"movi") + 4]
+
+
 def sound() -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", format="wav") as file:
@@ -130,6 +136,7 @@ BAD = {
     "empty": (lambda: b"", Invalid, "empty"),
     "text": (lambda: b"hello, I am a film" * 20, Invalid, "no video"),
     "cut off": (lambda: film()[:400], Invalid, "cut off|no video|no frames"),
+    "no frames": (unframed, Invalid, "no video|no frames"),
     "audio only": (sound, Invalid, "no video stream"),
     "a 10-hour header": (lambda: claimed(36_000), TooLarge, "3[56][0-9]{3} s"),
     "8K": (lambda: zipped(["a.png", "b.png"], 8000), TooLarge, "8000 x 8000 pixels"),
