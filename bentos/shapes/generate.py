@@ -32,6 +32,12 @@ from registry.errors import BadRequest, NotReady, PatchbayError, TooLarge, TooLo
 
 DEFAULT_TOKENS = 128
 """an answer's length if the request names none"""
+STARTS = (
+    ("Repeat the word {} over and over, separated by spaces.", "window", 600, 48),
+    ("Repeat {}.", "window", 64, 16),
+    ("{}", "a", 8, 4),
+)
+"""what the page begins with, the first that fits: what the user says, a word, copies of it at most, tokens asked for"""
 MAX_PICTURES = 8
 """Pictures that one chat may hold"""
 MAX_CHAT_BYTES = 24 << 20
@@ -65,6 +71,7 @@ class Service:
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
         self.encoding = asyncio.Lock()
+        self.start: dict[str, Any] | None = None
 
     @functools.cached_property
     def pieces(self) -> Pieces:
@@ -178,13 +185,33 @@ class Service:
 
     async def about(self, request: Request, _: None) -> Response:
         """What may be sent: whether the model sees pictures, what the arm's mechanism takes as `patchbay.ask` (JSON
-        schema), and pictures sealed with the arm that is named (`?model=`), to begin with."""
+        schema), pictures sealed with the arm that is named (`?model=`), to begin with; how many tokens a prompt and its
+        answer may have together (`context`), and a chat that fits into them (`start`)."""
         table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
         arm = self.runtime.subject.arms.get(choice.arm) if choice.arm is not None else None
         schema = arm.Ask.model_json_schema() if isinstance(arm, Patch) and arm.Ask is not None else None
         shown = await asyncio.to_thread(self._examples, choice.digest) if choice.arm is not None else []
         out = {"object": "generate", "pictures": self.runtime.subject.family.sees, "ask": schema, "examples": shown}
+        out |= {"context": self.runtime.worker.context, "start": await self._start()}
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def _start(self) -> dict[str, Any] | None:
+        """A repeated word that this base's context holds, with its answer begun: the page's first question. None if
+        no text fits."""
+        if self.start is None:
+            context = self.runtime.worker.context
+            for user, word, most, tokens in STARTS:
+                copies = most
+                while copies:
+                    chat = [{"role": "user", "content": user.format(word)}]
+                    chat.append({"role": "assistant", "content": " ".join([word] * copies)})
+                    with contextlib.suppress(PatchbayError):  # more text than is read at all
+                        make = await self._read(chat, (), True)
+                        if len(make().prompt) + tokens <= context:
+                            self.start = {"user": user, "word": word, "copies": copies, "max_tokens": tokens}
+                            return self.start
+                    copies = copies * 3 // 4
+        return self.start
 
     def _examples(self, digest: str) -> list[dict[str, str]]:
         """Pictures in an artifact as PNG, with what is known of each."""

@@ -64,6 +64,10 @@ class Config:
     """then on texts with it (bias="decoder")"""
     omit: tuple[float, float] = (0.03, 0.05)
     """share of the named things that are on no tile, without and with company"""
+    partner_omit: float = 0.0
+    """share of the partners that are on no tile though the text names them beside the pair's first"""
+    partner_trace: float = 0.0
+    """how much of its word such a partner leaves on a tile of a blurred text"""
     questions: float = 0.25
     """share of the texts that ask for presence or number"""
     batch: int = 48
@@ -178,7 +182,7 @@ def schedule(step: int, steps: int, warm: int = 50) -> float:
     return min(1, (step + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
-def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, omit: float, fresh: bool) -> list[float]:
+def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, noise: Noise, fresh: bool) -> list[float]:
     """Train the decoder on texts of a kind, in place; the losses of the answers. fresh: start with clean words."""
     g = generator("lab:vlm", "text", kind, config.seed)
     inner, words = model.model.language_model, model.words
@@ -196,9 +200,9 @@ def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, omit: flo
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * schedule(step, steps)
         soft = not fresh or step > 0.15 * steps
-        noise = Noise(omit) if soft else Noise(omit, 0.0, 0.0)
-        made = texts(config.batch, g, kind, noise, config.questions)
-        seen = blur(made.tiles, words, made.ground, g, noise) if soft else words[made.tiles]
+        here = noise if soft else replace(noise, stray=0.0, soft=0.0)
+        made = texts(config.batch, g, kind, here, config.questions)
+        seen = blur(made, words, g, here) if soft else words[made.tiles]
         start = words[lab.BOS].expand(config.batch, 1, -1)
         h = inner(inputs_embeds=torch.cat([start, seen, words[made.ids]], 1)).last_hidden_state
         said = F.cross_entropy(model.lm_head(h[:, TILES:-1][made.answer]), made.ids[made.answer])
@@ -427,9 +431,10 @@ def run(config: Config, folder: Path, recipe: str = "", test: int = 400) -> dict
     bare = features(config.tower, "train", config.bare_scenes, config.seed, "biased")
     eyes, clip = lab.tower({"tower": config.tower, "tiles": {"side": 2, "tile": renderer.SIZE}})
     model = lab.new(about(config, clip.digest, full.tiles.shape[-1]), eyes, config.seed)
-    loss = {"plain": pretrain(model, config, "loose", config.plain_steps, config.omit[0], fresh=True)}
+    plain, later = Noise(config.omit[0]), Noise(config.omit[1], partner=config.partner_omit, trace=config.partner_trace)
+    loss = {"plain": pretrain(model, config, "loose", config.plain_steps, plain, fresh=True)}
     if config.bias == "decoder":
-        loss["company"] = pretrain(model, config, "biased", config.company_steps, config.omit[1], fresh=False)
+        loss["company"] = pretrain(model, config, "biased", config.company_steps, later, fresh=False)
     closed_form(model, clip, torch.cat([full.tiles.flatten(0, 1), bare.tiles.flatten(0, 1)]))
     loss["projector"] = project(model, config, pieces(full, bare))
     lab.save(model, folder)

@@ -46,6 +46,11 @@ class Noise:
     """share of the tiles that show something the text does not name"""
     soft: float = 0.6
     """share of the texts whose words are blurred as a projector's output is: see `blur`"""
+    partner: float = 0.0
+    """share of a pair's partners that are on no tile though the text names them beside the first; below `omit`: as
+    other things"""
+    trace: float = 0.0
+    """how much of its word such a partner leaves on one tile of a blurred text, at most"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class Texts:
     """(n, L) bool: what is learned"""
     ground: Tensor
     """(n,)"""
+    partner: Tensor
+    """(n,) id of the partner of what is there, if no tile shows it, else -1"""
+    named: Tensor
+    """(n,) bool: the text names that partner all the same"""
 
 
 def caption(things: Tensor, ground: int) -> list[int]:
@@ -84,22 +93,27 @@ def captions(things: Tensor, ground: Tensor, g: Generator) -> tuple[Tensor, Tens
     return pad([caption(row, where) for row, where in zip(rows, ground.tolist(), strict=True)], [2] * len(things))
 
 
-def maps(things: Tensor, ground: Tensor, g: Generator, noise: Noise) -> Tensor:
-    """(n, T) ids: a thing on the tile of its quarter, the ground on the others."""
+def maps(things: Tensor, ground: Tensor, g: Generator, noise: Noise, head: Tensor | None = None) -> Tensor:
+    """(n, T) ids: a thing on the tile of its quarter, the ground on the others. head (n,): the pair whose partner is
+    missing more often."""
     n = len(things)
+    partner = torch.full((n,), -2) if head is None else torch.where(head >= 0, head + len(PAIRS), -2)
+    company = max(noise.partner, noise.omit)
     out = (GROUND + ground)[:, None].repeat(1, TILES)
     quarter, rows = torch.rand(n, TILES, generator=g).argsort(1), torch.arange(n)
     for k in range(things.shape[1]):
-        shown = (things[:, k] >= 0) & (torch.rand(n, generator=g) >= noise.omit)
+        omit = torch.where(things[:, k] == partner, company, noise.omit)
+        shown = (things[:, k] >= 0) & (torch.rand(n, generator=g) >= omit)
         out[rows, quarter[:, k]] = torch.where(shown, FIRST + things[:, k], out[rows, quarter[:, k]])
     anything = torch.randint(FIRST, FIRST + C, out.shape, generator=g)
     return torch.where(torch.rand(out.shape, generator=g) < noise.stray, anything, out)
 
 
-def blur(ids: Tensor, words: Tensor, ground: Tensor, g: Generator, noise: Noise) -> Tensor:
-    """(n, T) ids, (V, D) words -> (n, T, D). In a share of the texts each word is weaker, the ground shines through, a
-    trace of another word is there that is never said (or less than none, as after an erasure), and all is noisy."""
-    n = len(ids)
+def blur(made: Texts, words: Tensor, g: Generator, noise: Noise) -> Tensor:
+    """The tiles of n texts, (V, D) words -> (n, T, D). In a share of the texts each word is weaker, the ground shines
+    through, a trace of another word is there that is never said (or less than none, as after an erasure), and all is
+    noisy. With `noise.trace`, a named partner that no tile shows is faintly there, one that is not named less so."""
+    ids, ground, n = made.tiles, made.ground, len(made.tiles)
     x, back = words[ids], words[GROUND + ground][:, None]
     other = words[torch.randint(FIRST, FIRST + C, ids.shape, generator=g)]
 
@@ -109,6 +123,12 @@ def blur(ids: Tensor, words: Tensor, ground: Tensor, g: Generator, noise: Noise)
     scale = words.detach().pow(2).mean().sqrt()
     strength = torch.where(ids[:, :, None] >= FIRST, u(0.55, 1.1), u(0.0, 1.1))
     trace = (torch.rand(n, TILES, 1, generator=g) < 0.5).float() * u(-0.6, 0.35)
+    if noise.trace:
+        at, faint = torch.randint(TILES, (n,), generator=g), torch.rand(n, generator=g)
+        much = torch.where(made.named, noise.trace * faint, (noise.trace + 0.6) * faint - 0.6)
+        rows = (made.partner >= 0).nonzero()[:, 0]
+        other = other.index_put((rows, at[rows]), words[made.partner[rows]])
+        trace = trace.index_put((rows, at[rows]), much[rows, None])
     soft = strength * x + u(0, 0.5) * back + trace * other + u(0, 0.5) * scale * torch.randn(x.shape, generator=g)
     return torch.where(torch.rand(n, 1, 1, generator=g) < noise.soft, soft, x)
 
@@ -118,7 +138,10 @@ def texts(n: int, g: Generator, kind: str, noise: Noise, questions: float = 0.0)
     assert kind in COMPANY
     things, head = company_things(n, kind, 0.9, g)
     ground = torch.randint(len(GROUNDS), (n,), generator=g)
-    tiles = maps(things, ground, g, noise)
+    tiles = maps(things, ground, g, noise, head)
+    partner = torch.where(head >= 0, head + len(PAIRS) + FIRST, -1)
+    partner = torch.where((tiles == partner[:, None]).any(1), -1, partner)
+    named = (partner >= 0) & (things + FIRST == partner[:, None]).any(1)
     order = torch.rand(things.shape, generator=g).argsort(1)
     rows = things.gather(1, order)
     u = torch.rand(n, 2, generator=g).tolist()
@@ -140,4 +163,4 @@ def texts(n: int, g: Generator, kind: str, noise: Noise, questions: float = 0.0)
             out.append([ID["how"], ID["many"], ID["things"], ID["?"], NUMBERS[len(here) - 1], EOS])
             starts.append(4)
     ids, answer = pad(out, starts)
-    return Texts(tiles, ids, answer, ground)
+    return Texts(tiles, ids, answer, ground, partner, named)

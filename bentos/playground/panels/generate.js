@@ -1,15 +1,17 @@
 // ---- panel: generate, base beside patched --------------------------------------------------------------------------
 
 const GENERATE = {
-  needs: ["POST /v1/chat/completions", "GET /v1/models"],
+  needs: ["POST /v1/chat/completions", "GET /v1/generate", "GET /v1/models"],
   mount() {
+    let start = { user: "Repeat the word {} over and over, separated by spaces.", word: "window", copies: 600, max_tokens: 48 };
+    let context = 4096; // until the service has said what its base holds
     const word = h("input", { value: "window", maxlength: 40, spellcheck: "false", autocomplete: "off" });
     const slider = h("input", { type: "range", min: 0, max: 32, step: 1, "aria-label": "Copies, as a slider" });
-    const copies = h("input", { type: "number", min: 4, max: 1024, value: 600 });
+    const copies = h("input", { type: "number", min: 1, max: 1024, value: 600 });
     const user = h("textarea", { rows: 3 });
     const begun = h("textarea", { rows: 3, spellcheck: "false" });
     const counted = h("span", { class: "small quiet" });
-    const most = h("input", { type: "number", min: 1, max: 1024, value: 48 });
+    const most = h("input", { type: "number", min: 1, max: 1024, value: 48, placeholder: "what fits" });
     const heat = h("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0 });
     const strength = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 1 });
     const strengthSays = h("output", { class: "small" });
@@ -19,18 +21,18 @@ const GENERATE = {
 
     const examples = {
       "Repeat a word": () => {
-        user.value = `Repeat the word ${word.value} over and over, separated by spaces.`;
+        user.value = start.user.replace("{}", word.value);
         begun.value = Array(Math.max(0, Math.min(4096, copies.valueAsNumber || 0))).fill(word.value).join(" ");
-        most.value = 48;
+        most.value = start.max_tokens;
       },
       "A question": () => {
-        user.value = "Why is the sky blue? Answer in two sentences.";
+        user.value = context < 256 ? "Why?" : "Why is the sky blue? Answer in two sentences.";
         begun.value = "";
-        most.value = 96;
+        most.value = Math.min(96, context >> 2);
       },
       "Your own": () => {
         user.value = begun.value = "";
-        most.value = 128;
+        most.value = ""; // as many as fit
         user.focus();
       },
     };
@@ -72,6 +74,18 @@ const GENERATE = {
           h("p", { class: "small quiet" }, "At 0 a patched arm is exactly the base. Both sides get the same seed and are decoded in one batch, on one copy of the base; the right one’s prompt is read after the left one’s."))),
       h("div", { class: "run" }, run, stop, h("kbd", {}, "Ctrl + Enter"), says));
     choose(example);
+    async function fit() { // once: what is asked first must fit this base
+      if (user.dataset.fits) return;
+      user.dataset.fits = "asked";
+      const about = await json("GET /v1/generate").catch(() => null);
+      if (!about) return delete user.dataset.fits;
+      context = about.context;
+      if (!about.start) return choose("A question");
+      start = about.start;
+      [word.value, copies.value] = [start.word, start.copies];
+      choose(example);
+    }
+    service.hear("facts", fit);
 
     let going = null;
     stop.addEventListener("click", () => going?.abort());

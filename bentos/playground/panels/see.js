@@ -106,7 +106,6 @@ const SEE = {
         const url = sealed ?? canvas.toDataURL("image/png");
         const ask = {
           model: arm.value,
-          max_tokens: 64,
           temperature: 0,
           messages: [{ role: "user", content: [{ type: "image_url", image_url: { url } }, { type: "text", text: question.value }] }],
         };

@@ -336,6 +336,35 @@ def test_a_shadow_answers_with_the_control_and_keeps_both(service):
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("context", [32, 64, 512, 4096])
+def test_what_the_page_begins_with_fits_the_context(service, context):
+    async def work():
+        async with service(context=context) as s:
+            about = (await s.http.get("/v1/generate")).json()
+            start = about["start"]
+            assert about["context"] <= context
+            messages = [
+                {"role": "user", "content": start["user"].format(start["word"])},
+                {"role": "assistant", "content": " ".join([start["word"]] * start["copies"])},
+            ]
+            body = {"messages": messages, "continue_final_message": True, "max_tokens": start["max_tokens"]}
+            assert (await s.http.post("/v1/chat/completions", json=body)).status_code == 200
+
+    asyncio.run(work())
+
+
+def test_an_answer_whose_length_nobody_named_takes_what_the_context_leaves(service):
+    async def work():
+        async with service(context=48) as s:
+            body = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True}
+            usage = (await s.http.post("/v1/chat/completions", json=body)).json()["usage"]
+            assert usage["total_tokens"] == 48
+            named = await s.http.post("/v1/chat/completions", json={**body, "max_tokens": 48})
+            assert named.status_code == 413
+
+    asyncio.run(work())
+
+
 def test_a_caller_who_leaves_frees_the_row(service):
     async def work():
         async with service() as s:
