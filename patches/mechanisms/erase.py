@@ -13,7 +13,8 @@ without a picture have no image tokens and are never touched.
     {"patchbay": {"ask": {"erase": "auto"}}}                    what the caption names and the tokens do not show
 
 `auto` captions once as the base, asks the logit lens how sure the tokens are of each object named, erases those below
-`limit` and captions again, `rounds` times. What was named, how sure, what was erased and how goes into `job.told`.
+`limit` and captions again, up to `rounds` times; the caption with the fewest such objects stands. What was named, how
+sure, what was erased and how goes into `job.told`.
 
 Shapes: B rows, T tokens, n image tokens of a row, K objects of a row, J depths, D the decoder's width.
 """
@@ -74,7 +75,7 @@ class EraseConfig:
     normed: bool = True
     """whether the lens passes states through the final norm"""
     rounds: int = 3
-    """captions of the automatic mode that are looked at"""
+    """edited captions that the automatic mode looks at, at most"""
 
     def __post_init__(self) -> None:
         if not self.depths or not len(self.depths) == len(self.text_depths) == len(self.sites):
@@ -193,26 +194,31 @@ class EraseEdit(Patch):
         return first
 
     def _auto(self, job: Any, looked: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> list[str]:
-        """What to erase: named objects the tokens are not sure of, in up to `rounds` captions."""
+        """What to erase: named objects the tokens are not sure of, in up to `rounds` captions; of these the one that
+        names the fewest such objects, since erasing one thing may bring another."""
         c = self.config
+        order = [o.split("|")[0] for o in c.objects]
         flagged: list[str] = []
         sure: dict[str, float] = {}
+        tried: list[tuple[tuple[int, int, bool], list[str]]] = []
         answer = looked
-        for _ in range(c.rounds):
-            text = base.processor.decode(answer.out, skip_special_tokens=True)
-            named = [o for o in mentioned(text, c.objects) if o not in sure]
-            sure |= dict(zip(named, self._sure(base, looked.seen, named), strict=True))
-            fresh = [o for o in named if sure[o] < c.limit]
-            if not fresh:
+        for turn in range(c.rounds + 1):
+            named = mentioned(base.processor.decode(answer.out, skip_special_tokens=True), c.objects)
+            fresh = [o for o in named if o not in sure]
+            sure |= dict(zip(fresh, self._sure(base, looked.seen, fresh), strict=True))
+            doubted = [o for o in named if sure[o] < c.limit]
+            tried.append(((len(doubted), len(doubted) - len(named), turn == 0), list(flagged)))
+            more = [o for o in doubted if o not in flagged]
+            if not more or turn == c.rounds:
                 break
-            flagged += fresh
+            flagged = sorted((*flagged, *more), key=order.index)  # erasures do not commute
             answer = _twin(job, params={ROW: self.directions(base, flagged)}, watch=())
             run([answer])
         job.told["base"] = base.processor.decode(looked.out, skip_special_tokens=True)
         job.told["objects"] = [
             {"object": o, "confidence": round(v, 4), "believed": v >= c.limit} for o, v in sure.items()
         ]
-        return flagged
+        return min(tried, key=lambda one: one[0])[1]
 
     def _sure(self, base: Any, seen: Tensor, words: Sequence[str]) -> list[float]:
         ids = [base.processor.word(w) for w in words]

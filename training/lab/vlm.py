@@ -72,6 +72,8 @@ class Config:
     """share of the texts that ask for presence or number"""
     batch: int = 48
     lr: float = 3e-3
+    company_lr: float = 3e-3
+    """peak of the decoder's second part"""
     word_rate: float = 1 / 30
     """the words' learning rate, as a part of the others'"""
     tile_loss: float = 0.3
@@ -186,13 +188,13 @@ def pretrain(model: lab.LabVLM, config: Config, kind: str, steps: int, noise: No
     """Train the decoder on texts of a kind, in place; the losses of the answers. fresh: start with clean words."""
     g = generator("lab:vlm", "text", kind, config.seed)
     inner, words = model.model.language_model, model.words
-    rest = [p for p in inner.parameters() if p is not words]
+    rest, lr = [p for p in inner.parameters() if p is not words], config.lr if fresh else config.company_lr
     optimiser = torch.optim.AdamW(
         [
-            {"params": rest, "peak": config.lr},
-            {"params": [words], "peak": config.lr * config.word_rate, "weight_decay": 0.0},
+            {"params": rest, "peak": lr},
+            {"params": [words], "peak": lr * config.word_rate, "weight_decay": 0.0},
         ],
-        lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01,
+        lr=lr, betas=(0.9, 0.98), weight_decay=0.01,
     )  # fmt: skip
     log: list[float] = []
     model.requires_grad_(True).train()

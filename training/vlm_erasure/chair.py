@@ -113,7 +113,9 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 
 def area(score: Tensor, positive: Tensor, draws: int = 300) -> Measure:
-    """AUROC of score (M,) for positive (M,) bool, bootstrapped over the M mentions."""
+    """AUROC of score (M,) for positive (M,) bool, bootstrapped over the M mentions; 0.5 of n = 0 without any."""
+    if not len(score):
+        return Measure(0.5, n=0, better="higher")
     g = torch.Generator().manual_seed(0)
     many = []
     for _ in range(draws):

@@ -13,13 +13,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from patches.families.base import Base
-from patches.families.vlm import encode
+from patches.families.vlm import Picture, encode
 from patches.families.vlm.chat import question
 from patches.families.vlm.layouts import layout
 from patches.mechanisms.erase import mentioned
@@ -83,11 +84,38 @@ class Seen:
     scenes: Scenes
     features: list[Tensor]
     """per picture (n, D)"""
-    prompt: list[int]
-    """ids of the question, image tokens in place"""
+    prompts: list[list[int]]
+    """per picture, ids of the question, image tokens in place"""
+    shapes: list[dict[str, Tensor]]
+    """per picture, what rotary positions are bent by (Qwen's grids); empty elsewhere"""
+    length: int = 24
+    """tokens a caption may have, before and after an erasure"""
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    @property
+    def alike(self) -> bool:
+        """All pictures have the same prompt."""
+        return all(p == self.prompts[0] for p in self.prompts)
+
+    def row(self, i: int, prompt: list[int] | None = None, **how: Any) -> Picture:
+        """A row that shows picture i, its tower done. prompt: instead of the question. how: fields of `Picture`."""
+        ids = self.prompts[i] if prompt is None else prompt
+        return Picture(ids, features=self.features[i], pixels=self.shapes[i], **how)
+
+    def asked(self, ids: list[int], i: int, token: int) -> list[int]:
+        """The prompt `ids`, made with picture 0, for picture i: with that one's run of image tokens."""
+        if self.prompts[i] == self.prompts[0]:
+            return ids
+        a, b = _run(ids, token)
+        c, d = _run(self.prompts[i], token)
+        return [*ids[:a], *self.prompts[i][c:d], *ids[b:]]
+
+
+def _run(ids: list[int], token: int) -> tuple[int, int]:
+    """From the first image token to after the last; between them stand marks of tiles and rows, if any."""
+    return ids.index(token), len(ids) - ids[::-1].index(token)
 
 
 def lab(split: str, n: int, seed: int, kind: str) -> Scenes:
@@ -139,41 +167,51 @@ def coco(pictures: str, annotations: str, captions: str = "", n: int = 500, seed
     )
 
 
-def see(base: Base, scenes: Scenes, ask: str = "Describe the picture.", batch: int = 8) -> Seen:
-    """Every picture through the base's tower; small results are kept in the cache on disk."""
-    prompt = encode(base, question(ask, 1), [scenes.picture(0)]).ids
-    return Seen(scenes, _features(base, scenes, batch), prompt)
-
-
-def ask(base: Base, text: str, like: Seen) -> list[int]:
-    """Ids of another question about the same kind of picture."""
-    return encode(base, question(text, 1), [like.scenes.picture(0)]).ids
-
-
-def _features(base: Base, scenes: Scenes, batch: int) -> list[Tensor]:
+def see(base: Base, scenes: Scenes, ask: str = "Describe the picture.", length: int = 24, batch: int = 8) -> Seen:
+    """Every picture through the base's tower; small results are kept in the cache on disk. length: tokens of a
+    caption."""
     from safetensors.torch import load_file, save_file
 
     key = manifest.digest_of({"base": base.digest, "scenes": scenes.digest, "n": len(scenes)})[:24]
-    file = cache() / "features" / f"seen-{key}.safetensors"
+    file, where = cache() / "features" / f"seen-{key}.safetensors", layout(base.model)
     if file.is_file():
-        whole = load_file(file)["features"]
-        return list(whole.to(base.device, base.model.dtype))
-    out: list[Tensor] = []
-    where = layout(base.model)
+        whole = load_file(file)["features"].to(base.device, base.model.dtype)
+        prompt = encode(base, question(ask, 1), [scenes.picture(0)]).ids
+        return Seen(scenes, list(whole), [prompt] * len(scenes), [{}] * len(scenes), length)
+    features: list[Tensor] = []
+    prompts: list[list[int]] = []
+    shapes: list[dict[str, Tensor]] = []
+    plain = True
     for i in range(0, len(scenes), batch):
-        made = [encode(base, question("", 1), [scenes.picture(j)]) for j in range(i, min(i + batch, len(scenes)))]
+        made = [encode(base, question(ask, 1), [scenes.picture(j)]) for j in range(i, min(i + batch, len(scenes)))]
+        same = all(set(m.pixels) == {"pixel_values"} and m.ids == made[0].ids for m in made)
         with torch.inference_mode():
-            if all(set(m.pixels) == {"pixel_values"} for m in made):
+            if same:
                 pixels = torch.cat([m.pixels["pixel_values"] for m in made]).to(base.device, base.model.dtype)
-                out += list(where.features(base.model, {"pixel_values": pixels}).unflatten(0, (len(made), -1)).clone())
+                features += list(
+                    where.features(base.model, {"pixel_values": pixels}).unflatten(0, (len(made), -1)).clone()
+                )
             else:
-                for m in made:
-                    here = {k: v.to(base.device) for k, v in m.pixels.items()}
-                    out.append(where.features(base.model, here))
-    if len({x.shape for x in out}) == 1 and sum(x.numel() for x in out) < 8_000_000:
+                features += [where.features(base.model, _on(base, m.pixels)) for m in made]
+        plain = plain and same
+        prompts += [m.ids for m in made]
+        bent = where.positions is not None
+        shapes += [{k: v for k, v in m.pixels.items() if k != "pixel_values"} if bent else {} for m in made]
+    seen = Seen(scenes, features, prompts, shapes, length)
+    if plain and seen.alike and sum(x.numel() for x in features) < 8_000_000:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.stack(out).float().cpu().contiguous()}, file)
-    return out
+        save_file({"features": torch.stack(features).float().cpu().contiguous()}, file)
+    return seen
+
+
+def _on(base: Base, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+    kind = base.model.dtype
+    return {k: v.to(base.device, kind) if v.is_floating_point() else v.to(base.device) for k, v in pixels.items()}
+
+
+def ask(base: Base, text: str, like: Seen) -> list[int]:
+    """Ids of another question about the first picture; `Seen.asked` makes them another one's."""
+    return encode(base, question(text, 1), [like.scenes.picture(0)]).ids
 
 
 def shares(scenes: Scenes, split: str, kind: str, seed: int, side: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.families.vlm import Picture, PictureDecoder
+from patches.families.vlm import PictureDecoder
 from patches.mechanisms.erase import ROW, EraseEdit
 from patches.subject import Subject
 from registry.measure import Measure
@@ -23,7 +23,7 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
     patch: Any = subject.arms[arm] if arm is not None else None
     out: dict[str, float | Measure] = {}
     for part, prefix in (("test", ""), *([("test:neutral", "neutral_")] if config.pictures == "lab" else [])):
-        seen = see(subject.base, scenes(config, part), config.question)
+        seen = see(subject.base, scenes(config, part), config.question, config.max_tokens)
         said, sure = captioned(subject, seen, config, patch)
         found = measure.chair(said, seen.scenes.there, seen.scenes.partner)
         for name in ("chair_i", "chair_s", "partner"):
@@ -41,7 +41,7 @@ def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, flo
 
 def captioned(subject: Subject, seen: Seen, config: Config, patch: EraseEdit | None) -> tuple[Tensor, Tensor | None]:
     """(N, C) what is named: by the base, or after the automatic erasure; and the confidence that it went by."""
-    said = measure.captions(subject, seen, max_tokens=config.max_tokens)
+    said = measure.captions(subject, seen)
     if patch is None:
         return said.mask, None
     sure = confidence(subject, seen, patch)
@@ -69,12 +69,12 @@ def questions(
             else {}
         )
         subject.add("asked", patch)
-    jobs = []
+    jobs, token = [], subject.base.processor.image_token
     for i, c in zip(made.picture.tolist(), made.ask.tolist(), strict=True):
         erase = patch is not None and sure is not None and float(sure[i, c]) < patch.config.limit
         jobs.append(
-            Picture(
-                prompts[c], features=seen.features[i], max_tokens=2, arm="asked" if erase else None,
+            seen.row(
+                i, seen.asked(prompts[c], i, token), max_tokens=2, arm="asked" if erase else None,
                 params={ROW: table[c][None]} if erase else {},
             )
         )  # fmt: skip

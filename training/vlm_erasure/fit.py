@@ -108,8 +108,8 @@ def fit(config: Config, folder: Path) -> Manifest:
     base = load_base(config.base, "vlm", config.device)
     subject = Subject(base, {})
     try:
-        seen = see(base, scenes(config, "val"), config.question)
-        said = measure.captions(subject, seen, max_tokens=config.max_tokens)
+        seen = see(base, scenes(config, "val"), config.question, config.max_tokens)
+        said = measure.captions(subject, seen)
         there = seen.scenes.there
         wrong = said.mask & ~there
         tried = sweep(config, subject, seen, said.mask, wrong)

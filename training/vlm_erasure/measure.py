@@ -6,11 +6,13 @@ finds them (`erase.mentioned`). Shapes: N pictures, C classes, n image tokens, L
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patches.families.vlm import Picture, PictureDecoder, lens
@@ -18,6 +20,7 @@ from patches.families.vlm.base import depth, embeddings, states
 from patches.families.vlm.layouts import layout
 from patches.mechanisms.erase import ALONG, ROW, EraseEdit, mentioned
 from patches.subject import Subject
+from registry.errors import Invalid
 from registry.measure import Measure
 from training.vlm_erasure.chair import area, auroc, average_precision, chair, ratio
 from training.vlm_erasure.data import Seen, words
@@ -41,21 +44,20 @@ class Said:
 
 def captions(
     subject: Subject, seen: Seen, rows: Sequence[int] | None = None, arm: str | None = None,
-    params: Sequence[Mapping[str, Tensor]] | None = None, max_tokens: int = 24, watch: tuple[int, ...] = (),
+    params: Sequence[Mapping[str, Tensor]] | None = None, watch: tuple[int, ...] = (),
 ) -> Said:  # fmt: skip
     """Greedy captions of the pictures `rows` (default all) under an arm, each row with its own parameters."""
     which = list(range(len(seen))) if rows is None else list(rows)
     jobs = [
-        Picture(
-            seen.prompt, features=seen.features[i], arm=arm, max_tokens=max_tokens, logprobs=0, watch=watch,
-            params=params[k] if params is not None else {},
+        seen.row(
+            i, arm=arm, max_tokens=seen.length, logprobs=0, watch=watch, params=params[k] if params is not None else {}
         )
         for k, i in enumerate(which)
     ]  # fmt: skip
     PictureDecoder(subject.base, subject.applied, SLOTS).run(jobs)
     objects, names = seen.scenes.objects, seen.scenes.names
     column = {n: c for c, n in enumerate(names)}
-    first = {next(iter(ids)): column[n] for n, ids in zip(names, words(subject.base, names), strict=True)}
+    first = beginnings(subject.base, objects)
     mask = torch.zeros(len(jobs), len(names), dtype=torch.bool)
     sure, order = torch.zeros(mask.shape), torch.full(mask.shape, -1)
     texts = []
@@ -64,10 +66,21 @@ def captions(
         for place, name in enumerate(mentioned(texts[-1], objects)):
             mask[i, column[name]], order[i, column[name]] = True, place
         for token, (logp, _) in zip(job.out, job.scores, strict=True):
-            c = first.get(token)
-            if c is not None and mask[i, c] and not float(sure[i, c]):
-                sure[i, c] = float(torch.tensor(logp).exp())
+            for c in first.get(token, ()):
+                if mask[i, c] and not float(sure[i, c]):
+                    sure[i, c] = float(torch.tensor(logp).exp())
     return Said(texts, mask, sure, order, jobs)
+
+
+def beginnings(base: Any, objects: Sequence[str]) -> dict[int, tuple[int, ...]]:
+    """token id -> columns of the objects one of whose words (name, synonyms) begins with it."""
+    out: dict[int, tuple[int, ...]] = {}
+    for c, entry in enumerate(objects):
+        for form in entry.split("|"):
+            with contextlib.suppress(Invalid):  # a synonym this vocabulary cannot say is never said
+                token = base.processor.word(form)[0]
+                out[token] = tuple(dict.fromkeys((*out.get(token, ()), c)))
+    return out
 
 
 # ---- the lens ----------------------------------------------------------------------------------------------------
@@ -75,19 +88,21 @@ def captions(
 
 @torch.inference_mode()
 def lens_field(subject: Subject, seen: Seen, normed: bool = True) -> Tensor:
-    """(N, L + 1, n, C) float16: probability of each class's name at each depth and image token."""
+    """(N, L + 1, n, C) float16: probability of each class's name at each depth and image token; 0 beyond a picture's
+    own tokens, where others have more."""
     base, L = subject.base, depth(subject.base)
     ids = words(base, seen.scenes.names)
-    n, D = seen.features[0].shape
+    n, D = max(len(x) for x in seen.features), seen.features[0].shape[1]
     batch = max(1, min(64, 400_000_000 // ((L + 1) * n * D)))
     out = []
     for i in range(0, len(seen), batch):
         some = range(i, min(i + batch, len(seen)))
-        jobs = [Picture(seen.prompt, features=seen.features[k], max_tokens=1, watch=tuple(range(L + 1))) for k in some]
+        jobs = [seen.row(k, max_tokens=1, watch=tuple(range(L + 1))) for k in some]
         PictureDecoder(base, subject.applied, SLOTS).run(jobs)
         for job in jobs:
             assert job.seen is not None
-            out.append(lens.per_word(base, job.seen, ids, normed).permute(1, 2, 0).half().cpu())  # (L + 1, n, C)
+            field = lens.per_word(base, job.seen, ids, normed).permute(1, 2, 0).half().cpu()  # (L + 1, n, C)
+            out.append(F.pad(field, (0, 0, 0, n - field.shape[1])))
             job.seen = None
     return torch.stack(out)
 
@@ -154,28 +169,39 @@ def presence(lensed: Tensor, there: Tensor) -> dict[str, float]:
 def last_states(subject: Subject, seen: Seen, said: Said) -> dict[tuple[int, int], Tensor]:
     """(picture, class) -> (D,) the last depth's state that said the class's name; what a linear probe reads."""
     base = subject.base
-    column = {next(iter(ids)): c for c, ids in enumerate(words(base, seen.scenes.names))}
-    mask = torch.tensor([i == base.processor.image_token for i in seen.prompt])
+    first = beginnings(base, seen.scenes.objects)
     out: dict[tuple[int, int], Tensor] = {}
-    T = max(len(j.out) for j in said.rows)
-    for i in range(0, len(seen), 64):
-        jobs = said.rows[i : i + 64]
-        ids = torch.tensor([[*seen.prompt, *j.out, *[0] * (T - len(j.out))] for j in jobs])
+    T, step = max(len(j.out) for j in said.rows), 64 if seen.alike else 1
+    for i in range(0, len(seen), step):
+        jobs, prompt = said.rows[i : i + step], seen.prompts[i]
+        mask = torch.tensor([token == base.processor.image_token for token in prompt])
+        ids = torch.tensor([[*prompt, *j.out, *[0] * (T - len(j.out))] for j in jobs])
         x = embeddings(base, ids.to(base.device)).clone()
-        x[:, : len(seen.prompt)][:, mask] = torch.stack(seen.features[i : i + 64]).to(x)
-        h = states(base, x, (depth(base),))[0].float().cpu()
+        x[:, : len(prompt)][:, mask] = torch.stack(seen.features[i : i + step]).to(x)
+        h = states(base, x, (depth(base),), _positions(jobs[0], x.shape[1]))[0].float().cpu()
         for k, job in enumerate(jobs):
             for t, token in enumerate(job.out):
-                c = column.get(token)
-                if c is not None and said.mask[i + k, c] and (i + k, c) not in out:
-                    out[i + k, c] = h[k, len(seen.prompt) + t - 1]
+                for c in first.get(token, ()):
+                    if said.mask[i + k, c] and (i + k, c) not in out:
+                        out[i + k, c] = h[k, len(prompt) + t - 1]
     return out
+
+
+def _positions(job: Picture, T: int) -> Tensor | None:
+    """(3, 1, T) rotary positions of a row's prompt and answer, where its picture bends them."""
+    if job.positions is None:
+        return None
+    later = torch.arange(job.positions.shape[1], T) + job.delta
+    return torch.cat([job.positions.cpu(), later.expand(3, -1)], 1)[:, None]
 
 
 def probe(
     train: Mapping[tuple[int, int], Tensor], true: Tensor, test: Mapping[tuple[int, int], Tensor], shape: Any
 ) -> Tensor:
-    """(N, C) scores of a logistic probe on `last_states`, learned on the mentions of other pictures; 0 elsewhere."""
+    """(N, C) scores of a logistic probe on `last_states`, learned on the mentions of other pictures; 0 elsewhere, and
+    everywhere if there were none."""
+    if not train:
+        return torch.zeros(shape)
     x = torch.stack(list(train.values()))
     y = torch.tensor([bool(true[k]) for k in train]).float()
     middle, scale = x.mean(0), x.std(0).clamp_min(1e-6)
@@ -224,7 +250,8 @@ def attention(subject: Subject, seen: Seen, said: Said) -> tuple[Tensor, Tensor]
     over heads, zeros for what is not said; and (N, C) bool where it was."""
     base, L = subject.base, depth(subject.base)
     column = {next(iter(ids)): c for c, ids in enumerate(words(base, seen.scenes.names))}
-    at = [t for t, i in enumerate(seen.prompt) if i == base.processor.image_token]
+    prompt = seen.prompts[0]  # the lab's pictures all have the same
+    at = [t for t, i in enumerate(prompt) if i == base.processor.image_token]
     inner = base.model.get_submodule(base.root)
     decoder = base.model.get_submodule(layout(base.model).decoder)
     before = decoder.config._attn_implementation
@@ -233,7 +260,7 @@ def attention(subject: Subject, seen: Seen, said: Said) -> tuple[Tensor, Tensor]
     decoder.set_attn_implementation("eager")
     try:
         for i, job in enumerate(said.rows):
-            ids = torch.tensor([[*seen.prompt, *job.out]], device=base.device)
+            ids = torch.tensor([[*prompt, *job.out]], device=base.device)
             x = embeddings(base, ids).clone()
             x[0, at] = seen.features[i].to(x)
             maps = inner(inputs_embeds=x, use_cache=False, output_attentions=True).attentions
@@ -242,7 +269,7 @@ def attention(subject: Subject, seen: Seen, said: Said) -> tuple[Tensor, Tensor]
                 if c is not None and not there[i, c]:
                     there[i, c] = True
                     for layer, a in enumerate(maps):
-                        out[i, layer, :, c] = a[0, :, len(seen.prompt) + t - 1, at].float().mean(0).cpu()
+                        out[i, layer, :, c] = a[0, :, len(prompt) + t - 1, at].float().mean(0).cpu()
     finally:
         decoder.set_attn_implementation(before)
     return out, there
@@ -306,15 +333,24 @@ def automatic(
 ) -> tuple[Tensor, Tensor]:
     """The automatic mode over all pictures at once: (N, C) what is named in the end, (N, C) what was erased. sure
     (N, C): the lens's confidence. Round by round as `EraseEdit.prepare` does for one row."""
-    flagged = said & (sure < limit)
-    new = again(subject, seen, said, flagged, patch)
-    for _ in range(rounds - 1):
-        more = flagged | (new & (sure < limit))
+    low = sure < limit
+    new, flagged = said, said & low
+    best, erased, least = said.clone(), torch.zeros_like(said), worth(said, low) + 0.5
+    for _ in range(rounds):
+        new = again(subject, seen, said, flagged, patch)
+        now = worth(new, low)
+        better = now < least
+        best[better], erased[better], least[better] = new[better], flagged[better], now[better]
+        more = flagged | (new & low)
         if torch.equal(more, flagged):
             break
         flagged = more
-        new = again(subject, seen, said, flagged, patch)
-    return new, flagged
+    return best, erased
+
+
+def worth(said: Tensor, low: Tensor) -> Tensor:
+    """(N,) what the automatic mode has least of: disbelieved mentions first, then what is missing of the others."""
+    return ((said & low).sum(1) * 1000 - (said & ~low).sum(1)).float()
 
 
 def threshold(score: Tensor, true: Tensor) -> float:

@@ -41,9 +41,9 @@ def _all(
     subject: Subject, patch: EraseEdit, found: dict[str, Any], config: Config
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     tables: dict[str, Any] = {}
-    val = see(subject.base, scenes(config, "val"), config.question)
-    seen = see(subject.base, scenes(config, "test"), config.question)
-    said = measure.captions(subject, seen, max_tokens=config.max_tokens)
+    val = see(subject.base, scenes(config, "val"), config.question, config.max_tokens)
+    seen = see(subject.base, scenes(config, "test"), config.question, config.max_tokens)
+    said = measure.captions(subject, seen)
     field = measure.lens_field(subject, seen, True)
     tables["detection"] = detectors(subject, val, seen, said, field, config)
     tables["presence"] = {"lens": measure.presence(field, seen.scenes.there)}
@@ -72,7 +72,7 @@ def detectors(
     """True against invented mentions: the lens by depth, the word's own probability, and a linear probe on the state
     that says it (learned on val)."""
     plain = measure.lens_field(subject, seen, False)
-    before = measure.captions(subject, val, max_tokens=config.max_tokens)
+    before = measure.captions(subject, val)
     learned = measure.last_states(subject, val, before)
     held = measure.last_states(subject, seen, said)
     more = {"linear probe on the state that says it": measure.probe(learned, val.scenes.there, held, said.mask.shape)}
@@ -163,8 +163,8 @@ def where(subject: Subject, seen: Seen, said: measure.Said, field: Tensor, confi
 
 def elsewhere(subject: Subject, part: str, patch: EraseEdit, config: Config) -> dict[str, Any]:
     """Base and automatic mode on scenes of another kind or style."""
-    seen = see(subject.base, scenes(config, part), config.question)
-    said = measure.captions(subject, seen, max_tokens=config.max_tokens)
+    seen = see(subject.base, scenes(config, part), config.question, config.max_tokens)
+    said = measure.captions(subject, seen)
     sure = confidence(subject, seen, patch)
     new, _ = measure.automatic(subject, seen, said.mask, sure, patch.config.limit, patch, config.rounds)
     there, partner = seen.scenes.there, seen.scenes.partner

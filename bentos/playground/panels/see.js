@@ -117,7 +117,10 @@ const SEE = {
         sides[1].text.replaceChildren(patched.message.content);
         for (const s of sides) s.text.classList.remove("quiet");
         objects(told, ask);
-        says.textContent = doubted.length ? `Erased: ${doubted.join(", ")}.` : "Everything that is named is seen; nothing was erased.";
+        const unseen = (told.objects ?? []).filter((one) => one.believed === false).map((one) => one.object);
+        says.textContent = doubted.length ? `Erased: ${doubted.join(", ")}.`
+          : unseen.length ? `Not seen: ${unseen.join(", ")}; erasing brought no better caption.`
+          : "Everything that is named is seen; nothing was erased.";
       } catch (error) {
         says.textContent = "Refused.";
         failed.replaceChildren(trouble(error));

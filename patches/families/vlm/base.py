@@ -179,9 +179,10 @@ def site(base: Base, at: int) -> tuple[str, Literal["input", "output"]]:
 
 
 @torch.inference_mode()
-def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None) -> Tensor:
+def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None, bent: Tensor | None = None) -> Tensor:
     """(depths, B, T, D) the stream of embeddings (B, T, D) at each depth (default: all), before any final norm.
 
+    bent (3, B, T): rotary positions where pictures bend them (M-RoPE); by default 0, 1, ...
     No arm acts. Hooks answer to this thread only, so a worker may decode on another one meanwhile.
     """
     import threading
@@ -201,7 +202,7 @@ def states(base: Base, embeds: Tensor, depths: tuple[int, ...] | None = None) ->
     B, T = embeds.shape[:2]
     positions = torch.arange(T, device=embeds.device).expand(B, -1)
     if where.positions is not None:
-        positions = positions.expand(3, -1, -1)
+        positions = positions.expand(3, -1, -1) if bent is None else bent.to(embeds.device)
     hooks = [inner.layers[at - 1].register_forward_hook(keep(at)) for at in wanted if at]
     try:
         if hooks:

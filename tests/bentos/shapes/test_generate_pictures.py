@@ -138,6 +138,8 @@ async def refusals(s):
         (show(png), {"ask": {"erase": ["x"] * 1000}}, "erase"),
         (show(png), {"ask": {"erase": "all"}}, "erase"),
         (show(png), {"ask": {"delete": ["x"]}}, "delete"),
+        (show(png), {"ask": {"erase": ["a", "größe"]}}, "'größe' is not in this model's vocabulary"),
+        (show(png), {"ask": {"show": ["größe"]}}, "'größe' is not in this model's vocabulary"),
         ([{"role": "user", "content": "no picture"}], {"ask": {"erase": ["x"]}}, "no picture"),
         (show(data_url(size=(8, 400))), {}, "8 x 400|400 x 8"),
     ]
