@@ -96,7 +96,7 @@ class Service:
             raise
         except Exception as e:  # a model's own template may refuse an order of roles
             raise BadRequest(f"messages: this model's chat template refuses them ({str(e)[:120]}).") from None
-        tokens = ask.max_completion_tokens or ask.max_tokens or DEFAULT_TOKENS
+        tokens = ask.max_completion_tokens or ask.max_tokens or min(DEFAULT_TOKENS, self.runtime.worker.context)
         if ask.top_logprobs is not None and not ask.logprobs:
             raise BadRequest("top_logprobs: set logprobs to true as well.")
         scores = (ask.top_logprobs or 0) if ask.logprobs else None
@@ -199,7 +199,6 @@ class Service:
         """A repeated word that this base's context holds, with its answer begun: the page's first question. None if
         no text fits."""
         if self.start is None:
-            context = self.runtime.worker.context
             for user, word, most, tokens in STARTS:
                 copies = most
                 while copies:
@@ -207,7 +206,7 @@ class Service:
                     chat.append({"role": "assistant", "content": " ".join([word] * copies)})
                     with contextlib.suppress(PatchbayError):  # more text than is read at all
                         make = await self._read(chat, (), True)
-                        if len(make().prompt) + tokens <= context:
+                        if len(make().prompt) + tokens <= self.runtime.worker.context:
                             self.start = {"user": user, "word": word, "copies": copies, "max_tokens": tokens}
                             return self.start
                     copies = copies * 3 // 4

@@ -41,6 +41,9 @@ def chair(said: Tensor, there: Tensor, partner: Tensor | None = None) -> dict[st
         "precision": ratio(right.sum(1), said.sum(1), "higher"),
         "mentions": ratio(said.sum(1), one),
     }
+    two = there.sum(1) == 2
+    if bool(two.any()):
+        out["recall of two"] = ratio(right[two].sum(1), there[two].sum(1), "higher")
     if partner is not None and bool((partner >= 0).any()):
         rows = (partner >= 0).nonzero()[:, 0]
         out["partner"] = ratio(wrong[rows, partner[rows]], torch.ones(len(rows)), "lower")

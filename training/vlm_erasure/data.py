@@ -62,7 +62,7 @@ class Scenes:
     there: Tensor
     """(N, C) bool"""
     partner: Tensor
-    """(N,) class that usually comes with what is there, -1 unknown"""
+    """(N,) class that usually comes with what is there, -1 unknown; in neutral scenes one drawn by chance"""
     picture: Callable[[int], Image.Image]
     things: Tensor | None = None
     """(N, K) classes of the lab's things, -1 nothing"""
@@ -127,10 +127,19 @@ def lab(split: str, n: int, seed: int, kind: str) -> Scenes:
     C = len(data.classes)
     there = torch.zeros(n, C + 1, dtype=torch.bool).scatter_(1, things.where(things >= 0, torch.tensor(C)), True)[:, :C]
     partner = torch.where(head >= 0, head + len(worlds.PAIRS), -1)
+    if kind == "neutral":
+        partner = _drawn(there, seed)
     return Scenes(
         f"lab:{kind}/{split}", data.digest, data.classes, there, partner,
         lambda i: to_pil_image(data.read([i]).image[0]), things,
     )  # fmt: skip
+
+
+def _drawn(there: Tensor, seed: int) -> Tensor:
+    """(N,) an absent partner drawn for each of N pictures (N, C) that hold no pair's first: what a partner is named
+    with where nothing speaks for it."""
+    P, g = len(worlds.PAIRS), torch.Generator().manual_seed(seed)
+    return P + (torch.rand(len(there), P, generator=g) - 2.0 * there[:, P : 2 * P]).argmax(1)
 
 
 def coco(pictures: str, annotations: str, captions: str = "", n: int = 500, seed: int = 0) -> Scenes:

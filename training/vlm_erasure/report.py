@@ -24,6 +24,9 @@ from training.vlm_erasure.evaluate import questions
 from training.vlm_erasure.figures import sweep
 from training.vlm_erasure.fit import FEWER, candidates, confidence, scenes, score
 
+MASS = 8
+"""absent things that one request erases beside the invented ones, to see what many erasures at once cost"""
+
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
     """{name: {row: {column: number or Measure}}, or a Figure} of a sealed artifact."""
@@ -107,10 +110,12 @@ def controls(subject: Subject, seen: Seen, said: Tensor, patch: EraseEdit) -> di
     rows = (seen.scenes.partner >= 0).nonzero()[:, 0]
     partner[rows, seen.scenes.partner[rows]] = True
     g = torch.Generator().manual_seed(0)
-    absent, one = torch.zeros_like(wrong), torch.zeros_like(right)
+    absent, one, mass = torch.zeros_like(wrong), torch.zeros_like(right), wrong.clone()
     for i in wrong.any(1).nonzero()[:, 0].tolist():
         free = (~there[i] & ~said[i]).nonzero()[:, 0]
-        absent[i, free[int(torch.randint(len(free), (), generator=g))]] = True
+        free = free[torch.randperm(len(free), generator=g)]
+        absent[i, free[0]] = True
+        mass[i, free[:MASS]] = True
     some = right.any(1).nonzero()[:, 0]
     one[some, right[some].float().argmax(1)] = True
     again = lambda which, instead="": measure.again(subject, seen, said, which, patch, instead)  # noqa: E731
@@ -122,6 +127,8 @@ def controls(subject: Subject, seen: Seen, said: Tensor, patch: EraseEdit) -> di
         "control: as much along a random direction": effect(said, again(wrong, "random"), there, wrong),
         "control: a random absent thing": effect(said, again(absent), there, wrong, absent),
         "control: a true thing (should go)": effect(said, again(one), there, one),
+        f"mass editing: the invented and {MASS} absent things": effect(said, again(mass), there, wrong, mass),
+        "mass editing: all true things (should go)": effect(said, again(right), there, right),
     }
 
 

@@ -9,6 +9,7 @@ Shapes: T prompt tokens.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,8 @@ class Processor:
         plain = text.strip()
         ids = list(self.tokenizer(" " + plain, add_special_tokens=False)["input_ids"]) if plain else []
         unknown = self.tokenizer.unk_token_id
-        if not ids or (unknown is not None and unknown in ids):
+        lost = ids and _tight(self.tokenizer.decode(ids)) != _tight(plain)  # a tokenizer may not name its unknown token
+        if not ids or lost or (unknown is not None and unknown in ids):
             raise Invalid(f"The word {text[:60]!r} is not in this model's vocabulary; name another.")
         space = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
         if len(ids) > 1 and [ids[0]] == list(space) and _tight(self.tokenizer.decode(ids[1:])) == _tight(plain):
@@ -129,7 +131,8 @@ class Processor:
 
 
 def _tight(text: str) -> str:
-    return text.replace(" ", "").lower()
+    """Text as tokenizers may change it and mean the same: without blanks, case and compatible forms."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _message(m: Mapping[str, Any]) -> dict[str, Any]:
