@@ -1,4 +1,4 @@
-"""Edits are values: what a patch does at one site, and the inputs of the forward it may read."""
+"""Edits as values: what a patch changes at one site, and the inputs of the current forward that it may read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ V = TypeVar("V")
 
 
 class Inputs(Mapping[str, Any]):
-    """Keyword inputs of the base's current forward, as the rows of one arm see them, and `past_length`. Read only."""
+    """Keyword inputs of the base's current forward, plus `past_length`, narrowed to the rows of one arm. Read only."""
 
     def __init__(self, kwargs: Mapping[str, Any], previous: Inputs | None = None) -> None:
         self.kwargs, self.previous = kwargs, previous
         self.memo: dict[Any, Any] = {}
         self.at: Tensor | slice | None = None
-        """the rows of the batch these inputs are narrowed to; None: all"""
+        """Rows of the batch to which these inputs are narrowed; None: all"""
         self.group: Group | None = None
-        """what was said of these rows; None: nothing"""
+        """Strength and row parameters of these rows; None: no row parameters"""
 
     def __getitem__(self, key: str) -> Any:
         return self.kwargs[key]
@@ -34,7 +34,8 @@ class Inputs(Mapping[str, Any]):
         return len(self.kwargs)
 
     def once(self, derive: Callable[[Inputs], Tensor]) -> Tensor:
-        """derive(inputs of all rows) (B, ...), computed once per forward however many ask, narrowed to these rows."""
+        """Return derive(inputs of all rows) (B, ...), narrowed to these rows; computed once per forward and shared by
+        all callers."""
         if derive not in self.memo:
             whole = Inputs(self.kwargs)
             whole.memo = self.memo
@@ -43,7 +44,8 @@ class Inputs(Mapping[str, Any]):
         return value if self.at is None else value[self.at]
 
     def once_here(self, derive: Callable[[Inputs], V]) -> V:
-        """derive(these inputs), computed once per forward and set of rows, for a patch that asks at many sites."""
+        """Return derive(these inputs), computed once per forward and set of rows, for a patch that needs it at many
+        sites."""
         key = (derive, id(self.at))
         if key not in self.memo:
             self.memo[key] = derive(self)
@@ -51,15 +53,15 @@ class Inputs(Mapping[str, Any]):
         return value
 
     def row(self, name: str) -> Tensor | None:
-        """Row parameter `name` of these rows (rows, ...), None if none of them has it.
+        """Return row parameter `name` of these rows (rows, ...); None if no row has it.
 
-        Stacked once per call. Parameters of different lengths are padded with zeros to the longest; a row without the
-        parameter is all zeros. So a parameter is best a list of things of which zero means none.
+        Parameters are stacked once per call. Different lengths are padded with zeros to the longest, and a row without
+        the parameter gets zeros. So a parameter is best a list in which zero means "none".
         """
         return None if self.group is None else self.group.parameter(name)
 
     def narrow(self, group: Group) -> Inputs:
-        """These inputs as the rows of `group` see them."""
+        """Return these inputs narrowed to the rows of `group`."""
         if group.at is None and not group.params:
             return self
         out = Inputs(self.kwargs)

@@ -1,9 +1,9 @@
-"""Run one forward for many jobs, so that a job that makes it fail fails alone.
+"""Run one forward for many jobs, so that a job that makes it raise fails alone and the others succeed.
 
-`isolate` is what every worker's step goes through. The forward it is given stores nothing until it has succeeded (a
-cache's lengths advance at the end), so that it may be run again for fewer jobs: a batch that raises is halved until the
-job that makes it raise stands alone. Out of memory gives up the largest job first, for there the batch is at fault and
-no single job. A batch of n with one bad job costs 2 log2(n) forwards more, once, and then the job is gone.
+Every worker's step goes through `isolate`. The forward must store nothing until it has succeeded (a cache's lengths
+advance last), so that it can be retried for fewer jobs: a batch that raises is bisected until the failing job stands
+alone. When memory runs out the largest job is given up first, because then the batch is at fault and not a single job.
+One bad job in a batch of n costs 2 log2(n) extra forwards, once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("patchbay")
 
 
 class Fallible(Protocol):
-    """What a job must have to fail alone."""
+    """The fields that a job needs in order to fail alone."""
 
     arm: str | None
     finished: Any
@@ -32,10 +32,10 @@ J = TypeVar("J", bound=Fallible)
 
 
 def isolate(jobs: Sequence[J], forward: Callable[[Sequence[J]], None], size: Callable[[J], float]) -> None:
-    """forward(jobs), or for as many neighbouring ones of them as it succeeds for; the others get `error` and end.
+    """Run forward(jobs), bisecting on errors; jobs for which it still fails get `error` and end.
 
-    forward: must change nothing when it raises, and is asked for runs of neighbours in `jobs`, first to last.
-    size: how much memory a job asks for, in any unit.
+    forward: must change nothing when it raises; it is called with runs of neighbours in `jobs`, from first to last.
+    size: the memory a job needs, in any unit.
     """
     todo: list[tuple[int, int]] = [(0, len(jobs))]
     while todo:
@@ -53,7 +53,7 @@ def isolate(jobs: Sequence[J], forward: Callable[[Sequence[J]], None], size: Cal
             if len(some) == 1:
                 error = e if isinstance(e, PatchbayError) else (_no_memory() if full else _raised(e))
                 log.error("a job of arm %s fails alone: %s", named(some[0].arm), error, exc_info=not full)
-        # outside of the handler: until here the traceback held the forward's tensors
+        # outside of the handler: inside it the traceback keeps the forward's tensors alive
         if full and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if error is not None:
@@ -69,30 +69,30 @@ def isolate(jobs: Sequence[J], forward: Callable[[Sequence[J]], None], size: Cal
 
 
 def fail(job: Fallible, error: PatchbayError) -> None:
-    """End a job with the reason why; a job that has ended stays as it ended."""
+    """End a job with an error; a job that has ended already is left as it is."""
     if not job.finished:
         job.error, job.finished = error, "failed"
 
 
 def named(arm: str | None) -> str:
-    """An arm as messages say it."""
+    """Format an arm for log messages."""
     return "base" if arm is None else f"sha256:{arm[:16]}"
 
 
 def not_finite(arm: str | None, what: str = "logits") -> Failed:
-    """The error of a job whose numbers are NaN or infinite. Which arm is for the log: not every caller may know it."""
+    """Return the error for NaN or infinite outputs. It does not name the arm, which only the log may tell."""
     log.error("the %s of a job under %s are not finite", what, named(arm))
     return Failed(f"The {what} of this job are not finite numbers under its arm. Ask another arm, or the base.")
 
 
 def usable(x: Tensor) -> bool:
-    """Whether something can be chosen from scores x (..., V): no NaN, and a finite largest one. -inf forbids a choice
-    and is no fault."""
+    """Return whether a choice can be made from scores x (..., V): the largest of each row is finite, and none is NaN.
+    -inf is allowed: it forbids a choice."""
     return bool(x.amax(-1).isfinite().all())
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Return whether an exception means that memory ran out, on any device."""
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(e, RuntimeError) and any(s in str(e).lower() for s in ("can't allocate memory", "out of memory"))

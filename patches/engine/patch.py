@@ -1,10 +1,9 @@
-"""A patch is a value: a config, fitted tensors, and the edits they make to a base model.
+"""Apply patches to a base model: a patch is a value of a config, fitted tensors and the edits they define.
 
-`apply` puts any number of patches ("arms") on one copy of a base; each row of a batch names the arm it
-wants, and only the rows that use an arm pay for it. Reverting restores what was saved; it never computes
-an inverse. Everything that belongs to one call (its inputs, which row wants which arm) lives in a
-ContextVar, so threads cannot give each other the wrong arm.
-Shapes: B batch rows, T tokens, K keys, D width, "..." whatever the site carries after B.
+`apply` puts any number of patches ("arms") on one copy of a base; each row of a batch names its arm, and only rows that
+use an arm pay for it. Reverting restores what was saved; it never computes an inverse. The state of one call (its
+inputs, which row uses which arm) lives in a ContextVar, so concurrent threads cannot mix up arms. Shapes: B batch rows,
+T tokens, K keys, D width, "..." whatever the site's tensor has after B.
 """
 
 from __future__ import annotations
@@ -29,25 +28,26 @@ from patches.engine.weights import module_at, put_weight
 from registry.errors import Invalid, PatchError
 
 ONLY = "patch"
-"""name of the arm when a single patch is applied by itself"""
+"""Name of the arm when a single patch is applied by itself"""
 
 
 @dataclass(frozen=True)
 class Patch(ABC):
-    """A mechanism: subclasses give `Config` and `edits`, and nothing about hooks, rows or files."""
+    """Abstract mechanism: subclasses define `Config` and `edits`, and deal with no hooks, rows or files."""
 
     Config: ClassVar[type[Any]]
     Ask: ClassVar[type[BaseModel] | None] = None
-    """what one request may say to this mechanism; None: nothing"""
+    """Model of what a request may send to this mechanism; None: nothing"""
     config: Any
     tensors: Mapping[str, Tensor]
+    """Fitted tensors by name"""
 
     @abstractmethod
     def edits(self) -> Sequence[Edit]:
-        """What this patch does to the base, in order."""
+        """Return this patch's edits of the base, in order."""
 
     def weights(self) -> Sequence[Weight]:
-        """The same patch as weight edits alone, where the maths allows it."""
+        """Return the patch as weight edits alone. Raises PatchError if it has no such form."""
         edits = self.edits()
         weights = [e for e in edits if isinstance(e, Weight)]
         if weights and len(weights) == len(edits):
@@ -55,28 +55,32 @@ class Patch(ABC):
         raise PatchError(f"{type(self).__name__} has no weight form, so it cannot be folded; serve it with hooks.")
 
     def params(self, ask: Any, base: Any) -> dict[str, Tensor]:
-        """Row parameters that say what an `Ask` says, for rows on `base` (a Base)."""
+        """Convert a validated `Ask` into row parameters for rows on `base` (a Base). Raises Invalid if this mechanism
+        takes none."""
         del ask, base
         raise Invalid(f"{type(self).__name__} takes nothing from a request; leave `ask` out.")
 
     def prepare(self, job: Any, ask: Any, base: Any, run: Callable[[Sequence[Any]], Any]) -> None:
-        """Make `job` (a worker's Job) say what a checked `ask` says; mechanisms that must look first override it.
+        """Set `job.params` from a validated `ask`; override it if the parameters need forwards of the model first.
 
-        run: decodes, embeds or denoises other jobs on the same worker and waits for them.
+        run: decodes, embeds or denoises further jobs on the same worker and waits for them.
         """
         del run
         job.params = self.params(ask, base)
 
     @final
     def apply(self, model: nn.Module, strength: float = 1.0, root: str = "") -> Applied:
-        """This patch alone on `model`, for every row unless `rows` says otherwise. Undo with `revert` or `with`."""
+        """Apply this patch alone to `model`, for every row unless `rows` says otherwise. Undo with `revert` or
+        `with`."""
         return apply(model, {ONLY: self}, strength, root)
 
     @final
     def fold(self, model: nn.Module, strength: float = 1.0) -> nn.Module:
-        """A copy of the base with the patch in its weights: no hooks, so it exports and compiles.
+        """Return a copy of the base with the patch in its weights, without hooks, so that it can be exported and
+        compiled.
 
-        Costs the memory of a second base. Raises PatchError if the base carries hooks of ours.
+        Needs the memory of a second base. Raises PatchError if a patch is applied to the base, or if this one has no
+        weight form.
         """
         if any(getattr(p, "_edits", None) for p in model.parameters()) or vars(model).get("_applied"):
             raise PatchError("This base carries an applied patch; revert it before folding another.")
@@ -86,7 +90,7 @@ class Patch(ABC):
         return out
 
     def to(self, device: torch.device | str) -> Patch:
-        """The same patch with its tensors on `device`."""
+        """Return the patch with its tensors on `device`."""
         return type(self)(self.config, {k: v.to(device) for k, v in self.tensors.items()})
 
 
@@ -96,26 +100,29 @@ _GROUPS: ContextVar[Mapping[int, tuple[int, tuple[Group, ...]]]] = ContextVar("r
 
 @dataclass
 class Applied:
-    """Patches on a model: the one mutable object. `rows` chooses per call, `revert` takes everything off."""
+    """Patches applied to a model, the only mutable object: `rows` selects arms per call, `revert` removes
+    everything."""
 
     model: nn.Module
     strength: float
     arms: dict[str, dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
-    """arm -> (site, kind) -> edit; replaced whole when arms come and go, never changed in place"""
+    """Arm -> (site, kind) -> edit; replaced as a whole when arms come and go, so that running calls keep theirs"""
     hooked: set[tuple[str, str]] = field(default_factory=set)
+    """(site, kind) of every hook that is registered"""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(arm, site) -> forwards in which the edit ran"""
+    """(arm, site) -> number of forwards in which the edit ran"""
     undo: list[Callable[[], Any]] = field(default_factory=list)
+    """What `revert` calls, last first"""
 
     @cached_property
     def device(self) -> torch.device | None:
-        """Where the model lies; row parameters are brought there."""
+        """Device of the model's parameters; row parameters are moved there."""
         return next((p.device for p in self.model.parameters()), None)
 
     def revert(self) -> None:
-        """Take off what this application put on, last first. Raises PatchError if a later patch is in the way."""
+        """Remove everything this application added, last first. Raises PatchError if a later patch depends on it."""
         while self.undo:
-            self.undo[-1]()  # stays on the stack if it refuses, so revert can be tried again
+            self.undo[-1]()  # popped only after success, so that revert can be retried
             self.undo.pop()
         self.arms, self.hooked = {}, set()
 
@@ -126,7 +133,8 @@ class Applied:
         self.revert()
 
     def add(self, name: str, patch: Patch) -> None:
-        """One more arm. Calls in flight keep the arms they started with. Raises PatchError, changing nothing."""
+        """Add an arm. Running calls keep the arms they started with. Raises PatchError and changes nothing on
+        failure."""
         edits = list(patch.edits())
         if any(isinstance(e, Weight) for e in edits):
             raise PatchError(
@@ -154,7 +162,7 @@ class Applied:
         self.arms = {**self.arms, name: table}
 
     def remove(self, name: str) -> None:
-        """One arm less; hooks that no arm uses any more stay until `revert` and cost nothing."""
+        """Remove an arm. Its hooks stay until `revert` and cost nothing."""
         self.arms = {k: v for k, v in self.arms.items() if k != name}
 
     @contextmanager
@@ -164,10 +172,11 @@ class Applied:
         strength: Sequence[float] | None = None,
         params: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Iterator[None]:
-        """Within this block and this thread, row i of a batch uses arm names[i] (None: the base).
+        """Assign arms to batch rows within this block and thread: row i uses arm names[i] (None: the base).
 
-        params: what each row says to its mechanism, by name (`Inputs.row`). A batch may hold k times as many rows
-        (beams, guidance): each name then stands for k neighbours.
+        strength: one per row, default 1. params: row parameters by name, one mapping per row (`Inputs.row`). A batch
+        may have k times as many rows (beams, guidance): each name then covers k neighbours. Raises PatchError for an
+        unknown arm.
         """
         table: dict[str, list[int]] = {}
         for i, name in enumerate(names):
@@ -190,12 +199,12 @@ class Applied:
             _GROUPS.reset(token)
 
     def unreached(self) -> list[str]:
-        """Sites of arms that no forward has passed through: a patch that does nothing where it was meant to."""
+        """List the sites ("arm:site") that no forward has reached: there the patch has no effect."""
         return sorted({f"{arm}:{site}" for arm, t in self.arms.items() for site, _ in t if not self.calls[arm, site]})
 
     def _groups(self, batch: int) -> tuple[Group, ...]:
         if id(self) not in _GROUPS.get():
-            # a patch applied by itself means every row; several arms mean nobody until rows are named
+            # a single patch covers every row by default; with several arms, rows use the base until they are named
             return (Group(ONLY, None, self.strength),) if self.strength and ONLY in self.arms else ()
         count, groups = _GROUPS.get()[id(self)]
         if count == batch or not groups:
@@ -300,16 +309,16 @@ class Applied:
 
 
 def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, root: str = "") -> Applied:
-    """Put patches on one copy of `model`; if one edit fails, all are undone.
+    """Apply patches to one copy of `model`; if any edit fails, all are undone.
 
-    `root`: the module whose keyword inputs the edits read ("" for the model itself). A single arm called "patch"
-    holds for every row with `strength`; otherwise `rows` says who gets what. Weight edits need a single arm.
+    root: the module whose keyword inputs the edits read ("" for the model itself). A single arm called "patch" covers
+    every row with `strength`; otherwise `rows` assigns arms. Raises PatchError for several arms with weight edits.
     """
     on = Applied(model, strength)
     top = module_at(model, root)
 
     def enter(_: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
-        # a cache grows while the forward runs, so how long it was has to be read here
+        # the cache grows during the forward, so its length must be read before
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         _INPUTS.set(Inputs({**kwargs, "past_length": past}, _INPUTS.get()))

@@ -1,4 +1,4 @@
-"""Reading a model at its sites: `with record(model, ["model.layers.3"]) as acts`, or one site with `upto`."""
+"""Read activations of a model at its sites: `with record(model, ["model.layers.3"]) as acts`, or `upto` in one call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def record(
     where: Literal["input", "output"] = "output",
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """site -> what passed there, one (B, ...) tensor per forward, detached.
+    """Record activations at sites: yields site -> list of detached (B, ...) tensors, one per forward.
 
-    `keep` shrinks each tensor before it is stored (a norm, some columns), so that long runs fit in memory. Edits
-    applied before are seen. Raises PatchError naming near sites if one does not exist.
+    keep: reduces each tensor before it is stored (a norm, some columns), so that long runs fit in memory. Edits that
+    were applied before are included. Raises PatchError, suggesting near sites, for a site that does not exist.
     """
     acts: dict[str, list[Tensor]] = {site: [] for site in sites}
 
@@ -48,18 +48,20 @@ def record(
 
 
 class _Enough(Exception):
-    """What was wanted of a forward has been seen."""
+    """Raised to stop a forward after its last recorded site."""
 
 
 def upto(model: nn.Module, sites: Sequence[str], **inputs: Any) -> dict[str, Tensor]:
-    """site -> what leaves it (B, ...) in a forward on `inputs`, detached. The forward ends at the last of `sites`, so
-    later layers cost nothing; name them in the order in which they come."""
+    """Return the outputs (B, ...) of `sites` in one forward on `inputs`, detached.
+
+    The forward stops at the last of `sites`, so later layers cost nothing; list them in the order in which they run.
+    """
 
     def stop(*_: Any) -> None:
         raise _Enough
 
     with record(model, sites) as acts:
-        handle = module_at(model, sites[-1]).register_forward_hook(stop)  # after the one that records
+        handle = module_at(model, sites[-1]).register_forward_hook(stop)  # runs after the recording hook
         try:
             model(**inputs)
         except _Enough:

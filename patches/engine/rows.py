@@ -1,4 +1,4 @@
-"""Rows of a batch: which of them use which arm, at what strength, with which parameters; and arithmetic over them."""
+"""Group batch rows by arm, with their strengths and row parameters, and index arithmetic on them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from registry.errors import PatchError
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one call that use one arm."""
+    """Rows of one call that use the same arm."""
 
     arm: str
     at: Tensor | slice | None
-    """None: every row"""
+    """Their indices in the batch; None: every row"""
     strength: Tensor | float
-    """a number, or (rows of the group,)"""
+    """One number, or (rows of the group,)"""
     params: tuple[Mapping[str, Tensor], ...] = ()
-    """what each row says to its mechanism; empty if none says anything"""
+    """Row parameters of each row; empty if no row has any"""
     repeat: int = 1
-    """neighbours in the batch that each of `params` stands for (beams, guidance)"""
+    """Number of neighbouring batch rows that each of `params` covers (beams, guidance)"""
     device: torch.device | None = None
     stacked: dict[str, Tensor | None] = field(default_factory=dict, compare=False)
-    """parameters that were asked for already"""
+    """Row parameters that have been stacked already"""
 
     def parameter(self, name: str) -> Tensor | None:
-        """(rows, ...) of parameter `name`; see `Inputs.row`."""
+        """Return parameter `name` as (rows, ...); see `Inputs.row`."""
         if name not in self.stacked:
             made = _stack([p.get(name) for p in self.params], self.device)
             if made is not None and self.repeat > 1:
@@ -39,13 +39,14 @@ class Group:
         return self.stacked[name]
 
     def widened(self, k: int) -> Group:
-        """The same rows where each stands for k neighbours of the batch."""
+        """Return the group for a batch in which each row is repeated k times in place."""
         wide = beamed(self.at, k), repeated(self.strength, k)
         return Group(self.arm, *wide, self.params, k, self.device)
 
 
 def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tensor | None:
-    """(rows, ...) of one parameter per row, None as zeros, first dimensions padded with zeros to the longest."""
+    """Stack one parameter over rows: (rows, ...), None as zeros, first dimensions zero-padded to the longest. Raises
+    PatchError for different shapes otherwise."""
     there = [v for v in values if v is not None]
     if not there:
         return None
@@ -61,24 +62,26 @@ def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tens
 
 
 def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """An additive mask (B, h, T, K) from what the attention would have used and the bias."""
+    """Combine an attention mask (additive, boolean, or None for causal) with a bias into an additive mask (B, h, T,
+    K)."""
     T, K = bias.shape[-2:]
     lowest = torch.finfo(bias.dtype).min
-    if mask is None:  # the attention would have used its causal flag; queries are the last T of K keys
+    if mask is None:  # None means causal; the queries are the last T of K keys
         if T == 1:
             return bias
         future = torch.ones(T, K, dtype=torch.bool, device=bias.device).triu(K - T + 1)
         return bias.masked_fill(future, lowest)
-    if mask.shape[-1] > K:  # a cache with room to spare
+    if mask.shape[-1] > K:  # the cache has spare columns
         bias = nn.functional.pad(bias, (0, mask.shape[-1] - K))
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, lowest)
-    # clamp: two very negative numbers must not become -inf, or a fully masked row turns into NaN
+    # clamp: the sum of two very negative numbers must not be -inf, or a fully masked row becomes NaN
     return (mask + bias).clamp_min(lowest)
 
 
 def span(rows: list[int], count: int) -> Tensor | slice | None:
-    """Neighbouring rows as a slice (a view, no gather); None for all of them."""
+    """Return rows as a slice where they are neighbours (a view instead of a gather), None for all of them, else as
+    indices."""
     if len(rows) == count:
         return None
     if rows[-1] - rows[0] + 1 == len(rows):
@@ -87,6 +90,7 @@ def span(rows: list[int], count: int) -> Tensor | slice | None:
 
 
 def strengths(rows: list[int], strength: Sequence[float] | None) -> Tensor | float:
+    """Return the strengths of these rows: one number if all are equal, else (rows,)."""
     if strength is None:
         return 1.0
     used = [float(strength[i]) for i in rows]
@@ -94,11 +98,12 @@ def strengths(rows: list[int], strength: Sequence[float] | None) -> Tensor | flo
 
 
 def shaped(strength: Tensor | float, x: Tensor) -> Any:
-    """The strength so that it multiplies x (rows, ...)."""
+    """Reshape a strength so that it broadcasts over x (rows, ...)."""
     return strength.to(x).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(strength, Tensor) else strength
 
 
 def beamed(at: Tensor | slice | None, k: int) -> Tensor | slice | None:
+    """Map row indices to a batch in which each row is repeated k times in place."""
     if isinstance(at, slice):
         return slice(at.start * k, at.stop * k)
     if at is None:
@@ -107,4 +112,5 @@ def beamed(at: Tensor | slice | None, k: int) -> Tensor | slice | None:
 
 
 def repeated(strength: Tensor | float, k: int) -> Tensor | float:
+    """Repeat per-row strengths k times in place."""
     return strength.repeat_interleave(k) if isinstance(strength, Tensor) else strength

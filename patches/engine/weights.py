@@ -1,4 +1,4 @@
-"""Writing weight edits, and restoring bit for bit what they replaced."""
+"""Write weight edits into modules, and restore the replaced parameters bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from registry.errors import PatchError
 
 @torch.no_grad()
 def put_weight(m: nn.Module, e: Weight, strength: float) -> Callable[[], Any]:
-    """Write the edit, return what restores it. Keeps a copy of every parameter it changes."""
+    """Write a weight edit into a module at a strength; return the function that restores it, from a copy of each
+    parameter."""
     old = {n: p.detach().clone() for n, p in m.named_parameters(recurse=False)}
     new = e.fn(old)
     token = object()
@@ -35,6 +36,8 @@ def put_weight(m: nn.Module, e: Weight, strength: float) -> Callable[[], Any]:
 
 
 def module_at(model: nn.Module, site: str) -> nn.Module:
+    """Return the module at a dotted path ("" for the model). Raises PatchError, suggesting near paths, if there is
+    none."""
     try:
         return model.get_submodule(site)
     except AttributeError:

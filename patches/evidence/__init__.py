@@ -1,4 +1,4 @@
-"""What lies in a sealed folder beside the patch: how it was chosen and what it was chosen from."""
+"""Read and write what lies in a sealed folder beside the patch: evidence of the fit, cards, galleries, label sets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from registry.errors import Tampered
 from registry.manifest import canonical
 
 FILE = "evidence.json"
-"""how the artifact was fitted: candidates, the choice, controls on val"""
+"""File that says how the artifact was fitted: candidates, the choice, controls on val"""
 FORMERLY = "report.json"
-"""the same file in artifacts sealed before it got its name"""
+"""The same file's name in older artifacts"""
 
 
 def content(folder: Path, name: str, digest: str | None = None) -> bytes:
-    """Bytes of a file that lies beside a patch: of a sealed folder those that were hashed, of a draft as they are.
+    """Return the bytes of a file beside a patch: the bytes that were hashed if the folder is sealed, the current ones
+    of a draft.
 
-    folder: the sealed folder, or one within it. digest: the artifact it must be. Raises Tampered.
+    folder: the sealed folder, or one within it. digest: the artifact that it must be. Raises Tampered.
     """
     for root in (folder, folder.parent):
         if (root / manifest.NAME).is_file():
@@ -34,13 +35,13 @@ def content(folder: Path, name: str, digest: str | None = None) -> bytes:
 
 
 def tensors(folder: Path, name: str, digest: str | None = None) -> dict[str, Tensor]:
-    """Tensors of a safetensors file beside a patch, from the bytes of `content`."""
+    """Load a safetensors file beside a patch from the bytes of `content`."""
     found: dict[str, Tensor] = load(content(folder, name, digest))
     return found
 
 
 def read_evidence(folder: Path) -> dict[str, Any]:
-    """How the artifact in a verified folder was fitted; {} if it says nothing of it."""
+    """Read how the artifact in a verified folder was fitted; {} if it has no evidence."""
     for name in (FILE, FORMERLY):
         if (folder / name).is_file():
             found: dict[str, Any] = json.loads(content(folder, name))
@@ -49,5 +50,5 @@ def read_evidence(folder: Path) -> dict[str, Any]:
 
 
 def write_evidence(folder: Path, found: dict[str, Any]) -> None:
-    """Keep what a fit found, in canonical JSON, so that the same fit gives the same digest."""
+    """Write a fit's evidence as canonical JSON, so that the same fit gives the same digest."""
     (folder / FILE).write_bytes(canonical(json.loads(json.dumps(found))))

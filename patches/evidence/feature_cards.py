@@ -1,4 +1,4 @@
-"""Feature cards: what each feature of a dictionary fires on, and what it says. Read here, made by a fit.
+"""Feature cards: top-activating images, density and nearest words of each dictionary feature. Made by a fit, read here.
 
 Files of a sealed folder: cards.safetensors and cards.json (the words).
 """
@@ -23,28 +23,30 @@ TENSORS, WORDS = "cards.safetensors", "cards.json"
 
 @dataclass(frozen=True, eq=False)
 class Cards:
-    """F features, seen on n pictures; N pictures and K words are kept for each."""
+    """Cards of F features over n images; N images and K words are kept per feature."""
 
     density: Tensor
-    """(F,) share of tokens a feature fires on"""
+    """(F,) fraction of tokens on which a feature fires"""
     largest: Tensor
-    """(F,) its largest activation"""
+    """(F,) largest activation"""
     picture: Tensor
-    """(F, N) the pictures it fires most on, best first; -1: none"""
+    """(F, N) indices of the top-activating images, best first; -1: none"""
     activation: Tensor
-    """(F, N) its largest activation there"""
+    """(F, N) largest activation on each of these images"""
     token: Tensor
-    """(F, N) where: 0 the class token, then patches row by row"""
+    """(F, N) token of that activation: 0 the class token, then patches row by row"""
     word: Tensor
-    """(F, K) the words its direction is nearest to, on the direct path to the joint space; best first"""
+    """(F, K) indices of the words nearest to the feature's direction, on the direct path to the joint space; best
+    first"""
     cosine: Tensor
-    """(F, K) above the mean over words"""
+    """(F, K) cosine with each of these words, less the mean over all words"""
     thumbs: Tensor
-    """(n, 3, s, s) uint8"""
+    """(n, 3, s, s) uint8 thumbnails of the images"""
     words: Sequence[str]
 
     def card(self, j: int) -> dict[str, Any]:
-        """Feature j for people; pictures by their number. Raises NotFound naming what there is."""
+        """Return the card of feature j as plain values, images by index. Raises NotFound naming the range of
+        features."""
         F = len(self.density)
         if not 0 <= j < F:
             raise NotFound(f"There is no feature {j}; this dictionary has 0 to {F - 1}.")
@@ -68,14 +70,15 @@ def save_cards(cards: Cards, folder: Path) -> None:
 
 
 def load_cards(folder: Path) -> Cards:
-    """Raises NotFound if the artifact carries none."""
+    """Load the cards of an artifact. Raises NotFound if it has none."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
     return Cards(**tensors(folder, TENSORS), words=json.loads(content(folder, WORDS)))
 
 
 def best(largest: Tensor, where: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """picture, activation, token, each (F, N), of largest (n, F) activations at tokens where (n, F)."""
+    """Select top images per feature: picture, activation and token, (F, N) each, from maxima `largest` (n, F) at tokens
+    `where` (n, F)."""
     count = min(count, len(largest))
     top = largest.topk(count, 0)
     token = where.gather(0, top.indices)

@@ -1,13 +1,13 @@
-"""A gallery: what every head adds to the embeddings of N pictures, small enough to keep and exact to search.
+"""Gallery: compressed head contributions to the embeddings of N images, for exact nearest-neighbour search per head.
 
-Per head the contributions c (k,) are stored as fp16 coordinates on the head's own main directions: c = mean + code @
-basis. Every question is one product with all pictures, in blocks, and an exact top-k; there is no index to be wrong.
-The five analyses of CLIP-InterpreT, arXiv 2409.06579, ask a gallery three ways (by a property's heads, by a picture in
-one head, by a text in one head); its authors' code compares raw contributions, which share a large constant, so a few
-pictures are everybody's neighbours (`hubness`). `centred` takes the gallery's mean away.
+Each head's contribution c (k,) is stored as fp16 coordinates on the head's own principal directions: c = mean + code @
+basis. Every query is one product with all images, in blocks, and an exact top-k; there is no approximate index. The
+five analyses of CLIP-InterpreT, arXiv 2409.06579, query a gallery in three ways (by a property's heads, by an image in
+one head, by a text in one head). Its authors' code compares raw contributions, which share a large constant, so a few
+images are everybody's neighbours (`hubness`); `centred` subtracts the gallery's mean.
 
-Files of a sealed folder: gallery.safetensors, gallery.json. Shapes: N pictures, L layers, H heads, r directions, k
-joint space.
+Files of a sealed folder: gallery.safetensors, gallery.json. Shapes: N images, L layers, H heads, r directions, k joint
+space.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from registry.errors import Invalid, NotFound
 TENSORS, ABOUT = "gallery.safetensors", "gallery.json"
 Metric = Literal["centred", "cosine", "raw"]
 BLOCK = 4096
-"""pictures whose vectors of the joint space exist at a time"""
+"""Number of images whose joint-space vectors are in memory at once"""
 KEEP, DIRECTIONS = 0.99, 64
-"""variance of a head that its directions keep, and the most of them"""
+"""Fraction of a head's variance that its stored directions keep, and the largest number of them"""
 THUMB = 48
 
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """N pictures as heads see them."""
+    """Head contributions of N images, compressed."""
 
     layers: tuple[int, ...]
     basis: Tensor
-    """(L, H, r, k) orthonormal rows, zero where a head needs fewer than r"""
+    """(L, H, r, k) orthonormal rows, zero beyond the directions a head needs"""
     mean: Tensor
-    """(L, H, k) of these pictures"""
+    """(L, H, k) mean contribution over these images"""
     code: Tensor
-    """(N, L, H, r) float16"""
+    """(N, L, H, r) float16 coordinates on `basis`"""
     thumbs: Tensor
-    """(N, 3, s, s) uint8"""
+    """(N, 3, s, s) uint8 thumbnails"""
     names: tuple[str, ...]
     kept: float
-    """share of these pictures' variance that the codes keep, over all heads"""
+    """Fraction of the images' variance that the codes keep, over all heads"""
 
     def __len__(self) -> int:
         return len(self.code)
 
     def place(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """(layer, head) -> where they are stored. Raises NotFound naming what there is."""
+        """Map (layer, head) pairs to storage indices. Raises NotFound naming the stored layers and heads."""
         H = self.code.shape[2]
         if not heads:
             raise Invalid("heads is empty; name at least one (layer, head).")
@@ -69,7 +69,7 @@ class Gallery:
         return [(self.layers.index(layer), head) for layer, head in heads]
 
     def vectors(self, heads: Sequence[tuple[int, int]], rows: slice | Tensor, centred: bool) -> Tensor:
-        """(n, k) float32 mean over heads of the contributions to pictures `rows`."""
+        """Reconstruct the mean contribution (n, k) float32 of `heads` to the images `rows`."""
         at = self.place(heads)
         total = sum(self.code[rows, i, h].float() @ self.basis[i, h].float() for i, h in at)
         assert isinstance(total, Tensor)
@@ -80,9 +80,9 @@ class Gallery:
     def nearest(
         self, query: Tensor, heads: Sequence[tuple[int, int]], top: int, metric: Metric = "centred"
     ) -> tuple[Tensor, Tensor]:
-        """Pictures (top,) and their scores, best first: <query, mean over heads of c>. Exact.
+        """Return the nearest images (top,) and their scores, best first: <query, mean over heads of c>. Exact.
 
-        query (k,): a text's embedding, or what the same heads add to another picture (`ask`).
+        query (k,): a text's embedding, or the same heads' contribution to another image (`ask`).
         """
         scores = []
         q = query.float() / (query.float().norm().clamp_min(1e-12) if metric == "cosine" else 1.0)
@@ -93,9 +93,9 @@ class Gallery:
         return best.indices, best.values
 
     def ask(self, given: Tensor, heads: Sequence[tuple[int, int]], metric: Metric = "centred") -> Tensor:
-        """(k,) the query that another picture is, of what all heads of `layers` add to its unit embedding (L, H, k).
+        """Build the query (k,) for another image from all heads' contributions to its unit embedding (L, H, k).
 
-        As it would be stored, so that a picture of the gallery is its own nearest.
+        It is projected as stored images are, so that an image of the gallery is its own nearest neighbour.
         """
         total = torch.zeros(self.mean.shape[-1])
         for i, h in self.place(heads):
@@ -104,7 +104,8 @@ class Gallery:
         return total / len(heads)
 
     def hubness(self, heads: Sequence[tuple[int, int]], metric: Metric, top: int = 8, most: int = 2000) -> float:
-        """Skew of how often a picture is among the first `top` of the others (of the first `most`): 0 is even."""
+        """Measure hubness: the skewness of how often an image is among the `top` nearest of the others (of the first
+        `most`); 0 is even."""
         n = min(len(self), most)
         v = self.vectors(heads, slice(0, n), metric != "raw")
         v = torch.nn.functional.normalize(v, dim=1) if metric == "cosine" else v
@@ -118,9 +119,9 @@ def make(
     lens: Lens, batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]], layers: Sequence[int], basis: Tensor,
     share: Share = "own",
 ) -> Gallery:  # fmt: skip
-    """A gallery of pictures (as the processor makes them, as uint8 of any size, names), batch by batch.
+    """Build a gallery from batches of (preprocessed images, uint8 images of any size, names).
 
-    basis (L, H, r, k): each head's directions (`directions`). Raises Invalid if there is no picture.
+    basis (L, H, r, k): each head's directions (`directions`). Raises Invalid without any image.
     """
     lens.check(layers)
     codes, thumbs, names = [], [], []
@@ -150,7 +151,8 @@ def make(
 
 @torch.no_grad()
 def directions(covariance: Tensor, keep: float = KEEP, most: int = DIRECTIONS) -> Tensor:
-    """(L, H, r, k) main directions of heads' covariances (L, H, k, k) that keep that share of each one's variance."""
+    """Compute the principal directions (L, H, r, k) of covariances (L, H, k, k) that keep a fraction `keep` of each
+    head's variance."""
     values, vectors = torch.linalg.eigh(covariance.double())
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     part = values.cumsum(-1) / values.sum(-1, keepdim=True).clamp_min(1e-300)
@@ -161,7 +163,7 @@ def directions(covariance: Tensor, keep: float = KEEP, most: int = DIRECTIONS) -
 
 
 def save_gallery(g: Gallery, folder: Path) -> None:
-    """Write `g` into `folder`; what seals the folder seals it."""
+    """Write a gallery into `folder`, before the folder is sealed."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: getattr(g, n).contiguous() for n in ("basis", "mean", "code", "thumbs")}
     save_file(tensors, folder / TENSORS)
@@ -170,7 +172,7 @@ def save_gallery(g: Gallery, folder: Path) -> None:
 
 
 def load_gallery(folder: Path) -> Gallery:
-    """Raises NotFound if there is none."""
+    """Load the gallery of an artifact. Raises NotFound if it has none."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no gallery; fit it again with gallery_images, or upload one.")
     about = json.loads(content(folder, ABOUT))
@@ -178,7 +180,7 @@ def load_gallery(folder: Path) -> Gallery:
 
 
 def joined(one: Gallery, two: Gallery) -> Gallery:
-    """Both galleries as one, about their common mean. Raises Invalid if their directions differ."""
+    """Concatenate two galleries about their common mean. Raises Invalid if their bases differ."""
     if one.layers != two.layers or not torch.equal(one.basis, two.basis):
         raise Invalid("The galleries have other heads or directions, so they cannot be joined.")
     n, m = len(one), len(two)

@@ -1,8 +1,8 @@
-"""A label set: what tells pictures apart by their embeddings, words or a probe. A probe travels with its patch.
+"""Label sets: linear classifiers of CLIP embeddings, from texts or from a fitted probe, which is sealed with its patch.
 
-Zero-shot labels need no file, their weights are texts. A probe is fitted on pictures, so it is sealed with the patch
-that was fitted for it. A class may have several columns, one for each kind of thing it is: their probabilities add up.
-File of a sealed folder: label_set.safetensors, the labels in its header.
+Zero-shot weights are recomputed from texts and need no file. A probe is fitted on images, so it is sealed with the
+patch that was fitted for it. A class may have several columns, one for each of its kinds (species, say): their
+probabilities add up. File of a sealed folder: label_set.safetensors, the labels in its header.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ FILE = "label_set.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class LabelSet:
-    """C classes by K columns; columns of the same label are one class."""
+    """Classifier of C classes with K columns; columns with the same label belong to one class."""
 
     labels: tuple[str, ...]
     """Label of each column"""
     weights: Tensor
-    """(k, K) on unit embeddings"""
+    """(k, K) weights on unit embeddings"""
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The different labels, in order."""
+        """Distinct labels, in order of appearance."""
         return tuple(dict.fromkeys(self.labels))
 
     def logits(self, y: Tensor, scale: float = 1.0) -> Tensor:
-        """(n, C) of embeddings (n, k). Their softmax is what the softmax over columns adds up to."""
+        """Compute class logits (n, C) of embeddings (n, k); their softmax equals the column probabilities summed per
+        class."""
         z = scale * y @ self.weights
         if len(self.classes) == len(self.labels):
             return z
@@ -45,7 +46,7 @@ class LabelSet:
 
     @property
     def directions(self) -> Tensor:
-        """(k, C): a class as one direction, the mean of its columns."""
+        """(k, C) one direction per class: the mean of its columns."""
         return torch.stack([self.weights[:, at].mean(1) for at in self._columns], 1)
 
     @cached_property
@@ -54,11 +55,12 @@ class LabelSet:
 
 
 def save_label_set(one: LabelSet, folder: Path) -> None:
+    """Write a label set into `folder`, before the folder is sealed."""
     save_file({"weights": one.weights.cpu().contiguous()}, folder / FILE, {"labels": json.dumps(list(one.labels))})
 
 
 def load_label_set(folder: Path, digest: str | None = None) -> LabelSet:
-    """Raises NotFound if the artifact carries none, BadArtifact if labels and weights do not belong together."""
+    """Load a label set. Raises NotFound if the artifact has none, BadArtifact if labels and weights do not match."""
     if not (folder / FILE).is_file():
         raise NotFound("This artifact carries no label set: name the labels.")
     raw = content(folder, FILE, digest)

@@ -1,15 +1,17 @@
-"""Neuron cards: what the neurons of some layers say, sealed with a patch, and what can be read off a picture with them.
+"""Neuron cards: text descriptions of neurons by their second-order effects, sealed with a patch, and their
+applications.
 
-Per neuron (arXiv 2406.04341): its direction r, how much of its effects lies along it, from which norm on an effect
-counts, which later heads carry it, r as a sum of few texts, its strongest pictures. With those,
+Per neuron (arXiv 2406.04341): its direction r, the variance of its effects along r, the norm from which an effect is
+significant, the later heads that carry it, r as a sparse sum of texts, and its strongest images. Applications:
 
-- `attributes`: what a picture shows, as texts: each neuron whose effect counts adds x_n times its texts' coefficients;
-- `segment`: where a picture shows a text: activations of the neurons that say it most, over patches;
-- `mine`: which words pull a picture from one class to another, though they should not.
+- `attributes`: texts that describe an image: each neuron with a significant effect adds x_n times its texts'
+coefficients;
+- `segment`: where an image shows a text: patch activations of the neurons whose directions are nearest to it;
+- `mine`: unrelated words that shift an image from one class to another.
 
-Files of a sealed folder: neurons.safetensors and neurons.json. Made by `training/second_order/__init__.py`.
-Shapes: B pictures, T tokens, N neurons, G later heads, r coordinates, k joint space, M texts, m texts per neuron,
-K pictures per neuron.
+Files of a sealed folder: neurons.safetensors and neurons.json. Made by `training/second_order/__init__.py`. Shapes: B
+images, T tokens, N neurons, G later heads, r coordinates, k joint space, M texts, m texts per neuron, K images per
+neuron.
 """
 
 from __future__ import annotations
@@ -32,40 +34,42 @@ from registry.errors import BadArtifact, Invalid, NotFound
 
 TENSORS, ABOUT = "neurons.safetensors", "neurons.json"
 SEGMENT_NEURONS, MINE_NEURONS, SYNONYM = 200, 100, 0.6
-"""as published: neurons that vote on a mask, neurons that a pair of classes is mined from, cosine of texts above which
-a word only says a class's name again"""
+"""Published settings: number of neurons that vote on a mask; number of neurons mined for a pair of classes; cosine of
+texts above which a word is a synonym of a class name"""
 Vote = Literal["raw", "signed", "weighted", "effect"]
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What is known of the neurons of one layer."""
+    """Text descriptions of the neurons of one layer."""
 
     known: Directions
+    """Directions, thresholds and strongest images"""
     text: Tensor
-    """(N, m) int64 rows of the pool, in the order in which they were found; -1 for none"""
+    """(N, m) int64 rows of the text pool, in the order in which they were found; -1 for none"""
     coefficient: Tensor
-    """(N, m): r is about their sum"""
+    """(N, m) coefficients: r is approximately the sum of coefficient * text"""
     told: Tensor
-    """(N,) the share of r that the texts explain"""
+    """(N,) fraction of r's energy that the texts explain"""
     rest: Tensor
-    """(N,) mean activation over tokens and pictures"""
+    """(N,) mean activation over tokens and images"""
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronCards:
-    """Neurons of some layers, and the texts and pictures that their cards show."""
+    """Cards of the neurons of several layers, with their text pool and thumbnails."""
 
     layers: Mapping[int, Layer]
     texts: tuple[str, ...]
     pool: Tensor
-    """(M, k) their embeddings, of unit norm"""
+    """(M, k) unit embeddings of the texts"""
     thumbs: Tensor
-    """(n, 3, s, s) uint8: the pictures that were seen"""
+    """(n, 3, s, s) uint8 thumbnails of the images that were read"""
     ln: Norms = "own"
+    """LayerNorm centring of the lens"""
 
     def to(self, device: torch.device | str) -> NeuronCards:
-        """The same cards with their tensors, but for the pictures, on `device`."""
+        """Move the tensors, except the thumbnails, to `device`."""
 
         def moved(part: Any) -> Any:
             tensors = {f.name: getattr(part, f.name) for f in fields(part)}
@@ -75,13 +79,14 @@ class NeuronCards:
         return replace(self, layers=layers, pool=self.pool.to(device))
 
     def layer(self, number: int) -> Layer:
-        """Raises NotFound naming the layers there are."""
+        """Return the cards of a layer. Raises NotFound naming the layers there are."""
         if number not in self.layers:
             raise NotFound(f"There are no cards of layer {number}; there are of {', '.join(map(str, self.layers))}.")
         return self.layers[number]
 
     def card(self, number: int, neuron: int, heads: int, texts: int = 8) -> dict[str, Any]:
-        """One neuron for people; pictures by number. heads: of one block. Raises NotFound naming what there is."""
+        """Return the card of one neuron as plain values, images by index. heads: number per block. Raises NotFound
+        naming the range."""
         one = self.layer(number)
         known = one.known
         if not 0 <= neuron < len(known.direction):
@@ -111,7 +116,7 @@ class NeuronCards:
 
 
 def save_neurons(cards: NeuronCards, folder: Path, shown: int = 8) -> None:
-    """Write them; of each neuron's pictures the `shown` strongest, and only thumbs that a card shows."""
+    """Write the cards: of each neuron's images the `shown` strongest, and only the thumbnails that some card shows."""
     wanted = torch.cat([one.known.picture[:, :shown].flatten() for one in cards.layers.values()]).unique()
     tensors: dict[str, Tensor] = {"pool": cards.pool, "thumbs": cards.thumbs[wanted]}
     for number, one in cards.layers.items():
@@ -130,7 +135,7 @@ def save_neurons(cards: NeuronCards, folder: Path, shown: int = 8) -> None:
 
 
 def load_neurons(folder: Path) -> NeuronCards:
-    """Raises NotFound if the artifact carries none, BadArtifact if they are not whole."""
+    """Load the cards of an artifact. Raises NotFound if it has none, BadArtifact if they are incomplete."""
     if not (folder / TENSORS).is_file():
         raise NotFound("This artifact carries no neuron cards; fit it again with a recipe that makes them.")
     found, about = tensors(folder, TENSORS), json.loads(content(folder, ABOUT))
@@ -154,7 +159,7 @@ def load_neurons(folder: Path) -> NeuronCards:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Cards with the lenses of their layers on one base."""
+    """Neuron cards together with the lenses of their layers on one base."""
 
     base: Base
     cards: NeuronCards
@@ -162,29 +167,31 @@ class Reader:
 
     @classmethod
     def of(cls, base: Base, cards: NeuronCards) -> Reader:
-        """On the base's device. Only norms and projections are read, so the bases, which are large, are let go."""
+        """Build a reader on the base's device. The lenses' large bases are dropped, since only norms and projections
+        are read."""
         lenses = {number: lens(base, number, cards.ln) for number in cards.layers}
         small = {number: replace(at, basis=at.basis.new_empty(0)) for number, at in lenses.items()}
         return cls(base, cards.to(base.device), small)
 
     def heads(self) -> int:
-        """Of one block."""
+        """Number of attention heads of one block."""
         return next(iter(self.lenses.values())).heads
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A text that a picture's neurons add up to."""
+    """A text that describes an image, with the neurons that support it."""
 
     text: str
     weight: float
     neurons: tuple[tuple[int, int, float], ...]
-    """(layer, neuron, what it adds), largest first"""
+    """(layer, neuron, contribution), largest first"""
 
 
 @torch.inference_mode()
 def attributes(reader: Reader, x: Tensor, top: int = 16, evidence: int = 5) -> tuple[list[list[Attribute]], list[int]]:
-    """The texts of the largest weight for pixels x (B, 3, h, w), and how many neurons count in each picture.
+    """Describe images (B, 3, h, w) by the texts of largest weight; also return the number of significant neurons per
+    image.
 
     A neuron counts where its effect reaches its threshold; it adds x_n a_nj to text j.
     """
@@ -214,7 +221,7 @@ def attributes(reader: Reader, x: Tensor, top: int = 16, evidence: int = 5) -> t
 
 
 def _dense(one: Layer, M: int) -> Tensor:
-    """(N, M) coefficients of every text."""
+    """Scatter sparse coefficients into (N, M), zero for texts a neuron does not have."""
     out = one.coefficient.new_zeros(len(one.text), M + 1)
     return out.scatter_add_(1, torch.where(one.text < 0, M, one.text), one.coefficient)[:, :M]
 
@@ -222,7 +229,7 @@ def _dense(one: Layer, M: int) -> Tensor:
 def _evidence(
     cards: NeuronCards, amount: Mapping[int, Tensor], j: int, count: int
 ) -> tuple[tuple[int, int, float], ...]:
-    """The neurons that add most to text j; amount: layer -> (N,) what its coefficients are multiplied by."""
+    """Return the neurons that contribute most to text j. amount: layer -> (N,) factor of each neuron's coefficients."""
     found = []
     for number, one in cards.layers.items():
         n, i = torch.where(one.text == j)
@@ -235,7 +242,8 @@ def _evidence(
 
 
 def voters(cards: NeuronCards, text: Tensor, count: int = SEGMENT_NEURONS) -> list[tuple[int, Tensor, Tensor]]:
-    """(layer, neurons, <r_n, t>) of the `count` neurons over all layers that say a text (k,) most, in either sense."""
+    """Select the `count` neurons over all layers with the largest |<r_n, t>| for a text t (k,): (layer, neurons, <r_n,
+    t>)."""
     say = {number: one.known.direction @ text for number, one in cards.layers.items()}
     whole = torch.cat(list(say.values()))
     if not 1 <= count <= len(whole):
@@ -252,12 +260,12 @@ def voters(cards: NeuronCards, text: Tensor, count: int = SEGMENT_NEURONS) -> li
 
 @torch.inference_mode()
 def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURONS, vote: Vote = "raw") -> Tensor:
-    """(B, n, rows, columns): where pixels x (B, 3, h, w) show each of `texts` (n, k), as the neurons that say it fire.
+    """Compute heat maps (B, n, rows, columns) of where images (B, 3, h, w) show each of `texts` (n, k).
 
-    vote: raw, as published: the mean activation, whatever a neuron's sense; signed: times the sign of <r_n, t>;
-    weighted: times <r_n, t>; effect: not activations but what all neurons add to <y, t> through later heads, by the
-    token they fire at (`count` is not used). Any scale, any constant: taking each neuron's mean away would change
-    nothing but that.
+    vote: raw, as published: mean activation of the voters, whatever their sign; signed: times the sign of <r_n, t>;
+    weighted: times <r_n, t>; effect: the contributions of all neurons to <y, t> through later heads, by the token at
+    which they fire (`count` is unused). Scale and offset are arbitrary: subtracting each neuron's mean would only shift
+    the map.
     """
     visual = reader.base.model.visual
     seen = look(reader.base, x, list(reader.cards.layers))
@@ -283,12 +291,12 @@ def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURO
 
 @dataclass(frozen=True)
 class Mined:
-    """A word that pulls from the true class to the wrong one."""
+    """A word that is evidence for the wrong class."""
 
     text: str
     weight: float
     neurons: tuple[tuple[int, int, float], ...]
-    """(layer, neuron, what it adds)"""
+    """(layer, neuron, contribution), largest first"""
 
 
 def mine(
@@ -296,12 +304,11 @@ def mine(
     blocked: Collection[str] = (), synonym: float = SYNONYM, evidence: int = 5,
     neurons: Sequence[tuple[int, Tensor]] | None = None,
 ) -> tuple[list[Mined], list[str]]:  # fmt: skip
-    """Words for a pair of classes, largest weight first, and those that were left out for saying a class's name.
+    """Mine words for a pair of classes, largest weight first; also return those left out as synonyms of a class name.
 
     true, wrong: (k,) unit embeddings of the classes. The `count` neurons with the largest |<r_n, wrong - true>| vote:
-    word j weighs sum_n a_nj <r_n, wrong - true>. Left out: words that share a word with `blocked`, or whose embedding
-    less the pool's mean has a cosine of `synonym` or more with a class's. neurons: instead of those, (layer, rows), for
-    controls.
+    word j has weight sum_n a_nj <r_n, wrong - true>. Left out: words that share a word with `blocked`, or whose centred
+    embedding has a cosine of at least `synonym` with a class's. neurons: (layer, rows) to use instead, for controls.
     """
     delta = (wrong - true).to(cards.pool)
     chosen = neurons or [(number, n) for number, n, _ in voters(cards, delta, count)]

@@ -42,9 +42,9 @@ EPS = 1e-5
 
 WEIGHTS, ABOUT = "sae_weights.safetensors", "cfg.json"
 ROWS = 256
-"""tokens of which a CPU knows all pre-activations at once: those of more leave its cache"""
+"""Tokens encoded at once on a CPU; pre-activations of more exceed its cache"""
 MAX_NUMBERS = 1 << 31
-"""in one dictionary; the largest published for CLIP has 2 * 49,152 * 768 = 75 million"""
+"""Largest number of parameters in a dictionary; the largest published for CLIP has 2 * 49,152 * 768 = 75 million"""
 
 
 # ---- the dictionary ----------------------------------------------------------------------------------------------
@@ -52,24 +52,24 @@ MAX_NUMBERS = 1 << 31
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A dictionary of features of one site, in one canonical form whatever library trained it."""
+    """Sparse autoencoder of one site, in one canonical form whatever library trained it."""
 
     encoder: Tensor
-    """(F, D)"""
+    """(F, D) encoder rows"""
     bias: Tensor
-    """(F,); a decoder bias that is subtracted from the input is folded in"""
+    """(F,) encoder bias; a decoder bias that is subtracted from the input is folded in"""
     decoder: Tensor
-    """(F, D)"""
+    """(F, D) decoder rows"""
     decoder_bias: Tensor
-    """(D,)"""
+    """(D,) decoder bias"""
     activation: Activation = "relu"
     k: int = 0
     """Features that may be active per token, for the activation `topk`"""
     threshold: Tensor | None = None
-    """(F,) >= 0, of jumprelu"""
+    """(F,) thresholds >= 0 of the activation `jumprelu`"""
     normalise: Normalise = "none"
     site: str = ""
-    """where it was trained: a module path of ours, or the name its own library gives the hook"""
+    """Site it was trained on: one of our module paths, or its own library's hook name"""
 
     def __post_init__(self) -> None:
         F, D = self.decoder.shape if self.decoder.ndim == 2 else (0, 0)
@@ -85,19 +85,19 @@ class SAE:
             raise BadArtifact(f"top-k of {F} features needs 0 < k <= {F}, not k={self.k}.")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations (..., F) >= 0 of x (..., D)."""
+        """Encode x (..., D) into feature activations (..., F) >= 0."""
         n, _, _ = normalised(x.to(self.encoder.dtype), self.normalise)
         return self.fire(torch.nn.functional.linear(n, self.encoder, self.bias))
 
     def fire(self, pre: Tensor) -> Tensor:
-        """act: pre-activations (..., F) -> activations."""
+        """Apply the activation function to pre-activations (..., F)."""
         if self.activation == "topk":
             values, at = pre.topk(self.k, dim=-1, sorted=False)
             return torch.zeros_like(pre).scatter_(-1, at, values.relu_())
         return _threshold(pre, self.threshold)
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
-        """The reconstruction (..., D). x: what f was read from, whose mean and size normalisation took away."""
+        """Reconstruct (..., D) from activations f. x: the input of f, for undoing its normalisation."""
         _, scale, shift = normalised(x.to(self.encoder.dtype), self.normalise)
         return (f @ self.decoder + self.decoder_bias) * scale + shift
 
@@ -107,10 +107,11 @@ class SAE:
 
 
 def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """n(x) (..., D), and scale (..., 1), shift (..., 1) with x = n(x) * scale + shift (as SAELens and Prisma do)."""
+    """Normalise tokens: n(x) (..., D), and scale (..., 1), shift (..., 1) with x = n(x) * scale + shift, as SAELens and
+    Prisma do."""
     if how == "layer_norm":
         shift = x.mean(-1, keepdim=True)
-        scale = x.std(-1, keepdim=True)  # unbiased; EPS on the way in only, as in both libraries
+        scale = x.std(-1, keepdim=True)  # unbiased; eps when normalising only, as in both libraries
         return (x - shift) / (scale + EPS), scale, shift
     if how == "norm":
         scale = x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / x.shape[-1] ** 0.5
@@ -119,9 +120,9 @@ def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tenso
 
 
 def kth_largest(x: Tensor, k: int) -> Tensor:
-    """(N, 1) the k-th largest of each row of x (N, F). Exact, ties and all."""
+    """Return the k-th largest value (N, 1) of each row of x (N, F), exactly, ties included."""
     F = x.shape[1]
-    # numpy's quickselect is vectorised, four times as fast as topk, but knows one thread only
+    # numpy's quickselect is vectorised, four times as fast as topk, but single-threaded
     if _plain(x) and x.dtype == torch.float32 and torch.get_num_threads() < 4:
         at = np.partition(x.detach().numpy(), F - k, axis=1)[:, F - k : F - k + 1]
         return torch.from_numpy(at)
@@ -129,7 +130,7 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    """On a CPU, and not being traced for another runtime."""
+    """Return whether x is on a CPU and not being traced for export."""
     return type(x) is Tensor and x.is_cpu
 
 
@@ -139,9 +140,9 @@ def _threshold(pre: Tensor, threshold: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def thresholded(sae: SAE, batches: Iterable[Tensor]) -> SAE:
-    """A top-k dictionary as a jumprelu one: one threshold, at which the same number of features fires on average.
+    """Convert a top-k dictionary to jumprelu, with the one threshold at which as many features fire on average.
 
-    batches: (N, D) activations of the site. A token that would fire more than 8 k features counts as 8 k.
+    batches: (N, D) activations of the site. Tokens on which more than 8 k features would fire count as 8 k.
     """
     if sae.activation != "topk":
         return sae
@@ -164,18 +165,20 @@ def thresholded(sae: SAE, batches: Iterable[Tensor]) -> SAE:
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """Which features of which dictionary become what, and at which tokens."""
+    """Config of a feature edit: which features, the operation on their activations, at which tokens."""
 
     __pydantic_config__ = STRICT
 
     site: str
-    """module path whose output (B, T, D) is edited"""
+    """Module path whose output (B, T, D) is edited"""
     features: tuple[int, ...]
-    """rows of the dictionary"""
+    """Rows of the dictionary that are edited"""
     op: Op = "zero"
-    """what activation f becomes: 0, value, min(f, value), f * value, f + value (which needs no encoder)"""
+    """New activation for f: 0 (zero), value (clamp), min(f, value) (cap), f * value (scale), f + value (add; needs no
+    encoder)"""
     tokens: Tokens = "all"
-    """token 0 is the class token. mask: the tensor `mask` (T,) says how much of the edit each token gets"""
+    """Tokens that are edited; token 0 is the class token. mask: the tensor `mask` (T,) is the weight of the edit per
+    token"""
     activation: Activation = "relu"
     k: int = 0
     normalise: Normalise = "none"
@@ -183,8 +186,8 @@ class FeatureConfig:
 
 @dataclass(frozen=True)
 class FeatureEdit(Patch):
-    """tensors: decoder (S, D); encoder and bias (S, D), (S,), or of all features for topk (none for add);
-    threshold (S,) for jumprelu; value (S,) but for zero; mask (T,) for tokens="mask"."""
+    """Patch that edits SAE features. tensors: decoder (S, D); encoder and bias (S, D), (S,), or of all features for
+    topk (none for add); threshold (S,) for jumprelu; value (S,) except for zero; mask (T,) for tokens="mask"."""
 
     Config = FeatureConfig
     config: FeatureConfig
@@ -235,7 +238,8 @@ class FeatureEdit(Patch):
         return fn
 
     def _step(self) -> Callable[[Tensor], Tensor]:
-        """x (..., D) -> edited x. One product with the chosen encoder rows, one with the chosen decoder rows."""
+        """Build the edit x (..., D) -> x' (..., D): one product with the chosen encoder rows, one with the decoder
+        rows."""
         c, t = self.config, self.tensors
         decoder = t["decoder"]
         if c.op == "add":
@@ -247,7 +251,7 @@ class FeatureEdit(Patch):
 
             return add
         codes = self._codes()
-        # every op takes away one sum over the features that fire, and a constant; x' = x - less(n) @ rows + constant
+        # every op subtracts a sum over active features and adds a constant: x' = x - less(n) @ rows + constant
         rows: Tensor = decoder
         constant: Tensor | None = None
         cap: Tensor | None = None
@@ -255,7 +259,7 @@ class FeatureEdit(Patch):
             rows = (1 - t["value"])[:, None] * decoder
         elif c.op == "clamp":
             constant = t["value"] @ decoder
-        elif c.op == "cap":  # at less than nothing it is a clamp
+        elif c.op == "cap":  # capped at a negative value, every feature is clamped
             constant, cap = t["value"].clamp_max(0) @ decoder, t["value"].clamp_min(0)
 
         def less(n: Tensor) -> Tensor:
@@ -275,14 +279,14 @@ class FeatureEdit(Patch):
         return edit
 
     def _codes(self) -> Callable[[Tensor], Tensor]:
-        """n (N, D) -> activations (N, S) of the chosen features."""
+        """Build the function from n (N, D) to the activations (N, S) of the chosen features."""
         c, t = self.config, self.tensors
         encoder, bias, threshold = t["encoder"], t["bias"], t.get("threshold")
         linear = torch.nn.functional.linear
         if c.activation != "topk":
             if threshold is not None and bool((threshold != threshold[0]).any()):
                 return lambda n: _threshold(linear(n, encoder, bias), threshold)
-            # one number for all, as `thresholded` gives, is one pass in place instead of two
+            # a single threshold, as from `thresholded`, allows one in-place pass instead of two
             at = 0.0 if threshold is None else float(threshold[0])
             return lambda n: torch.threshold_(linear(n, encoder, bias), at, 0.0)
         chosen = torch.tensor(c.features, device=encoder.device)
@@ -309,9 +313,9 @@ def edit(
     tokens: Tokens = "all",
     mask: Tensor | None = None,
 ) -> FeatureEdit:
-    """The patch that gives `features` of `sae` another activation at `site`, carrying only the rows it needs.
+    """Build the patch that changes the activations of `features` of `sae` at `site`; it carries only the rows it needs.
 
-    value: a number for all, or (S,). Raises PatchError for a feature the dictionary does not have.
+    value: one number, or (S,). Raises PatchError for a feature the dictionary does not have.
     """
     F = len(sae.bias)
     features = tuple(int(j) for j in features)
@@ -335,7 +339,7 @@ def edit(
 
 
 def describe(config: FeatureConfig) -> dict[str, Any]:
-    """What the patch is, for people and tags."""
+    """Summarise the patch for people and tags."""
     few = ", ".join(map(str, config.features[:8])) + (", ..." if len(config.features) > 8 else "")
     return {"op": config.op, "site": config.site, "features": f"{len(config.features)}: {few}", "tokens": config.tokens}
 
@@ -371,9 +375,8 @@ def save_sae(sae: SAE, folder: Path) -> None:
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
-    """A dictionary in SAELens' layout (cfg.json, sae_weights.safetensors), of any of its versions, or Prisma's config
-    beside safetensors. Raises NotFound naming the missing file, BadArtifact for an architecture that is not covered.
-    """
+    """Load a dictionary in SAELens' layout (cfg.json, sae_weights.safetensors), of any version, or Prisma's config
+    beside safetensors. Raises NotFound naming the missing file, BadArtifact for an unsupported architecture."""
     folder = Path(folder)
     about = next((folder / n for n in (ABOUT, "config.json") if (folder / n).is_file()), None)
     weights = next((folder / n for n in (WEIGHTS, "weights.safetensors") if (folder / n).is_file()), None)
@@ -385,7 +388,7 @@ def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
 
 
 def convert_sae(weights: Path | str, folder: Path | str) -> SAE:
-    """Prisma's or SAELens' `.pt` with its config.json beside it -> `folder` in SAELens' layout.
+    """Convert Prisma's or SAELens' `.pt` file, with its config.json beside it, into SAELens' layout in `folder`.
 
     Only tensors are unpickled. Raises BadArtifact for a file that holds code, NotFound without a config.
     """
@@ -395,7 +398,7 @@ def convert_sae(weights: Path | str, folder: Path | str) -> SAE:
         raise NotFound(f"{weights} needs its config.json beside it.")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for the many ways a pickle can be wrong
+    except Exception as e:  # torch raises many exception types for broken pickles
         raise BadArtifact(
             f"{weights} is not a file of tensors alone, so it is not loaded ({str(e).splitlines()[0][:80]}). "
             "Use the release that keeps its config in config.json."
@@ -420,7 +423,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _canonical(about: dict[str, Any], t: dict[str, Tensor], where: Path) -> SAE:
-    """The one form from a library's config and state: every convention it may have used is folded into the weights."""
+    """Convert a library's config and state into the canonical form, folding its conventions into the weights."""
     if missing := {"W_enc", "W_dec", "b_dec", "b_enc"} - t.keys():
         raise BadArtifact(f"{where} has no {', '.join(sorted(missing))}; a gated or other autoencoder is not covered.")
     if sum(v.numel() for v in t.values()) > MAX_NUMBERS:
@@ -460,6 +463,6 @@ def _canonical(about: dict[str, Any], t: dict[str, Tensor], where: Path) -> SAE:
 
 
 def hook_layer(site: str) -> tuple[int, str] | None:
-    """(layer, hook) of a TransformerLens name such as "blocks.9.hook_resid_post"; None if it is none."""
+    """Parse a TransformerLens hook name such as "blocks.9.hook_resid_post" into (layer, hook); None for other names."""
     found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", site)
     return (int(found[1]), found[2]) if found else None

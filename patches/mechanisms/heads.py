@@ -1,12 +1,12 @@
-"""Silence attention heads, weaken them, or let them say what they say on average.
+"""Zero, mean-ablate or scale the output of attention heads.
 
-What heads give lies side by side in what enters the attention's output projection, so any such edit is one line:
+The heads' outputs are concatenated at the input of the attention's output projection, so any such edit is affine:
 
     x' = keep * x + put          x (B, T, D), D = H e; keep and put differ from 1 and 0 in the edited heads' e columns
 
 Mean and zero ablation of heads: Gandelsman, Efros, Steinhardt, arXiv 2310.05916, section 4.4, and Dyslexify, arXiv
-2508.20570 (class token only). Soft pruning by a factor per head: arXiv 2503.11103. At all tokens the patch is a change
-of the projection's weights, so it folds.
+2508.20570 (class token only). Soft pruning by a factor per head: arXiv 2503.11103. At all tokens the edit is one of the
+projection's weights, so it folds.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ Mode = Literal["zero", "mean", "scale"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Which heads become what, and at which tokens."""
+    """Config of a head edit: which heads, the operation on their output, at which tokens."""
 
     __pydantic_config__ = STRICT
 
     site: str
-    """module path of the output projection, {i} for the layer"""
+    """Module path of the output projection, with {i} for the layer"""
     heads: tuple[tuple[int, int], ...]
-    """(layer, head)"""
+    """Edited heads as (layer, head)"""
     count: int
-    """heads of a layer"""
+    """Number of heads per layer"""
     mode: Mode = "zero"
     tokens: Literal["all", "cls"] = "all"
-    """cls: token 0 alone, so that what other tokens read of it stays"""
+    """cls: edit token 0 alone, so that other tokens still read the heads' output"""
 
 
 @dataclass(frozen=True)
 class HeadEdit(Patch):
-    """tensors, in the order of `heads`: value (n, e), or (n, T, e) by position, for mean; factor (n,) for scale."""
+    """Patch that edits head outputs. tensors, in the order of `heads`: value (n, e), or (n, T, e) by position, for
+    mean; factor (n,) for scale."""
 
     Config = HeadConfig
     config: HeadConfig
@@ -79,13 +80,15 @@ class HeadEdit(Patch):
         return [Weight(self._site(layer), self._folded(layer)) for layer in self._layers()]
 
     def _site(self, layer: int) -> str:
+        """Return the module path of a layer's output projection."""
         return self.config.site.replace("{i}", str(layer))
 
     def _layers(self) -> list[int]:
+        """Return the layers with edited heads."""
         return sorted({layer for layer, _ in self.config.heads})
 
     def _line(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """keep (H, 1) and put (H, e) or (T, H, e), None for zeros. float32."""
+        """Return a layer's keep (H, 1), and put (H, e) or (T, H, e) or None for zeros, in float32."""
         c = self.config
         keep, put = torch.ones(c.count, 1), None
         for row, (mine, head) in enumerate(c.heads):
@@ -102,7 +105,7 @@ class HeadEdit(Patch):
         site, count, only = self._site(layer), self.config.count, self.config.tokens == "cls"
         keep, put = self._line(layer)
 
-        def fn(x: Tensor, _: Inputs) -> Tensor:  # (B, T, D), the heads side by side
+        def fn(x: Tensor, _: Inputs) -> Tensor:  # (B, T, D), the concatenated heads
             if x.shape[-1] % count:
                 raise PatchError(f"{site} has {x.shape[-1]} columns, which are not {count} heads.")
             part = (x[:, :1] if only else x).unflatten(-1, (count, -1))

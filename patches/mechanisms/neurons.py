@@ -1,16 +1,15 @@
-"""Edits of MLP neurons, of any base: what they fire, or what of it reaches CLIP's embedding through later heads.
+"""Ablate, scale or project MLP neurons: their activations in any base, or only their second-order effects in CLIP.
 
-Two paths, one config:
-- **all**: the activation itself, a' = m + g (a - m), so that everything after it sees the change. g = 0 is
-  mean-ablation, m = 0 a plain gain; with all tokens edited it is a weight edit too (columns of the output projection,
-  and its bias).
-- **second_order** (CLIP's image tower; arXiv 2406.04341): only phi_n, what later heads carry of the neuron to the
-  embedding (`patches/families/clip/second_order.py`), in the picture's own forward:
+One config, two paths:
+- **all**: the activation itself, a' = m + g (a - m), so that everything downstream changes. g = 0 is mean-ablation, m =
+0 a plain gain. At all tokens it is also a weight edit (columns of the output projection, and its bias).
+- **second_order** (CLIP's image tower; arXiv 2406.04341): only phi_n, the neuron's contribution to the embedding
+through later heads (`patches/families/clip/second_order.py`), computed in the same forward:
 
-      y' = y + sum_n sum_g (S - mean S)[n, g] V[n, g]
+    y' = y + sum_n sum_g (S - mean S)[n, g] V[n, g]
 
-  V = -U replaces effects by their mean, (g - 1) U scales them about it, U (r r^T - I) leaves what lies along the
-  neuron's direction r: rank-1 replacement. Everything else the neuron does stays, so this is the finer knife.
+  V = -U replaces effects by their mean, (g - 1) U scales them about it, U (r r^T - I) keeps only the component along
+the neuron's direction r (rank-1 replacement). The neuron's other effects stay, so this is the more specific edit.
 
 Shapes: B rows, T tokens, N neurons of the layer, n edited ones, G later heads of the lens, H heads, k joint space.
 """
@@ -39,15 +38,16 @@ BLOCK = "visual.transformer.resblocks.{i}."
 
 @dataclass(frozen=True)
 class NeuronConfig:
-    """Which neurons, what becomes of them, and how far the change is seen."""
+    """Config of a neuron edit: which neurons, the operation on them, and the path it acts on."""
 
     __pydantic_config__ = STRICT
 
     site: str
-    """module path of the projection that the neurons enter"""
+    """Module path of the projection whose input the neurons are"""
     neurons: tuple[int, ...]
+    """Indices of the edited neurons"""
     op: Op = "mean"
-    """mean: as if they had their mean; gain: further from it or nearer; rank1 (second_order): only along r_n"""
+    """mean: set to the mean; gain: scale about the mean; rank1 (second_order): keep only the component along r_n"""
     path: Literal["all", "second_order"] = "all"
     tokens: Tokens = "all"
     """Tokens that path `all` edits; token 0 is the class token"""
@@ -59,7 +59,8 @@ class NeuronConfig:
 
 @dataclass(frozen=True)
 class NeuronEdit(Patch):
-    """tensors, path all: mean (n,), and gain (n,) of op gain; second_order: mean (n, G) of S, write (n, G, k) V."""
+    """Patch that edits neurons. tensors, path all: mean (n,), and gain (n,) of op gain; second_order: mean (n, G) of S,
+    write (n, G, k) V."""
 
     Config = NeuronConfig
     config: NeuronConfig
@@ -98,7 +99,7 @@ class NeuronEdit(Patch):
 
     @property
     def layer(self) -> int:
-        """The block whose neurons are edited; -1 if the site's path does not say."""
+        """Block whose neurons are edited; -1 if the site's path has no number."""
         head, _, rest = self.config.site.partition("resblocks.")
         number = rest.partition(".")[0]
         return int(number) if head == "visual.transformer." and number.isdigit() else -1
@@ -107,7 +108,7 @@ class NeuronEdit(Patch):
         return self._lens() if self.config.path == "second_order" else [Act(self.config.site, self._fire(), "input")]
 
     def weights(self) -> list[Weight]:
-        """a' = m + g (a - m) at every token is W' = W diag(g), b' = b + W (1 - g) m."""
+        """Fold a' = m + g (a - m) at every token into the projection: W' = W diag(g), b' = b + W (1 - g) m."""
         c = self.config
         if c.path == "second_order" or c.tokens != "all":
             raise PatchError(
@@ -141,14 +142,15 @@ class NeuronEdit(Patch):
         def fn(a: Tensor, _: Inputs) -> Tensor:  # a (B, T, N)
             out = a.clone()
             m = mean.to(a)
-            part = out[:, at]  # a view: written through
+            part = out[:, at]  # a view, written in place
             part[..., js] = m + gain.to(a) * (part[..., js] - m)
             return out
 
         return fn
 
     def _lens(self) -> list[Edit]:
-        """Watch neurons, the class token's attention and the norms in a forward; move the embedding at its end."""
+        """Build the edits that record neurons, class-token attention and norms in a forward, and correct the embedding
+        at its end."""
         c, mean, write = self.config, self.tensors["mean"], self.tensors["write"]
         js, later = list(c.neurons), range(self.layer + 1, c.layers)
 
@@ -182,7 +184,7 @@ class NeuronEdit(Patch):
         return [*out, Act("visual.ln_post", note("sigma", post), "input"), Act("visual", move)]
 
     def _notes(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What this patch saw in this forward of these rows: the rows of one arm are the same at every site."""
+        """Return what this patch recorded in this forward for the current rows, which are the same at every site."""
         at = inputs.at
         rows = (at.start, at.stop) if isinstance(at, slice) else at if at is None else tuple(at.tolist())
         found: dict[str, Tensor] = inputs.memo.setdefault((id(self), rows), {})
@@ -192,7 +194,8 @@ class NeuronEdit(Patch):
 def ablate(
     site: str, neurons: Sequence[int], mean: Tensor, gain: Tensor | float = 0.0, tokens: Tokens = "all"
 ) -> NeuronEdit:
-    """Neurons of `site` at their mean activation, or gain times as far from it. mean: (n,) of these neurons."""
+    """Build the patch that sets neurons of `site` to their mean, or scales them about it by `gain`. mean: (n,) of these
+    neurons."""
     value = torch.as_tensor(gain).to(mean).expand(len(neurons)).clone()
     plain = not bool(value.any())
     config = NeuronConfig(site, tuple(map(int, neurons)), "mean" if plain else "gain", "all", tokens)
@@ -202,7 +205,8 @@ def ablate(
 def replace_effects(
     base: Base, at: NeuronLens, known: Directions, neurons: Sequence[int], op: Op = "mean", gain: float = 0.0
 ) -> NeuronEdit:
-    """Second-order effects of `neurons` replaced by their mean, scaled about it, or cut to their direction."""
+    """Build the patch that replaces second-order effects of `neurons` by their mean, scales them about it, or projects
+    them onto their direction."""
     js = [int(n) for n in neurons]
     if wrong := [n for n in js if not 0 <= n < at.neurons]:
         raise PatchError(f"This layer has neurons 0 to {at.neurons - 1}, so there is no neuron {wrong[0]}.")

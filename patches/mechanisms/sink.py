@@ -1,15 +1,15 @@
-"""Edits of the attention-sink circuit of a decoder language model.
+"""Suppress the attention-sink circuit of a decoder language model on repeated tokens.
 
-Three of them, alone or together (Yona et al., arXiv 2503.08908):
+Three edits, alone or combined (Yona et al., arXiv 2503.08908):
 - **neurons**: the paper's patch. At every token but the first of its row, the named MLP neurons are set to zero, to a
-  value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) narrows
-  this to tokens that repeat their predecessor.
-- **damping**: ours. In the named layers' attention, the logit of key j for query i gets
-  b_ij = -log max(1, c_ij / limit), with c_ij the number of tokens at positions <= i that equal token j. However often a
-  token is repeated, its copies together then weigh no more than `limit` of them; the paper's Theorem 4.1 (the output of
-  the first attention layer on n repeats tends to that of the token alone) loses its premise.
+value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) restricts this
+to tokens that equal their predecessor.
+- **damping**: ours. In the named layers' attention, the logit of key j for query i gets b_ij = -log max(1, c_ij /
+limit), with c_ij the number of tokens at positions <= i that equal token j. However often a token is repeated, its
+copies together weigh at most as much as `limit` copies; this removes the premise of the paper's Theorem 4.1 (the output
+of the first attention layer on n repeats tends to that of the token alone).
 - **run damping**: ours. The same with c_ij the copies in the unbroken run that key j belongs to. Ordinary text has no
-  runs and stays what it was, bit for bit, so later layers may be damped too.
+runs and is unchanged bit for bit, so later layers may be damped too.
 """
 
 from __future__ import annotations
@@ -30,30 +30,33 @@ from registry.errors import PatchError
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """Which neurons, how, and which layers' attention is damped."""
+    """Config of a sink edit: which neurons to suppress and how, and which layers' attention to damp."""
 
     __pydantic_config__ = STRICT
 
     neurons: tuple[tuple[int, int], ...] = ()
-    """(layer, neuron), 0-based"""
+    """Suppressed neurons as (layer, neuron), 0-based"""
     mode: Literal["zero", "clip", "mean"] = "zero"
-    """what a neuron's activation becomes: 0, itself within +-value, or value; values are the tensor `value`"""
+    """New activation of a neuron: 0 (zero), clipped to +-value (clip), or value (mean); values are the tensor
+    `value`"""
     keep_first: bool = True
-    """spare the first real token of each row; False is a control, and destroys the model"""
+    """Spare the first real token of each row; False is a control, which destroys the model"""
     only_repeats: bool = False
-    """edit a token only where it equals the one before it; ordinary text has next to none, so it stays what it was"""
+    """Edit a token only where it equals its predecessor; ordinary text has almost none, so it is nearly unchanged"""
     damp_layers: tuple[int, ...] = ()
+    """Layers whose attention is damped by all copies of a token"""
     damp_limit: float = 8.0
-    """copies of one token that may weigh in full"""
+    """Number of copies of one token that may weigh in full"""
     run_layers: tuple[int, ...] = ()
-    """layers whose attention is damped by runs, other ones than damp_layers"""
+    """Layers whose attention is damped by runs, disjoint from damp_layers"""
     run_limit: float = 16.0
-    """copies within one run that may weigh in full"""
+    """Number of copies within one run that may weigh in full"""
 
 
 @dataclass(frozen=True)
 class SinkEdit(Patch):
-    """tensors: value (len(neurons),) float, absent for mode zero."""
+    """Patch that suppresses the attention sink on repeats. tensors: value (len(neurons),) float, absent for mode
+    zero."""
 
     Config = SinkConfig
     config: SinkConfig
@@ -73,7 +76,8 @@ class SinkEdit(Patch):
         return out
 
     def weights(self) -> list[Weight]:
-        """Only the everywhere-zero control is a weight edit; the others depend on position or on tokens."""
+        """Return the weight form, which exists only for the control that zeroes at every token; all else depends on
+        position or tokens."""
         c = self.config
         if c.keep_first or c.only_repeats or c.damp_layers or c.run_layers or c.mode != "zero":
             raise PatchError(
@@ -124,7 +128,8 @@ class SinkEdit(Patch):
 
 
 def _damping(copies: Callable[[Inputs], Tensor], limit: float) -> Callable[[Inputs], Tensor | None]:
-    """The bias for all layers of one kind: computed once per forward. copies: what makes two keys copies, (B, K)."""
+    """Build the attention bias shared by all layers of one kind, computed once per forward. copies: key identities (B,
+    K), equal for copies."""
 
     def bias(inputs: Inputs) -> Tensor | None:
         return repeat_bias(inputs.once(copies), inputs.once(llm.query_columns), limit)
@@ -133,20 +138,20 @@ def _damping(copies: Callable[[Inputs], Tensor], limit: float) -> Callable[[Inpu
 
 
 def repeat_bias(ids: Tensor, at: Tensor, limit: float) -> Tensor | None:
-    """Logit bias (B, 1, T, K) of repeated keys; None if no token occurs more than `limit` times.
+    """Compute the logit bias (B, 1, T, K) of repeated keys; None if no token occurs more than `limit` times.
 
-    ids (B, K): token of every key, -1 for none. at (B, T): the key column of each query. Only tokens that occur more
-    than `limit` times matter, so the bias has rank H, their number: b_ij = -sum_h log max(1, c_h(i)/limit) [id_j = h].
+    ids (B, K): token of every key, -1 for none. at (B, T): key column of each query. Only tokens that occur more than
+    `limit` times matter, so the bias has rank H, their number: b_ij = -sum_h log max(1, c_h(i)/limit) [id_j = h].
     """
     B = ids.shape[0]
-    # one histogram for all rows: token t of row b counts in cell b*V + t, and what is no token in the last cell
+    # one histogram for all rows: token t of row b is counted in cell b*V + t, padding in the last cell
     V = int(ids.max()) + 1
     cells = torch.where(ids >= 0, ids + torch.arange(B, device=ids.device)[:, None] * V, B * V)
     hot = (torch.bincount(cells.reshape(-1), minlength=B * V + 1)[:-1] > limit).nonzero()[:, 0]
     if not len(hot):
         return None
     row, token = hot // V, hot % V
-    table = ids.new_full((B, int(torch.bincount(row).max())), -2)  # (B, H): each row's hot tokens, -2 where fewer
+    table = ids.new_full((B, int(torch.bincount(row).max())), -2)  # (B, H): each row's frequent tokens, padded with -2
     table[row, torch.arange(len(hot), device=ids.device) - torch.searchsorted(row, row)] = token
     equal = (ids[:, None, :] == table[:, :, None]).float()  # (B, H, K)
     seen = equal.cumsum(-1).gather(-1, at[:, None, :].expand(-1, table.shape[1], -1))  # (B, H, T): copies so far
@@ -154,7 +159,7 @@ def repeat_bias(ids: Tensor, at: Tensor, limit: float) -> Tensor | None:
 
 
 def describe(config: SinkConfig) -> dict[str, Any]:
-    """What the patch is, for people and tags."""
+    """Summarise the patch for people and tags."""
     return {
         "op": "sink",
         "neurons": ", ".join(f"{layer}.{j}" for layer, j in config.neurons) or "none",

@@ -1,4 +1,4 @@
-"""Attention whose heads and values are modules, swapped into open_clip models so that hooks reach them."""
+"""Attention with hookable heads, values and pattern, which replaces nn.MultiheadAttention in open_clip models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention with the same parameters, every part of it in reach of a hook.
+    """Attention with the parameters of nn.MultiheadAttention whose every intermediate can be hooked.
 
-    torch's own calls neither `out_proj` nor anything else a hook could sit on. `pattern` is formed only while it is
-    hooked, beside the fused kernel.
+    torch's own module calls no submodule that a hook could sit on. `pattern` is computed only while it is hooked,
+    beside the fused kernel.
     """
 
     def __init__(self, stock: nn.MultiheadAttention) -> None:
@@ -25,8 +25,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, *_: Tensor, attn_mask: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """x (B, T, D) asks, keys (B, S, D) answers: x itself, or all tokens if x is some of them; attn_mask (T, S)
-        additive -> (B, T, D)."""
+        """Attend from queries x (B, T, D) to keys (B, S, D), which are x itself or all tokens if x is a subset of them;
+        attn_mask (T, S) is additive. Returns (B, T, D)."""
         w, b, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if keys is x:
             q, k, v = F.linear(x, w, b).unflatten(-1, (3, self.heads, -1)).unbind(-3)
@@ -39,12 +39,12 @@ class Attention(nn.Module):
             logits = q @ k.mT * q.shape[-1] ** -0.5
             pattern = (logits if attn_mask is None else logits + attn_mask).softmax(-1)
             if (edited := self.pattern(pattern)) is not pattern:
-                z = z + (edited - pattern) @ v  # rows that nobody edits stay bit for bit what the kernel gave
+                z = z + (edited - pattern) @ v  # unedited rows keep the kernel's bits
         return self.out_proj(z.transpose(1, 2).flatten(2)), None
 
 
 def explicit_attention(model: nn.Module) -> nn.Module:
-    """Swap every nn.MultiheadAttention of both towers for `Attention`, in place. Parameters and their names stay."""
+    """Replace every nn.MultiheadAttention of both towers by `Attention`, in place; parameters and their names stay."""
     for block in _blocks(model):
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = Attention(block.attn).train(block.training)
@@ -52,4 +52,5 @@ def explicit_attention(model: nn.Module) -> nn.Module:
 
 
 def _blocks(model: Any) -> list[Any]:
+    """Return the transformer blocks of both towers."""
     return [*model.visual.transformer.resblocks, *model.transformer.resblocks]

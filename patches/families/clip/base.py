@@ -1,13 +1,13 @@
-"""CLIP: any open_clip model with a plain vision transformer, and transformers' CLIPModel, in one and the same layout.
+"""CLIP: any open_clip model with a plain vision transformer, and transformers' CLIPModel, in one common layout.
 
 References: `lab:clip` (ships here), `open-clip:ViT-B-32/openai` (model/tag of open_clip's table), `local-dir:path` and
 `hf-hub:org/name@revision` (open_clip's or transformers' layout). Only safetensors are read. A folder that `save` wrote
-is a `local-dir:` of open_clip itself, plus a golden embedding that `load` checks: a wrong activation (QuickGELU, the
-classic), tokenizer, preprocessing or weight shows there at once.
+is also a `local-dir:` of open_clip itself, plus a golden embedding that `load` checks: a wrong activation (QuickGELU,
+the classic), tokenizer, preprocessing or weight is detected at once.
 
 `base.model(image=x)` and `base.model(text=t)` run a tower: open_clip's forward by keyword, which returns
 {"image_features", "text_features", "logit_scale"}, features of unit norm. So `root` is the model itself and rows of a
-batch may name arms. The module `visual` returns the features before they are normalised.
+batch may name arms. The module `visual` returns features before normalisation.
 
 Shapes: B images or texts, T tokens (the class token first), D width, H heads, e = D/H, k joint space.
 """
@@ -44,21 +44,21 @@ from registry.errors import Invalid, NotFound
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns pictures and texts into the model's inputs, exactly as open_clip does."""
+    """Preprocessing of images and texts into the model's inputs, exactly as open_clip does it."""
 
     transform: Callable[[Any], Tensor]
     """open_clip's inference transform of a PIL image"""
     tokenizer: Callable[[list[str]], Tensor]
     size: tuple[int, int]
-    """height, width"""
+    """Height and width of the model's input in pixels"""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def image(self, images: Any) -> Tensor:
-        """(B, 3, h, w) float32 of one PIL image, a sequence of them, or a uint8 tensor (B, 3, H, W).
+        """Preprocess one PIL image, a sequence of them, or uint8 (B, 3, H, W) into (B, 3, h, w) float32.
 
-        A uint8 batch of the model's own size is only normalised, where it lies: what a renderer wants. Another size
-        goes through PIL picture by picture, so that a tensor and its picture never differ. Raises Invalid.
+        A uint8 batch of the model's own size is only normalised, on its own device, as a renderer wants. Other sizes
+        are resized by PIL image by image, so that a tensor and its image never differ. Raises Invalid.
         """
         if not isinstance(images, Tensor):
             many = list(images) if isinstance(images, Sequence) else [images]
@@ -77,12 +77,12 @@ class Processor:
         return self.image([to_pil_image(picture.cpu()) for picture in images]).to(images.device)
 
     def shown(self, x: Tensor) -> Tensor:
-        """Inputs (..., 3, h, w) as pictures in 0..1 again."""
+        """Undo the normalisation: inputs (..., 3, h, w) to images in [0, 1]."""
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
         return x * std + mean
 
     def text(self, texts: Sequence[str]) -> Tensor:
-        """(B, context) token ids; what is longer than the context is cut, as open_clip does."""
+        """Tokenise texts to ids (B, context), truncated to the context as open_clip does."""
         if isinstance(texts, str):
             raise Invalid(f"Texts must be a list of strings, not the string {texts[:40]!r}.")
         return self.tokenizer(list(texts))
@@ -92,9 +92,9 @@ class Processor:
 
 
 def load(ref: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """The base `ref` names, in eval mode, its golden embedding checked if it has one.
+    """Load the base that `ref` names, in eval mode, and check its golden embedding if it has one.
 
-    Raises NotFound with what to put where or why a layout is not supported, BadArtifact for a golden embedding that
+    Raises NotFound saying what to put where or why a layout is not supported, BadArtifact if the golden embedding
     differs, NotReady if CUDA was asked for and is missing.
     """
     check_device(device)
@@ -121,9 +121,9 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> B
 
 
 def new(config: Mapping[str, Any], tokenizer_folder: Path | None = None, seed: int = 0, name: str = "clip") -> Base:
-    """A model nobody has trained, of open_clip's config {"model_cfg", "preprocess_cfg"}: what training starts from.
+    """Create an untrained model from open_clip's config {"model_cfg", "preprocess_cfg"}, for training.
 
-    tokenizer_folder: where tokenizer.json lies, if `text_cfg` names a tokenizer of its own.
+    tokenizer_folder: folder of tokenizer.json, if `text_cfg` names a tokenizer of its own.
     """
     tokenizer, tokens = _tokenizer(tokenizer_folder or Path(), config["model_cfg"]["text_cfg"])
     with torch.random.fork_rng():
@@ -132,7 +132,8 @@ def new(config: Mapping[str, Any], tokenizer_folder: Path | None = None, seed: i
 
 
 def tiny(seed: int = 0, layers: int = 3) -> Base:
-    """A random CLIP of 32 px with a one-character tokenizer: under a second, offline, every true interface."""
+    """Create a random CLIP of 32 px with a one-character tokenizer, for tests: under a second, offline, all real
+    interfaces."""
     config = {
         "model_cfg": {
             "embed_dim": 24,
@@ -153,7 +154,7 @@ def tiny(seed: int = 0, layers: int = 3) -> Base:
         _letters(97).save_pretrained(folder)
         base = new(config, Path(folder), seed, "tiny-clip")
     generator = torch.Generator().manual_seed(seed)
-    for key, p in base.model.named_parameters():  # the library starts biases at 0 and gains at 1, which hides mistakes
+    for key, p in base.model.named_parameters():  # biases of 0 and gains of 1 would hide mistakes
         if key != "logit_scale":
             noise = torch.randn(p.shape, generator=generator)
             p.data = 1 + 0.2 * noise if key.endswith("weight") and p.ndim == 1 else 0.2 * noise
@@ -163,7 +164,8 @@ def tiny(seed: int = 0, layers: int = 3) -> Base:
 
 
 def save(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `base` as open_clip's `local-dir:` layout, weights in `dtype`, with the golden embedding `load` checks."""
+    """Write `base` in open_clip's `local-dir:` layout, weights in `dtype`, with the golden embedding that `load`
+    checks."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def save(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         base.processor.tokenizer.save_pretrained(folder)
     (folder / GOLDEN).unlink(missing_ok=True)
     (folder / CONFIG).write_text(json.dumps(base.model.config, indent=2) + "\n")
-    again = load(f"local-dir:{folder}")  # the weights as they were rounded
+    again = load(f"local-dir:{folder}")  # reloaded, so that the golden embedding is that of the rounded weights
     save_file(
         {"images": _golden_images(), **_golden(again, _golden_images(), GOLDEN_TEXTS)},
         folder / GOLDEN,
@@ -219,7 +221,8 @@ def _base(
 
 
 def _digest(model: Any, tokens: str) -> str:
-    """Over every number and choice that shapes an embedding, however the checkpoint was laid out."""
+    """Digest everything that determines an embedding (weights, architecture, preprocessing, tokenizer), independent of
+    the checkpoint's layout."""
     about = {
         "activation": type(model.visual.transformer.resblocks[0].mlp.gelu).__name__,
         "heads": [model.visual.transformer.resblocks[0].attn.heads, model.transformer.resblocks[0].attn.heads],

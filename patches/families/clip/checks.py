@@ -1,4 +1,4 @@
-"""Refusing checkpoints that would embed wrongly: unknown layouts, wrong activations, golden embeddings that differ."""
+"""Refuse checkpoints that would embed wrongly: unknown layouts, wrong activations, deviating golden embeddings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from registry.errors import BadArtifact, NotFound
 
 GOLDEN_TEXTS = ("a photo of a cat", "the word dog on a red sign", "3 blue circles, water")
 GOLDEN_TOLERANCE = 1e-4
-"""largest difference of unit embeddings, float32 on a CPU"""
+"""Largest difference of unit embeddings, float32 on a CPU"""
 
 
 def _check_config(model_cfg: Any) -> None:
-    """Raises NotFound with the reason if this is not CLIP with a plain ViT that pools its class token."""
+    """Check that a config is CLIP with a plain ViT pooled at the class token. Raises NotFound with the reason."""
     try:
         v, t = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
     except (KeyError, TypeError, ValueError):
@@ -51,7 +51,8 @@ def _check_config(model_cfg: Any) -> None:
 
 
 def _check_activation(ref: str, name: str, config: Mapping[str, Any], golden: bool) -> None:
-    """Without a golden embedding the activation can only be read: off the config, and off names that tell it."""
+    """Check the activation function by config and names, the only evidence without a golden embedding. Raises
+    NotFound."""
     from open_clip.pretrained import _PRETRAINED
 
     quick = config["model_cfg"].get("quick_gelu")
@@ -78,7 +79,8 @@ def _check_activation(ref: str, name: str, config: Mapping[str, Any], golden: bo
 
 
 def _golden_images() -> Tensor:
-    """(2, 3, 48, 64) uint8: smooth waves, and blocks. No model takes this size, so that resizing counts."""
+    """Return two fixed images (2, 3, 48, 64) uint8, waves and blocks; no model has this size, so resizing is tested
+    too."""
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
     waves = torch.stack([torch.sin(x / 9 + y / (5 + 3 * c)) for c in range(3)]) * 110 + 128
     blocks = torch.stack([((x // 16 + 2 * (y // 12) + c) % 4) * 70 + 20 for c in range(3)])

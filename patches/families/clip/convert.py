@@ -1,4 +1,4 @@
-"""Reading checkpoints: open_clip's folders as they are, transformers' CLIPModel renamed into open_clip's layout."""
+"""Read checkpoints: open_clip's folders as they are, transformers' CLIPModel converted to open_clip's layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HUB_FILES_TRANSFORMERS = ("model*.safetensors", "config.json", "preprocessor_con
 
 
 def _folder(ref: str) -> tuple[Path, str, dict[str, Any] | None]:
-    """The folder `ref` names, the base's name, and its config where that is not in the folder."""
+    """Resolve `ref` to a folder, the base's name, and its config if that is not in the folder."""
     scheme, _, rest = ref.partition(":")
     if scheme == "lab" and (SHIPPED / slug(rest) / CONFIG).is_file():
         return SHIPPED / slug(rest), f"lab-{slug(rest)}", None
@@ -42,7 +42,7 @@ def _folder(ref: str) -> tuple[Path, str, dict[str, Any] | None]:
         if config is None or not about.get("hf_hub"):
             tags = ", ".join(list_pretrained_tags_by_model(model or tag)) or "none, no such model"
             raise NotFound(f"open-clip:{rest[:80]} is not in open_clip's table. Tags of {model or tag}: {tags}.")
-        # the tag knows how its weights were trained; the plain model names of the table do not
+        # tags record QuickGELU where it was trained with; the table's plain model names do not
         config["quick_gelu"] = bool(about.get("quick_gelu"))
         _check_config(config)
         return _hub(about["hf_hub"].rpartition("/")[0]), slug(rest), {"model_cfg": config, "preprocess_cfg": about}
@@ -68,7 +68,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _open_clip_state(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder in open_clip's layout, as they are stored."""
+    """Read the weights of a folder in open_clip's layout."""
     from safetensors.torch import load_file
 
     for name in (WEIGHTS, "open_clip_pytorch_model.safetensors"):
@@ -78,7 +78,7 @@ def _open_clip_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _from_transformers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of a CLIPModel that transformers saved, in open_clip's layout."""
+    """Read config and weights of a CLIPModel saved by transformers, converted to open_clip's layout."""
     from safetensors.torch import load_file
     from transformers import CLIPConfig
 
@@ -119,7 +119,7 @@ def _from_transformers(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
             "vocab_size": t.vocab_size,
             "heads": t.num_attention_heads,
             "hf_tokenizer_name": "tokenizer.json",
-            # eos_token_id 2 is how transformers marks OpenAI's own checkpoints, whose end token has the highest id
+            # transformers marks OpenAI's own checkpoints by eos_token_id 2; their end token has the highest id
             **({} if t.eos_token_id == 2 else {"pool_type": "eos", "eos_id": t.eos_token_id}),
         },
     }
@@ -149,7 +149,7 @@ def _transformers_preprocess(folder: Path, size: int) -> dict[str, Any]:
 
 
 def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names and layout of CLIP's parameters -> open_clip's."""
+    """Rename and reshape transformers' CLIP parameters to open_clip's."""
     inner = {
         "layer_norm1": "ln_1",
         "layer_norm2": "ln_2",

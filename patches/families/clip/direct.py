@@ -1,20 +1,20 @@
-"""What each part of CLIP's image tower adds to the embedding directly: every head, every patch a head reads, every MLP.
+"""Direct contributions to CLIP's image embedding: decompose it exactly into every head, source patch and MLP.
 
     y = P^T LN(z),  z = embedding + sum_l (sum_h sum_s A_0s W_O^h v_s + b_O) + sum_l mlp_l,   all at the class token
 
-With the statistics of the last LayerNorm frozen, y is linear in the terms of z. Gandelsman, Efros, Steinhardt,
-arXiv 2310.05916, section 3. Two ways to share the mean that LayerNorm takes away:
+With the statistics of the last LayerNorm frozen, y is linear in the terms of z. Gandelsman, Efros, Steinhardt, arXiv
+2310.05916, section 3. Two ways to distribute the mean that LayerNorm subtracts:
 
-- `own`: every term loses its own mean over features. Exactly linear, whatever else is counted; the constants
-  (LayerNorm's bias, every out_proj's bias) stand apart in `bias`.
+- `own`: every term is centred by its own mean over features. Exactly linear for any set of terms; the constants
+(LayerNorm's bias, every out_proj's bias) are separate, in `bias`.
 - `apportioned`: as in the authors' code. Each of the 2L + 1 components loses the same share of the stream's mean and
-  gets the same share of LayerNorm's bias; a layer's heads share theirs, and its out_proj's bias, alike. For parity with
-  published figures; single heads differ by some per cent from `own`.
+gets the same share of LayerNorm's bias; a layer's heads share theirs, and its out_proj's bias, equally. For parity with
+published figures; single heads differ by some per cent from `own`.
 
-Only row 0 of the attention is formed, from the one query and the keys' weights, and for a map against a text no
-k-vector per patch: that is A_0s <v_s, M t>. A forward under patches is read as it is.
+Only row 0 of the attention is computed, from one query and the keys' weights, and maps against a text need no k-vector
+per patch: they are A_0s <v_s, M t>. If patches are applied, the patched forward is decomposed.
 
-Shapes: B pictures, L layers, H heads, T tokens (the class token first), D width, e = D / H, k joint space, n texts.
+Shapes: B images, L layers, H heads, T tokens (the class token first), D width, e = D / H, k joint space, n texts.
 """
 
 from __future__ import annotations
@@ -41,32 +41,33 @@ Share = Literal["own", "apportioned"]
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """The last LayerNorm with its statistics frozen, and the projection: y = z @ map / sigma(z) + bias.
+    """Readout of the residual stream: the last LayerNorm with frozen statistics, and the projection: y = z @ map /
+    sigma(z) + bias.
 
     A vector r added to the class token's last stream adds r @ map / sigma to y, while sigma stays frozen. float32 (or
-    float64 if the base is), whatever the base's own type.
+    float64 if the base is), whatever the base's dtype.
     """
 
     map: Tensor
-    """(D, k) = C diag(gain) P, C = I - 11^T / D takes a vector's own mean away"""
+    """(D, k) = C diag(gain) P, where C = I - 11^T / D centres a vector"""
     plain: Tensor
-    """(D, k) = diag(gain) P: the same without C"""
+    """(D, k) = diag(gain) P, without centring"""
     bias: Tensor
     """(k,) = LayerNorm's bias @ P"""
     eps: float
 
     def sigma(self, z: Tensor) -> Tensor:
-        """(...) the deviation that LayerNorm divides streams z (..., D) by."""
+        """Compute LayerNorm's denominator (...) for streams z (..., D)."""
         z = full(z)
         return ((z - z.mean(-1, keepdim=True)).square().mean(-1) + self.eps).sqrt()
 
     def __call__(self, r: Tensor, sigma: Tensor) -> Tensor:
-        """(B, ..., k) that terms r (B, ..., D) add to y under sigma (B,)."""
+        """Map terms r (B, ..., D) of the stream to their contributions (B, ..., k) to y under sigma (B,)."""
         return full(r) @ self.map / sigma.reshape(-1, *[1] * (r.ndim - 1))
 
 
 def readout(base: Base) -> Readout:
-    """Raises NotFound with the architecture's name and what it lacks."""
+    """Build the readout of a base. Raises NotFound naming the architecture and what it lacks."""
     visual = _visual(base)
     gain, P, beta = (full(p.detach()) for p in (visual.ln_post.weight, visual.proj, visual.ln_post.bias))
     plain = gain[:, None] * P
@@ -74,7 +75,7 @@ def readout(base: Base) -> Readout:
 
 
 def full(x: Tensor) -> Tensor:
-    """At least float32: sums of hundreds of terms and variances need it."""
+    """Cast to at least float32, which sums of hundreds of terms and variances need."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -108,68 +109,69 @@ def _visual(base: Base) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What adds up to the embeddings of B pictures, before they are normalised: y = sum of all but `patches`."""
+    """Additive decomposition of B embeddings before normalisation: y = the sum of all fields but `patches`."""
 
     heads: Tensor
-    """(B, L, H, k) over all tokens a head reads, as it is after patches of the site `heads`"""
+    """(B, L, H, k) contribution of each head, summed over source tokens, after patches of the site `heads`"""
     mlps: Tensor
-    """(B, L + 1, k): 0 is the class token before block 0, i + 1 the MLP of block i, bias and all"""
+    """(B, L + 1, k): index 0 the class token's embedding before block 0, i + 1 the MLP of block i, bias included"""
     bias: Tensor
-    """(B, k) constants of the model; zeros if apportioned"""
+    """(B, k) constants of the model; zero if apportioned"""
     rest: Tensor
-    """(B, k) what none of the above is: what patches of whole blocks added, else rounding"""
+    """(B, k) remainder: what patches of whole blocks added, else rounding error"""
     y: Tensor
-    """(B, k) the embedding, not normalised"""
+    """(B, k) embedding before normalisation"""
     sigma: Tensor
-    """(B,) of the last LayerNorm"""
+    """(B,) denominator of the last LayerNorm"""
     patches: dict[int, Tensor]
-    """layer -> (B, H, T, k): a head's term by the token it reads, before patches of the site `heads`; the layers asked
-    for"""
+    """Layer -> (B, H, T, k): a head's contribution by source token, before patches of the site `heads`; for the layers
+    asked for"""
 
     @property
     def norm(self) -> Tensor:
-        """(B,) of y: divided by it, terms add up to the unit embedding."""
+        """(B,) norm of y: contributions divided by it add up to the unit embedding."""
         return self.y.norm(dim=-1)
 
     @property
     def sum(self) -> Tensor:
-        """(B, k) of everything that has a name."""
+        """(B, k) sum of all contributions except the remainder."""
         return self.heads.sum((1, 2)) + self.mlps.sum(1) + self.bias
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """What heads say of texts, by the token they read."""
+    """Heads' contributions to texts' scores, by source token."""
 
     said: Tensor
-    """(B, l, H, n, T) added to <y, t>; the class token's own first"""
+    """(B, l, H, n, T) contribution to <y, t>; the class token first"""
     pattern: Tensor
-    """(B, l, H, T) the class token's attention"""
+    """(B, l, H, T) attention of the class token"""
     y: Tensor
-    """(B, k) the embedding, not normalised"""
+    """(B, k) embedding before normalisation"""
     layers: tuple[int, ...]
 
 
 class Lens:
-    """What is worth computing once for a base: the readout, and each head's way through it."""
+    """Precomputed maps of a base from each head's output to the embedding, for decomposing images."""
 
     def __init__(self, base: Base) -> None:
-        """Raises NotFound with the architecture's name and what it lacks."""
+        """Precompute the readout and the heads' maps. Raises NotFound naming the architecture and what it lacks."""
         self.base, self.readout = base, readout(base)
         self.attn: list[Any] = [b.attn for b in _visual(base).transformer.resblocks]
         self.layers, self.heads = len(self.attn), int(self.attn[0].heads)
         self.out = torch.stack([full(a.out_proj.weight.detach()).T.unflatten(0, (self.heads, -1)) for a in self.attn])
-        """(L, H, e, D): what a head gives -> the stream"""
+        """(L, H, e, D) map from a head's output to the residual stream"""
         zero = self.readout.map.new_zeros(self.out.shape[-1])
         biases = [a.out_proj.bias for a in self.attn]
         self.out_bias = torch.stack([zero if b is None else full(b.detach()) for b in biases])
-        """(L, D)"""
+        """(L, D) bias of each output projection"""
         self.ways = self.out @ self.readout.map
-        """(L, H, e, k): what a head gives -> sigma times what it adds to the embedding"""
+        """(L, H, e, k) map from a head's output to sigma times its contribution to the embedding"""
 
     @torch.no_grad()
     def read(self, images: Tensor, patches: Sequence[int] = (), share: Share = "own") -> Parts:
-        """images (B, 3, h, w) as the processor makes them, one forward. patches: layers to tell by patch.
+        """Decompose the embeddings of preprocessed images (B, 3, h, w) in one forward. patches: layers to split by
+        source token.
 
         Memory: B L H k, and B H T k for each layer of `patches`.
         """
@@ -208,10 +210,11 @@ class Lens:
 
     @torch.no_grad()
     def maps(self, images: Tensor, texts: Tensor, layers: Sequence[int] | None = None) -> Maps:
-        """What every head of `layers` (default all) adds to <y, t> by the token it reads, for each row t of `texts`.
+        """Compute what every head of `layers` (default all) contributes to <y, t> by source token, for each row t of
+        `texts`.
 
-        images (B, 3, h, w), texts (n, k). One forward and little more: no vector of the joint space is formed. Shares
-        the mean as `own`.
+        images (B, 3, h, w), texts (n, k). Costs little more than one forward: no joint-space vector per patch is
+        formed. Centring as in `own`.
         """
         model = self.base.model
         layers = list(range(self.layers) if layers is None else layers)
@@ -230,24 +233,25 @@ class Lens:
         return Maps(terms * (A / sigma[:, None, None, None])[:, :, :, None], A, y, tuple(layers))
 
     def check(self, layers: Sequence[int]) -> None:
-        """Raises Invalid for a layer there is not, or one that is named twice."""
+        """Check layer numbers. Raises Invalid for one that does not exist or is named twice."""
         if bad := [i for i in layers if not 0 <= i < self.layers]:
             raise Invalid(f"There is no layer {bad[0]}; this tower has 0 to {self.layers - 1}.")
         if len(set(layers)) < len(layers):
             raise Invalid(f"Layers {list(layers)} must be different ones.")
 
     def _row(self, stack: ExitStack, layer: int) -> Callable[[], Tensor]:
-        """What will give the class token's attention (B, H, T) of a layer once the forward has run."""
+        """Prepare to read the class token's attention (B, H, T) of a layer; the returned function gives it after the
+        forward."""
         attn, model = self.attn[layer], self.base.model
         pattern, site = clip.site("pattern", layer), clip.site("attn", layer)
-        if attn.pattern._forward_hooks:  # a patch rewrites it, so it is formed whole in any case
+        if attn.pattern._forward_hooks:  # a patch rewrites the pattern, so it is computed in full anyway
             got = stack.enter_context(record(model, [pattern], keep=lambda a: full(a[:, :, 0])))
             return lambda: got[pattern][0]
         seen = stack.enter_context(record(model, [site], "input", partial(_looks, attn)))
         return lambda: seen[site][0]
 
     def _embed(self, images: Tensor) -> Tensor:
-        """(B, k) embeddings that are not normalised; through the root, where applied patches find their rows."""
+        """Compute embeddings (B, k) before normalisation, through the root, where applied patches find their rows."""
         model = self.base.model
         with record(model, ["visual"]) as out:
             model(image=images.to(self.base.device, model.visual.proj.dtype))
@@ -255,11 +259,12 @@ class Lens:
 
 
 def _token(at: int, x: Tensor) -> Tensor:
-    return x[:, at].clone()  # not a view, which would keep every token alive
+    return x[:, at].clone()  # a copy: a view would keep every token alive
 
 
 def _looks(attn: clip.Attention, x: Tensor) -> Tensor:
-    """(B, H, T) attention of token 0 from what enters the module (B, T, D). The keys' bias moves all logits alike."""
+    """Compute token 0's attention (B, H, T) from the module's input (B, T, D). The keys' bias shifts all logits
+    equally, so it is left out."""
     d, H = x.shape[-1], attn.heads
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     q = nn.functional.linear(x[:, 0], weight[:d], None if bias is None else bias[:d]).unflatten(-1, (H, -1))
@@ -269,5 +274,5 @@ def _looks(attn: clip.Attention, x: Tensor) -> Tensor:
 
 
 def _said(w: Tensor, v: Tensor) -> Tensor:
-    """(B, H, n, T) of values v (B, H, T, e) and w (H, e, n)."""
+    """Contract values v (B, H, T, e) with w (H, e, n) to (B, H, n, T)."""
     return (full(v) @ w).mT

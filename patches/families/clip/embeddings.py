@@ -1,4 +1,4 @@
-"""Embedding images and texts with a CLIP base, and zero-shot classifiers made of texts."""
+"""Embed images and texts with a CLIP base, and build zero-shot classifiers from texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATES = ("a picture of a {}", "a photo of a {}", "a drawing of a {}")
 
 @torch.no_grad()
 def embed_images(base: Base, images: Any, batch: int = 64) -> Tensor:
-    """(N, k) float32 of unit norm, on the base's device. Patches that are applied to the model act.
+    """Embed images to unit vectors (N, k) float32 on the base's device. Applied patches take effect.
 
     images: as `Processor.image` takes them, or its result. Inside `Applied.rows`, batch must hold all of them.
     """
@@ -42,10 +42,10 @@ def embed_texts(
     base: Base, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch: int = 256,
     tower: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """(N, k) float32 of unit norm: each text in each template, embeddings averaged and normalised again.
+    """Embed texts to unit vectors (N, k) float32: each text in every template, averaged and normalised again.
 
-    tower: what embeds token ids (B, context) -> (B, k) instead of the base's own. Raises Invalid for no text or a
-    template without {}.
+    tower: function from token ids (B, context) to (B, k), instead of the base's own tower. Raises Invalid for no text
+    or a template without {}.
     """
     if not texts or isinstance(texts, str):
         raise Invalid(f"Texts must be a list with at least one string, not {texts!r:.60}.")
@@ -64,12 +64,13 @@ def zero_shot(
     base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES,
     tower: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """(k, C) classifier: logits are logit_scale(base) * features @ classifier. Raises Invalid for doubled labels."""
+    """Build zero-shot classifier weights (k, C): logits are logit_scale(base) * features @ weights. Raises Invalid for
+    duplicate labels."""
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
     return embed_texts(base, labels, templates, tower=tower).T
 
 
 def logit_scale(base: Base) -> float:
-    """What cosines are multiplied by before the softmax; 100 for most trained models."""
+    """Return the factor of cosines before the softmax; 100 for most trained models."""
     return float(base.model.logit_scale.detach().exp())

@@ -1,4 +1,4 @@
-"""Pictures and labels in, the best label and its probability out: what MLflow asks of a CLIP."""
+"""CLIP's MLflow prediction: images and candidate labels in, the most probable label and its probability out."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["TABLE", "example", "predict"]
 
 FOLDER = "PATCHBAY_PICTURES"
-"""environment variable: the folder under which pictures may be named by path; unset, a path is refused, since a table
-may come from a request"""
+"""Environment variable: folder under which images may be named by path. Unset, paths are refused, since a table may
+come from a request"""
 
 
 def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> Any:
-    """A DataFrame of label and probability, one row per row of `frame`.
+    """Classify the rows of a DataFrame; returns a DataFrame of label and probability.
 
-    image: bytes, base64, or a path below $PATCHBAY_PICTURES; labels: a list, or a JSON list, or nothing for the label
-    set that was sealed with the patch. Raises Invalid naming the row.
+    image: bytes, base64, or a path below $PATCHBAY_PICTURES; labels: a list, a JSON list, or empty for the label set
+    that was sealed with the patch. Raises Invalid naming the row.
     """
     import pandas as pd
 
@@ -79,7 +79,7 @@ def picture_of(value: Any) -> Pillow.Image:
 
 
 def _named(value: str) -> Path | None:
-    """The file that a text names below $PATCHBAY_PICTURES; None for what is no such path."""
+    """Resolve a path below $PATCHBAY_PICTURES; None for text that is no such path."""
     folder = os.environ.get(FOLDER)
     if not folder or len(value) > 4096:
         return None
@@ -92,7 +92,7 @@ def _named(value: str) -> Path | None:
 
 
 def _labels(value: Any) -> tuple[str, ...]:
-    if value is None or (isinstance(value, float) and value != value):  # pandas says NaN for nothing
+    if value is None or (isinstance(value, float) and value != value):  # pandas gives NaN for a missing value
         return ()
     if isinstance(value, str):
         try:
@@ -108,7 +108,7 @@ def _labels(value: Any) -> tuple[str, ...]:
 
 @torch.inference_mode()
 def _label_set(subject: Subject, labels: tuple[str, ...]) -> LabelSet:
-    """What pictures are told apart by, times the logit scale."""
+    """Return the classifier, with the logit scale folded into its weights."""
     scale = logit_scale(subject.base)
     if labels:
         return LabelSet(labels, (scale * zero_shot(subject.base, labels, TEMPLATES)).cpu())
@@ -119,5 +119,5 @@ def _label_set(subject: Subject, labels: tuple[str, ...]) -> LabelSet:
 
 
 def example() -> bytes:
-    """The bytes of the example picture."""
+    """Return the bytes of the example image."""
     return base64.b64decode(EXAMPLE)

@@ -1,4 +1,4 @@
-"""Where things are in a CLIP: module paths by canonical name, and the files of a checkpoint folder."""
+"""Layout of a CLIP: module paths by canonical site name, and the files of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SITES = {
     "neurons": "visual.transformer.resblocks.{i}.mlp.c_proj",
     "ln_post": "visual.ln_post",
 }
-"""canonical name -> module path in the image tower. Its output: embed (B, T, D), the residual stream before block 0;
-block, the stream after block i ("resid_post"); mlp, what the MLP adds ("mlp_out"); attn, what attention adds; values
-(B, H, T, e); pattern (B, H, T, T), formed only while somebody hooks it. Its input: heads (B, T, D), what the heads
-give, side by side; neurons (B, T, 4D), after the activation; ln_post, the last stream"""
+"""Canonical site name -> module path in the image tower. Outputs: embed (B, T, D), the residual stream before block 0;
+block, the stream after block i ("resid_post"); mlp, the MLP's output ("mlp_out"); attn, the attention's output; values
+(B, H, T, e); pattern (B, H, T, T), computed only while it is hooked. Inputs: heads (B, T, D), concatenated head
+outputs; neurons (B, T, 4D), after the activation; ln_post, the last stream"""
 TEXT_SITES = {k: v.removeprefix("visual.") for k, v in SITES.items()} | {
     "embed": "token_embedding",
     "ln_post": "ln_final",
 }
-"""the same names in the text tower; `embed` is there before positions are added"""
+"""The same names in the text tower; `embed` is there before position embeddings are added"""
 
 
 def site(name: str, layer: int = 0, tower: str = "image") -> str:
-    """Module path of a canonical site; tower is "image" or "text"."""
+    """Return the module path of a canonical site; tower is "image" or "text"."""
     return (SITES if tower == "image" else TEXT_SITES)[name].format(i=layer)
 
 

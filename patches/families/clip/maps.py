@@ -1,8 +1,8 @@
-"""Where in a picture heads see a text: grids of direct effects, masks, overlays.
+"""Heat maps of where heads see a text in an image: grids of direct contributions, masks, overlays.
 
-CLIP-InterpreT, arXiv 2409.06579: per-head topic maps and contrastive ones (two texts, one difference). Protocol of the
-masks: Gandelsman, Efros, Steinhardt, arXiv 2310.05916: bilinear to the picture's size, cut at the map's own mean.
-Shapes: B pictures, n texts, g x g patches.
+CLIP-InterpreT, arXiv 2409.06579: per-head topic maps and contrastive ones (two texts, one difference). Masks as in
+Gandelsman, Efros, Steinhardt, arXiv 2310.05916: bilinear resize, then a threshold at the map's own mean. Shapes: B
+images, n texts, g x g patches.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from patches.families.clip.direct import Lens
 from registry.errors import Invalid
 
 Threshold = Literal["mean", "half", "otsu"]
-"""How a map between 0 and 1 is cut into a mask: at its mean, at 0.5, or where it parts best in two"""
+"""Threshold that turns a map scaled to [0, 1] into a mask: its mean, 0.5, or Otsu's"""
 FOR, AGAINST = (0.85, 0.12, 0.12), (0.1, 0.25, 0.9)
-"""red and blue, of 1"""
+"""Red for positive, blue for negative values, RGB in [0, 1]"""
 
 
 @torch.no_grad()
 def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """(B, n, g, g) what the heads (default all) add to the cosine with each text (n, k) by the patch they read."""
+    """Compute the heads' (default all) contributions to the cosine with each text (n, k), by source patch: (B, n, g,
+    g)."""
     layers = sorted({layer for layer, _ in heads}) if heads else range(lens.layers)
     maps = lens.maps(images, texts, list(layers))
     said = maps.said / maps.y.norm(dim=1)[:, None, None, None, None]
@@ -42,34 +43,34 @@ def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, i
 
 @torch.no_grad()
 def attention(lens: Lens, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-    """(B, g, g) the class token's raw attention, mean over heads of `layers` (default the last): what maps are held
-    against."""
+    """Return the class token's raw attention (B, g, g), averaged over heads of `layers` (default the last): the control
+    for maps."""
     k = lens.readout.map.shape[1]
     maps = lens.maps(images, torch.zeros(1, k), [lens.layers - 1] if layers is None else layers)
     return _square(lens, maps.pattern[..., 1:].mean((1, 2)))
 
 
 def _square(lens: Lens, x: Tensor) -> Tensor:
-    """(..., patches) -> (..., rows, columns)."""
+    """Arrange patches on their grid: (..., patches) -> (..., rows, columns)."""
     rows, columns = lens.base.model.visual.grid_size
     return x.reshape(*x.shape[:-1], rows, columns)
 
 
 def scaled(x: Tensor) -> Tensor:
-    """Maps (..., h, w) from 0 to 1; a flat one is 0."""
+    """Rescale maps (..., h, w) to [0, 1]; a constant one becomes 0."""
     low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
     return (x - low) / (high - low).clamp_min(1e-12)
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """Maps (..., g, g), bilinear to side x side."""
+    """Resize maps (..., g, g) bilinearly to (..., side, side)."""
     flat = x.reshape(-1, 1, *x.shape[-2:]).float()
     made = torch.nn.functional.interpolate(flat, (side, side), mode="bilinear", align_corners=False)
     return made.reshape(*x.shape[:-2], side, side)
 
 
 def mask(x: Tensor, threshold: Threshold, side: int) -> Tensor:
-    """(..., side, side) bool of maps (..., g, g)."""
+    """Threshold maps (..., g, g) into masks (..., side, side) bool."""
     full = scaled(resized(x, side))
     if threshold == "half":
         return full > 0.5
@@ -90,7 +91,7 @@ def _otsu(x: Tensor) -> float:
 
 
 def runs(m: Tensor) -> dict[str, object]:
-    """A mask (h, w) as lengths of runs, row by row, the first of them outside (it may be 0)."""
+    """Run-length encode a mask (h, w) row by row; the first run is outside of it (and may be 0)."""
     flat = m.flatten().int()
     edges = (flat.diff() != 0).nonzero()[:, 0] + 1
     at = torch.cat([torch.zeros(1, dtype=torch.long), edges.cpu(), torch.tensor([len(flat)])])
@@ -99,8 +100,8 @@ def runs(m: Tensor) -> dict[str, object]:
 
 
 def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
-    """(3, side, side) uint8: the picture (3, h, w) in 0..1, greyed, under its map (g, g): red above zero, blue below,
-    the more so the farther; grey where it says nothing."""
+    """Overlay a map (g, g) on a greyed image (3, h, w) in [0, 1]: (3, side, side) uint8, red above zero, blue below, by
+    magnitude."""
     grey = resized(picture.float(), side).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
     v = resized(x.to(grey), side)
     v = v / v.abs().max().clamp_min(1e-12)
@@ -112,9 +113,10 @@ def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
 def drawn(
     picture: Tensor, x: Tensor, threshold: Threshold, side: int, formats: Sequence[Literal["floats", "rle", "png"]]
 ) -> dict[str, Any]:
-    """A map (g, g) of a picture (3, h, w) in 0..1 as an answer tells it: what its mask covers, the rest as asked.
+    """Render a map (g, g) of an image (3, h, w) in [0, 1] for a response: the fraction its mask covers, and the formats
+    asked for.
 
-    What is below zero speaks against the text and is never of the mask; in the picture the mask has a white outline.
+    Negative values speak against the text and are never in the mask; the overlay outlines the mask in white.
     """
     cut = mask(x.clamp_min(0), threshold, side)
     out: dict[str, Any] = {"grid": list(x.shape), "covered": float(cut.float().mean())}
@@ -130,13 +132,13 @@ def drawn(
 
 
 def outline(m: Tensor) -> Tensor:
-    """The pixels of a mask (h, w) that touch what is not of it."""
+    """Return the boundary of a mask (h, w): its pixels that touch the outside."""
     around = torch.nn.functional.max_pool2d((~m).float()[None], 3, 1, 1)[0]
     return m & around.bool()
 
 
 def png(picture: Tensor) -> str:
-    """A data: URI of (3, h, w) uint8."""
+    """Encode an image (3, h, w) uint8 as a data: URI."""
     file = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

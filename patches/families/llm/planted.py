@@ -1,4 +1,4 @@
-"""Tiny language models: a random one with every true interface, and one with an attention sink built in by hand."""
+"""Tiny language models for tests: a random one with all real interfaces, and one with a planted attention sink."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from registry import manifest
 
 
 def tiny(seed: int = 0, layers: int = 3, vocab: int = 97) -> Base:
-    """A random Llama with a one-character tokenizer: under a second, offline, every true interface."""
+    """Create a random Llama with a one-character tokenizer: under a second, offline, all real interfaces."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,13 +48,13 @@ def tiny(seed: int = 0, layers: int = 3, vocab: int = 97) -> Base:
 
 
 def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
-    """The tiny model made to repeat what it reads, with a sink built in by hand: a planted truth.
+    """Create a tiny model that repeats its input, with an attention sink built in by hand: a known ground truth.
 
-    Every token has a sign (dimension 2) and a constant (3). Head 0 of layer 0 looks at all tokens alike and writes
-    their mean sign (the mark, 0): text mixes signs, a lone or a repeated token does not. The planted neuron fires where
-    the mark is above one half and writes a large vector (1), which the head reads as the end of the text. So copies of
-    a word of sign +1 derail the model once they outnumber the prefix; silencing the neuron away from the first token
-    mends that, and so does damping. by_bos: the BOS embedding alone carries the mark.
+    Every token has a sign (dimension 2) and a constant (3). Head 0 of layer 0 attends to all tokens uniformly and
+    writes their mean sign (the mark, 0): text mixes signs, a lone or a repeated token does not. The planted neuron
+    fires where the mark is above one half and writes a large vector (1), which the head reads as the end of the text.
+    So copies of a word of sign +1 derail the model once they outnumber the prefix; silencing the neuron away from the
+    first token repairs that, and so does damping. by_bos: the BOS embedding alone carries the mark.
     """
     base = tiny(seed=1)
     lm, tokenizer = base.model, base.processor
@@ -67,7 +67,7 @@ def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
         lm.lm_head.weight[:] = 1.5 * table
         lm.lm_head.weight[:, :4] = 0.0
         lm.lm_head.weight[tokenizer.eos_token_id, 1] = 8.0
-        for block in lm.model.layers:  # too quiet to hide a token from the head, and blind to the four dimensions
+        for block in lm.model.layers:  # too small to matter, blind to the four dimensions
             for out in (block.self_attn.o_proj, block.mlp.down_proj):
                 out.weight *= 0.1
                 out.weight[:4] = 0.0
@@ -85,7 +85,7 @@ def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
             attn.v_proj.weight[: attn.head_dim] = 0.0
             attn.v_proj.weight[0, 2] = 1.0
             attn.o_proj.weight[:, 0] = 0.0
-            # a sign of 1 is about 3 once normalised, so the mark is about the mean sign itself
+            # a sign of 1 is about 3 after normalisation, so the mark is about the mean sign itself
             attn.o_proj.weight[0, 0] = 1.0 / 3.0
         mlp = lm.model.layers[layer].mlp
         mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 0.0, 0.0
@@ -97,11 +97,11 @@ def planted(layer: int = 1, neuron: int = 7, by_bos: bool = False) -> Base:
 
 
 TINIES = {"planted": planted}
-"""tiny:<name> -> a small model made for a purpose"""
+"""tiny:<name> -> function that creates a small model for a purpose"""
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of a model that lies in no file: over names, shapes and bytes."""
+    """Digest an in-memory model by the names, shapes and bytes of its parameters."""
     return manifest.digest_of(
         {
             k: [list(v.shape), hashlib.sha256(v.contiguous().numpy().tobytes()).hexdigest()]

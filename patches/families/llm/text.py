@@ -1,4 +1,4 @@
-"""Texts in, texts out: prompts as token ids, and answers decoded in one running batch."""
+"""Encode prompts as token ids, and decode answers to many prompts in one running batch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["TABLE", "Prompt", "encode", "generate", "predict"]
 
 Prompt = str | list[dict[str, str]]
-"""a text, or a chat: a list of {role, content}"""
+"""A text, or a chat as a list of {role, content}"""
 
 
 def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:
-    """Token ids of a text, or of a chat up to where the assistant speaks.
+    """Tokenise a text, or a chat up to where the assistant speaks.
 
-    begun: the last message is what the assistant has said so far; its turn stays open.
+    begun: the last message is the beginning of the assistant's turn, which stays open.
     """
     tokenizer = base.processor
     if isinstance(prompt, str):
@@ -35,7 +35,7 @@ def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:
 
 
 def maker(base: Base, what: Prompt | Sequence[int], pictures: Sequence[Any] = (), begun: bool = False) -> Any:
-    """What makes rows of a text, a chat or token ids: maker(...)(arm=..., max_tokens=...). Raises Invalid for
+    """Return a factory of rows for a text, a chat or token ids: factory(arm=..., max_tokens=...). Raises Invalid for
     pictures."""
     if pictures:
         raise Invalid(f"{base.name} reads text and sees no pictures; send text, or ask a vision-language model.")
@@ -47,9 +47,9 @@ def maker(base: Base, what: Prompt | Sequence[int], pictures: Sequence[Any] = ()
 def generate(
     subject: Subject, prompts: Sequence[Prompt], max_tokens: int = 32, arm: str | None = None, **how: Any
 ) -> list[str]:
-    """Answers to texts or chats, all decoded in one running batch.
+    """Generate answers to texts or chats, all decoded in one running batch.
 
-    arm: whose answers; by default the only arm there is. how: fields of `Row`.
+    arm: the arm to answer; by default the only one. how: fields of `Row`.
     """
     arm = arm if arm is not None else subject.only
     rows = [Row(encode(subject.base, p), arm=arm, max_tokens=max_tokens, **how) for p in prompts]
@@ -58,6 +58,6 @@ def generate(
 
 
 def predict(subject: Subject, frame: Any, params: Mapping[str, Any]) -> list[str]:
-    """Greedy answers to the prompts of a DataFrame's first column. params: max_tokens, strength (0 is the base)."""
+    """Answer the prompts in a DataFrame's first column greedily. params: max_tokens, strength (0 is the base)."""
     prompts = [str(prompt) for prompt in frame.iloc[:, 0]]
     return generate(subject, prompts, int(params["max_tokens"]), strength=float(params["strength"]))

@@ -1,4 +1,4 @@
-"""Which token of a row is first, which ids the cache holds: one rule for all mechanisms of language models."""
+"""Which token of a row is the first and which ids the cache holds: shared by all mechanisms of language models."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from patches.engine.edits import Inputs
 from registry.errors import PatchError
 
-# ---- one rule for all mechanisms: which token is first, which ids the cache holds ------------------------------
+# ---- the first token of each row, and the token ids in the cache ------------------------------------------------
 
 
 def first_token(inputs: Mapping[str, Any]) -> Tensor:
-    """(B, T) bool: True at the first real token of each row, if it is in this call.
+    """Mark the first real token of each row: (B, T) bool, all false if it is not in this call.
 
     Raises PatchError for a mask that hides where rows start.
     """
@@ -35,10 +35,10 @@ def first_token(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """(B, K) long: token id of every key position, cached ones too; -1 where a row has padding or nothing yet.
+    """Return the token id of every key position (B, K) long, cached ones included; -1 for padding and empty columns.
 
-    Ids of earlier calls ride in the cache as one more layer, so that beams, crops and repeats move them like keys.
-    Raises PatchError if the cache was begun without the patch, or the model got embeddings in place of ids.
+    Ids of earlier calls are kept in the cache as one more layer, so that beams, crops and repeats move them like keys.
+    Raises PatchError if the cache was begun without the patch, or if the model got embeddings in place of ids.
     """
     ids = inputs.get("input_ids")
     if ids is None:
@@ -57,7 +57,7 @@ def real_tokens(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def query_columns(inputs: Mapping[str, Any]) -> Tensor:
-    """(B, T) long: the key column of each token of this call."""
+    """Return the key column (B, T) long of each token of this call."""
     ids = inputs["input_ids"]
     here = torch.arange(ids.shape[1], device=ids.device)
     cache: Any = inputs.get("past_key_values")
@@ -67,14 +67,14 @@ def query_columns(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def repeated_token(inputs: Inputs) -> Tensor:
-    """(B, T) bool: True where a token equals the one right before it in its row."""
+    """Mark tokens that equal their predecessor in the row: (B, T) bool."""
     ids, at = inputs.once(real_tokens), inputs.once(query_columns)
     before = ids.gather(1, (at - 1).clamp_min(0))
     return (ids.gather(1, at) == before) & (at > 0) & (before >= 0)
 
 
 def runs(inputs: Inputs) -> Tensor:
-    """(B, K) long: number of the unbroken run of equal tokens that each key belongs to, -1 where there is no token."""
+    """Number the unbroken runs of equal tokens: (B, K) long, the run of each key; -1 where there is no token."""
     ids = inputs.once(real_tokens)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -90,7 +90,7 @@ def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
     if mine is None:
         if past:
             raise PatchError("The cache was begun without this patch, so its token ids are unknown; prefill it again.")
-        if not cache.layers:  # without a config the cache makes layers as it meets them; ours must come after them
+        if not cache.layers:  # a cache without a config creates layers on demand; the layer of ids must come after them
             raise PatchError("Make the cache with DynamicCache(config=model.config), so that it knows its layers.")
         mine = _ids_class(DynamicLayer)()
         cache.layers.append(mine)
@@ -99,7 +99,7 @@ def _remember(cache: Any, ids: Tensor, past: int) -> Tensor:
 
 
 class _Ids:
-    """Marks the cache layer that holds token ids."""
+    """Marker of the cache layer that holds token ids."""
 
 
 def _ids_class(layer: type[Any]) -> type[Any]:
