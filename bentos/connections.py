@@ -1,8 +1,8 @@
-"""Connections that say nothing: closed. Of more than there may be, the newest are.
+"""Limits on HTTP connections in uvicorn: a deadline for request heads, and a maximum number of connections.
 
-uvicorn waits for ever for the rest of a request's head, and takes as many connections as the system lets it. What it
-offers to build on is its protocol class, so `limit` gives it one that knows deadlines; a body's own are in
-`bentos.http`, and idle connections uvicorn closes itself.
+uvicorn waits forever for the rest of a request's head and accepts as many connections as the system allows. Its
+protocol class is what it lets one replace, so `limit` subclasses it. Bodies have their own deadlines in `bentos.http`,
+and idle connections are closed by uvicorn itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import asyncio
 from typing import Any
 
 HEAD_S = 15.0
-"""from the first moment of a connection, or the first byte of a later request, to the end of its head"""
+"""Longest time in seconds from the opening of a connection, or the first byte of a later request, to the end of its
+head"""
 MAX_CONNECTIONS = 2000
 
 
 def limit(protocol: type[Any]) -> type[Any]:
-    """A protocol like uvicorn's own, with a deadline for each request's head."""
+    """Subclass a uvicorn protocol with a deadline for each request's head; connections beyond MAX_CONNECTIONS are
+    closed."""
 
     class Limited(protocol):  # type: ignore[misc]
         _deadline: asyncio.TimerHandle | None = None
@@ -30,7 +32,7 @@ def limit(protocol: type[Any]) -> type[Any]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:  # the head is here
+            if self.cycle is not None and not self.cycle.response_complete:  # the head is complete
                 self._heard()
             elif self._deadline is None:
                 self._expect()
@@ -55,7 +57,7 @@ def limit(protocol: type[Any]) -> type[Any]:
 
 
 def install() -> None:
-    """Make servers that this process starts from here on use it."""
+    """Make the servers that this process starts from now on use it."""
     from uvicorn.protocols.http import auto
 
     if not hasattr(auto.AutoHTTPProtocol, "_deadline"):

@@ -1,9 +1,9 @@
-"""Everything a service does besides its own endpoints: routing to arms, exposures and outcomes, health, documents.
+"""Everything a service does besides its own endpoints: routing to arms, exposures and outcomes, health, OpenAPI.
 
-A service is one ASGI application over one runtime: this desk, and the shapes of API that its system's row names. A
-shape is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; shapes of
-one system share the one copy of its base. The app is plain Starlette; BentoML serves it whole (`bentos.service`), and
-so can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
+A service is one ASGI application over one runtime: this desk, and the API shapes that its system's row names. A shape
+is a module `bentos.shapes.<shape>` with ROUTES and a class `Service(desk)`, whose methods they call; the shapes of one
+system share one copy of its base. The app is plain Starlette; BentoML serves it as a whole (`bentos.service`), and so
+can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.
 
 Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/health`, `/livez`, `/readyz`, `/metrics`,
@@ -37,51 +37,51 @@ from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayE
 
 DEADLINE_S = 300.0
 WRITTEN_S, OUTCOME_S = 1.0, 5.0
-"""how long an answer waits for its exposure to be on the disk, and an outcome for itself"""
+"""Longest wait in seconds for an exposure, and for an outcome, to be durable"""
 KEPT_SHADOWS = 512
 T = TypeVar("T")
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Extra(BaseModel):
-    """Ours, beside the fields of whatever API a shape follows."""
+    """patchbay's own fields in a request, beside those of the API that the shape follows."""
 
     model_config = Strict
     strength: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    """how much of the patch; 0 is exactly the base"""
+    """Strength of the patch; 0 is exactly the base"""
     compare: bool = False
-    """answer with the base and with the chosen arm, side by side"""
+    """Answer with both the base and the chosen arm, side by side"""
     ask: dict[str, Any] | None = None
-    """what this request says to the arm's mechanism; its own schema says what that may be"""
+    """Row parameters for the arm's mechanism, in that mechanism's own schema"""
 
 
 class Outcome(BaseModel):
-    """What came of one unit."""
+    """Outcome of one unit of an experiment, for POST /v1/outcomes."""
 
     model_config = Strict
     unit: Annotated[str, Field(min_length=1)]
     """as the request named it: its header's unit, or its `user`"""
     value: float | bool
     experiment: Annotated[str, Field(max_length=64)] | None = None
-    """by default the live one"""
+    """Name of the experiment; by default the live one"""
     arm: Literal["control", "treatment"] | None = None
-    """shadow experiments: whose answer this judges"""
+    """In shadow experiments, the arm whose answer is judged"""
     key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """the same key counts once, so that a retry is safe"""
+    """Idempotency key: outcomes with the same key count once, so that retries are safe"""
 
 
 class Outcomes(BaseModel):
-    """POST /v1/outcomes: one, or a list under `outcomes`; each is judged for itself."""
+    """Body of POST /v1/outcomes: one outcome, or a list under `outcomes`, each validated on its own."""
 
     documented: ClassVar[type[BaseModel]] = Outcome
-    """what the OpenAPI document shows of it"""
+    """Schema that the OpenAPI document shows in place of this one"""
 
     model_config = ConfigDict(extra="allow")
     outcomes: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = None
 
 
 class Desk:
-    """The routes every service has, and what its shapes ask of a runtime."""
+    """Handlers of the routes that every service has, and the shapes' access to the runtime."""
 
     def __init__(self, runtime: Runtime, routes: Sequence[Call], title: str) -> None:
         self.runtime, self.routes, self.title = runtime, tuple(routes), title
@@ -91,14 +91,14 @@ class Desk:
         self._shared: dict[Any, Any] = {}
 
     def shared(self, make: Callable[[Runtime], T]) -> T:
-        """What several shapes of one service use together, made once: make(runtime)."""
+        """Return the object that make(runtime) creates, created once and shared by all shapes of this service."""
         if make not in self._shared:
             self._shared[make] = make(self.runtime)
         made: T = self._shared[make]
         return made
 
     async def close(self) -> None:
-        """Close what was shared, newest first; before the runtime stops."""
+        """Close shared objects, newest first, before the runtime stops."""
         for made in reversed(self._shared.values()):
             if (close := getattr(made, "close", None)) is not None:
                 await close()
@@ -106,7 +106,8 @@ class Desk:
     # ---- routing -------------------------------------------------------------------------------------------------
 
     def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
-        """Who answers: by header, else by the body's `model`; the table stays the one a request began with."""
+        """Choose the arm of a request: by the header X-Patchbay-Arm, else by the body's `model`. Also returns the
+        routing table, which stays the same for the whole request."""
         table = self.table()
         unit = request.headers.get("x-patchbay-unit") or unit_of(unit)
         token = request.state.token
@@ -115,14 +116,15 @@ class Desk:
 
     @staticmethod
     def check_compare(request: Request, wanted: bool) -> None:
-        """Raises Forbidden if base and patched side by side are wanted by a token without that scope."""
+        """Refuse `compare` (base and patched side by side) for a token without this scope. Raises Forbidden."""
         if wanted and "compare" not in request.state.token.scopes:
             raise Forbidden(f"The token of {request.state.token.name} lacks the scope 'compare'.")
 
     async def prepare(self, jobs: Sequence[Job], ask: dict[str, Any] | None) -> None:
-        """Let jobs say what a request asks of their arm's mechanism; jobs of the base say nothing.
+        """Set the jobs' row parameters from a request's `ask`, by their arms' mechanisms; jobs of the base get none.
 
-        The shape does not know what is in `ask`. Raises BadRequest naming the field, Invalid if the arm takes nothing.
+        The shape does not know the content of `ask`. Raises BadRequest naming the field, or if the arm takes no
+        parameters.
         """
         if ask is None:
             return
@@ -135,12 +137,13 @@ class Desk:
             await asyncio.to_thread(arm.prepare, job, parse(arm.Ask, ask), self.runtime.base, self.runtime.run)
 
     def table(self) -> Table:
-        if self.runtime.problem or self.runtime.table is None:  # not `ill`: that looks at threads, and is for probes
+        """Return the current routing table. Raises NotReady before start-up has finished."""
+        if self.runtime.problem or self.runtime.table is None:  # not `ill`, which inspects threads and is for probes
             raise NotReady(f"The service is not ready: {self.runtime.problem}")
         return self.runtime.table
 
     def model(self, choice: Choice) -> str:
-        """What answered, as OpenAI's field `model` says it."""
+        """Return the model name for OpenAI's field `model`: base and patch."""
         digest = choice.shown[1]
         patch = f"sha256:{digest[:16]}" if digest not in ("", BASE) else digest or "auto"
         return f"{self.runtime.base.name}/{patch}"
@@ -150,32 +153,33 @@ class Desk:
     async def expose(
         self, request: Request, choice: Choice, status: int, start: float, latency_ms: float | None = None
     ) -> None:
-        """Write an exposure, durable before the answer is finished.
+        """Record an exposure, durably before the answer is finished.
 
-        latency_ms: what does not depend on how much was asked for; by default the time since `start`.
+        latency_ms: latency that does not depend on the length of the answer; by default the time since `start`.
         """
         self.runtime.counts.answers[choice.label, status] += 1
         x, events = choice.experiment, self.runtime.events
         if x is None or events is None or choice.unit is None or choice.side is None:
             return
         if 400 <= status < 500 and status != 499:
-            return  # refused before any arm could matter
+            return  # refused before the arm had any effect
         latency = (time.perf_counter() - start) * 1e3 if latency_ms is None else latency_ms
         future = events.expose(
             x, choice.counted, choice.side, request=request.state.number, status=status, latency_ms=latency
         )
         try:
             await self.kept(future, WRITTEN_S)
-        except PatchbayError:  # the answer is ready; the log counts what it loses, and the experiment stops for it
+        except PatchbayError:  # answer anyway; the event log counts its losses and the experiment stops
             self.runtime.counts.unwritten += 1
 
     @staticmethod
     async def kept(future: Kept, seconds: float) -> bool:
-        """Wait until an event is on the disk. Raises NotReady if that fails or takes too long."""
+        """Wait until an event is durable; return whether it was new. Raises NotReady if that fails or takes too
+        long."""
         try:
             async with asyncio.timeout(seconds):
                 written = asyncio.wrap_future(future)
-                written.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever waited may have gone
+                written.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be waiting
                 return await asyncio.shield(written)
         except TimeoutError:
             raise NotReady("The event log does not answer; send this again with the same key.") from None
@@ -185,7 +189,7 @@ class Desk:
             raise NotReady(f"The event cannot be kept ({type(e).__name__}); it is in the log.") from None
 
     def twin(self, choice: Choice) -> Choice | None:
-        """The arm to ask beside the control of a shadow experiment; None if there is none, or no room for it now."""
+        """Return the treatment arm of a shadow experiment; None if there is none, or if the queue is too long now."""
         if choice.experiment is None or choice.experiment.mode != "shadow":
             return None
         if self.runtime.queued > SHADOW_QUEUE:
@@ -197,21 +201,21 @@ class Desk:
         return other(choice)
 
     def keep(self, number: str, choice: Choice, control: Any, treatment: Any) -> None:
-        """Both answers of a shadow request, so that somebody of the same tenant can score them."""
+        """Keep both answers of a shadow request, so that the same tenant can score them."""
         both: dict[str, Any] = {CONTROL: control, TREATMENT: treatment}
         self.shadows[number] = {"owner": choice.owner, "unit": choice.unit, **both, "agree": control == treatment}
         while len(self.shadows) > KEPT_SHADOWS:
             self.shadows.pop(next(iter(self.shadows)))
 
     def later(self, work: Any) -> asyncio.Task[None]:
-        """Run beside the request; kept referenced until it is done."""
+        """Run a coroutine in the background, referenced until it is done."""
         task: asyncio.Task[None] = asyncio.ensure_future(work)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
         return task
 
     async def outcomes(self, request: Request, body: Outcomes) -> Response:
-        """Count outcomes; a bad one is refused for itself and the others count."""
+        """Count outcomes (POST /v1/outcomes); a bad one is refused on its own and the others count."""
         many = body.outcomes is not None
         rows = body.outcomes if body.outcomes is not None else [body.model_dump(exclude={"outcomes"})]
         results = await asyncio.gather(*(self._outcome(row, request.state.token.tenant) for row in rows))
@@ -244,28 +248,29 @@ class Desk:
             return {"unit": said, "status": "refused", "code": e.status, "error": plain(str(e)), "raised": e}
 
     def _experiment(self, name: str | None) -> experiments.Experiment:
+        """Return the experiment of this name, live or ended; None: the live one. Raises NotFound."""
         x = self.table().experiment
         if x is not None and name in (None, x.name):
             return x
-        if name is not None and self.runtime.ledger is not None:  # outcomes may come after the end
+        if name is not None and self.runtime.ledger is not None:  # outcomes may arrive after the experiment has ended
             for entry in self.runtime.ledger.history(self.runtime.settings.system, 1000):
                 if entry.experiment and entry.experiment["name"] == name:
                     return experiments.load(entry.experiment)
         raise NotFound(f"There is no {'live experiment' if name is None else f'experiment {name!r}'} here.")
 
     async def live(self, request: Request, _: None) -> Response:
-        """The live experiment's numbers."""
+        """Return the live experiment's estimates and decision."""
         del request
         x, events = self.table().experiment, self.runtime.events
         if x is None or events is None:
             return answer({"experiment": None})
         decision = experiments.judge(x, await asyncio.to_thread(events.summary, x))
         shadows = {"dropped": self.runtime.counts.shadows_dropped, "kept": len(self.shadows)}
-        about = {k: v for k, v in experiments.plain(x).items() if k != "salt"}  # it tells which unit gets which arm
+        about = {k: v for k, v in experiments.plain(x).items() if k != "salt"}  # it would reveal units' arms
         return answer({**decision.evidence(), "experiment": about, "shadows": shadows})
 
     async def shadow_answers(self, request: Request, _: None) -> Response:
-        """Both answers of recent shadow requests, so that somebody can score them."""
+        """Return both answers of the tenant's recent shadow requests, for scoring."""
         owner = request.state.token.tenant
         own = {k: v for k, v in self.shadows.items() if v["owner"] == owner}
         return answer({"shadows": [{"request": k, **v} for k, v in own.items()]})
@@ -273,6 +278,7 @@ class Desk:
     # ---- about the service ---------------------------------------------------------------------------------------
 
     async def models(self, request: Request, _: None) -> Response:
+        """List what `model` may name, in OpenAI's format."""
         del request
         table = self.table()
         names = ["auto", "base", "champion", *(["challenger"] if table.challenger else [])]
@@ -298,6 +304,7 @@ class Desk:
         )
 
     async def ready(self, request: Request, _: None) -> Response:
+        """Answer readiness probes: 200, or 503 with the reason."""
         del request
         if why := self.runtime.ill():
             return answer({"ready": False, "why": plain(why)}, 503, {"retry-after": "2"})
@@ -305,11 +312,13 @@ class Desk:
         return answer({**out, "warning": warning} if (warning := plain(self.runtime.warning)) else out)
 
     async def live_probe(self, request: Request, _: None) -> Response:
+        """Answer liveness probes: 503 if only a new process can help."""
         del request
         why = self.runtime.dead()
         return PlainTextResponse(f"{why}\n" if why else "ok\n", 503 if why else 200)
 
     async def metrics(self, request: Request, _: None) -> Response:
+        """Return counters and gauges in Prometheus' text format."""
         del request
         c = self.runtime.counts
         lines = ["# TYPE patchbay_answers_total counter"]
@@ -337,7 +346,8 @@ class Desk:
 
 
 def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
-    """What an answer says about who gave it."""
+    """Return the fields of an answer that say which base and arm gave it; without a choice, everything that is
+    served."""
     out: dict[str, Any] = {"system": table.system, "base": f"{table.base}@{table.base_digest}"}
     if choice is None:
         x = table.experiment
@@ -349,6 +359,7 @@ def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
 
 
 def headers(table: Table, choice: Choice) -> dict[str, str]:
+    """Return the response headers that say which base, arm and unit gave an answer."""
     label, digest = choice.shown
     out = {"x-patchbay-arm": label, "x-patchbay-patch": digest, "x-patchbay-base": table.base_digest}
     if choice.experiment is not None:

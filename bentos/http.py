@@ -1,7 +1,7 @@
-"""The edge of every service: who may call, how much may be sent, how errors look. No model in here.
+"""HTTP edge of every service: authentication, limits on bodies, validation, error responses. Independent of models.
 
-Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}; a PatchbayError brings its own status, and
-what we did not foresee is a 500 that says nothing about our insides.
+Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}. A PatchbayError brings its own status; any
+other exception is a 500 that reveals nothing about the service.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from registry.errors import (
 log = logging.getLogger("patchbay")
 MAX_BODY_BYTES = 2 << 20
 PART_S, BODY_S = 10.0, 60.0
-"""how long the next part of a body may take, and all of it"""
+"""Longest wait in seconds for the next part of a body, and for the whole body"""
 MAX_BYTES_IN_FLIGHT = 128 << 20
-"""Bytes that all bodies being received may have together"""
+"""Largest total of bytes over all bodies being received"""
 OFF_LOOP_BYTES = 64 << 10
-"""a larger body is read on another thread, so that nobody else's request waits for it"""
+"""Size above which a body is parsed on another thread, so that other requests need not wait"""
 MAX_DEPTH = 32
-"""brackets within brackets"""
+"""Deepest nesting of brackets in JSON"""
 MAX_FILES = 64
-"""Files that one multipart form may hold"""
+"""Largest number of files in one multipart form"""
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
          415: "invalid_request_error", 429: "rate_limit_error", 503: "unavailable_error"}  # fmt: skip
 
 
 class WrongType(BadRequest):
-    """The body is not JSON by its own header."""
+    """The Content-Type header does not announce JSON."""
 
     status = 415
 
 
 class TooSlow(BadRequest):
-    """The rest of the body does not come."""
+    """The rest of the body did not arrive in time."""
 
     status = 408
 
@@ -70,24 +70,26 @@ Handler = Callable[[Request, Any], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Call:
-    """One route of a service."""
+    """Declaration of one route of a service."""
 
     method: str
     path: str
     handler: Callable[[Any, Request, Any], Awaitable[Response]]
-    """the coroutine method of a shape's Service, or of the Desk, that answers: (self, request, body) -> Response"""
+    """Coroutine method of a shape's Service, or of the Desk, that answers: (self, request, body) -> Response"""
     scope: str | None = None
-    """what a token must allow (ANY: nothing in particular); None: open to everybody (health)"""
+    """Scope that a token needs (ANY: any known token); None: open to everybody (health)"""
     body: type[BaseModel] | None = None
-    """what the JSON body must be; None for calls without one"""
+    """Model that the JSON body must match; None for calls without a body"""
     max_bytes: int = MAX_BODY_BYTES
+    """Largest size of the body"""
     files: str = ""
-    """field of the body, a list, that files of a multipart form become items of: {"data": base64}"""
+    """List field of the body to which files of a multipart form are added as {"data": base64}"""
     fields: bool = False
-    """whether a form's other parts are fields of the body, as OpenAI's clients send them: `n`, `patchbay[strength]`"""
+    """Whether the form's other parts are fields of the body, as OpenAI's clients send them: `n`,
+    `patchbay[strength]`"""
 
     def bound(self, owner: Any) -> Handler:
-        """The handler of one service's `owner`."""
+        """Bind the handler to one service's `owner`."""
         return partial(self.handler, owner)
 
 
@@ -98,7 +100,8 @@ _NUMBERS = itertools.count(1)
 
 
 def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """A route: admit the caller, read and check the body, answer; every error in one shape."""
+    """Build a route's endpoint: authenticate the caller, read and validate the body, call the handler, format
+    errors."""
 
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
@@ -146,7 +149,7 @@ def elsewhere(calls: Sequence[Call]) -> Callable[[Request], Awaitable[Response]]
 
 
 def preflight(tokens: Tokens) -> Callable[[Request], Awaitable[Response]]:
-    """What a browser asks before a page of one of `tokens.origins` calls."""
+    """Build the endpoint that answers browsers' CORS preflight requests for pages of `tokens.origins`."""
 
     async def route(request: Request) -> Response:
         origin = request.headers.get("origin", "")
@@ -162,7 +165,8 @@ def preflight(tokens: Tokens) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def read(request: Request, call: Call) -> Any:
-    """The body as a checked `call.body`. Raises TooLarge as soon as it is, BadRequest naming the field."""
+    """Read and validate a body as `call.body`. Raises TooLarge as soon as the limit is passed, BadRequest naming the
+    field."""
     assert call.body is not None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (call.files and kind == "multipart/form-data"):
@@ -181,14 +185,14 @@ async def read(request: Request, call: Call) -> Any:
 
 
 class _Flight:
-    """Bytes of bodies that are being received by this process."""
+    """Total of bytes in the bodies that this process is receiving."""
 
     bytes = 0
 
 
 async def _received(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is, BadRequest if it comes too slowly, NotReady if too many come at
-    once."""
+    """Receive a whole body. Raises TooLarge as soon as it exceeds `limit`, TooSlow if it stalls, NotReady if too many
+    bytes are in flight."""
     size = 0
     parts: list[bytes] = []
     loop = asyncio.get_running_loop()
@@ -225,11 +229,11 @@ def _object(raw: bytes | str, what: str) -> dict[str, Any]:
 
 
 _PIECES = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
-"""strings, the last of which may not end, and brackets outside of them; each byte is looked at once"""
+"""Strings (the last may be unterminated), and brackets outside of strings; possessive, so each byte is read once"""
 
 
 def _check_depth(raw: bytes, what: str) -> None:
-    """Raises BadRequest for brackets nested deeper than any honest request's."""
+    """Refuse brackets nested deeper than MAX_DEPTH. Raises BadRequest."""
     depth = 0
     for found in _PIECES.finditer(raw):
         piece = found[0]
@@ -242,7 +246,8 @@ def _check_depth(raw: bytes, what: str) -> None:
 
 
 async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
-    """A multipart form: the part `request` is the JSON body, every file one more item {"data": base64} of `files`."""
+    """Parse a multipart form: its part `request` is the JSON body; every file becomes an item {"data": base64} of
+    `call.files`."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
@@ -267,7 +272,8 @@ async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
-    """Set a field of a form. `a[b]` is b within a; what lies within is JSON where it can be read so, else text."""
+    """Set a field of a form. `a[b]` is field b of object a; values inside objects are parsed as JSON where possible,
+    else text."""
     first, *rest = name.replace("]", "").split("[")
     if len(rest) > 8:
         raise BadRequest(f"The form's field {name[:60]!r} is too deep.")
@@ -288,12 +294,12 @@ def _put(values: dict[str, Any], name: str, text: str) -> None:
 
 
 def parse(model: type[BaseModel], values: Any) -> Any:
-    """A checked `model`. Raises BadRequest naming field and value."""
+    """Validate `values` as a `model`. Raises BadRequest naming field and value."""
     try:
         return model.model_validate(values)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        # the branches of a union are our names, not the caller's
+        # branches of a union have internal names, which would confuse the caller
         where = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part)))[:200]
         given = _shown.repr(first.get("input"))[:80]
         said = _UNKNOWN if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
@@ -308,7 +314,7 @@ _shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
 
 
 def refuse(e: PatchbayError, number: str = "") -> Response:
-    """An error as callers see it: what is wrong with their request in full; of our own troubles, no more than that."""
+    """Convert an error into a response: in full if the request is at fault, without internals otherwise."""
     headers = {"retry-after": "2"} if e.status in (429, 503) else {}
     if e.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -323,7 +329,7 @@ def refuse(e: PatchbayError, number: str = "") -> Response:
 
 
 def told(e: PatchbayError) -> dict[str, Any]:
-    """What is wrong with one item of a request whose others are answered."""
+    """Return the error object for one item of a request whose other items are answered."""
     return {"error": {"message": plain(str(e)), "type": KINDS.get(e.status, "server_error"), "code": e.status}}
 
 
@@ -336,5 +342,5 @@ def error(
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response."""
+    """Build a JSON response."""
     return Response(orjson.dumps(value), status, headers, "application/json")

@@ -1,9 +1,8 @@
-"""Durable storage of long-running jobs in one sqlite file: their request, checkpoints, events and result.
+"""Durable storage of long-running jobs in one SQLite file: requests, checkpoints, events and results.
 
-WAL with synchronous=FULL and one writer thread that commits everything waiting in one transaction, as the event log
-of experiments does. A write's future resolves once it is on the disk, so what was acknowledged survives kill -9.
-Each process that works on jobs holds a file lock for as long as it lives; a job whose holder's lock is free was
-interrupted.
+WAL with synchronous=FULL, and one writer thread that commits everything waiting in one transaction, like the event log
+of experiments. A write's future resolves once it is on disk, so what was acknowledged survives kill -9. Each process
+that works on jobs holds a file lock while it lives; a job whose holder's lock is free was interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import IO, Any, Literal
 State = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
 OPEN: tuple[State, ...] = ("queued", "running")
 KEPT_EVENTS = 1000
-"""the newest events of a job that are kept; the older ones are forgotten"""
+"""Number of a job's newest events that are kept"""
 MAX_BATCH = 512
 
 _TABLES = """
@@ -46,7 +45,7 @@ _COLUMNS = "id, kind, owner, state, holder, created, started, finished, ask, abo
 
 @dataclass(frozen=True)
 class Record:
-    """A job as it lies in the file."""
+    """A job as it is stored."""
 
     id: str
     kind: str
@@ -86,28 +85,28 @@ class JobStore:
         self._writer.start()
 
     def close(self) -> None:
-        """Write what waits, stop the writer, let go of the lock."""
+        """Write what is queued, stop the writer, release the lock."""
         self._waiting.put(None)
         self._writer.join()
         self._lock.close()
         (self._locks / self.holder).unlink(missing_ok=True)
 
-    # ---- writing: each returns a future that resolves, to the number of rows changed, when the write is durable ----
+    # ---- writing: each returns a future of the number of rows changed, which resolves when the write is durable -----
 
     def add(self, id: str, kind: str, owner: str, ask: Any, about: dict[str, Any]) -> Future[int]:
-        """A new job, queued, held by this process."""
+        """Add a queued job, held by this process."""
         return self._put((
             "INSERT INTO jobs (id, system, kind, owner, state, holder, created, ask, about) VALUES (?,?,?,?,?,?,?,?,?)",
             (id, self.system, kind, owner, "queued", self.holder, time.time(), _text(ask), _text(about)),
         ))  # fmt: skip
 
     def begin(self, id: str) -> Future[int]:
-        """A queued job runs. 0 rows if it was stopped before it began."""
+        """Mark a queued job as running. Changes 0 rows if it was stopped before."""
         return self._put(("UPDATE jobs SET state='running', started=COALESCE(started, ?) "
                           "WHERE id=? AND holder=? AND stop=0", (time.time(), id, self.holder)))  # fmt: skip
 
     def finish(self, id: str, state: State, result: Any = None, error: dict[str, Any] | None = None) -> Future[int]:
-        """A job has ended. The request and the checkpoints of a job that is done are forgotten: they may be large."""
+        """Mark a job as ended. A done job's request and checkpoints are deleted, since they may be large."""
         done = state == "done"
         first = (
             f"UPDATE jobs SET state=?, finished=?, result=?, error=?{', ask=NULL' if done else ''} "
@@ -118,45 +117,46 @@ class JobStore:
         return self._put(first, *more)
 
     def ask_stop(self, id: str) -> Future[int]:
-        """Say that a job is to stop; the process that holds it does."""
+        """Request that a job stop; the process that holds it will stop it."""
         return self._put(("UPDATE jobs SET stop=1 WHERE id=? AND state IN ('queued', 'running')", (id,)))
 
     def take(self, was: Record, state: State) -> Future[int]:
-        """Take a job over as it `was`, into another state. 0 rows if it is no longer so: somebody else was first."""
+        """Take over a job in the state `was` and set another state. Changes 0 rows if another process was first."""
         return self._put((
             "UPDATE jobs SET holder=?, state=?, finished=?, error=NULL, stop=0 WHERE id=? AND holder=? AND state=?",
             (self.holder, state, None if state == "queued" else time.time(), was.id, was.holder, was.state),
         ))  # fmt: skip
 
     def keep(self, id: str, number: int, data: Any) -> Future[int]:
-        """One more checkpoint."""
+        """Add a checkpoint."""
         return self._put(("INSERT OR REPLACE INTO kept VALUES (?,?,?)", (id, number, _text(data))))
 
     def tell(self, id: str, number: int, data: Any) -> Future[int]:
-        """One more event; what is older than KEPT_EVENTS is forgotten."""
+        """Add an event; events older than the newest KEPT_EVENTS are deleted."""
         return self._put(("INSERT OR REPLACE INTO events VALUES (?,?,?)", (id, number, _text(data))),
                          ("DELETE FROM events WHERE job=? AND number<=?", (id, number - KEPT_EVENTS)))  # fmt: skip
 
     def forget(self, *ids: str) -> Future[int]:
-        """Remove jobs with all that is known of them."""
+        """Delete jobs with everything stored about them."""
         tables = (("jobs", "id"), ("kept", "job"), ("events", "job"))
         return self._put(*((f"DELETE FROM {table} WHERE {key}=?", (id,)) for id in ids for table, key in tables))
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def get(self, id: str) -> Record | None:
+        """Return a job; None if there is none of this id."""
         found = self._read(f"SELECT {_COLUMNS} FROM jobs WHERE id=? AND system=?", id, self.system)
         return _record(found[0]) if found else None
 
     def of(self, owner: str) -> list[Record]:
-        """The jobs of an owner, newest first, without their requests and results."""
+        """Return an owner's jobs, newest first, without their requests and results."""
         columns = _COLUMNS.replace("ask,", "NULL,").replace("result,", "NULL,")
         order = "ORDER BY created DESC, id"
         found = self._read(f"SELECT {columns} FROM jobs WHERE system=? AND owner=? {order}", self.system, owner)
         return [_record(row) for row in found]
 
     def unfinished(self) -> list[Record]:
-        """The queued and running jobs of every process, oldest first, without their requests."""
+        """Return the queued and running jobs of all processes, oldest first, without their requests."""
         columns = _COLUMNS.replace("ask,", "NULL,")
         found = self._read(
             f"SELECT {columns} FROM jobs WHERE system=? AND state IN ('queued', 'running') ORDER BY created, id",
@@ -165,27 +165,27 @@ class JobStore:
         return [_record(row) for row in found]
 
     def to_stop(self) -> list[str]:
-        """The jobs held here that somebody has asked to stop."""
+        """Return the ids of jobs held here that were requested to stop."""
         return [row[0] for row in self._read(
             "SELECT id FROM jobs WHERE holder=? AND stop=1 AND state IN ('queued', 'running')", self.holder
         )]  # fmt: skip
 
     def kept(self, id: str) -> list[Any]:
-        """The checkpoints of a job, in order."""
+        """Return a job's checkpoints, in order."""
         return [json.loads(r[0]) for r in self._read("SELECT data FROM kept WHERE job=? ORDER BY number", id)]
 
     def events(self, id: str, after: int = 0) -> list[tuple[int, Any]]:
-        """The events of a job that come after number `after`, in order."""
+        """Return a job's events with numbers above `after`, in order."""
         rows = self._read("SELECT number, data FROM events WHERE job=? AND number>? ORDER BY number", id, after)
         return [(n, json.loads(data)) for n, data in rows]
 
     def last_event(self, id: str) -> tuple[int, dict[str, Any]]:
-        """The newest event and its number; 0 and nothing if there is none."""
+        """Return the newest event with its number; (0, {}) if there is none."""
         rows = self._read("SELECT number, data FROM events WHERE job=? ORDER BY number DESC LIMIT 1", id)
         return (rows[0][0], json.loads(rows[0][1])) if rows else (0, {})
 
     def alive(self, holder: str) -> bool:
-        """Whether the process that holds jobs under this name lives."""
+        """Return whether the process that holds jobs under this name is alive."""
         if holder == self.holder:
             return True
         try:
@@ -213,7 +213,7 @@ class JobStore:
 
     def _put(self, *statements: tuple[str, tuple[Any, ...]]) -> Future[int]:
         future: Future[int] = Future()
-        future.set_running_or_notify_cancel()  # a caller that is cancelled while it waits must not cancel the write
+        future.set_running_or_notify_cancel()  # so that cancelling the waiting caller does not cancel the write
         self._waiting.put((list(statements), future))
         return future
 

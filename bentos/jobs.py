@@ -1,4 +1,4 @@
-"""Long-running work over HTTP, once for all shapes: accepted with 202 and an id, then followed, cancelled or resumed.
+"""Long-running jobs over HTTP, shared by all shapes: accepted with 202 and an id, then followed, cancelled or resumed.
 
 A shape registers a kind of work and submits to it; everything else about jobs is here:
 
@@ -6,12 +6,12 @@ A shape registers a kind of work and submits to it; everything else about jobs i
     GET    /v1/jobs                  the caller's jobs, newest first
     GET    /v1/jobs/{id}             state, progress, the best so far; once done, the result and its sha256
     GET    /v1/jobs/{id}/events      server-sent events from number Last-Event-ID on; the last one is the whole job
-    DELETE /v1/jobs/{id}             cancels a job that is open (its work stops within a second), forgets a finished one
-    POST   /v1/jobs/{id}/resume      puts a failed, cancelled or lost job back into the queue, with its checkpoints
+    DELETE /v1/jobs/{id}             cancels an open job (its work stops within a second), deletes a finished one
+    POST   /v1/jobs/{id}/resume      queues a failed, cancelled or lost job again, with its checkpoints
 
-A job is seen by the bearer token that submitted it and by no other. Jobs survive the service: finished ones are kept
-(KEPT_JOBS a token, for KEPT_S), queued ones are queued again, interrupted ones go on from their checkpoints if their
-kind can (`resumes`) and are said to be lost if it cannot.
+A job is visible only to the bearer token that submitted it. Jobs survive restarts: finished ones are kept (KEPT_JOBS
+per token, for KEPT_S), queued ones are queued again, interrupted ones continue from their checkpoints if their kind can
+(`resumes`) and are otherwise reported as lost.
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ if TYPE_CHECKING:
 log = logging.getLogger("patchbay")
 
 RUNNING = 16
-"""jobs that run at once; the others wait in the queue, first come first served"""
+"""Number of jobs that run at once; the others wait in first-come order"""
 OPEN_JOBS = 8
-"""queued and running jobs of one token"""
+"""Largest number of queued and running jobs per token"""
 KEPT_JOBS, KEPT_S = 200, 7 * 86400.0
-"""finished jobs of one token, and for how long"""
+"""Number of finished jobs kept per token, and for how many seconds"""
 MAX_RESULT_BYTES = 16 << 20
 TELL_S = 0.1
-"""progress without a new best is told at most this often"""
+"""Shortest interval in seconds between progress events without a new best"""
 POLL_S = 0.25
-"""how often the process looks for stops that other processes were asked for"""
+"""Interval in seconds for checking stops that other processes were asked for"""
 RECOVER_S = 5.0
-"""how often it looks for jobs whose process has died"""
+"""Interval in seconds for checking for jobs whose process has died"""
 PING_S = 15.0
 
 
 class Running:
-    """A job while it runs: what its work is given. `tell` and `keep` may be called from any thread."""
+    """Handle of a running job, given to its work. `tell` and `keep` may be called from any thread."""
 
     def __init__(self, jobs: Jobs, record: Record, kept: list[Any], number: int) -> None:
         self.id, self.ask, self.about = record.id, record.ask, record.about
         self.kept = kept
-        """the checkpoints of earlier runs of this job, in order"""
+        """Checkpoints of earlier runs of this job, in order"""
         self.stopping = threading.Event()
-        """set when the job is over: cancelled, failed or done; for work on threads of its own"""
+        """Set when the job has ended (cancelled, failed or done), for threads that its work started"""
         self._jobs, self._number, self._told = jobs, number, 0.0
         self._checkpoints = len(kept)
         self._lock = threading.Lock()
 
     def tell(self, progress: float | None = None, best: Any = None, **more: Any) -> None:
-        """An event for those who follow. progress: 0 to 1. best: the best answer so far; without one the event is
-        dropped if another came less than TELL_S ago."""
+        """Send an event to followers. progress: 0 to 1. best: the best answer so far; an event without one is dropped
+        if another came less than TELL_S ago."""
         with self._lock:
             now = time.monotonic()
             if best is None and not more and now - self._told < TELL_S:
@@ -87,7 +87,7 @@ class Running:
             self._jobs.wrote(self.id, self._jobs.store.tell(self.id, self._number, data))
 
     def keep(self, data: Any) -> Future[int]:
-        """A checkpoint, JSON-able: given back in `kept` when the job is resumed. The future resolves once it is
+        """Store a checkpoint (JSON-able), returned in `kept` when the job is resumed. The future resolves once it is
         durable."""
         with self._lock:
             self._checkpoints += 1
@@ -95,24 +95,27 @@ class Running:
 
 
 Work = Callable[[Running], Awaitable[Any]]
-"""does a job's work on the event loop and returns its result, JSON-able; cancelled by asyncio's own cancellation"""
+"""Coroutine that does a job's work on the event loop and returns a JSON-able result; cancelled as asyncio tasks are"""
 
 
 @dataclass
 class Kind:
-    """A kind of work."""
+    """A registered kind of work."""
 
     work: Work
     resumes: bool
+    """Whether an interrupted job can continue from its checkpoints"""
 
 
 @dataclass
 class Jobs:
-    """The jobs of one service. Made once by `desk.shared(Jobs)`; `register` starts it."""
+    """The jobs of one service, created once by `desk.shared(Jobs)`; `register` starts the processing."""
 
     runtime: Any
     kinds: dict[str, Kind] = field(default_factory=dict)
+    """Kind -> how its work is done"""
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Job id -> its running task"""
 
     def __post_init__(self) -> None:
         self.store = JobStore(home(), self.runtime.settings.system)
@@ -125,7 +128,7 @@ class Jobs:
     # ---- for shapes ------------------------------------------------------------------------------------------------
 
     def register(self, kind: str, work: Work, resumes: bool = False) -> None:
-        """Do jobs of this kind by `work`. resumes: it goes on from `Running.kept` after an interruption.
+        """Register `work` for jobs of a kind. resumes: it can continue from `Running.kept` after an interruption.
 
         Called by a shape's `Service.__init__`, which runs on the event loop.
         """
@@ -141,8 +144,8 @@ class Jobs:
     ) -> Response:
         """Queue work for `ask` (JSON-able; given to the work, never shown). about: facts for the job's document.
 
-        Raises TooMany beyond OPEN_JOBS of one token. The answer, 202, is given once the job is on the disk; with
-        `wait`, after up to so many seconds, and it is 200 if the job has ended by then.
+        Answers 202 once the job is durable; with `wait`, after up to that many seconds, and 200 if the job has ended by
+        then. Raises TooMany beyond OPEN_JOBS of one token.
         """
         owner = owner_of(request)
         async with self._submitting:
@@ -162,7 +165,7 @@ class Jobs:
         return answer(made, 202 if made["state"] in OPEN_STATES else 200, {"location": f"/v1/jobs/{id}"})
 
     async def close(self) -> None:
-        """Stop working. Open jobs stay open on the disk: whoever starts next goes on with them."""
+        """Stop working. Open jobs stay open on disk, and the next process continues them."""
         self._closing = True
         working = [t for t in (self._watcher, *self.tasks.values()) if t is not None]
         for task in working:
@@ -196,7 +199,7 @@ class Jobs:
         finally:
             if id in self.running:
                 self.running.pop(id).stopping.set()
-        # shielded: a second DELETE must not leave a job open that nobody works on
+        # shielded: a second DELETE must not leave the job open with nobody working on it
         await asyncio.shield(asyncio.wrap_future(self.store.finish(id, state, result, wrong)))
         self._ring(id)
 
@@ -215,7 +218,7 @@ class Jobs:
         return result
 
     async def _watch(self) -> None:
-        """Take over what was interrupted, once the runtime is ready and whenever a process has died; stop what other
+        """Take over interrupted jobs, once the runtime is ready and whenever a process has died; stop jobs that other
         processes were asked to stop."""
         while self.runtime.problem:
             await asyncio.sleep(POLL_S / 5)
@@ -246,12 +249,12 @@ class Jobs:
     # ---- telling ---------------------------------------------------------------------------------------------------
 
     def wrote(self, id: str, write: Future[int]) -> None:
-        """Wake those who follow a job once `write` is done."""
+        """Wake a job's followers once `write` is done."""
         loop = self._loop
         assert loop is not None
 
         def ring(_: Future[int]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended; nobody follows
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody follows
                 loop.call_soon_threadsafe(self._ring, id)
 
         write.add_done_callback(ring)
@@ -261,7 +264,7 @@ class Jobs:
             event.set()
 
     async def mine(self, request: Request) -> Record:
-        """The job a request names, if its token submitted it. Raises NotFound for any other."""
+        """Return the job a request names, if its token submitted it. Raises NotFound for any other."""
         record = await asyncio.to_thread(self.store.get, request.path_params["id"][:64])
         if record is None or record.owner != owner_of(request):
             raise NotFound(f"You have no job {request.path_params['id'][:40]!r} here. GET /v1/jobs lists yours.")
@@ -273,7 +276,7 @@ class Jobs:
         return document(record, last)
 
     async def follow(self, id: str, after: int) -> AsyncIterator[bytes]:
-        """Server-sent events of a job, beginning behind number `after`, until it ends."""
+        """Yield a job's server-sent events after number `after`, until it ends."""
         news = asyncio.Event()
         self._followers.setdefault(id, set()).add(news)
         pinged = time.monotonic()
@@ -322,8 +325,8 @@ class Jobs:
         return await self._document(record.id)
 
     async def resume(self, record: Record) -> dict[str, Any]:
-        """Put an ended job back into the queue. Raises Conflict for one that is open or done, NotReady without a kind
-        that could do it."""
+        """Queue an ended job again. Raises Conflict for one that is open or done, NotReady if its kind of work is not
+        registered."""
         if record.state in (*OPEN_STATES, "done"):
             raise Conflict(f"The job is {record.state}; only failed, cancelled and lost jobs can be resumed.")
         if record.kind not in self.kinds:
@@ -335,7 +338,7 @@ class Jobs:
 
 
 def owner_of(request: Request) -> str:
-    """Who a job belongs to: the sha256 of the bearer token; "" where there are no tokens."""
+    """Return a job's owner: the sha256 of the bearer token; "" without a token file."""
     if request.state.token is OPEN:
         return ""
     value = request.headers.get("authorization", "").partition(" ")[2].strip()
@@ -343,7 +346,7 @@ def owner_of(request: Request) -> str:
 
 
 def document(record: Record, last: dict[str, Any]) -> dict[str, Any]:
-    """What a caller sees of a job. last: its newest event."""
+    """Build the document of a job that callers see. last: its newest event."""
     out: dict[str, Any] = {
         "id": record.id, "object": "job", "kind": record.kind, "state": record.state, "created": record.created,
         "started": record.started, "finished": record.finished, "progress": last.get("progress"),
@@ -366,7 +369,7 @@ def _event(name: str, data: Any, number: int | None = None) -> bytes:
 
 
 class Service:
-    """The routes of jobs; the Service of a shape with long work extends this."""
+    """Handlers of the jobs routes; the Service of a shape with long work extends this."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
@@ -406,4 +409,4 @@ ROUTES: tuple[Call, ...] = (
     Call("DELETE", "/v1/jobs/{id}", Service.job_cancel, ANY),
     Call("POST", "/v1/jobs/{id}/resume", Service.job_resume, ANY),
 )
-"""for a shape to add to its own"""
+"""Routes of jobs, for a shape to add to its own"""

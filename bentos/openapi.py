@@ -1,4 +1,4 @@
-"""The OpenAPI document of a service, made from its routes."""
+"""Generate a service's OpenAPI document from its routes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bentos.http import Call
 
 
 def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of `routes`."""
+    """Build the OpenAPI 3.1 document of `routes`."""
     paths: dict[str, Any] = {}
     schemas: dict[str, Any] = {}
     error = {"description": "refused; error.message names the value and the way out"}

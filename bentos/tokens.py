@@ -1,4 +1,5 @@
-"""Who may call a service: bearer tokens with scopes and rates, this machine alone without them, and no foreign page."""
+"""Access control: bearer tokens with scopes and rate limits; without a token file only this machine, and no foreign web
+page."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ from registry.errors import (
 )
 
 ANY = "any"
-"""scope of a call that every known token may make"""
+"""Scope of a call that every known token may make"""
 SCOPES = (*sorted(set(shapes.SCOPES.values())), "compare", "outcomes", "metrics")
-"""What a token may be allowed: the calls of each shape, and the desk's own"""
+"""All scopes a token may have: one per kind of shape, and the desk's own"""
 
 
 @dataclass
 class Bucket:
-    """Calls a token may still make; refills continuously."""
+    """Token bucket of a rate limit: the calls a token may still make, refilled continuously."""
 
     per_s: float
     burst: float
@@ -51,27 +52,31 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Token:
-    """A caller: known by the sha256 of its bearer token, never by the token."""
+    """A caller, identified by the sha256 of its bearer token; the token itself is not kept."""
 
     name: str
     scopes: frozenset[str]
     bucket: Bucket | None
     tenant: str = ""
-    """whose units, galleries and keys are its own; tokens may share one. Empty where there are no tokens"""
+    """Owner of units, galleries and keys; several tokens may share one. Empty without a token file"""
 
 
 OPEN = Token("anyone", frozenset(SCOPES), None)
 
 
 class Tokens:
-    """Who may call. Without a file everybody on this machine may, and nobody else.
+    """The tokens that may call. Without a file, everybody on this machine may call, and nobody else.
 
-    The file: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600,
-    "tenant": "..."}}; the tenant, by default the name, owns units, galleries and keys.
+    File format: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600, "tenant":
+    "..."}}. The tenant, by default the name, owns units, galleries and keys.
     """
 
     def __init__(self, file: Path | None, origins: str = "") -> None:
-        """origins: of pages elsewhere that may call, with commas: https://a.example,https://b.example"""
+        """Load the token file. origins: comma-separated origins of other pages that may call, such as
+        https://a.example.
+
+        Raises ConfigError for a file that is not in the format above.
+        """
         self.known: dict[str, Token] | None = None
         self.origins = frozenset(o.strip() for o in origins.split(",") if o.strip())
         if file is None:
@@ -88,12 +93,13 @@ class Tokens:
         return cls(Path(name) if name else None, os.environ.get("PATCHBAY_ORIGINS", ""))
 
     def check_host(self, host: str) -> None:
-        """Raises ConfigError if anybody on the network could call without a token."""
+        """Refuse to listen on a network address without tokens. Raises ConfigError."""
         if self.known is None and host not in ("127.0.0.1", "::1", "localhost"):
             raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
 
     def admit(self, header: str | None, scope: str, near: bool) -> Token:
-        """The caller. near: from this machine. Raises Unauthorised, Forbidden or TooMany."""
+        """Authenticate a caller and charge its rate limit. near: whether it calls from this machine. Raises
+        Unauthorised, Forbidden or TooMany."""
         if self.known is None:
             if not near:
                 raise Unauthorised(
@@ -105,7 +111,7 @@ class Tokens:
             raise Unauthorised("This service wants a bearer token: Authorization: Bearer <token>.")
         digest = hashlib.sha256(value.strip().encode()).hexdigest()
         found = None
-        for key, token in self.known.items():  # all of them, so that time says nothing about which matched
+        for key, token in self.known.items():  # all of them: timing must not reveal the match
             if hmac.compare_digest(key, digest):
                 found = token
         if found is None:
@@ -131,18 +137,18 @@ def _token(key: str, about: dict[str, Any]) -> Token:
 
 
 def near(request: Request) -> bool:
-    """Whether a call came in on a loopback address, or over no network at all.
+    """Return whether a call arrived at a loopback address, or over no network at all.
 
-    By the address it was sent to, which no header can forge. A Bento binds every address unless told otherwise, and
-    must not be open to all of them.
+    Judged by the address it was sent to, which no header can forge. A Bento binds every address by default and must not
+    be open to all of them.
     """
     if any(name in FORWARDED for name, _ in request.scope["headers"]):
-        return False  # it came through a proxy here, for somebody elsewhere
+        return False  # a local proxy forwarded it for somebody elsewhere
     return _loopback(_server(request))
 
 
 FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via"})
-"""Headers of proxies, as ASGI servers give them: bytes in lower case"""
+"""Headers that proxies add, lower-case bytes as ASGI servers give them"""
 
 
 def _server(request: Request) -> str:
@@ -152,16 +158,16 @@ def _server(request: Request) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the name in a Host header, without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
 def check_browser(tokens: Tokens, request: Request) -> str | None:
-    """The foreign origin that may see the answer, or None for a call from no page or from our own. Raises Forbidden for
-    pages that may not call, and for names that lead here and are not ours (rebinding)."""
-    # the server's own list, once: starlette's headers decode all of it for each that is asked for
+    """Return the foreign origin that may read the answer; None for a call from no page or from our own. Raises
+    Forbidden for pages that may not call, and for host names that are not ours (DNS rebinding)."""
+    # reads ASGI's raw header list once: starlette's headers decode all of it at each access
     sent = dict(reversed(request.scope["headers"]))
     host = sent.get(b"host", b"").decode("latin-1")
     server = _server(request)
@@ -190,6 +196,6 @@ def _address(host: str) -> bool:
 def _loopback(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a unix socket, or a call within the process
+    except ValueError:  # a Unix socket, or a call within the process
         return True
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -1,12 +1,12 @@
-"""What a service runs on: one base, its patches, one thread that works; it follows the ledger while it serves.
+"""Runtime of a service: one base, its arms and one worker thread; it follows the ledger while it serves.
 
-Start-up: load the base, pull and verify every digest the ledger names, warm each arm, prove the revert (strength 0 and
-no arm give the base's logits bit for bit), only then be ready. After that two quiet threads work: one follows the
-ledger (new arms are verified and warmed before the routing table is swapped by one reference; rows in flight keep their
-arm), one judges the live experiment about once a second and writes what it decides to the ledger.
+Start-up: load the base, pull and verify every digest that the ledger names, warm up each arm, prove that reverting
+works (strength 0 and no arm give the base's outputs bit for bit); only then is it ready. Then two background threads
+run: one follows the ledger (new arms are verified and warmed before the routing table is swapped by one reference; rows
+in flight keep their arm), one judges the live experiment about once a second and writes its decisions to the ledger.
 
-Only the champion, and the control of an experiment, must be servable: what else the ledger names and cannot be served
-here is a warning (page, log, metric). No thread ends by an exception, and `ill` says which is not well.
+Only the champion and an experiment's control must be servable; anything else in the ledger that cannot be served here
+is a warning (page, log, metric). No thread ends by an exception; `ill` says which is unhealthy.
 """
 
 from __future__ import annotations
@@ -47,27 +47,28 @@ log = logging.getLogger("patchbay")
 
 FOLLOW_S = 0.5
 WORK_SILENT_S, QUIET_SILENT_S = 120.0, 600.0
-"""longest silence of the thread that works (one step), and of those that follow and judge (a store may be slow)"""
+"""Longest healthy silence in seconds of the worker thread (one step), and of the following and judging threads (a store
+may be slow)"""
 STOP_S = 3.0
-"""a stop is over by then, whatever hangs"""
+"""Longest duration of a stop in seconds, whatever hangs"""
 AGAIN_S = 5.0
-"""what could not be served is tried again after this, or when the ledger moves"""
+"""Seconds after which loading an arm that could not be served is retried; also when the ledger changes"""
 SHADOW_QUEUE = 32
-"""rows waiting above which a shadow is dropped, so that it never delays an answer"""
+"""Queued rows above which shadow requests are dropped, so that they never delay an answer"""
 
 __all__ = ["CARRIED", "SHADOW_QUEUE", "Counts", "Runtime", "Settings", "check"]
 
 
 class Runtime:
-    """One base with its arms, decoding for everybody. `start` before use, `stop` after."""
+    """One base with its arms, shared by all requests. Call `start` before use and `stop` after."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts = Counts()
         self.problem = "starting"
-        """why it is not ready; empty when it is"""
+        """Why the service is not ready; empty when it is"""
         self.warnings: dict[str, str] = {}
-        """what goes wrong beside the serving: what -> why"""
+        """Problems that do not prevent serving: what -> why"""
         self.watch = Watch()
         self.table: Table | None = None
         self.events: Events | None = None
@@ -76,7 +77,8 @@ class Runtime:
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load, verify, warm, prove; then follow. Raises what stands in the way, and says it on /readyz."""
+        """Load, verify, warm up and prove; then follow the ledger. Raises whatever prevents serving, also shown by
+        /readyz."""
         try:
             pinned = self.settings.pinned
             self.ledger = None if pinned else Ledger()
@@ -102,7 +104,7 @@ class Runtime:
             raise
 
     def stop(self) -> None:
-        """End the threads and take the patches off; over within STOP_S, whatever hangs."""
+        """End the threads and remove the patches, within STOP_S whatever hangs."""
         until = time.monotonic() + STOP_S
         self.watch.stopping.set()
         self.problem = self.problem or "stopping"
@@ -118,18 +120,18 @@ class Runtime:
 
     @property
     def warning(self) -> str:
-        """Everything that goes wrong beside the serving, in one line; empty if nothing does."""
+        """All problems that do not prevent serving, in one line; empty if there are none."""
         return "; ".join([*self.warnings.values(), *(why for k, why in self.watch.ill().items() if k != "work")])
 
     def dead(self) -> str:
-        """What only a new process mends; empty if there is nothing. /livez says it."""
+        """Return problems that only a new process solves, for /livez; empty if there are none."""
         if self.watch.stopping.is_set():
             return ""
         ended = [why for why in self.watch.ill().values() if "has ended" in why]
         return "; ".join([*ended, *self._broken()])
 
     def ill(self) -> str:
-        """Why nothing is to be sent here now; empty if all is well. /readyz says it."""
+        """Return why no request should be sent here now, for /readyz; empty if all is well."""
         if self.problem:
             return self.problem
         written = self.events.problem() if self.events else ""
@@ -140,17 +142,17 @@ class Runtime:
 
     @property
     def base(self) -> Base:
-        """The base that patches go on."""
+        """The base to which patches are applied."""
         return self.subject.base
 
     @property
     def worker(self) -> Worker[Any]:
-        """What runs jobs; only its own thread may touch it."""
+        """The worker that runs jobs; only its own thread may touch it."""
         return self.loop.worker
 
     @property
     def judging(self) -> str:
-        """Who judges the experiments of this system."""
+        """The process that judges this system's experiments."""
         return self.judge.who
 
     # ---- work, from any thread -----------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class Runtime:
         self.loop.submit(jobs)
 
     def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        """Run jobs to their end and wait, from a thread that may. Raises the error of the first that failed."""
+        """Run jobs to completion, blocking the calling thread. Raises the error of the first job that failed."""
         left, done = len(jobs), threading.Event()
 
         def count(job: Any) -> None:
@@ -185,22 +187,22 @@ class Runtime:
         return jobs
 
     def cancel(self, job: Any) -> None:
-        """Stop a job; its neighbours do not notice."""
+        """Stop a job, without effect on others."""
         self.loop.cancel(job)
 
     def call(self, command: Callable[[], Any]) -> Any:
-        """Run on the worker's thread, between steps, and wait for the answer."""
+        """Run a command on the worker's thread between steps, and wait for its result."""
         return self.loop.call(command)
 
     @property
     def queued(self) -> int:
-        """Jobs waiting or running."""
+        """Number of jobs waiting or running."""
         return self.loop.queued
 
     # ---- arms ----------------------------------------------------------------------------------------------------
 
     def _pin(self, folder: Path) -> str:
-        """The champion of a deployment that carries its own: a patch's digest, or "base"."""
+        """Return the champion of a deployment with a pinned artifact: the patch's digest, or "base"."""
         about = self._own(folder)
         if about.kind == "model" and not about.files:
             return BASE
@@ -208,7 +210,7 @@ class Runtime:
         return about.digest
 
     def _own(self, folder: Path, digest: str | None = None) -> Manifest:
-        """The manifest of a sealed folder, if it was made from the bases that are loaded. Raises WrongBase else."""
+        """Read the manifest of a sealed folder and check that it belongs to the loaded bases. Raises WrongBase."""
         about = manifest.read(folder, digest=digest)
         for role, label in about.bases.items():
             if role in self.subject.bases and label.rpartition("@")[2] != self.subject.bases[role].digest:
@@ -219,7 +221,7 @@ class Runtime:
         return about
 
     def folder(self, digest: str) -> Path:
-        """The sealed folder of a patch that is served here, verified."""
+        """Return the verified sealed folder of an arm that is served here."""
         if self.settings.pinned:
             manifest.read(self.settings.pinned, digest=digest)
             return self.settings.pinned
@@ -249,25 +251,25 @@ class Runtime:
                         log.info("serving champion %s", table.champion[:16])
                     self.table = table
                 self.calm("ledger")
-            except Exception as e:  # the old table keeps serving, loudly
+            except Exception as e:  # the old table keeps serving, and the warning shows
                 self.warn("ledger", f"cannot follow the ledger: {e}")
 
     def warn(self, what: str, why: str) -> None:
-        """On the page, in the log (once) and in the metrics."""
+        """Set a warning, shown on the page, in the log (once) and in the metrics."""
         if self.warnings.get(what) != why:
             log.error(why)
         self.warnings = {**self.warnings, what: why}
 
     def calm(self, *what: str) -> None:
-        """These are well again."""
+        """Clear warnings."""
         self.warnings = {k: why for k, why in self.warnings.items() if k not in what}
 
     def _follow_once(self, head: ledgers.Entry | None) -> Table:
-        """The table of a ledger's entry. Raises what keeps the champion or the control from being served; anything else
-        that cannot be served is left out, with a warning."""
+        """Build the routing table of a ledger entry, loading its arms. Raises if the champion or the control cannot be
+        served; any other arm that cannot is left out with a warning."""
         x = experiments.load(head.experiment) if head and head.experiment else None
         if x and self.events and self.events.lost[x.name]:
-            x = None  # see _stop_if_lost
+            x = None  # being stopped, see _stop_if_lost
         champion = head.champion if head else BASE
         challenger = head.challenger if head else None
         must = {champion, *((x.control,) if x else ())}
@@ -291,14 +293,14 @@ class Runtime:
         return self._table(head, champion, None if challenger in cannot else challenger, x)
 
     def _load(self, digest: str) -> None:
-        """One more arm, from the store. Raises what stands in the way."""
+        """Load an arm from the store. Raises whatever prevents it."""
         from registry import store
 
         folder = store.pull(digest)
         self._add(digest, load_arm(folder, self._own(folder, digest), self.settings.device))
 
     def _stop_if_lost(self) -> None:
-        """An experiment that lost what it should count is stopped: what it would say is not what happened."""
+        """Stop an experiment that lost events: its estimates would be biased."""
         x = self.table.experiment if self.table else None
         if x is None or self.events is None or self.ledger is None or not (lost := self.events.lost[x.name]):
             return
@@ -318,7 +320,7 @@ class Runtime:
         )  # fmt: skip
 
     def _add(self, digest: str, arm: Arm) -> None:
-        """What was verified becomes an arm, and has worked once and been proved before anybody is routed to it."""
+        """Add a verified arm, and run and prove it once before any request is routed to it."""
         self.call(lambda: self.subject.add(digest, arm))
         try:
             self.worker.prepare(digest, arm if isinstance(arm, Patch) else None)
@@ -331,20 +333,20 @@ class Runtime:
             raise
 
     def _prove(self, digest: str) -> None:
-        """Strength 0, and no arm at all, must be the base bit for bit; an edit that is never reached is refused, and so
-        are answers that are not finite."""
+        """Check that strength 0, and no arm, give the base's outputs bit for bit. Raises NotReady otherwise, and for
+        edits that are never reached or outputs that are not finite."""
         look = self.worker.proof
         base = look(None)
         look(digest)
         if not isinstance(self.subject.arms[digest], Patch):
-            return  # a model or a search has no strength at which it is the base
+            return  # models and searches have no strength at which they equal the base
         if not torch.equal(look(digest, 0.0), base) or not torch.equal(look(None), base):
             raise NotReady(f"{named(digest)} does not revert to the base bit for bit; it is not served.")
         if missed := [m for m in self.subject.applied.unreached() if m.startswith(f"{digest}:")]:
             raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
 
     def _forget_unused(self) -> None:
-        """Remove arms nobody is routed to and no row uses."""
+        """Remove arms that no routing names and no row uses."""
         table = self.table
         if table is None:
             return

@@ -1,8 +1,8 @@
-"""Who gets what: a request's wish and the routing table give an arm. Pure; one table is valid for one instant.
+"""Routing: map a request's wish and the routing table to an arm. Pure functions; a table is an immutable snapshot.
 
-A wish is `base | champion | challenger | sha256:<digest or 8 hex digits of it> | auto`, in the header X-Patchbay-Arm
-or in the field `model` (which may also be the base's name, the system's, or system@champion). `auto`, or nothing, means
-the live experiment, if there is one, which assigns the unit; else the champion.
+A wish is `base | champion | challenger | sha256:<digest or 8 hex digits of it> | auto`, from the header X-Patchbay-Arm
+or the field `model` (which may also be the base's name, the system's, or system@champion). `auto`, or none, means the
+live experiment, which assigns the unit, if there is one; else the champion.
 """
 
 from __future__ import annotations
@@ -35,47 +35,48 @@ class NoModel(NotFound):
 
 @dataclass(frozen=True)
 class Table:
-    """What may be asked for. Replaced whole when the ledger moves; a request keeps the one it began with."""
+    """Routing table: what requests may ask for. Replaced as a whole when the ledger changes; a request keeps the one it
+    began with."""
 
     system: str
     base: str
-    """name of the base"""
+    """Name of the base"""
     base_digest: str
     champion: str
-    """digest, or "base" """
+    """Digest of the champion, or "base" """
     challenger: str | None
     experiment: Experiment | None
     loaded: frozenset[str]
-    """digests that are arms now"""
+    """Digests of the arms in memory"""
     head: str
-    """hash of the ledger entry this follows"""
+    """Hash of the ledger entry from which this table was built"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One request's arm."""
+    """The arm chosen for one request."""
 
     label: str
-    """base, champion, challenger, control, treatment or digest: as answers say it"""
+    """Name in answers: base, champion, challenger, control, treatment or a digest"""
     digest: str
-    """digest, or "base" """
+    """Digest of the arm, or "base" """
     experiment: Experiment | None = None
-    """set if this answer is an exposure"""
+    """Experiment in which this answer is an exposure; None: none"""
     side: Arm | None = None
     unit: str | None = None
     owner: str = ""
-    """whose unit it is: the tenant of the token that named it; empty where there are no tokens"""
+    """Tenant of the token that named the unit; empty without a token file"""
     told: bool = True
-    """whether the caller may know the arm; in an experiment, one who only generates may not choose whom to hurt"""
+    """Whether the caller may know the arm; in an experiment, callers without `compare` may not choose who gets which"""
 
     @property
     def counted(self) -> str:
-        """The unit as the experiment counts it."""
+        """The unit's name in the experiment's counts."""
         return owned(self.owner, self.unit or "")
 
     @property
     def shown(self) -> tuple[str, str]:
-        """Label and digest as the caller is told them."""
+        """Label and digest as told to the caller."""
         return (self.label, self.digest) if self.told or self.experiment is None else ("auto", "")
 
     @property
@@ -85,14 +86,14 @@ class Choice:
 
 
 def owned(owner: str, unit: str) -> str:
-    """A unit of one tenant: nobody else's unit has that name."""
+    """Prefix a unit with its tenant, so that tenants' units never coincide."""
     return f"{owner}{OWNER}{unit}" if owner else unit
 
 
 def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", told: bool = True) -> Choice:
-    """The arm for a wish of `owner`, who may know it if `told`.
+    """Choose the arm for a wish of `owner`, who may know it if `told`.
 
-    Raises NotFound naming what can be asked for, BadRequest for a unit that cannot be one.
+    Raises NotFound naming what can be asked for, BadRequest for a malformed unit.
     """
     if unit is not None and not UNIT.fullmatch(unit):
         raise BadRequest(f"unit {unit[:40]!r} must be 1 to 128 printable characters without spaces.")
@@ -128,6 +129,6 @@ def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", to
 
 
 def other(choice: Choice) -> Choice:
-    """The arm a shadow decodes beside the control."""
+    """Return the treatment arm that a shadow request runs beside the control."""
     assert choice.experiment is not None
     return replace(choice, label=TREATMENT, digest=choice.experiment.treatment, side=TREATMENT)

@@ -1,4 +1,4 @@
-"""Judging the live experiment about once a second; what is decided is written to the ledger."""
+"""Judge the live experiment about once a second, and write decisions to the ledger."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ log = logging.getLogger("patchbay")
 
 JUDGE_S = 1.0
 JUDGE_AGAIN_S = 5.0
-"""how often one who may not judge asks whether it may now"""
+"""Interval in seconds at which a process that does not judge tries to become the judge"""
 WINDOW_S = 10.0
-"""how often the live experiment's numbers go to MLflow, which only displays them"""
+"""Interval in seconds at which the live experiment's estimates go to MLflow, which only displays them"""
 
 
 class Judge:
-    """One process of a deployment judges a system: the one that holds the system's lock."""
+    """Judge of a system's experiments. Only the process that holds the system's file lock judges."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.r = runtime
         self.who = ""
-        """who judges the experiments of this system: "this process", or another by its number"""
+        """The process that judges this system's experiments: "this process", or another's number"""
 
     def run(self) -> None:
-        """Only one process of a deployment judges a system: the one that holds the system's lock, and says so in it."""
+        """Wait for the system's lock, write this process into it, then judge until the service stops."""
         file = home() / f"judge-{self.r.settings.system}.lock"
         with file.open("a+") as lock:
             while not self.r.watch.stopping.is_set():
@@ -68,7 +68,8 @@ class Judge:
                 self.r.warn("judge", f"cannot judge: {e}")
 
     def _show(self, decision: experiments.Decision) -> None:
-        """The experiment's numbers, and after a decision the new champion, in MLflow. The ledger does not need it."""
+        """Show the experiment's estimates, and after a decision the new champion, in MLflow. The ledger does not depend
+        on it."""
         from registry import store
 
         try:
@@ -91,7 +92,7 @@ class Judge:
             log.warning("MLflow does not show the experiment: %s", e)
 
     def once(self) -> experiments.Decision | None:
-        """Judge the live experiment; act on the ledger if it says so."""
+        """Judge the live experiment once; act on the ledger if it is decided."""
         if self.r.ledger is None or self.r.events is None:
             return None
         head = self.r.ledger.sound(self.r.settings.system)
@@ -111,6 +112,6 @@ class Judge:
                     **({"digest": x.treatment} if decision.action == "promote" else {}),
                 )  # fmt: skip
             log.warning("%s: %s (%s)", x.name, decision.action, decision.why)
-        except PatchbayError as e:  # somebody decided first: look again in a second
+        except PatchbayError as e:  # another process decided first; retry in a second
             log.info("not decided: %s", e)
         return decision

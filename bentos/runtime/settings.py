@@ -1,4 +1,4 @@
-"""How a service is deployed, and what can be told before anything is loaded."""
+"""Deployment settings of a service, and the checks that are possible before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from registry.errors import NotReady
 from registry.systems import system
 
 CARRIED = Path(__file__).parents[2] / "carried"
-"""in a Bento: the sealed folder it was built to serve; a checkout has none"""
+"""Sealed folder inside a Bento that it was built to serve; absent in a checkout"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a service is deployed; from the environment, so that a Bento and a laptop say it the same way."""
+    """Deployment settings of a service, from environment variables, so that a Bento and a laptop are configured
+    alike."""
 
     system: str
     base: str | None = None
-    """reference of the base; None: the one the artifact's manifest names"""
+    """Reference of the base; None: the one in the artifact's manifest"""
     device: str = "cpu"
     slots: int = 32
-    """rows of one batch"""
+    """Largest number of rows in one batch"""
     context: int = 4096
     """tokens of a row, prompt and answer"""
     kv_gib: float = 0.0
@@ -37,7 +38,7 @@ class Settings:
     provider: str = ""
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None
-    """sealed folder of the one patch to serve, or of the bare base; then there is no ledger and no store"""
+    """Sealed folder of the only patch to serve, or of the bare base; then neither ledger nor store is used"""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -56,9 +57,9 @@ class Settings:
 
 
 def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
-    """role -> reference of each base, if all that can be told before they are loaded is well.
+    """Check settings before loading; return the reference of each base: role -> reference.
 
-    Raises NotReady with the way out.
+    Raises NotReady saying what to do.
     """
     row = system(s.system)
     check_device(s.device)
@@ -88,7 +89,7 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
 
 
 def _named(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
-    """role -> reference, as the pinned artifact, the champion or the challenger names it."""
+    """Return role -> reference, as named by the pinned artifact, the champion or the challenger."""
     folder = s.pinned
     for digest in (head.champion, head.challenger) if head and folder is None else ():
         if digest and digest != BASE:

@@ -1,4 +1,4 @@
-"""Threads that one exception does not end, and that somebody looks at."""
+"""Supervised threads: restarted after exceptions, and monitored for silence."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 log = logging.getLogger("patchbay")
 
 PAUSE_S = 0.2
-"""before a thread that raised goes on, doubled each time up to PAUSE_MAX_S"""
+"""Pause in seconds before a failed thread is restarted, doubled each time up to PAUSE_MAX_S"""
 PAUSE_MAX_S = 5.0
 CALM_S = 60.0
-"""without an exception for so long, a thread's earlier ones are forgotten"""
+"""Seconds without an exception after which earlier ones are forgotten"""
 
 
 @dataclass
@@ -23,32 +23,33 @@ class _Watched:
     thread: threading.Thread | None = None
     beat: float = field(default_factory=time.monotonic)
     fell: int = 0
-    """exceptions lately"""
+    """Number of recent exceptions"""
     at: float = 0.0
     why: str = ""
-    """when it fell last, and by what"""
+    """Type of the last exception"""
 
 
 class Watch:
-    """A few threads with names. Each calls `beat` in its loop; `ill` says which of them are not well."""
+    """Supervisor of named threads. Each calls `beat` in its loop; `ill` reports the unhealthy ones."""
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
         self._all: dict[str, _Watched] = {}
 
     def spawn(self, name: str, work: Callable[[], None], limit_s: float) -> None:
-        """Run work() until it returns; after an exception it is begun again. limit_s: longest silence that is well."""
+        """Run work() on a thread until it returns, restarting it after exceptions. limit_s: longest healthy silence in
+        seconds."""
         w = self._all[name] = _Watched(limit_s)
         w.thread = threading.Thread(target=self._run, args=(name, work, w), name=name, daemon=True)
         w.thread.start()
 
     def beat(self, name: str) -> None:
-        """Said by the thread itself: I am at work."""
+        """Signal that a thread is alive; called by the thread itself."""
         if (w := self._all.get(name)) is not None:
             w.beat = time.monotonic()
 
     def ill(self) -> dict[str, str]:
-        """name -> what is wrong with the thread. Empty once it is to stop."""
+        """Return name -> what is wrong with the thread; empty while stopping."""
         if self.stopping.is_set():
             return {}
         out, now = {}, time.monotonic()
@@ -62,7 +63,7 @@ class Watch:
         return out
 
     def stop(self, until: float) -> list[str]:
-        """Ask all to end and wait for them until the monotonic time `until`; the names of those left behind."""
+        """Ask all threads to end and wait until the monotonic time `until`; return the names of those still running."""
         self.stopping.set()
         left = []
         for name, w in self._all.items():
@@ -78,7 +79,7 @@ class Watch:
             try:
                 work()
                 return
-            except BaseException as e:  # a thread that serves everybody ends for nobody
+            except BaseException as e:  # even BaseException: all requests depend on this thread
                 w.fell = 1 if time.monotonic() - start > CALM_S else w.fell + 1
                 w.why, w.at = type(e).__name__, time.monotonic()
                 log.exception("the thread %s fell; it is begun again", name)

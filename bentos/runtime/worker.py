@@ -1,4 +1,4 @@
-"""The one thread that works: commands between steps, steps of the worker, and telling those who wait."""
+"""The worker's thread: runs commands between steps, steps of the worker, and callbacks to those who wait."""
 
 from __future__ import annotations
 
@@ -21,50 +21,55 @@ from registry.errors import Failed, NotReady, PatchbayError, TooMany
 log = logging.getLogger("patchbay")
 
 QUEUE = 512
-"""rows waiting or running; more get 429"""
+"""Largest number of rows waiting or running; more are refused with 429"""
 CALL_S = 120.0
-"""how long something that has to be done between two steps is waited for"""
+"""Longest wait in seconds for a command that runs between two steps"""
 
 
 @dataclass
 class Counts:
-    """What /metrics shows."""
+    """Counters that /metrics shows."""
 
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(arm label, status)"""
+    """(arm label, HTTP status) -> answers"""
     tokens: Counter[str] = field(default_factory=Counter)
+    """Arm -> row steps (a token of text, an image, a denoising step)"""
     steps: int = 0
+    """Number of steps of the worker"""
     rows: int = 0
+    """Number of rows over all steps"""
     seconds: float = 0.0
+    """Seconds spent in steps"""
     shadows_dropped: int = 0
     failed: Counter[str] = field(default_factory=Counter)
-    """arm -> jobs that failed alone"""
+    """Arm -> jobs that failed alone"""
     unwritten: int = 0
-    """answers that went out before their exposure was on the disk"""
+    """Answers sent before their exposure was durable"""
 
 
 class Loop:
-    """Steps a worker on a thread of its own (`work`), and takes jobs and commands from any other."""
+    """Steps a worker on its own thread (`work`), and accepts jobs and commands from other threads."""
 
     def __init__(self, worker: Worker[Any], watch: Watch, counts: Counts) -> None:
         self.worker, self.watch, self.counts = worker, watch, counts
         self.broken = ""
-        """why the base itself cannot work any more; empty while it can"""
+        """Why the base itself no longer works, such as a lost device; empty while it does"""
         self.inflight: Counter[str] = Counter()
-        """arm -> jobs waiting or running"""
+        """Arm -> number of jobs waiting or running"""
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._counting = threading.Lock()
 
     def wake(self) -> None:
-        """Let the thread look around, for instance to see that it shall stop."""
+        """Wake the thread, for instance to see that it should stop."""
         with self._wake:
             self._wake.notify_all()
 
     def submit(self, rows: Sequence[Any]) -> None:
         """Queue jobs of the worker's kind.
 
-        Raises TooMany if the queue is full, TooLarge if a prompt does not fit; then nothing is queued.
+        Raises TooMany if the queue is full, and as the worker's `check` for a job that does not fit; then none is
+        queued.
         """
         if sum(self.inflight.values()) + len(rows) > QUEUE:
             raise TooMany(f"{QUEUE} rows are waiting or running; try again in a few seconds.")
@@ -77,7 +82,7 @@ class Loop:
     def _join(self, rows: Sequence[Any]) -> None:
         try:
             self.worker.add(rows)
-        except Exception as e:  # checked before, but nobody may wait for a job that nobody runs
+        except Exception as e:  # checked before, but no request may wait for a job that is not running
             why = e if isinstance(e, PatchbayError) else Failed(f"This job cannot be queued ({type(e).__name__}).")
             for row in rows:
                 fail(row, why)
@@ -86,7 +91,7 @@ class Loop:
             raise
 
     def cancel(self, row: Any) -> None:
-        """Stop a row; its neighbours do not notice."""
+        """Stop a row, without effect on others."""
 
         def command() -> None:
             if not row.finished:
@@ -103,11 +108,13 @@ class Loop:
         return sum(self.inflight.values())
 
     def tell(self, command: Callable[[], None]) -> None:
+        """Queue a command for the worker's thread."""
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
 
     def work(self) -> None:
+        """Run commands and steps until the service stops; then fail what is left."""
         torch.set_grad_enabled(False)
         while not self.watch.stopping.is_set():
             with self._wake:
@@ -129,11 +136,11 @@ class Loop:
         while commands:
             try:
                 commands.popleft()()
-            except BaseException:  # the commands after it are other people's
+            except BaseException:  # the commands after it belong to other requests
                 log.exception("a command of a request failed")
 
     def _step(self) -> None:
-        """One step of the worker, and what it means for those who wait."""
+        """Run one step of the worker; update counters and call back."""
         start = time.perf_counter()
         touched: Sequence[Job] = self.worker.advance()
         self.counts.steps += 1
@@ -154,11 +161,11 @@ class Loop:
         if row.on_step is not None:
             try:
                 row.on_step(row)
-            except Exception:  # its caller's event loop may be gone
+            except Exception:  # the caller's event loop may have ended
                 log.debug("nobody listens to a job any more", exc_info=True)
 
     def _suspect(self) -> None:
-        """Everything failed: is it the jobs, or can the base itself not work any more (a lost device)?"""
+        """Find out, after all jobs of a step failed, whether the base itself still works."""
         try:
             self.worker.proof(None)
             self.broken = ""
@@ -171,7 +178,7 @@ class Loop:
             self.inflight[row.arm or BASE] -= 1
 
     def call(self, command: Callable[[], Any]) -> Any:
-        """Run on the worker's thread, between steps, and wait for the answer."""
+        """Run a command on the worker's thread between steps, and wait for its result."""
         done = threading.Event()
         box: list[tuple[Any, BaseException | None]] = []
 
@@ -193,7 +200,7 @@ class Loop:
         return value
 
     def probe(self, digest: str) -> Any:
-        """A small job of an arm, done."""
+        """Run a small job of an arm to completion, as a health check. Raises NotReady without an answer."""
         done = threading.Event()
         row: Any = self.worker.probe(digest)
         row.on_step = lambda r: done.set() if r.finished else None

@@ -1,4 +1,4 @@
-"""The shapes: what a service can be asked, a module each, with ROUTES and a class `Service(desk)`."""
+"""API shapes: each module defines what a service can be asked, with ROUTES and a class `Service(desk)`."""
 
 SCOPES = {
     "caption": "generate",
@@ -11,5 +11,5 @@ SCOPES = {
     "generate": "generate",
     "render": "render",
 }
-"""shape -> the scope that a token needs for its calls; token files may name these and the desk's own.
-Here and not in the modules, so that a token file is checked without importing what other systems need"""
+"""Shape -> scope that a token needs for its calls; token files may name these and the desk's own. Defined here and not
+in the modules, so that a token file is checked without importing what other systems need"""

@@ -1,4 +1,4 @@
-"""From tokens to what `generate` answers: the text of each row as it grows, whole answers, and parts of a stream."""
+"""Format answers of `generate`: incremental text of each row, whole answers, and chunks of a stream."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ JOINT = 8
 
 @dataclass
 class Text:
-    """One row's text as it grows: whole characters only, cut before a stop string."""
+    """Incrementally decoded text of one row: only whole characters, cut before a stop string."""
 
     tokenizer: Any
     stops: Sequence[str]
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    """everything decoded"""
+    """Everything decoded so far"""
     given: int = 0
-    """characters handed out"""
+    """Number of characters returned by `take` so far"""
     stopped: bool = False
     before: Sequence[int] = ()
     """the prompt's last tokens: what the first one's text may depend on (Llama 2's loses its space without them)"""
@@ -41,22 +41,22 @@ class Text:
             self._to -= 1
 
     def push(self, ids: Sequence[int]) -> None:
-        """Decode new tokens, with the few before them as context (a token's text may depend on its neighbour)."""
+        """Decode new tokens together with the few before them, since a token's text may depend on its neighbour."""
         self.ids.extend(ids)
         before, now = self._decode(self._to), self._decode(len(self.ids))
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character, wait for the rest
+        if len(now) > len(before) and not now.endswith("\ufffd"):  # else: half a character; wait for the rest
             self.text += now[len(before) :]
             self._from, self._to = self._to, len(self.ids)
             self._cut()
 
     def end(self) -> None:
-        """No more tokens: what was held back is text now."""
+        """Finish decoding: held-back text becomes final."""
         if not self.stopped and self._to < len(self.ids):
             self.text += self._decode(len(self.ids))[len(self._decode(self._to)) :]
             self._cut()
 
     def take(self, last: bool = False) -> str:
-        """Text not handed out yet, less what may still become a stop string."""
+        """Return text not yet returned, except a suffix that may become a stop string."""
         upto = len(self.text)
         if not last and not self.stopped:
             upto -= max((n for s in self.stops for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
@@ -76,7 +76,7 @@ class Text:
 
 @dataclass
 class Line:
-    """One choice of one answer: a row being decoded, and its text."""
+    """One choice of an answer: a row being decoded, and its text."""
 
     index: int
     prompt: int
@@ -84,10 +84,11 @@ class Line:
     text: Text
     arm: str
     seen: int = 0
-    """tokens already turned into text"""
+    """Number of tokens already converted to text"""
 
     @property
     def finish(self) -> str | None:
+        """Finish reason in OpenAI's words; None while decoding."""
         if self.text.stopped:
             return "stop"
         return "length" if self.row.finished == "length" else "stop" if self.row.finished else None
@@ -95,7 +96,7 @@ class Line:
 
 @dataclass(frozen=True)
 class About:
-    """What every part of one answer repeats."""
+    """Fields that every chunk of an answer repeats."""
 
     kind: str
     id: str
@@ -139,6 +140,7 @@ class About:
     def part(
         self, line: Line, text: str, *, role: bool = False, finish: str | None = None, logprobs: Any = None
     ) -> bytes:
+        """Build one server-sent event with new text of a choice."""
         one: dict[str, Any] = {"index": line.index, "finish_reason": finish, "logprobs": logprobs}
         if self.kind == "chat":
             one["delta"] = (
@@ -152,6 +154,7 @@ class About:
         return b"data: " + orjson.dumps({**self.head(name), "choices": [one]}) + b"\n\n"
 
     def usage_part(self, lines: list[Line]) -> bytes:
+        """Build the last event, with token counts."""
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return b"data: " + orjson.dumps({**self.head(name), "choices": [], "usage": self.usage(lines)}) + b"\n\n"
 

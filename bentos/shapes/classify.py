@@ -1,7 +1,7 @@
-"""The shape `classify`: pictures against labels in words, zero-shot, or against the label set that was sealed with a
-patch; every picture of a batch may name its own arm.
+"""API shape `classify`: zero-shot classification of images by labels in words, or by the label set sealed with a patch.
 
-`/v1/classify`, JSON or a multipart form. Base and patched side by side with `patchbay.compare`.
+`/v1/classify`, JSON or a multipart form. Every image of a batch may name its own arm. `patchbay.compare` answers with
+base and patched side by side.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from registry.ab.ledger import BASE
 from registry.errors import BadArtifact, BadRequest, PatchbayError, TooLarge
 
 MAX_LABELS, MAX_TEMPLATES, MAX_TEXTS = 1000, 80, 8000
-"""texts: labels x templates"""
+"""Limits on labels, on templates, and on texts (labels x templates)"""
 KEPT_NUMBERS, KEPT_SETS = 4 << 20, 64
-"""Numbers of all kept classifiers together (16 MB), and how many label sets are kept"""
+"""Limits on kept classifiers: their numbers in total (16 MB), and the number of sealed label sets"""
 
 Label = Annotated[str, Field(max_length=200, pattern=r"\S")]
 Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
@@ -45,16 +45,16 @@ Templates = Annotated[list[Annotated[str, Field(max_length=200, pattern=r"\{\}")
 
 
 class Classify(BaseModel):
-    """POST /v1/classify"""
+    """Classify images (POST /v1/classify)."""
 
     model_config = Strict
     images: Images
     labels: Labels | None = None
-    """by default the label set sealed with the patch that is asked for, else with the champion or the challenger"""
+    """Class names; by default the label set sealed with the chosen patch, else with the champion or the challenger"""
     templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
-    """{} is where the label goes; embeddings are averaged over templates"""
+    """Prompt templates with {} for the label; text embeddings are averaged over them"""
     top: Annotated[int, Field(ge=1, le=MAX_LABELS)] = 5
-    """how many labels to tell of"""
+    """Number of best labels to return"""
     model: Annotated[str, Field(max_length=200)] | None = None
     user: str | None = None
     """the unit of an experiment: printable, without spaces"""
@@ -63,32 +63,32 @@ class Classify(BaseModel):
 
 @dataclass
 class Entry:
-    """One picture of a request: what became of it."""
+    """One image of a request, and what became of it."""
 
     choice: Choice
     job: Picture | None = None
     beside: Picture | None = None
-    """the same picture for the base, if both are wanted"""
+    """The same image for the base, with `compare`"""
     refused: PatchbayError | None = None
 
     @property
     def failed(self) -> PatchbayError | None:
-        """Why it was not embedded though it was sound."""
+        """Why a valid image was not embedded."""
         return next((p.error for p in (self.job, self.beside) if p is not None and p.error is not None), None)
 
 
 class Classifiers:
-    """Zero-shot classifiers (k, C), times the logit scale, on the CPU; the latest are kept. Of the worker's thread."""
+    """Cache of zero-shot classifiers (k, C), times the logit scale, on the CPU. Used on the worker's thread."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.kept: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
         self.sealed: OrderedDict[str, LabelSet | None] = OrderedDict()
-        """by digest; None for an artifact without"""
+        """Digest -> sealed label set; None for an artifact without one"""
 
     async def carried(self, table: Table, choice: Choice) -> tuple[LabelSet, str]:
-        """The label set of the patch that was chosen, else of the champion, else of the challenger, and the digest of
-        that patch. Raises BadRequest if none of them carries one."""
+        """Return the label set of the chosen patch, else of the champion, else of the challenger, and that patch's
+        digest. Raises BadRequest if none has one."""
         for digest in (choice.digest, table.champion, table.challenger):
             if digest and digest != BASE and (found := await asyncio.to_thread(self._read, digest)) is not None:
                 return found, digest
@@ -109,12 +109,13 @@ class Classifiers:
         return self.sealed[digest]
 
     async def of(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Raises BadRequest for doubled labels, TooLarge for more than MAX_TEXTS texts."""
+        """Return the classifier of these labels. Raises BadRequest for duplicate labels, TooLarge for more than
+        MAX_TEXTS texts."""
         if len(labels) * len(templates) > MAX_TEXTS:
             raise TooLarge(f"{len(labels)} labels x {len(templates)} templates are more than {MAX_TEXTS} texts.")
         key = (tuple(labels), tuple(templates))
         found = self.kept.get(key)
-        if found is not None:  # nobody waits for the worker when there is nothing to do
+        if found is not None:  # avoids waiting for the worker
             return found
         made: Tensor = await asyncio.to_thread(self.runtime.call, lambda: self._make(*key))
         return made
@@ -132,7 +133,7 @@ class Classifiers:
 
 
 class Service:
-    """The routes, for one desk."""
+    """Handlers of this shape's routes."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
@@ -157,7 +158,7 @@ class Service:
         except PatchbayError as e:
             await self.desk.expose(request, choice, e.status, start)
             raise
-        # a picture that its arm failed on is that arm's failure, though the others are answered
+        # an image on which its arm failed counts as that arm's failure, though the others are answered
         status = max([e.failed.status for e in entries if e.failed and e.choice.arm == choice.arm], default=200)
         await self.desk.expose(request, choice, status, start)
         results = [self._result(i, e, by, ask.top) for i, e in enumerate(entries)]
@@ -169,7 +170,8 @@ class Service:
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def _label_set(self, table: Table, choice: Choice, ask: Classify) -> tuple[LabelSet, str]:
-        """What pictures are told apart by, times the logit scale, and the digest of the patch that carries it."""
+        """Return the request's classifier, times the logit scale, and the digest of the patch that it is sealed with
+        ("" for labels in words)."""
         if ask.labels is None:
             return await self.classifiers.carried(table, choice)
         return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""
@@ -201,7 +203,7 @@ class Service:
     async def _shadow(
         self, request: Request, twin: Choice, entries: list[Entry], results: list[dict[str, Any]], by: LabelSet
     ) -> None:
-        """The treatment's answers beside the control's, after the caller has theirs."""
+        """Classify with the treatment arm of a shadow experiment, after the caller has the control's answer."""
         start = time.perf_counter()
         jobs = {
             i: Picture(e.job.pixels, arm=twin.arm, strength=e.job.strength)
@@ -217,13 +219,13 @@ class Service:
 
 
 def scores(picture: Picture, by: LabelSet, top: int) -> dict[str, Any]:
-    """The best label, and the `top` best with their probabilities."""
+    """Return the best label of an embedded image, and the `top` best with probabilities."""
     assert picture.out is not None
     return best(by.logits(picture.out[None])[0].softmax(0), by.classes, top)
 
 
 def best(p: Tensor, labels: Sequence[str], top: int) -> dict[str, Any]:
-    """The best label of probabilities p (C,), and the `top` best with theirs."""
+    """Return the best label of probabilities p (C,), and the `top` best with probabilities."""
     values, at = p.topk(min(top, len(labels)))
     shown = [{"label": labels[i], "probability": x} for i, x in zip(at.tolist(), values.tolist(), strict=True)]
     return {"label": shown[0]["label"], "scores": shown}

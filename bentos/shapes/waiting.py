@@ -1,4 +1,4 @@
-"""Waiting for jobs of a request: queued together, taken back when the caller leaves or the deadline passes."""
+"""Wait for a request's jobs: queued together, and cancelled when the caller disconnects or the deadline passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patches.families.worker import Job
 from registry.errors import NotReady
 
 LOOK_S = 1.0
-"""Seconds between two looks at the deadline and at whether the caller is still there"""
+"""Interval in seconds for checking the deadline and whether the caller is still connected"""
 
 
 async def finished(
@@ -24,10 +24,11 @@ async def finished(
     request: Request | None = None,
     news: Callable[[], Any] | None = None,
 ) -> None:
-    """Queue jobs and wait for all; one that failed says so in its `error`. news: called on the event loop when jobs
-    moved on.
+    """Queue jobs and wait for all; a failed one has its `error` set. news: called on the event loop when jobs made
+    progress.
 
-    Raises NotReady after the deadline, CancelledError if the caller of `request` has left; the jobs are taken back.
+    Raises NotReady after the deadline, CancelledError if the caller of `request` has disconnected; the jobs are then
+    cancelled.
     """
     if not jobs:
         return
@@ -35,7 +36,7 @@ async def finished(
 
     def ring(_: Any) -> None:
         if news is not None or all(job.finished for job in jobs):
-            with contextlib.suppress(RuntimeError):  # after a disconnect the loop may be gone; then nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop may have ended; then nobody waits
                 loop.call_soon_threadsafe(moved.set)
 
     for job in jobs:

@@ -1,5 +1,4 @@
-"""What the shapes that explain have in common: one field and one guard for base beside patched, reads on the worker's
-thread, and what lies sealed beside a patch, read once."""
+"""Base of the explain shapes: the `compare` field and its guard, reads on the worker's thread, cached sealed data."""
 
 from __future__ import annotations
 
@@ -33,56 +32,55 @@ Format = Literal["floats", "rle", "png"]
 
 
 class Read(BaseModel):
-    """What every question about a model's insides may say."""
+    """Fields that every question about a model's internals may have."""
 
     model_config = Strict
     model: Name | None = None
-    """the patch that is asked about; by default the champion"""
+    """Patch that is asked about; by default the champion"""
 
 
 class Compared(Read):
-    """A question that base and patched can both be asked."""
+    """A question that can be asked of base and patched."""
 
     compare: bool = False
-    """ask base and patched, side by side; needs the scope `compare`"""
+    """Answer for base and patched, side by side; needs the scope `compare`"""
 
 
 class Segmentation(Compared):
-    """Where a picture shows a text."""
+    """Locate a text in an image."""
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     text: Text
     against: Text | None = None
-    """contrastive: where the picture is rather the text than this"""
+    """Contrastive text: locate where the image shows `text` rather than this"""
     threshold: Threshold = "otsu"
-    """How the map is cut into a mask, of what speaks for the text; mean: the protocol of the literature, which takes
-    half of every picture"""
+    """Threshold of the map's positive part; mean: the literature's protocol, which covers about half of every image"""
     format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
     side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
-    """pixels of mask and overlay"""
+    """Side in pixels of mask and overlay"""
 
 
 class Explainer:
-    """The base of the services that explain."""
+    """Base class of the services that explain."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.runtime = desk, desk.runtime
 
     def choice(self, request: Request, ask: Read | None = None) -> tuple[Table, Choice]:
-        """Who is asked about: by header, body, query, else the champion. Raises Forbidden if both sides are wanted by a
-        token without the scope `compare`."""
+        """Choose the arm that is asked about: by header, body or query, else the champion. Raises Forbidden for
+        `compare` by a token without that scope."""
         self.desk.check_compare(request, isinstance(ask, Compared) and ask.compare)
         named = ask.model if ask is not None else request.query_params.get("model")
         return self.desk.choice(request, named or "champion")
 
     @staticmethod
     def sides(choice: Choice, compare: bool, alone: Literal["base", "patched"]) -> list[tuple[str, str | None]]:
-        """(side, arm) of what is read: both with `compare`, else the one that the question is about."""
+        """Return the (side, arm) pairs to read: both with `compare`, else the one that the question is about."""
         both: list[tuple[str, str | None]] = [("base", None), ("patched", choice.arm)]
         return both if compare else [side for side in both if side[0] == alone]
 
     async def read(self, work: Callable[..., T], *args: Any, arm: str | None = None) -> T:
-        """Run work(*args) on the worker's thread, between batches, without gradients, and with an arm's edits on."""
+        """Run work(*args) on the worker's thread, between batches, without gradients, with an arm's edits applied."""
 
         def run() -> T:
             with torch.inference_mode(), self.runtime.subject.applied.rows([arm]) if arm else nullcontext():
@@ -92,26 +90,26 @@ class Explainer:
         return made
 
     async def pixels(self, image: dict[str, Any]) -> Tensor:
-        """One picture as the base's processor makes it, (3, h, w). Raises BadRequest."""
+        """Decode and preprocess one image: (3, h, w). Raises BadRequest."""
         return await asyncio.to_thread(lambda: pictures.pixels(self.runtime, parse(Image, image).data))
 
     @staticmethod
     def said(out: dict[str, Any], table: Table, choice: Choice) -> Response:
-        """The answer, with who gave it."""
+        """Build the response, with the facts of who answered."""
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
 
 class Sealed(Generic[T]):
-    """What lies sealed beside patches, read once and kept for the `kept` last asked for."""
+    """Cache of data sealed beside patches, for the `kept` most recently used."""
 
     def __init__(self, read: Callable[[str], T], kept: int, what: str) -> None:
-        """read: digest -> what lies there, on a thread of its own. what: it, in words, for who asks the base for it."""
+        """read: digest -> data, run on another thread; what: the data's name in error messages."""
         self._read, self._most, self._what = read, kept, what
         self._kept: OrderedDict[str, T] = OrderedDict()
         self._reading = asyncio.Lock()
 
     async def of(self, digest: str) -> T:
-        """What lies beside a patch. Raises NotFound for the base, and whatever `read` raises."""
+        """Return the data beside a patch. Raises NotFound for the base, and whatever `read` raises."""
         if digest == BASE:
             raise NotFound(f"The base has no {self._what}; name a patch as `model`, or promote one.")
         async with self._reading:
@@ -123,5 +121,5 @@ class Sealed(Generic[T]):
             return self._kept[digest]
 
     def forget(self, digest: str) -> None:
-        """Read it again when next asked for."""
+        """Drop an entry, so that it is read again."""
         self._kept.pop(digest, None)

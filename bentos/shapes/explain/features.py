@@ -1,7 +1,7 @@
-"""The shape `explain`: what a patch's dictionary sees in a picture, what a feature is, what steering by it would do.
+"""API shape `explain`: SAE features of an image, feature cards, and the effect of steering by features.
 
 `/v1/explain/encode`, `/v1/explain/steer`, `/v1/explain/features`, `/v1/explain/features/{feature}`,
-`/v1/explain/examples`. A dictionary is the one sealed with a patch; it is read on the base as it is.
+`/v1/explain/examples`. Features are those of the dictionary sealed with a patch, read on the unpatched base.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae
 from registry.errors import BadRequest, NotFound, PatchError
 
 KEPT = 3
-"""dictionaries in memory"""
+"""Number of dictionaries in memory"""
 MAX_STRENGTHS, MAX_FEATURES, MAX_SHOWN, MAX_EXAMPLES = 33, 512, 256, 16
 
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -41,16 +41,16 @@ Index = Annotated[int, Field(ge=0, lt=1 << 24)]
 
 
 class Encode(Read):
-    """POST /v1/explain/encode: by the dictionary sealed with a patch."""
+    """Encode an image into features of the dictionary sealed with a patch (POST /v1/explain/encode)."""
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     top: Annotated[int, Field(ge=1, le=MAX_SHOWN)] = 16
     maps: bool = False
-    """tell each feature's activation at every token"""
+    """Whether to return each feature's activation at every token"""
 
 
 class Steer(Read):
-    """POST /v1/explain/steer"""
+    """Classify an image while features are edited, at several strengths (POST /v1/explain/steer)."""
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     labels: Annotated[list[Label], Field(min_length=2, max_length=1000)]
@@ -58,35 +58,35 @@ class Steer(Read):
     features: Annotated[list[Index], Field(min_length=1, max_length=MAX_FEATURES)]
     op: Op = "zero"
     value: Number = 0.0
-    """for clamp, cap, add: in multiples of each feature's largest known activation; for scale the factor"""
+    """Argument of `op`. clamp, cap, add: in multiples of each feature's largest known activation; scale: the factor"""
     tokens: Literal["all", "cls", "patches"] = "all"
     strengths: Annotated[list[Annotated[float, Field(ge=0, le=2)]], Field(min_length=1, max_length=MAX_STRENGTHS)] = (
         Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     )
-    """a sweep: all of them in one batch; 0 is exactly the base"""
+    """Strengths of the sweep, computed in one batch; 0 is exactly the base"""
     top: Annotated[int, Field(ge=1, le=1000)] = 5
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """What an artifact carries to be read with."""
+    """The dictionary of an artifact and what is needed to read it."""
 
     sae: SAE
     site: str
     chosen: frozenset[int]
-    """features that its patch edits"""
+    """Features that the artifact's patch edits"""
     kept: Cards | None
 
     @property
     def cards(self) -> Cards:
-        """Raises NotFound if the artifact carries none."""
+        """The feature cards. Raises NotFound if the artifact has none."""
         if self.kept is None:
             raise NotFound("This artifact carries no feature cards; fit it again with a recipe that makes them.")
         return self.kept
 
 
 class Service(Explainer):
-    """The routes, for one desk."""
+    """Handlers of this shape's routes."""
 
     def __init__(self, desk: Desk) -> None:
         super().__init__(desk)
@@ -144,7 +144,8 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def features(self, request: Request, _: None) -> Response:
-        """Cards without pictures of the features a patch edits, or, with ?order=density|largest, of the first ones."""
+        """List feature cards without images: of the features a patch edits, or with ?order=density|largest of the first
+        ones."""
         table, choice = self.choice(request)
         one = await self.dictionaries.of(choice.digest)
         order = request.query_params.get("order", "edited")
@@ -159,7 +160,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def feature(self, request: Request, _: None) -> Response:
-        """One card, its pictures as data: URIs."""
+        """Return one feature's card, its images as data: URIs."""
         table, choice = self.choice(request)
         one = await self.dictionaries.of(choice.digest)
         name = request.path_params["feature"]
@@ -172,7 +173,8 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def examples(self, request: Request, _: None) -> Response:
-        """Pictures sealed with a patch, with what they show and what both sides called them when it was fitted."""
+        """Return the images sealed with a patch, with their true classes and both sides' predictions at the time of the
+        fit."""
         table, choice = self.choice(request)
         return self.said({"object": "list", "data": await self.sealed.of(choice.digest)}, table, choice)
 

@@ -1,7 +1,7 @@
-"""The shape `heads`: what each attention head adds to a picture's embedding, where, and to which other pictures.
+"""API shape `heads`: attention heads' contributions to an image's embedding, their maps, and nearest images per head.
 
 `/v1/explain/decompose`, `/v1/explain/heads`, `/v1/explain/heads/{head}`, `/v1/explain/segment`,
-`/v1/explain/neighbours`, `/v1/explain/gallery`. Names of heads and a first gallery are those sealed with a patch; a
+`/v1/explain/neighbours`, `/v1/explain/gallery`. Heads' names and a first gallery are those sealed with a patch. A
 caller's own gallery is sealed under its digest, which is its only name: no path comes from a request.
 """
 
@@ -45,35 +45,38 @@ from registry.home import home
 
 MAX_TEXTS, MAX_HEADS, MAX_TOP = 64, 256, 64
 MAX_GALLERY, MAX_GALLERIES, KEPT = 4096, 64, 3
-"""pictures of one uploaded gallery, uploaded galleries on this machine, galleries in memory"""
+"""Limits on images per uploaded gallery, on uploaded galleries on this machine, and on galleries in memory"""
 
 HeadName = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
-"""layer.head, both from 0"""
+"""Head as layer.head, both 0-based"""
 Heads = Annotated[list[HeadName], Field(min_length=1, max_length=MAX_HEADS)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Decompose(Compared):
-    """POST /v1/explain/decompose: under a patch; `compare` tells the same of the base beside it."""
+    """Decompose an image's embedding into direct contributions (POST /v1/explain/decompose), under a patch; with
+    `compare` also of the base."""
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     texts: Annotated[list[Text], Field(max_length=MAX_TEXTS)] = Field(default_factory=list)
-    """to tell contributions as parts of the cosine with each; without them as lengths"""
+    """Texts with whose cosine contributions are expressed; without any, contributions are given by their norms"""
     level: Literal["layer", "head"] = "head"
     share: Literal["own", "apportioned"] = "own"
     vectors: bool = False
-    """tell the heads' contributions themselves, (L, H, k) as float16 in base64"""
+    """Whether to return the heads' contributions (L, H, k) as float16 in base64"""
 
 
 class Segment(Segmentation):
-    """POST /v1/explain/segment: under a patch; `compare` tells the same of the base beside it."""
+    """Locate a text in an image by heads' direct contributions (POST /v1/explain/segment), under a patch; with
+    `compare` also of the base."""
 
     heads: Heads | None = None
-    """by default all"""
+    """Heads to use; by default all"""
 
 
 class Neighbours(Read):
-    """POST /v1/explain/neighbours: by exactly one of image and text; in heads, or all heads of a property."""
+    """Find images nearest to an image or a text (exactly one of them) in some heads, or in all heads of a property
+    (POST /v1/explain/neighbours)."""
 
     image: Annotated[dict[str, Any] | None, Field(json_schema_extra=Image.model_json_schema())] = None
     text: Text | None = None
@@ -82,18 +85,18 @@ class Neighbours(Read):
     metric: Metric = "centred"
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 8
     gallery: Digest | None = None
-    """an uploaded one; by default that sealed with the patch"""
+    """Digest of an uploaded gallery; by default the one sealed with the patch"""
     thumbs: bool = True
 
 
 class Upload(Read):
-    """POST /v1/explain/gallery"""
+    """Upload images as a gallery (POST /v1/explain/gallery)."""
 
     images: Images
     names: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=pictures.MAX_IMAGES)] | None = None
-    """Names of the images; by default their numbers"""
+    """Names of the images; by default their indices"""
     gallery: Digest | None = None
-    """add to this one: what comes back is a new gallery whose parent it is"""
+    """Digest of a gallery to extend; the result is a new gallery with this one as its parent"""
 
 
 def _lens(runtime: Runtime) -> Lens:
@@ -101,7 +104,7 @@ def _lens(runtime: Runtime) -> Lens:
 
 
 class Service(Explainer):
-    """The routes, for one desk."""
+    """Handlers of this shape's routes."""
 
     def __init__(self, desk: Desk) -> None:
         super().__init__(desk)
@@ -163,7 +166,7 @@ class Service(Explainer):
     # ---- names of heads ------------------------------------------------------------------------------------------
 
     async def heads(self, request: Request, _: None) -> Response:
-        """Every head's label and first texts; ?label=... for those of one label. Metrics of the naming beside them."""
+        """List every head's label and first texts, and metrics of the naming; ?label=... selects one label."""
         table, choice = self.choice(request)
         found = await self.names.of(choice.digest)
         wanted = request.query_params.get("label")
@@ -180,7 +183,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def head(self, request: Request, _: None) -> Response:
-        """All that is known of one head, `layer.head`."""
+        """Return everything known about one head, `layer.head`."""
         table, choice = self.choice(request)
         found = await self.names.of(choice.digest)
         name = request.path_params["head"]
@@ -227,7 +230,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def galleries(self, request: Request, _: None) -> Response:
-        """What there is to look in: the gallery sealed with a patch, and uploaded ones by digest."""
+        """List the galleries that can be searched: the one sealed with a patch, and uploaded ones by digest."""
         table, choice = self.choice(request)
         data = [
             {"gallery": d.name}
@@ -244,7 +247,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def upload(self, request: Request, ask: Upload) -> Response:
-        """Pictures into a sealed gallery. A picture that cannot be read is refused for itself; the others stay."""
+        """Seal uploaded images as a gallery. An image that cannot be read is refused on its own; the others stay."""
         table, choice = self.choice(request, ask)
         if ask.names is not None and len(ask.names) != len(ask.images):
             raise BadRequest(f"names: there are {len(ask.names)} names for {len(ask.images)} images.")
@@ -285,7 +288,7 @@ class Service(Explainer):
     # ---- their parts ---------------------------------------------------------------------------------------------
 
     def _found(self, digest: str) -> dict[str, Any]:
-        """What was read off the heads when the patch was fitted. Raises NotFound if it was not."""
+        """Return what the fit found out about the heads. Raises NotFound if the artifact has no such evidence."""
         folder = self.runtime.folder(digest)
         if not (folder / "heads.json").is_file():
             raise NotFound(f"sha256:{digest[:16]} carries no names of heads.")
@@ -312,7 +315,7 @@ class Service(Explainer):
         return load_gallery(folder)
 
     def _readable(self, images: Sequence[Any]) -> tuple[list[tuple[int, Tensor, Tensor]], list[dict[str, Any]]]:
-        """(number, as the processor makes it, small uint8) of the pictures that can be read; why others cannot."""
+        """Read images: (index, preprocessed image, uint8 thumbnail) of the readable ones, and errors of the others."""
         from torchvision.transforms.functional import pil_to_tensor
 
         rows, refused, budget = [], [], Budget()
@@ -328,7 +331,7 @@ class Service(Explainer):
         return rows, refused
 
     def _seal(self, made: Gallery, parent: str | None, owner: str) -> str:
-        """The digest it is kept under. Raises Conflict if too many are kept."""
+        """Seal a gallery and return its digest. Raises Conflict if too many are kept."""
         place = _place(owner)
         part = Path(tempfile.mkdtemp(dir=place, prefix=".part-"))
         try:
@@ -347,7 +350,7 @@ class Service(Explainer):
 
 
 def _place(owner: str) -> Path:
-    """Where a tenant's galleries lie."""
+    """Return the folder of a tenant's galleries."""
     place = home() / "galleries"
     if owner:
         place /= "of-" + hashlib.sha256(owner.encode()).hexdigest()[:32]
@@ -356,7 +359,7 @@ def _place(owner: str) -> Path:
 
 
 def _uploaded(digest: str, owner: str) -> Path:
-    """Where an uploaded gallery lies. Raises NotFound for anything that is not the digest of one."""
+    """Return the folder of an uploaded gallery. Raises NotFound for anything but the digest of one."""
     folder = _place(owner) / digest if re.fullmatch("[0-9a-f]{64}", digest) else None
     if folder is None or not folder.is_dir():
         raise NotFound(f"There is no uploaded gallery {digest[:64]!r}; see GET /v1/explain/gallery.")

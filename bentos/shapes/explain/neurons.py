@@ -1,8 +1,8 @@
-"""Neurons over HTTP: what they say, what a picture shows in their words, where it shows it, what misleads a class.
+"""API shape `neurons`: neuron cards, descriptions of images by neurons, segmentation by neurons, mined misleading
+words.
 
 `/v1/explain/neurons`, `/v1/explain/neurons/{layer}/{neuron}`, `/v1/explain/attributes`, `/v1/explain/segment`,
-`/v1/explain/mine`. Cards are those sealed with a patch. Pictures are read on the base; with `compare`
-on the patch too.
+`/v1/explain/mine`. Cards are those sealed with a patch. Images are read on the base; with `compare` also on the patch.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ from patches.mechanisms.neurons import NeuronEdit
 from registry.errors import BadRequest, NotFound, PatchbayError
 
 KEPT = 2
-"""readers in memory"""
+"""Number of readers in memory"""
 MAX_IMAGES, MAX_SHOWN, MAX_TOP, MAX_NEURONS, MAX_BLOCKED = 16, 64, 100, 2000, 64
 
 Images = Annotated[
     list[Any],
     Field(min_length=1, max_length=MAX_IMAGES, json_schema_extra={"items": Image.model_json_schema()}),
 ]
-"""each is judged for itself"""
+"""List of images, each validated on its own"""
 
 
 class Attributes(Compared):
-    """POST /v1/explain/attributes: by the cards sealed with a patch."""
+    """Describe images by texts of their significant neurons (POST /v1/explain/attributes)."""
 
     images: Images
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 16
-    """texts to tell of"""
+    """Number of texts to return"""
 
 
 class Segment(Segmentation):
-    """POST /v1/explain/segment, as the shape `heads` has it, by the neurons that say the text."""
+    """Locate a text in an image by neurons' activations (POST /v1/explain/segment); for heads see the shape `heads`."""
 
     way: Literal["neurons"] = "neurons"
     neurons: Annotated[int, Field(ge=1, le=MAX_NEURONS)] = SEGMENT_NEURONS
-    """how many vote; fewer if there are fewer"""
+    """Number of neurons that vote; at most all there are"""
     vote: Vote = "effect"
-    """raw: mean activation, as published; signed, weighted: by what a neuron says of the text; effect: what all
-    neurons of these layers add to the text through later heads, by patch"""
+    """Weighting of the vote. raw: mean activation, as published; signed, weighted: by each neuron's cosine with the
+    text; effect: what all neurons of these layers contribute to the text through later heads, by patch"""
 
 
 class Mine(Read):
-    """POST /v1/explain/mine"""
+    """Mine words that mislead from the true to the wrong class (POST /v1/explain/mine)."""
 
     true: Label
     wrong: Label
@@ -82,13 +82,13 @@ class Mine(Read):
     neurons: Annotated[int, Field(ge=1, le=MAX_NEURONS)] = MINE_NEURONS
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 30
     blocked: Annotated[list[Label], Field(max_length=MAX_BLOCKED)] = Field(default_factory=list)
-    """texts that share a word with one of these are left out"""
+    """Texts that share a word with one of these are left out"""
     synonym: Annotated[float, Field(ge=0, le=2)] = SYNONYM
-    """texts at least as near to either class are left out; 2: none"""
+    """Cosine from which a text counts as a synonym of either class and is left out; 2: none"""
 
 
 class Service(Explainer):
-    """The routes, for one desk."""
+    """Handlers of this shape's routes."""
 
     def __init__(self, desk: Desk) -> None:
         super().__init__(desk)
@@ -96,8 +96,8 @@ class Service(Explainer):
         self.readers = Sealed(self._load, KEPT, "neuron cards")
 
     async def neurons(self, request: Request, _: None) -> Response:
-        """Cards without pictures: of the neurons that the patch edits, or with ?order=spread|explained of a layer's
-        first ones; ?layer= names it."""
+        """List neuron cards without images: of the neurons that the patch edits, or with ?order=spread|explained of a
+        layer's first ones; ?layer= names it."""
         table, choice = self.choice(request)
         reader, patch = await self.readers.of(choice.digest)
         cards, order = reader.cards, request.query_params.get("order", "edited")
@@ -117,7 +117,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def neuron(self, request: Request, _: None) -> Response:
-        """One card, its pictures as data: URIs."""
+        """Return one neuron's card, its images as data: URIs."""
         table, choice = self.choice(request)
         reader, patch = await self.readers.of(choice.digest)
         layer, neuron = (_number(request.path_params[k], k) for k in ("layer", "neuron"))
@@ -169,7 +169,7 @@ class Service(Explainer):
     async def mine(self, request: Request, ask: Mine) -> Response:
         table, choice = self.choice(request, ask)
         reader, _ = await self.readers.of(choice.digest)
-        weights = await self.classifiers.of([ask.true, ask.wrong], ask.templates)  # refuses a class twice
+        weights = await self.classifiers.of([ask.true, ask.wrong], ask.templates)  # refuses a duplicate class
         true, wrong = torch.nn.functional.normalize(weights.T, dim=1).to(self.runtime.base.device)
         count = min(ask.neurons, sum(len(one.told) for one in reader.cards.layers.values()))
         found, left = await asyncio.to_thread(
@@ -189,8 +189,8 @@ class Service(Explainer):
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _read_all(self, images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[int], Tensor]:
-        """What is wrong with each picture ({} if nothing), which are good, and those (B, 3, h, w). Raises what is wrong
-        with the first if none is good."""
+        """Read images: an error for each ({} if none), the indices of the readable ones, and those (B, 3, h, w). Raises
+        the first error if none is readable."""
         refused: list[dict[str, Any]] = []
         good: list[Tensor] = []
         first: PatchbayError | None = None
