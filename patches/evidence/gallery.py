@@ -115,7 +115,7 @@ class Gallery:
 
 
 @torch.no_grad()
-def make(
+def make_gallery(
     lens: Lens, batches: Iterable[tuple[Tensor, Tensor, Sequence[str]]], layers: Sequence[int], basis: Tensor,
     share: Share = "own",
 ) -> Gallery:  # fmt: skip

@@ -6,7 +6,7 @@ significant, the later heads that carry it, r as a sparse sum of texts, and its 
 
 - `attributes`: texts that describe an image: each neuron with a significant effect adds x_n times its texts'
 coefficients;
-- `segment`: where an image shows a text: patch activations of the neurons whose directions are nearest to it;
+- `text_maps`: where an image shows a text: patch activations of the neurons whose directions are nearest to it;
 - `mine`: unrelated words that shift an image from one class to another.
 
 Files of a sealed folder: neurons.safetensors and neurons.json. Made by `training/second_order/__init__.py`. Shapes: B
@@ -259,7 +259,7 @@ def voters(cards: NeuronCards, text: Tensor, count: int = SEGMENT_NEURONS) -> li
 
 
 @torch.inference_mode()
-def segment(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURONS, vote: Vote = "raw") -> Tensor:
+def text_maps(reader: Reader, x: Tensor, texts: Tensor, count: int = SEGMENT_NEURONS, vote: Vote = "raw") -> Tensor:
     """Compute heat maps (B, n, rows, columns) of where images (B, 3, h, w) show each of `texts` (n, k).
 
     vote: raw, as published: mean activation of the voters, whatever their sign; signed: times the sign of <r_n, t>;

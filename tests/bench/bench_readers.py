@@ -14,7 +14,7 @@ from patches.families import clip
 from patches.families.base import Base, load_base
 from patches.families.clip import maps
 from patches.families.clip.direct import Lens
-from patches.families.clip.second_order import Moments, lens, look, scalars
+from patches.families.clip.second_order import EffectMoments, lens, look, scalars
 from training.tasks import textspan
 
 from .conftest import DEVICE, Benched
@@ -46,7 +46,7 @@ def bench_readers(benchmark, name):
     direct = Lens(base)
     last = range(max(0, direct.layers - 4), direct.layers)
     neurons = [n for n in ((8, 9, 10) if direct.layers == 12 else (4, 5, 6)) if n < direct.layers - 1]
-    kept = {n: Moments(lens(base, n)) for n in neurons}
+    kept = {n: EffectMoments(lens(base, n)) for n in neurons}
     texts = torch.nn.functional.normalize(torch.randn(8, direct.readout.map.shape[1], device=DEVICE), dim=1)
 
     def second_order(moments: bool) -> None:

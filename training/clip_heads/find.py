@@ -22,7 +22,7 @@ from training.lab import pool as lab_pool
 from training.lab import worlds
 from training.tasks import recognition as tasks
 from training.tasks.intervals import wilson
-from training.tasks.textspan import Moments, Span, moments, read_pool, spans
+from training.tasks.textspan import HeadMoments, Span, moments, read_pool, spans
 
 LEAST = 0.05
 """Largest p at which a head counts as being about a property besides its own label"""
@@ -40,7 +40,7 @@ class Findings:
     """(M, P) bool: whether each text of the pool is about each property"""
     features: Tensor
     """(M, k) unit embeddings of the pool's texts"""
-    seen: Moments
+    seen: HeadMoments
     spans: list[Span]
     named: list[Named]
     score: Tensor

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from patches import artifact
 from patches.evidence import write_evidence
-from patches.evidence.gallery import directions, make, save_gallery
+from patches.evidence.gallery import directions, make_gallery, save_gallery
 from patches.families import clip
 from patches.families.base import Base, load_base
 from patches.families.clip import maps
@@ -81,7 +81,7 @@ def fit(config: Config, folder: Path) -> Manifest:
             [torch.stack([f.seen.covariance(n, h) for h in range(lens.heads)]) for n in range(len(f.seen.layers))]
         )
         basis = directions(covariance)
-        save_gallery(make(lens, _shown(base, config), f.seen.layers, basis, config.share), folder / "gallery")
+        save_gallery(make_gallery(lens, _shown(base, config), f.seen.layers, basis, config.share), folder / "gallery")
     return artifact.save(patch, "clip_heads", folder, base=base.label)
 
 

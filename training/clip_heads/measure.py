@@ -51,7 +51,7 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
     def right(heads: Sequence[Head]) -> dict[str, float]:
         patch = silence(lens, heads, "mean", config.tokens, mean) if heads else None
         with patch.apply(base.model, root=base.root) if patch else nullcontext():
-            return {name: probe.share(base) for name, probe in sets.items()}
+            return {name: probe.accuracy(base) for name, probe in sets.items()}
 
     out: dict[str, Any] = {"base": right([]), "n": images, "count": count}
     for name in tqdm(PROBES, "properties", disable=None):

@@ -31,7 +31,7 @@ from torch import Tensor
 from registry.config import STRICT
 from registry.errors import ConfigError, Invalid, NotFound, NotReady
 from training.tasks.intervals import wilson
-from training.tasks.textspan import RANK, Moments, Span, basis
+from training.tasks.textspan import RANK, HeadMoments, Span, basis
 
 NONE = "none"
 """Label of a head that is about none of the properties"""
@@ -227,7 +227,7 @@ def _tail(z: float) -> float:
 
 
 @torch.no_grad()
-def spectrum(seen: Moments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Tensor:
+def spectrum(seen: HeadMoments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Tensor:
     """Compute (..., L, H, P) the log of how far apart a head places the texts of a property, for fits (..., M, P) bool.
 
     It is the variance of a head's contributions along differences between texts of one property, relative to how far
@@ -255,7 +255,7 @@ def spectrum(seen: Moments, pool: Tensor, fits: Tensor, rank: int = RANK) -> Ten
 
 
 def by_spectrum(
-    seen: Moments, pool: Tensor, fits: Tensor, properties: Sequence[str], draws: int = 200, least: float = 0.05,
+    seen: HeadMoments, pool: Tensor, fits: Tensor, properties: Sequence[str], draws: int = 200, least: float = 0.05,
     seed: int = 0,
 ) -> tuple[list[Named], Tensor, Tensor]:  # fmt: skip
     """Label heads by `spectrum`; also return the scores (L, H, P) and their p values.

@@ -18,7 +18,7 @@ from training.evidence import thumbnails
 
 
 @torch.inference_mode()
-def make(
+def make_cards(
     base: Base, sae: SAE, site: str, data: Dataset, words: Sequence[str], *, pictures: int = 9, kept: int = 5,
     thumb: int = 48, batch: int = 32,
 ) -> Cards:  # fmt: skip

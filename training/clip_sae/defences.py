@@ -93,7 +93,7 @@ def score(p: Pairs, y: tuple[Tensor, Tensor], weights: Tensor) -> Score:
     return Score(clean, attacked)
 
 
-def judge(base: Base, p: Pairs, d: Arm | None) -> Score:
+def accuracies(base: Base, p: Pairs, d: Arm | None) -> Score:
     """Compute the accuracy of a defence (None: the base) on these pairs."""
     if d is None:
         return score(p, p.y, clip.zero_shot(base, p.classes))
@@ -139,11 +139,11 @@ def dyslexify(
     looks = looks_at_text(base, train)
     count = looks.shape[1]
     order = [divmod(int(i), count) for i in looks.flatten().argsort(descending=True)]
-    first = now = judge(base, train, None)
+    first = now = accuracies(base, train, None)
     kept: list[tuple[int, int]] = []
     skipped = 0
     for head in tqdm(order, "dyslexify", disable=None, leave=False):
-        got = judge(base, train, Arm(silence((*kept, head), count)))
+        got = accuracies(base, train, Arm(silence((*kept, head), count)))
         if first.clean - got.clean > drop:
             break
         if got.attacked - now.attacked < gain:
@@ -155,7 +155,7 @@ def dyslexify(
     about = {"heads": kept, "looks": [round(float(looks[h]), 4) for h in kept], "order": order[:16], "train": vars(now)}
     while kept:
         d = Arm(silence(kept, count), about={**about, "heads": list(kept)})
-        if judge(base, val, d).worth(floor) >= 0:
+        if accuracies(base, val, d).worth(floor) >= 0:
             return d
         kept.pop()
     nothing = silence([order[0]], count)  # at strength 0, the base: no setting keeps the floor
@@ -358,7 +358,7 @@ def interpolation(
             p.grad = grad
         opt.step()
     tuned = Tuned(TunedConfig(), {f"visual.{k}": p.detach() for k, p in tower.named_parameters()})
-    got = {a: judge(base, val, Arm(tuned, a)) for a in shares}
+    got = {a: accuracies(base, val, Arm(tuned, a)) for a in shares}
     best = max(shares, key=lambda a: got[a].worth(floor))
     about = {"share": best, "steps": steps, "val": {str(a): vars(s) for a, s in got.items()}}
     return Arm(tuned, best, about=about)

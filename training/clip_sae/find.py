@@ -97,9 +97,9 @@ def lessons(
     return some(hard, weight, paired), some(kept, torch.ones(len(kept), device=kept.x.device))
 
 
-def alike(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
+def matched_control(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
     """Draw a matched control: for each chosen feature another of nearly the same mean activation, ties at random."""
-    return tasks.alike(fires(sae, stream).mean(0).cpu(), chosen, seed)
+    return tasks.matched_control(fires(sae, stream).mean(0).cpu(), chosen, seed)
 
 
 def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> FeatureEdit:
@@ -130,7 +130,7 @@ def mean_fire(sae: SAE, stream: Stream) -> Tensor:
 def random_control(sae: SAE, patch: FeatureEdit, stream: Stream, seed: int) -> FeatureEdit:
     """Build the control edit: the same operation on as many other features of the same mean activation."""
     c = patch.config
-    other = alike(sae, stream, c.features, seed)
+    other = matched_control(sae, stream, c.features, seed)
     return edit(sae, c.site, other, c.op, patch.tensors.get("value", 0.0), c.tokens)
 
 

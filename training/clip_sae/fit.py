@@ -133,7 +133,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     save_sae(sae, folder / "sae")
     seal_labels(config, by["val"], folder)
     shown = data["train"].get("attacked", data["train"]["clean"])
-    save_cards(cards.make(base, sae, patch.config.site, shown, shown.classes), folder)
+    save_cards(cards.make_cards(base, sae, patch.config.site, shown, shown.classes), folder)
     write_evidence(folder, found)
     return artifact.save(patch, "clip_sae", folder, base=base.label)
 

@@ -16,7 +16,7 @@ from patches.families.base import Base
 from patches.mechanisms.features import FeatureEdit, edit, load_sae
 from training import choose
 from training.clip_sae.config import Config
-from training.clip_sae.defences import DEFENCES, judge, pairs
+from training.clip_sae.defences import DEFENCES, accuracies, pairs
 from training.clip_sae.find import mean_direction
 from training.clip_sae.measure import measure
 from training.clip_sae.streams import streams
@@ -77,7 +77,7 @@ def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
         fit_on = pictures(config, "train", DEFENCE_PAIRS)
         train = pairs(base, fit_on["clean"], fit_on["attacked"])
         val = pairs(base, sets["val"]["clean"], sets["val"]["attacked"])
-        floor = judge(base, val, None).clean - config.bound
+        floor = accuracies(base, val, None).clean - config.bound
         for name, fitter in DEFENCES.items():
             start = time.monotonic()
             defence = fitter(base, train, val, floor)

@@ -44,7 +44,7 @@ class Probe:
     """(n, C) bool: answers among which an image is classified; None for all of them"""
 
     @torch.no_grad()
-    def share(self, base: Base) -> float:
+    def accuracy(self, base: Base) -> float:
         """Return the accuracy in [0, 1] of the base, including any patch that is applied to it."""
         logits = (clip.embed_images(base, self.image, BATCH) @ self.answers).cpu()
         if self.open is not None:

@@ -15,7 +15,7 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.families.clip.second_order import (
     Directions,
-    Moments,
+    EffectMoments,
     NeuronLens,
     lens,
     look,
@@ -76,7 +76,7 @@ def read(
     lenses = {layer: lens(base, layer, config.ln) for layer in config.layers}
     data = sources(config)
     keep = max(1, round(config.share * sum(map(len, data))))
-    moments = {layer: Moments(at, keep) for layer, at in lenses.items()}
+    moments = {layer: EffectMoments(at, keep) for layer, at in lenses.items()}
     fired = {layer: torch.zeros(at.neurons, device=base.device) for layer, at in lenses.items()}
     thumbs = []
     bar = tqdm(batches(data), "second-order effects", total=sum(-(-len(d) // 32) for d in data), disable=None)
@@ -191,9 +191,9 @@ def rank(
     }
 
 
-def alike(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
+def matched_control(known: Directions, chosen: Sequence[int], seed: int) -> list[int]:
     """Draw a matched control: for each chosen neuron another of nearly the same spread of effects, ties at random."""
-    return tasks.alike(known.spread.cpu(), chosen, seed)
+    return tasks.matched_control(known.spread.cpu(), chosen, seed)
 
 
 def patch_of(

@@ -20,7 +20,7 @@ from patches.mechanisms.neurons import NeuronEdit
 from registry.manifest import Manifest
 from training.choose import Offer, best
 from training.second_order.config import Config, Edit
-from training.second_order.find import alike, of_task, patch_of, rank, read, texts_of
+from training.second_order.find import matched_control, of_task, patch_of, rank, read, texts_of
 from training.second_order.measure import measure
 from training.second_order.questions import questions
 from training.tasks.recognition import (
@@ -58,7 +58,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     patch, chosen = taken.what, taken.row
     layer, known = chosen["layer"], cards.layers[chosen["layer"]].known
     found["chosen"] = chosen
-    other = alike(known, patch.config.neurons, config.seed)
+    other = matched_control(known, patch.config.neurons, config.seed)
     control = patch_of(base, layer, lenses[layer], known, ranked[layer], other, chosen["edit"])
     found["random"] = {"neurons": other, **measure(base, config, val, by, control)}
     save_file({k: v.cpu().contiguous() for k, v in control.tensors.items()}, folder / CONTROL)

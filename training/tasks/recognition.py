@@ -347,7 +347,7 @@ def affordable(counts: Sequence[int], among: int) -> list[int]:
     return [n for n in counts if 2 * n <= among] or [among // 2]
 
 
-def alike(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
+def matched_control(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
     """Draw a matched control: for each chosen item the nearest other one by mass (N,), ties at random, none twice.
     Raises ConfigError if fewer others are left than were chosen."""
     if 2 * len(chosen) > len(mass):

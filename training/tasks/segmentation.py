@@ -37,7 +37,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from tqdm import tqdm
 
-from patches.evidence.neuron_cards import Reader, Vote, load_neurons, segment
+from patches.evidence.neuron_cards import Reader, Vote, load_neurons, text_maps
 from patches.families import clip
 from patches.families.base import Base, load_base
 from patches.families.clip import maps
@@ -101,7 +101,7 @@ def ways(lens: Lens, weights: Tensor, reader: Reader | None = None, count: int =
         texts = weights.T[said]
         # as for direct effects, what all classes share does not locate this one; voters are chosen by the class alone
         texts = texts - mean if vote == "effect" else nnf.normalize(texts, dim=1)
-        voted = segment(reader, x, texts, count, vote)[torch.arange(len(x)), place]
+        voted = text_maps(reader, x, texts, count, vote)[torch.arange(len(x)), place]
         return voted.clamp_min(0) if vote == "effect" else voted
 
     last = range(max(0, lens.layers - 4), lens.layers)

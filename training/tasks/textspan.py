@@ -38,7 +38,7 @@ MAX_TEXTS = 200_000
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class HeadMoments:
     """First and second moments of heads' contributions to unit embeddings, accumulated over images."""
 
     count: int
@@ -64,7 +64,7 @@ class Moments:
 
 def moments(
     lens: Lens, batches: Iterable[Tensor], layers: Sequence[int], unit: bool = True, share: Share = "own"
-) -> Moments:
+) -> HeadMoments:
     """Accumulate moments over batches of preprocessed images (B, 3, h, w).
 
     unit: contributions to embeddings of unit norm (as published). Memory: L H k^2 doubles, whatever the number of
@@ -84,7 +84,7 @@ def moments(
         count += len(c)
     if count < 2:
         raise Invalid(f"A head's variance needs at least two pictures; there were {count}.")
-    return Moments(count, total, square, tuple(at))
+    return HeadMoments(count, total, square, tuple(at))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Span:
 
 @torch.no_grad()
 def spans(
-    seen: Moments, pool: Tensor, count: int = 10, rank: int = RANK, normalise_pool: bool = False, draws: int = 8
+    seen: HeadMoments, pool: Tensor, count: int = 10, rank: int = RANK, normalise_pool: bool = False, draws: int = 8
 ) -> list[Span]:
     """Compute the texts of every head from a pool of unit text embeddings (M, k); fewer than `count` if a head has
     fewer directions.
@@ -138,7 +138,7 @@ def basis(square: Tensor, rank: int) -> Tensor:
 
 
 def _span(
-    seen: Moments, n: int, layer: int, head: int, R: Tensor, count: int, rank: int, normalise: bool,
+    seen: HeadMoments, n: int, layer: int, head: int, R: Tensor, count: int, rank: int, normalise: bool,
     drawn: Sequence[Tensor],
 ) -> Span:  # fmt: skip
     B = basis(seen.square[n, head], rank)

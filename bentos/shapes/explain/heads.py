@@ -32,7 +32,7 @@ from bentos.shapes.explain.common import Compared, Explainer, Name, Read, Sealed
 from bentos.shapes.pictures import Image, Images
 from bentos.tokens import ANY
 from patches.evidence import content
-from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make, save_gallery
+from patches.evidence.gallery import Gallery, Metric, joined, load_gallery, make_gallery, save_gallery
 from patches.families import clip
 from patches.families.clip import maps
 from patches.families.clip.direct import Lens
@@ -266,7 +266,7 @@ class Service(Explainer):
             batches: Iterator[tuple[Tensor, Tensor, Sequence[str]]] = (
                 (x[None], small[None], [name]) for (_, x, small), name in zip(rows, names, strict=True)
             )
-            made = make(lens, batches, like.layers, like.basis)
+            made = make_gallery(lens, batches, like.layers, like.basis)
             return joined(before, made) if before else made
 
         made = await self.read(look)

@@ -35,7 +35,7 @@ from patches.evidence.neuron_cards import (
     attributes,
     load_neurons,
     mine,
-    segment,
+    text_maps,
 )
 from patches.families import clip
 from patches.families.clip import maps
@@ -156,7 +156,7 @@ class Service(Explainer):
 
         def look() -> Tensor:
             texts = clip.embed_texts(reader.base, [ask.text, *([ask.against] if ask.against else [])], clip.TEMPLATES)
-            return segment(reader, x[None], texts, count, ask.vote)[0].cpu()
+            return text_maps(reader, x[None], texts, count, ask.vote)[0].cpu()
 
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
         out |= {"way": ask.way, "neurons": count, "vote": ask.vote}

@@ -290,7 +290,7 @@ class Directions:
         return c.norm(dim=2) >= self.threshold[:, None] * (1 - 1e-5)
 
 
-class Moments:
+class EffectMoments:
     """Accumulates sums over a stream of images from which `Directions` follow; memory does not depend on their number.
 
     The K largest effects are relative to the mean, which is known only at the end. So K x spare are kept by their
@@ -372,7 +372,7 @@ class Moments:
 
 def directions(at: NeuronLens, stream: Iterable[Tensor], keep: int = 100) -> Directions:
     """Compute directions from a stream of scalars S (B, G, N)."""
-    moments = Moments(at, keep)
+    moments = EffectMoments(at, keep)
     for s in stream:
         moments.add(s)
     return moments.result()

@@ -16,7 +16,7 @@ def test_a_card_holds_the_pictures_a_feature_fires_most_on(tiny_clip, tmp_path):
     W = torch.nn.functional.normalize(torch.randn(30, 32, generator=g), dim=1)
     sae = SAE(W, -torch.rand(30, generator=g), W, torch.zeros(32))
     data, site, words = worlds.WORLDS["imagenet"]("train", 21, 0), clip.site("block", 1), ["cat", "dog", "sun"]
-    made = cards.make(tiny_clip, sae, site, data, words, pictures=4, kept=2, batch=8)
+    made = cards.make_cards(tiny_clip, sae, site, data, words, pictures=4, kept=2, batch=8)
     with record(tiny_clip.model, [site]) as acts:
         clip.embed_images(tiny_clip, data.read(range(21)).image)
     f = torch.cat([sae.encode(x) for x in acts[site]])  # (n, T, F)
@@ -43,5 +43,7 @@ def test_a_planted_word_is_named(tiny_clip):
     rows = rows - rows.mean()
     W = torch.nn.functional.normalize(torch.stack([rows, torch.randn(32)]), dim=1)
     sae = SAE(W, torch.zeros(2), W, torch.zeros(32))
-    made = cards.make(tiny_clip, sae, clip.site("block", 2), worlds.WORLDS["imagenet"]("train", 4, 0), words, kept=4)
+    made = cards.make_cards(
+        tiny_clip, sae, clip.site("block", 2), worlds.WORLDS["imagenet"]("train", 4, 0), words, kept=4
+    )
     assert made.card(0)["words"][0]["word"] == "sunshine"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from patches.evidence.gallery import Gallery, directions, joined, load_gallery, make, save_gallery
+from patches.evidence.gallery import Gallery, directions, joined, load_gallery, make_gallery, save_gallery
 from patches.families.clip.direct import Lens
 from registry.errors import Invalid, NotFound
 
@@ -33,7 +33,7 @@ def built(lens, x, size=5, keep=1.0):
     pictures = torch.zeros(len(x), 3, 40, 60)
     at = [slice(i, i + size) for i in range(0, len(x), size)]
     batches = [(x[s], pictures[s], names[s]) for s in at]
-    return make(lens, batches, LAYERS, basis)
+    return make_gallery(lens, batches, LAYERS, basis)
 
 
 @pytest.mark.parametrize("heads", [[(2, 3)], [(1, 0), (2, 1), (2, 2)]])
@@ -84,7 +84,7 @@ def test_joined_galleries_are_one_gallery(lens):
     x = images(12)
     whole = built(lens, x)
     parts = [
-        make(lens, [(x[at], torch.zeros(6, 3, 8, 8), ["a"] * 6)], LAYERS, whole.basis)
+        make_gallery(lens, [(x[at], torch.zeros(6, 3, 8, 8), ["a"] * 6)], LAYERS, whole.basis)
         for at in (slice(6), slice(6, 12))
     ]
     both = joined(*parts)
@@ -112,4 +112,4 @@ def test_heads_it_has_not_are_named(lens):
         with pytest.raises(error, match=says):
             g.nearest(torch.zeros(24), heads, 3)
     with pytest.raises(Invalid, match="at least one picture"):
-        make(lens, [], LAYERS, g.basis)
+        make_gallery(lens, [], LAYERS, g.basis)

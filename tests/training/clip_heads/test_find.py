@@ -16,7 +16,7 @@ from tests.training.clip_heads.some import PLANTED, TAXONOMY, TINY, WORDS, squar
 from training.clip_heads import find as finding
 from training.clip_heads import names as labels
 from training.clip_heads.find import Findings, asked_model, find
-from training.tasks.textspan import Moments, Span, moments, spans
+from training.tasks.textspan import HeadMoments, Span, moments, spans
 
 
 def test_a_planted_head_is_found_and_named(planted):
@@ -52,7 +52,7 @@ def test_heads_of_a_property_come_named_first_then_by_score():
     score = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [2.0, 5.0]]])
     named = [labels.Named(7, h, x, "", 0.0, 0.0) for h, x in enumerate(("a", "none", "b"))]
     zero, none = torch.zeros(1, 3, 2), torch.zeros(0, 2)
-    seen = Moments(2, zero, zero, (7,))
+    seen = HeadMoments(2, zero, zero, (7,))
     f = Findings((), ("a", "b"), none.bool(), none, seen, [], named, score, torch.ones(1, 3, 2), [], {})
     assert f.heads("a") == [(7, 0), (7, 1), (7, 2)]
     assert f.heads("b") == [(7, 2), (7, 0), (7, 1)]

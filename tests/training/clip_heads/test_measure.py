@@ -29,4 +29,4 @@ def test_probes_ask_what_the_base_knows_nothing_of_by_chance(tiny_clip, name):
     assert len(probe.image) == len(probe.right) == 12
     assert int(probe.right.max()) < probe.answers.shape[1]
     assert probe.open is None or probe.open[torch.arange(12), probe.right].all()
-    assert 0 <= probe.share(tiny_clip) <= 1
+    assert 0 <= probe.accuracy(tiny_clip) <= 1

@@ -28,7 +28,7 @@ from training.clip_heads.names import (
     sharing,
 )
 from training.lab import pool
-from training.tasks.textspan import Moments, Span
+from training.tasks.textspan import HeadMoments, Span
 
 TAXONOMY = {"colour": ("red", "blue"), "animal": ("cat", "dog"), "place": ("beach",)}
 TEXTS = ("a red hat", "a blue cat", "a dog", "the beach", "reddish", "nothing")
@@ -81,7 +81,7 @@ def test_the_spectrum_finds_the_head_that_tells_a_property_s_texts_apart():
     for h in range(3):
         for i in range(10 * h, 10 * h + 10):
             covariance[h, i, i] = 1.0
-    seen = Moments(1, torch.zeros(1, 8, k).double(), covariance[None], (5,))
+    seen = HeadMoments(1, torch.zeros(1, 8, k).double(), covariance[None], (5,))
     named, score, p = by_spectrum(seen, R, fits, ("a", "b", "c"), draws=40)
     assert [n.label for n in named] == ["a", "b", "c", *[NONE] * 5]
     assert [int(score[0, h].argmax()) for h in range(3)] == [0, 1, 2]

@@ -13,9 +13,9 @@ from training.clip_sae.defences import (
     Projection,
     ProjectionConfig,
     Score,
+    accuracies,
     dyslexify,
     interpolation,
-    judge,
     looks_at_text,
     pairs,
     prefix,
@@ -108,10 +108,10 @@ def test_the_head_that_looks_at_letters_has_the_highest_score(reading):
 
 def test_the_head_that_reads_is_silenced_and_the_pictures_are_right_again(reading):
     base, p = reading
-    before = judge(base, p, None)
+    before = accuracies(base, p, None)
     d = dyslexify(base, p, p, floor=before.clean - 0.05, drop=0.05)
     assert READER in d.about["heads"]
-    assert judge(base, p, d).attacked >= before.attacked + 0.3
+    assert accuracies(base, p, d).attacked >= before.attacked + 0.3
 
 
 def test_silence_is_at_the_class_token_alone(tiny_clip):
@@ -146,7 +146,7 @@ def test_a_prefix_is_learned_that_names_what_attacked_pictures_look_like(tiny_cl
     d = prefix(tiny_clip, p, p, floor=0.0, steps=60, lr=0.05, weights=(1.0, 0.0))
     with d.patch.apply(tiny_clip.model):
         after = score(p, p.y, clip.zero_shot(tiny_clip, NAMES, d.templates))
-    assert after.attacked > judge(tiny_clip, p, None).attacked
+    assert after.attacked > accuracies(tiny_clip, p, None).attacked
     assert all(torch.equal(v, before[k]) for k, v in tiny_clip.model.state_dict().items())
 
 
@@ -163,7 +163,7 @@ def test_the_projection_takes_a_planted_direction_of_letters_away(tiny_clip):
         return embeddings_only(label, (label + 1) % len(classes), y, y + push * way, classes)
 
     train, val = world(NAMES), world(("ibis", "jay", "kite", "lynx", "mole", "newt"))
-    before = judge(tiny_clip, val, None)
+    before = accuracies(tiny_clip, val, None)
     assert before.attacked < before.clean - 0.2
     d = projection(tiny_clip, train, val, before.clean - 0.02, ranks=(23 / 24,), lr=0.01)
     W = d.patch.tensors["basis"]
@@ -185,8 +185,8 @@ def test_interpolation_learns_what_it_is_shown_and_leaves_the_base_alone(reading
     base, p = reading
     before = state(base)
     d = interpolation(base, p, p, floor=0.0, steps=40, batch=20, lr=1e-3)
-    assert judge(base, p, d).attacked > judge(base, p, None).attacked + 0.2
-    assert judge(base, p, replace(d, strength=0.0)) == judge(base, p, None)
+    assert accuracies(base, p, d).attacked > accuracies(base, p, None).attacked + 0.2
+    assert accuracies(base, p, replace(d, strength=0.0)) == accuracies(base, p, None)
     assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
 
 

@@ -12,7 +12,7 @@ from patches.families import clip
 from patches.mechanisms.features import SAE, edit
 from registry.errors import ConfigError
 from tests.training.clip_sae.some import TINY, D, some_sae
-from training.clip_sae.find import alike, by_difference, by_effect, fires, lessons, mean_direction, steering
+from training.clip_sae.find import by_difference, by_effect, fires, lessons, matched_control, mean_direction, steering
 from training.clip_sae.fit import candidates
 from training.clip_sae.streams import Stream, answers, applied, streams
 from training.tasks.recognition import classifier, pictures
@@ -88,11 +88,11 @@ def test_the_control_has_as_many_other_features_of_the_same_mass():
     sae, seen = planted_pairs()
     mass = fires(sae, seen["clean"]).mean(0)
     chosen = mass.argsort()[20:35].tolist()
-    other = alike(sae, seen["clean"], chosen, seed=0)
+    other = matched_control(sae, seen["clean"], chosen, seed=0)
     assert len(set(other)) == len(chosen)
     assert not set(other) & set(chosen)
     assert float(mass[other].sum()) == pytest.approx(float(mass[chosen].sum()), rel=0.25)
-    assert alike(sae, seen["clean"], chosen, seed=0) == other
+    assert matched_control(sae, seen["clean"], chosen, seed=0) == other
 
 
 def test_of_more_than_half_there_is_no_control_so_no_such_candidate():
@@ -100,7 +100,7 @@ def test_of_more_than_half_there_is_no_control_so_no_such_candidate():
     sae, seen = planted_pairs()
     F = len(sae.bias)
     with pytest.raises(ConfigError, match=f"{F // 2 + 1} of {F} are chosen"):
-        alike(sae, seen["clean"], range(F // 2 + 1), seed=0)
+        matched_control(sae, seen["clean"], range(F // 2 + 1), seed=0)
     c = replace(TINY, ranks=("difference",), counts=(2, F // 2 + 1))
     assert [row["count"] for row, _ in candidates(None, c, 1, sae, seen, None)] == [2]
 

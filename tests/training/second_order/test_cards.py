@@ -13,7 +13,7 @@ from patches.evidence.neuron_cards import (
     load_neurons,
     mine,
     save_neurons,
-    segment,
+    text_maps,
     voters,
 )
 from patches.families.clip import maps
@@ -46,7 +46,7 @@ def test_the_planted_neuron_segments_what_it_means(reader, planted, vote):
     red = atoms(reader.cards.pool)[:1]
     assert voters(reader.cards, red[0], 1)[0][1].tolist() == [NEURON]
     sign = float((reader.cards.layers[LAYER].known.direction[NEURON] @ red[0]).sign())
-    voted = segment(reader, planted.processor.image(images), red, 1, vote)[:, 0]
+    voted = text_maps(reader, planted.processor.image(images), red, 1, vote)[:, 0]
     said = maps.mask(voted if vote == "raw" else sign * voted, "half", 32)
     iou = (said & mask).sum((1, 2)) / (said | mask).sum((1, 2))
     print(f"IoU of the planted neuron, {vote}: mean {float(iou.mean()):.3f}, least {float(iou.min()):.3f}")

@@ -10,7 +10,7 @@ import torch
 from patches.families.clip.second_order import lens, look, scalars
 from registry.errors import Invalid, NotFound
 from tests.training.second_order.some import TINY, WORDS
-from training.second_order.find import alike, margins, patch_of, rank, read, texts_of
+from training.second_order.find import margins, matched_control, patch_of, rank, read, texts_of
 from training.tasks.recognition import classifier, pictures
 
 
@@ -47,7 +47,7 @@ def test_the_control_is_as_many_other_neurons_of_like_spread(tiny_clip):
     cards, _ = read(tiny_clip, TINY, WORDS)
     known = cards.layers[1].known
     chosen = known.spread.argsort()[45:75].tolist()
-    other = alike(known, chosen, 0)
+    other = matched_control(known, chosen, 0)
     assert len(set(other)) == 30
     assert not set(other) & set(chosen)
     assert float(known.spread[other].sum()) == pytest.approx(float(known.spread[chosen].sum()), rel=0.25)

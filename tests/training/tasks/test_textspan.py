@@ -5,7 +5,7 @@ import torch
 
 from patches.families.clip.direct import Lens
 from registry.errors import Invalid, NotFound
-from training.tasks.textspan import Moments, basis, moments, read_pool, spans
+from training.tasks.textspan import HeadMoments, basis, moments, read_pool, spans
 
 
 def images(n=20, seed=0):
@@ -13,9 +13,9 @@ def images(n=20, seed=0):
 
 
 def of(C):
-    """Moments of one head's contributions (N, k)."""
+    """HeadMoments of one head's contributions (N, k)."""
     C = C.double()
-    return Moments(len(C), C.sum(0)[None, None], (C.T @ C)[None, None], (0,))
+    return HeadMoments(len(C), C.sum(0)[None, None], (C.T @ C)[None, None], (0,))
 
 
 def plainly(C, R, count, rank=80):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
-from patches.evidence.neuron_cards import Reader, attributes, load_neurons, mine, segment
+from patches.evidence.neuron_cards import Reader, attributes, load_neurons, mine, text_maps
 from patches.families import clip
 from registry.home import home
 from tests.bentos.shapes.test_classify import coded, picture
@@ -78,7 +78,7 @@ def test_maps_are_the_readers_in_every_format(neurons, tiny_clip, vote, against)
                 "side": 32, "format": ["floats", "rle", "png"], "compare": True,
             }  # fmt: skip
             texts = clip.embed_texts(tiny_clip, ["cat", "dog"], clip.TEMPLATES)
-            maps = segment(reader(s, tiny_clip), pixels(tiny_clip, 1), texts, 20, vote)[0]
+            maps = text_maps(reader(s, tiny_clip), pixels(tiny_clip, 1), texts, 20, vote)[0]
             got = (await s.http.post("/v1/explain/segment", json=body)).json()
             one = got["base"]
             want = maps[0] - maps[1] if against else maps[0]

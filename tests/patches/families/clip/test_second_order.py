@@ -10,7 +10,7 @@ from patches.engine.read import record
 from patches.families import clip
 from patches.families.clip.second_order import (
     MOVES,
-    Moments,
+    EffectMoments,
     by_token,
     directions,
     effects,
@@ -268,7 +268,7 @@ def test_what_cannot_be_proved_is_not_claimed(base, many):
     phi = effects(at, many)
     norm = (phi - phi.mean(0)).norm(dim=2)  # (B, N)
     for size in (1, 8, 45):
-        moments = Moments(at, keep=5, spare=2)
+        moments = EffectMoments(at, keep=5, spare=2)
         for part in many.split(size):
             moments.add(part)
         known = moments.result()
@@ -281,7 +281,7 @@ def test_a_stream_without_pictures_is_refused(base):
     with pytest.raises(Invalid, match="empty"):
         directions(lens(base, 1), [])
     with pytest.raises(Invalid, match="keep=0"):
-        Moments(lens(base, 1), keep=0)
+        EffectMoments(lens(base, 1), keep=0)
 
 
 def test_replacements_are_those_of_the_effects(base, many):
