@@ -6,7 +6,7 @@ system share one copy of its base. The app is plain Starlette; BentoML serves it
 can any ASGI server. BentoML's own routes for methods are not used: their (de)serialisation costs more than a small
 model.
 
-Here: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/health`, `/livez`, `/readyz`, `/metrics`,
+Routes: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/health`, `/livez`, `/readyz`, `/metrics`,
 `/openapi.json`, the playground at `/`.
 """
 
@@ -60,7 +60,7 @@ class Outcome(BaseModel):
 
     model_config = Strict
     unit: Annotated[str, Field(min_length=1)]
-    """as the request named it: its header's unit, or its `user`"""
+    """Unit as the request named it: its header's unit, or its `user`"""
     value: float | bool
     experiment: Annotated[str, Field(max_length=64)] | None = None
     """Name of the experiment; by default the live one"""
@@ -288,7 +288,7 @@ class Desk:
         return answer({"object": "list", "data": made, "patchbay": about})
 
     async def model_of(self, request: Request, _: None) -> Response:
-        """One of them, by any name that a request's `model` may have. Raises NotFound naming those there are."""
+        """Describe one model, by any name that a request's `model` may have. Raises NotFound naming those there are."""
         name = request.path_params["model"]
         table = self.table()
         choice = choose(table, name, None, request.state.token.tenant, "compare" in request.state.token.scopes)
@@ -296,7 +296,7 @@ class Desk:
         return answer({**made, "patchbay": facts(table, choice)})
 
     async def health(self, request: Request, _: None) -> Response:
-        """What other servers of this API have: 200 if requests may be sent."""
+        """Answer 200 if requests may be sent, as other OpenAI-compatible servers do."""
         del request
         why = self.runtime.ill()
         return (

@@ -130,7 +130,7 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
 
 
 def elsewhere(calls: Sequence[Call]) -> Callable[[Request], Awaitable[Response]]:
-    """What no route answers: OPTIONS with the methods there are, and refusals as objects, of paths and of methods."""
+    """Build the endpoint for requests that no route answers: OPTIONS with the allowed methods, else 404 or 405."""
     known = [(compile_path(c.path)[0], "GET, HEAD" if c.method == "GET" else c.method) for c in calls]
 
     async def route(request: Request) -> Response:
@@ -337,7 +337,7 @@ def error(
     status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None,
     code: str | None = None,
 ) -> Response:  # fmt: skip
-    """An error as OpenAI's API writes it; its code is its kind unless it has one of its own."""
+    """Build an error response in OpenAI's shape; `code` is by default its kind."""
     return answer({"error": {"message": message, "type": kind, "param": param, "code": code or kind}}, status, headers)
 
 

@@ -20,15 +20,15 @@ UNIT = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def unit_of(user: str | None) -> str | None:
-    """The unit of an experiment that a `user` of OpenAI's API is: itself, or its hash where it is no unit. An empty
-    one is none."""
+    """Convert the `user` of an OpenAI request into an experiment's unit: itself if it is a valid unit, else its hash;
+    None if it is empty."""
     if not user or UNIT.fullmatch(user):
         return user or None
     return f"user-{hashlib.sha256(user.encode(errors='surrogatepass')).hexdigest()[:40]}"
 
 
 class NoModel(NotFound):
-    """What was asked for is no arm here."""
+    """The requested model is not an arm of this service."""
 
     code = "model_not_found"
 
@@ -101,7 +101,7 @@ def choose(table: Table, wish: str | None, unit: str | None, owner: str = "", to
     for prefix in (table.system, table.base):
         if name == prefix:
             name = "auto" if prefix == table.system else BASE
-        elif name.startswith((prefix + "@", prefix + "/")):  # with a slash: as answers name what answered
+        elif name.startswith((prefix + "@", prefix + "/")):  # answers name their arm with a slash
             name = name[len(prefix) + 1 :]
     if name == "auto":
         x = table.experiment

@@ -32,9 +32,9 @@ class Settings:
     slots: int = 32
     """Largest number of rows in one batch"""
     context: int = 4096
-    """tokens of a row, prompt and answer"""
+    """Largest number of tokens in a row, prompt and answer"""
     kv_gib: float = 0.0
-    """GiB that keys and values of all rows may take; 0: what is free, less a reserve"""
+    """Largest size in GiB of all rows' keys and values; 0: free memory less a reserve"""
     provider: str = ""
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None

@@ -13,7 +13,7 @@ from bentos.shapes.pieces import Pieces
 from patches.families.llm.worker import Row
 
 JOINT = 8
-"""tokens of the prompt that an answer's first one is decoded with"""
+"""Number of the prompt's last tokens with which an answer's first token is decoded"""
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Text:
     """Number of characters returned by `take` so far"""
     stopped: bool = False
     before: Sequence[int] = ()
-    """the prompt's last tokens: what the first one's text may depend on (Llama 2's loses its space without them)"""
+    """The prompt's last tokens, on which the text of the first one may depend (Llama 2 would lose its space without
+    them)"""
     _from: int = 0
     _to: int = 0
 
@@ -37,7 +38,7 @@ class Text:
         special = set(getattr(self.tokenizer, "all_special_ids", ()))
         self.ids = [i for i in self.before if i not in special][-JOINT:]
         self._to = len(self.ids)
-        while self._to and self._decode(self._to).endswith("\ufffd"):  # half a character; the answer may end it
+        while self._to and self._decode(self._to).endswith("\ufffd"):  # half a character, which the answer may complete
             self._to -= 1
 
     def push(self, ids: Sequence[int]) -> None:
@@ -127,12 +128,12 @@ class About:
 
     @staticmethod
     def echoed(line: Line, pieces: Pieces) -> str:
-        """The prompt as a text."""
+        """Decode the prompt, to be repeated before the answer."""
         return str(pieces.tokenizer.decode(line.row.prompt, skip_special_tokens=True))
 
     @staticmethod
     def scored(line: Line, start: int, upto: int, echo: bool) -> tuple[list[int], list[Any]]:
-        """Ids of an answer from `start` and what each scored, the prompt's before them if it is echoed."""
+        """Return the ids of an answer from `start` and their scores, preceded by the prompt's if it is echoed."""
         row = line.row
         ids, scores = row.out[start:upto], list(row.scores[start:upto])
         return ([*row.prompt, *ids], [*row.prompt_scores, *scores]) if echo else (ids, scores)
@@ -165,8 +166,8 @@ class About:
         return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
     def logprobs(self, ids: Sequence[int], scores: Sequence[Any], pieces: Pieces, at: int = 0) -> dict[str, Any]:
-        """What OpenAI's API says of scored tokens; `at`: characters of the text before the first. The first token of a
-        prompt, which nothing comes before, has null."""
+        """Format scored tokens as OpenAI's API does. at: number of characters of the text before the first token. A
+        prompt's first token, which has no predecessor, gets null."""
         if self.kind == "chat":
 
             def token(i: int, score: float) -> dict[str, Any]:
@@ -190,8 +191,8 @@ class About:
 
 
 def _named(own: int, scored: tuple[float, list[tuple[int, float]]], pieces: Pieces) -> dict[str, float]:
-    """name -> log-probability of the most likely tokens and the one that stands there. Names are those of different
-    tokens: where two read alike, the less likely one is called by its id."""
+    """Return name -> log-probability of the most likely tokens and the actual one. Names must be distinct: of two
+    tokens with the same text, the less likely one is named by its id."""
     score, best = scored
     out: dict[str, float] = {}
     for i, s in [*best, *([] if own in dict(best) else [(own, score)])]:

@@ -1,4 +1,4 @@
-"""Keys and values of the running batch: slots that sequences join and leave, within a number of bytes.
+"""Cache of keys and values for the running batch: slots that sequences join and leave, within a memory limit.
 
 Shapes: S slots, N columns, B active rows, T new tokens of each, D width of a head.
 """
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 GROW = 256
-"""columns and slots are added in steps, so that a short batch costs little memory"""
+"""Step in which columns are allocated, so that a short batch needs little memory"""
 
 
 class SlotCache:
-    """Keys and values of many sequences; the interface of transformers' Cache that decoders call.
+    """Cache of keys and values of many sequences, with the interface of transformers' Cache that decoders call.
 
     keys, values: per layer (S, heads, N, D). ids (S, N). lengths: tokens held per slot. During a forward, `starts` (B,)
-    says where the new tokens of the active slots [first, first + B) go.
+    is the column of the first new token in the active slots [first, first + B).
     """
 
     is_compileable = False
@@ -27,9 +27,9 @@ class SlotCache:
     def __init__(
         self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, limit: int | None = None
     ) -> None:
-        """limit: Bytes of keys and values that may be held; None: as many as are asked for."""
+        """Create an empty cache. limit: largest number of bytes of keys and values; None: unlimited."""
         self.token_bytes = 2 * layers * heads * width * dtype.itemsize
-        """what one column of one slot takes"""
+        """Bytes that one column of one slot takes"""
         self.limit = limit
         self.head_shape, self.dtype, self.device = (heads, width), dtype, device
         self.keys = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
@@ -39,7 +39,7 @@ class SlotCache:
         self.first = 0
         self.starts = torch.zeros(0, dtype=torch.long, device=device)
         self.uniform: int | None = None
-        """where all rows of this forward start, if they start at one column"""
+        """First new column of all rows in this forward, if it is the same; None otherwise"""
         self.columns = 0
 
     @property
@@ -47,7 +47,8 @@ class SlotCache:
         return self.keys
 
     def begin(self, first: int, starts: list[int], ids: Tensor, counts: list[int]) -> None:
-        """Open a forward over slots [first, first+B): row b brings counts[b] real tokens, ids (B, T) right padded."""
+        """Begin a forward over slots [first, first+B): row b brings counts[b] real tokens of ids (B, T),
+        right-padded."""
         B, T = ids.shape
         self._reserve(first + B, max(s + T for s in starts))
         self.first, self.starts = first, torch.tensor(starts, device=self.device)
@@ -58,11 +59,11 @@ class SlotCache:
             self.ids[first + b, s + n : self.columns] = -1
 
     def tokens(self) -> Tensor:
-        """(B, K) ids held by the active slots, -1 where there is none."""
+        """Token ids (B, K) held by the active slots, -1 where there is none."""
         return self.ids[self.first : self.first + len(self.starts), : self.columns]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store (B, heads, T, D) and return views of everything the active slots hold."""
+        """Store new keys and values (B, heads, T, D) and return views of all that the active slots hold."""
         B, T = keys.shape[0], keys.shape[2]
         rows = slice(self.first, self.first + B)
         out = []
@@ -79,14 +80,14 @@ class SlotCache:
         return out[0], out[1]
 
     def fits(self, slots: int, columns: int) -> bool:
-        """Whether so many slots of so many columns stay within the limit."""
+        """Return whether this many slots and columns stay within the limit."""
         return self.limit is None or slots * columns * self.token_bytes <= self.limit
 
     def get_seq_length(self, *_: Any) -> int:
         return int(self.starts.max()) if len(self.starts) else 0
 
     def wipe(self, slot: int) -> None:
-        """Forget what a failed row wrote: a masked column still takes part in 0 * value, and it may be NaN."""
+        """Zero a failed row's slot: masked columns still take part in 0 * value, which would be NaN for NaN."""
         for store in (*self.keys, *self.values):
             if slot < len(store):
                 store[slot] = 0.0
@@ -94,7 +95,7 @@ class SlotCache:
             self.ids[slot] = -1
 
     def drop(self, slot: int) -> None:
-        """Free a slot: the last one takes its place."""
+        """Free a slot by moving the last one into its place."""
         last = len(self.lengths) - 1
         if slot != last:
             n = self.lengths[last]
@@ -106,6 +107,7 @@ class SlotCache:
         self.lengths.pop()
 
     def _reserve(self, slots: int, columns: int) -> None:
+        """Grow keys, values and ids to at least these numbers of slots and columns."""
         S, N = self.ids.shape
         if slots <= S and columns <= N:
             return
@@ -118,8 +120,8 @@ class SlotCache:
         for stores in (self.keys, self.values):
             for i, old in enumerate(stores):
                 if old.shape[0] == S2 and old.shape[2] == N2:
-                    continue  # memory ran out on the way the last time; this one had grown
-                # zeros, because a masked column still takes part in 0 * value
+                    continue  # had grown already when memory ran out at an earlier attempt
+                # zeros, because masked columns still take part in 0 * value
                 new = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=self.device)
                 new[: old.shape[0], :, : old.shape[2]] = old[:S2, :, :N2]  # slots and columns left out hold nothing
                 stores[i] = new
@@ -129,5 +131,5 @@ class SlotCache:
 
 
 def rounded(columns: int) -> int:
-    """`columns` as they are allocated."""
+    """Round a number of columns up to the step of allocation."""
     return math.ceil(columns / GROW) * GROW

@@ -1,8 +1,8 @@
-"""Continuous decoding: sequences of any patch join and leave one running batch on one copy of the base.
+"""LLM worker: continuous batching of sequences of any arm on one copy of the base.
 
-Keys and values lie in slots, row b's token t in column t, so a sequence joins without moving anybody (no left
-padding), and leaves by letting the last slot take its place. One `Decoder` belongs to one thread.
-This is what evaluations, MLflow and the services all run.
+Keys and values lie in slots, token t of row b in column t, so a sequence joins without moving others (no left padding),
+and leaves by letting the last slot take its place. A `Decoder` belongs to one thread. Evaluations, MLflow and the
+services all run on it.
 """
 
 from __future__ import annotations
@@ -25,74 +25,80 @@ from patches.families.llm.cache import SlotCache
 from patches.families.worker import Job, Worker
 from registry.errors import Failed, Invalid, TooLong
 
-# transformers renames this argument in 5.40, which pyproject.toml keeps out; until then it would say so in every log
+# transformers renames this argument in 5.40, which pyproject.toml excludes; before that it warns at every call
 warnings.filterwarnings("ignore", message=".*past_key_values. is deprecated", category=FutureWarning)
 
 log = logging.getLogger("patchbay")
 
 PREFILL_TOKENS = 2048
-"""padded prompt tokens in one forward; a longer prompt comes in parts, and running rows go on between them"""
+"""Largest number of padded prompt tokens in one forward; a longer prompt is prefilled in parts, between which running
+rows go on"""
 SCORED_TOKENS = 128
-"""prompt tokens whose logits over the whole vocabulary are held at once"""
+"""Number of prompt tokens whose logits over the whole vocabulary are in memory at once"""
 COLD = 1e-4
-"""temperatures below take the most likely token: logits divided by less leave what float32 can say"""
+"""Temperature below which the most likely token is taken, because logits divided by less overflow float32"""
 
 
 @dataclass(eq=False)
 class Row(Job):
-    """One row being decoded; `Decoder` fills `out`."""
+    """One sequence being decoded; `Decoder` fills `out`."""
 
     prompt: list[int]
+    """Token ids"""
     max_tokens: int = 16
-    """0: the prompt is read, and nothing follows it"""
+    """Largest number of generated tokens; 0: the prompt is only read"""
     temperature: float = 0.0
-    """0: greedy"""
+    """Sampling temperature; 0: greedy"""
     top_p: float = 1.0
     seed: int | None = None
+    """Seed of the row's own generator; None: random"""
     logprobs: int | None = None
-    """how many alternatives to report beside each token; None: no log-probabilities at all"""
+    """Number of alternatives to report beside each token; None: no log-probabilities"""
     bias: dict[int, float] = field(default_factory=dict)
-    """token id -> added to its logit"""
+    """Token id -> value added to its logit"""
     ignore_eos: bool = False
+    """Whether to go on after an end-of-sequence token"""
     score_prompt: bool = False
-    """whether `logprobs` are wanted of the prompt, too"""
+    """Whether to report log-probabilities of the prompt's tokens, too"""
     pool: bool = False
-    """whether the prompt's states are wanted"""
+    """Whether to sum the prompt's hidden states into `pooled`"""
     out: list[int] = field(default_factory=list)
+    """Generated token ids"""
     scores: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
-    """per token: its log-probability (before temperature), and the most likely alternatives"""
+    """Per generated token: its log-probability (before temperature), and the most likely alternatives"""
     prompt_scores: list[tuple[float, list[tuple[int, float]]] | None] = field(default_factory=list)
-    """per prompt token: the same; None for the first, which nothing comes before"""
+    """Per prompt token: the same; None for the first, which has no predecessor"""
     pooled: Tensor | None = None
     """(D,) float32 sum of the prompt's last hidden states"""
     generator: torch.Generator | None = None
 
 
 class Decoder(Worker[Row]):
-    """A running batch: `add` sequences, call `step` until `idle`."""
+    """Running batch of sequences: `add` them, then call `step` until `idle`."""
 
     def __init__(
         self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None,
         kv_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        """kv_bytes: Bytes that keys and values of all rows may take; rows wait until there is room for them."""
+        """Create an empty batch. slots: largest number of rows; context: limit on prompt and answer together, in
+        tokens; kv_bytes: limit on the bytes of all keys and values, for which rows wait."""
         self.kv_bytes = kv_bytes
-        config = base.model.config.get_text_config()  # of a model that also sees, the part that reads
+        config = base.model.config.get_text_config()  # the language part of a vision-language model
         self.base, self.applied, self.slots = base, applied, slots
         self.context = min(context or config.max_position_embeddings, config.max_position_embeddings)
-        """prompt and answer together, in tokens"""
+        """Largest number of tokens of prompt and answer together"""
         layers = getattr(config, "layer_types", None) or ()
         self.mixed = bool(layers)
-        """whether layers say for themselves what they see; if not, all of them see the window"""
+        """Whether layers differ in what they attend to; if not, all of them use the window"""
         self.window = getattr(config, "sliding_window", None) if "sliding_attention" in layers or not layers else None
         self.cap = getattr(config, "final_logit_softcapping", None)
-        """what Gemma 2 squashes its logits to; read once, for a config takes its time to answer"""
+        """Gemma 2's soft cap on logits; read once, because config attributes are slow"""
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        """what Cohere multiplies its logits by, and Granite divides them by"""
+        """Factor of the logits: Cohere's logit_scale, or the inverse of Granite's logits_scaling"""
         self.filling: Row | None = None
-        """whose prompt comes in parts"""
+        """Row whose prompt is being prefilled in parts"""
         self.filled = False
-        """whether the last step was a part of it"""
+        """Whether the last step prefilled such a part"""
         self.reset()
         if kv_bytes is not None:
             self.context = min(self.context, max(1, kv_bytes // self.cache.token_bytes))
@@ -102,22 +108,22 @@ class Decoder(Worker[Row]):
         self.decoder = model.get_decoder()  # type: ignore[operator]
         self.head = model.get_output_embeddings()  # type: ignore[operator]
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        """token ids the model has a row for; a tokenizer may know more"""
+        """Number of token embeddings; a tokenizer may know more ids"""
 
     def reset(self) -> None:
-        """Forget what is queued, running and cached."""
+        """Drop everything queued, running and cached."""
         model, config = self.base.model, self.base.model.config.get_text_config()
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device, self.kv_bytes)  # type: ignore[arg-type]
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
-        """running[i] lies in slot i"""
+        """Active rows: running[i] occupies slot i"""
         self.filling = None
 
     def check(self, sequences: Iterable[Row]) -> None:
-        """Raises TooLong if one does not fit the context, Invalid if it has a token that the model has no row for (on
-        a GPU one such id would end everybody's context)."""
+        """Check sequences before they are added. Raises TooLong if one does not fit the context, Invalid for a token id
+        without an embedding (on a GPU one such id would end all sequences)."""
         for s in sequences:
             need = len(s.prompt) + s.max_tokens
             if not s.prompt or need > self.context:
@@ -136,7 +142,7 @@ class Decoder(Worker[Row]):
 
     @torch.inference_mode()
     def cancel(self, sequence: Row) -> None:
-        """Stop one sequence now; the others do not notice."""
+        """Stop one sequence now, without effect on the others."""
         if sequence.finished:
             return
         sequence.finished = "cancelled"
@@ -147,9 +153,9 @@ class Decoder(Worker[Row]):
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One forward: prefill of some waiting sequences if there is room, else one token for all running ones.
+        """Run one forward: prefill waiting sequences if there is room, else decode one token for all running ones.
 
-        Returns the sequences that got a token or failed; those finished among them have left the batch. A sequence
+        Returns the sequences that got a token or failed; the finished ones among them have left the batch. A sequence
         that makes the forward raise, or whose logits are not finite, fails alone.
         """
         rows = self._admit()
@@ -171,7 +177,7 @@ class Decoder(Worker[Row]):
 
     @staticmethod
     def _neighbours(rows: list[Row], slots: dict[int, int]) -> list[list[Row]]:
-        """Rows, which come in the order of their slots, as runs without a gap."""
+        """Split rows, given in the order of their slots, into runs of neighbouring slots."""
         runs: list[list[Row]] = []
         for s in rows:
             if runs and slots[id(s)] == slots[id(runs[-1][-1])] + 1:
@@ -181,8 +187,8 @@ class Decoder(Worker[Row]):
         return runs
 
     def _advance(self, rows: Sequence[Row], first: int, joining: bool) -> None:
-        """The next token of neighbouring rows, which lie in slots first, first + 1, ... Nothing is kept if it raises:
-        lengths advance last, and columns beyond them are written again."""
+        """Compute the next token of neighbouring rows in slots first, first + 1, ... Nothing is kept if it raises:
+        lengths advance last, and columns beyond them are overwritten."""
         starts = self.cache.lengths[first : first + len(rows)]
         if joining:
             parts = [self._part(s, at) for s, at in zip(rows, starts, strict=True)]
@@ -210,29 +216,29 @@ class Decoder(Worker[Row]):
                 s.finished = "length"
 
     def _part(self, row: Row, start: int) -> list[int]:
-        """What of a prompt comes in this forward; all of it unless it is long."""
+        """Return the part of a prompt for this forward; all of it unless it is long."""
         whole = start == 0 and (len(row.prompt) <= PREFILL_TOKENS or self._undivided(row))
         return row.prompt if whole else row.prompt[start : start + PREFILL_TOKENS]
 
     def _undivided(self, row: Row) -> bool:
-        """Whether a prompt must come whole, however long it is."""
+        """Return whether a prompt must be prefilled in one forward, however long it is."""
         del row
         return False
 
     @staticmethod
     def _size(row: Row) -> float:
-        """Tokens, prompt and answer."""
+        """Number of tokens of prompt and answer: the memory a row needs."""
         return len(row.prompt) + len(row.out)
 
     @staticmethod
     def probe(arm: str | None) -> Row:
-        """A short row that any model can decode."""
+        """Return a short row that any model can decode, for health checks."""
         return Row([1, 2, 3], arm=arm, max_tokens=2, ignore_eos=True)
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Logits (1, 8, V) of a fixed input under an arm: equal for equal behaviour, bit for bit. Raises Failed if
-        they are not finite."""
+        """Compute the logits (1, 8, V) of a fixed input under an arm: bit for bit equal for equal behaviour. Raises
+        Failed if they are not finite."""
         assert self.applied is not None
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(input_ids=torch.arange(1, 9, device=self.base.device)[None]).logits
@@ -241,6 +247,7 @@ class Decoder(Worker[Row]):
         return out
 
     def _admit(self) -> list[Row]:
+        """Move waiting sequences into free slots, as prefill size and cache memory allow; return them."""
         joined: list[Row] = []
         longest = 0
         columns = max((_columns(s) for s in self.running), default=0)
@@ -251,7 +258,7 @@ class Decoder(Worker[Row]):
             if joined and longest * (len(joined) + 1) > PREFILL_TOKENS:
                 break
             if (long and self.filling is not None) or not self.cache.fits(len(self.running) + 1, columns):
-                break  # it waits, and so do those behind it
+                break  # first come, first served: the sequences behind it wait, too
             joined.append(self.waiting.popleft())
             self.running.append(s)
             self.cache.lengths.append(0)
@@ -261,6 +268,7 @@ class Decoder(Worker[Row]):
         return joined
 
     def _leave(self, slot: int) -> None:
+        """Take a finished sequence out of the batch."""
         if self.running[slot].finished == "failed":
             self.cache.wipe(slot)
         self.cache.drop(slot)
@@ -271,7 +279,7 @@ class Decoder(Worker[Row]):
             self.running[slot] = last
 
     def _forward(self, rows: Sequence[Row], first: int, starts: list[int], ids: Tensor, counts: list[int]) -> Tensor:
-        """Logits (B, V) float32 after each row's last new token."""
+        """Run the decoder and return logits (B, V) float32 after each row's last new token."""
         self.cache.begin(first, starts, ids, counts)
         device = ids.device
         positions = self.cache.starts[:, None] + torch.arange(ids.shape[1], device=device)
@@ -290,8 +298,8 @@ class Decoder(Worker[Row]):
         return self._read(rows, hidden, starts, counts)
 
     def _read(self, rows: Sequence[Row], hidden: Tensor, starts: list[int], counts: list[int]) -> Tensor:
-        """Logits (B, V) after each row's last new token, from last hidden states (B, T, D); what else rows want of
-        their prompts is kept on the way."""
+        """Return logits (B, V) after each row's last new token from hidden states (B, T, D), and store what rows want
+        to know of their prompts."""
         for b, s in enumerate(rows):
             if starts[b] < len(s.prompt) and (s.score_prompt or s.pool):
                 self._keep(s, hidden[b, : counts[b]], starts[b])
@@ -299,7 +307,7 @@ class Decoder(Worker[Row]):
         return self._logits(hidden[torch.arange(len(rows), device=hidden.device), last])
 
     def _keep(self, s: Row, states: Tensor, start: int) -> None:
-        """Scores and states of the prompt tokens from `start`; a forward that is run again writes them again."""
+        """Store scores and summed states of the prompt tokens from `start`; a repeated forward overwrites them."""
         if s.pool:
             of = states.float().sum(0)
             s.pooled = of if start == 0 or s.pooled is None else s.pooled + of
@@ -319,14 +327,15 @@ class Decoder(Worker[Row]):
             s.prompt_scores += zip(own.tolist(), best_of(scores, s.logprobs or 0), strict=True)
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        """Apply the output head, scale and soft cap to hidden states (..., D): logits (..., V) float32."""
         logits: Tensor = self.head(hidden).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _mask(self, positions: Tensor) -> Any:
-        """(B, 1, T, K) bool: key k may be seen from position p if k <= p, and is in the window of a layer that has one.
-        A dict for models whose layers differ."""
+        """Build the causal mask (B, 1, T, K) bool: key k is visible from position p if k <= p, and within the window of
+        a layer that has one. A dict for models whose layers differ."""
         k = torch.arange(self.cache.columns, device=positions.device)
         full = (k <= positions[:, :, None])[:, None]
         if self.window is None:
@@ -335,11 +344,12 @@ class Decoder(Worker[Row]):
         return {"full_attention": full, "sliding_attention": full & near} if self.mixed else full & near
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int | None]:
-        """A token for each row; None for a row that has none, which fails alone."""
+        """Choose a token for each row; None for a row that fails alone, because its logits are not finite or the draw
+        fails."""
         for b, s in enumerate(rows):
             for token, add in s.bias.items():
                 logits[b, token] += add
-        highest, at = logits.max(-1)  # of NaN and something the highest is NaN
+        highest, at = logits.max(-1)  # the max of NaN and a number is NaN
         greedy, top = at.tolist(), highest.tolist()
         out: list[int | None] = []
         for b, s in enumerate(rows):
@@ -362,12 +372,12 @@ class Decoder(Worker[Row]):
 
 
 def _columns(row: Row) -> int:
-    """Columns a row may come to hold."""
+    """Return the number of cache columns that a row may come to need."""
     return len(row.prompt) + row.max_tokens
 
 
 def best_of(scores: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """The `count` most likely (id, log-probability) of each row of scores (n, V)."""
+    """Return the `count` most likely (id, log-probability) pairs for each row of log-probabilities (n, V)."""
     if not count:
         return [[] for _ in scores]
     top = scores.topk(min(count, scores.shape[-1]))
@@ -375,7 +385,7 @@ def best_of(scores: Tensor, count: int) -> list[list[tuple[int, float]]]:
 
 
 def _sample(logits: Tensor, s: Row) -> int:
-    """One token from softmax(logits / temperature) cut to mass top_p, drawn by the row's own generator."""
+    """Sample one token from softmax(logits / temperature) restricted to mass top_p, with the row's own generator."""
     if s.generator is None:
         s.generator = torch.Generator().manual_seed(s.seed) if s.seed is not None else torch.Generator()
         if s.seed is None:
