@@ -50,13 +50,18 @@ class Record:
     id: str
     kind: str
     owner: str
+    """Hash of the bearer token that submitted it"""
     state: State
     holder: str
+    """Name of the process that works on it"""
     created: float
+    """Time of submission, in seconds since 1970; so are the next two"""
     started: float | None
     finished: float | None
     ask: Any
+    """The request, as its kind of work reads it"""
     about: dict[str, Any]
+    """Facts shown in the job's document"""
     result: Any
     error: dict[str, Any] | None
 

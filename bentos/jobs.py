@@ -384,6 +384,7 @@ class Service:
         return answer({"object": "list", "data": [document(r, {}) for r in mine]})
 
     async def job_events(self, request: Request, _: None) -> Response:
+        """Stream a job's events (GET /v1/jobs/{id}/events)."""
         record = await self.jobs.mine(request)
         after = request.headers.get("last-event-id", "0")
         if not (after.isascii() and after.isdigit() and len(after) < 10):
@@ -392,6 +393,7 @@ class Service:
         return StreamingResponse(body, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def job_cancel(self, request: Request, _: None) -> Response:
+        """Cancel an open job or delete a finished one (DELETE /v1/jobs/{id})."""
         record = await self.jobs.mine(request)
         if record.state in OPEN_STATES:
             return answer(await self.jobs.cancel(record))

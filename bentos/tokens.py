@@ -41,6 +41,7 @@ class Bucket:
     at: float = field(default_factory=time.monotonic)
 
     def take(self) -> bool:
+        """Take one call from the bucket; return False if it is empty."""
         now = time.monotonic()
         self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
         self.at = now
@@ -55,7 +56,9 @@ class Token:
     """A caller, identified by the sha256 of its bearer token; the token itself is not kept."""
 
     name: str
+    """Name in error messages and logs"""
     scopes: frozenset[str]
+    """Scopes of SCOPES that it may use"""
     bucket: Bucket | None
     tenant: str = ""
     """Owner of units, galleries and keys; several tokens may share one. Empty without a token file"""

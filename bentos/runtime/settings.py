@@ -29,6 +29,7 @@ class Settings:
     base: str | None = None
     """Reference of the base; None: the one in the artifact's manifest"""
     device: str = "cpu"
+    """torch device of the base"""
     slots: int = 32
     """Largest number of rows in one batch"""
     context: int = 4096
@@ -42,6 +43,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Read the settings from PATCHBAY_* environment variables. Raises NotFound for an unknown system."""
         pinned = env.get("PATCHBAY_PINNED") or (CARRIED if CARRIED.is_dir() else None)
         name = manifest.read(Path(pinned)).system if pinned else env.get("PATCHBAY_SYSTEM", "")
         return cls(

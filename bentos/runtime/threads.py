@@ -20,11 +20,14 @@ CALM_S = 60.0
 @dataclass
 class _Watched:
     limit_s: float
+    """Longest healthy silence in seconds"""
     thread: threading.Thread | None = None
     beat: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last sign of life"""
     fell: int = 0
     """Number of recent exceptions"""
     at: float = 0.0
+    """Monotonic time of the last exception"""
     why: str = ""
     """Type of the last exception"""
 

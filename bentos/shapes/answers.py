@@ -22,12 +22,15 @@ class Text:
 
     tokenizer: Any
     stops: Sequence[str]
+    """Strings at which the text ends"""
     ids: list[int] = field(default_factory=list)
+    """Token ids, with the prompt's last ones before them"""
     text: str = ""
     """Everything decoded so far"""
     given: int = 0
     """Number of characters returned by `take` so far"""
     stopped: bool = False
+    """Whether a stop string was found"""
     before: Sequence[int] = ()
     """The prompt's last tokens, on which the text of the first one may depend (Llama 2 would lose its space without
     them)"""
@@ -80,10 +83,13 @@ class Line:
     """One choice of an answer: a row being decoded, and its text."""
 
     index: int
+    """Index among the answer's choices"""
     prompt: int
+    """Number of tokens of the prompt"""
     row: Row
     text: Text
     arm: str
+    """Label of the arm that answers"""
     seen: int = 0
     """Number of tokens already converted to text"""
 
@@ -100,6 +106,7 @@ class About:
     """Fields that every chunk of an answer repeats."""
 
     kind: str
+    """Kind of request: chat or completion"""
     id: str
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
@@ -108,6 +115,7 @@ class About:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
 
     def whole(self, lines: list[Line], scores: int | None, echo: bool, pieces: Pieces) -> dict[str, Any]:
+        """Build a whole answer from its finished choices."""
         choices = []
         for line in lines:
             text = line.text.text

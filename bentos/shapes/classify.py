@@ -57,7 +57,7 @@ class Classify(BaseModel):
     """Number of best labels to return"""
     model: Annotated[str, Field(max_length=200)] | None = None
     user: str | None = None
-    """the unit of an experiment: printable, without spaces"""
+    """Unit of an experiment; see `unit_of`"""
     patchbay: Extra = Field(default_factory=Extra)
 
 
@@ -66,10 +66,12 @@ class Entry:
     """One image of a request, and what became of it."""
 
     choice: Choice
+    """Arm that this image was given to"""
     job: Picture | None = None
     beside: Picture | None = None
     """The same image for the base, with `compare`"""
     refused: PatchbayError | None = None
+    """Why the image was not accepted"""
 
     @property
     def failed(self) -> PatchbayError | None:
@@ -140,6 +142,7 @@ class Service:
         self.classifiers = desk.shared(Classifiers)
 
     async def classify(self, request: Request, ask: Classify) -> Response:
+        """Answer POST /v1/classify."""
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
         self.desk.check_compare(request, ask.patchbay.compare)

@@ -105,6 +105,7 @@ class Applied:
 
     model: nn.Module
     strength: float
+    """Strength of a single patch applied by itself"""
     arms: dict[str, dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
     """Arm -> (site, kind) -> edit; replaced as a whole when arms come and go, so that running calls keep theirs"""
     hooked: set[tuple[str, str]] = field(default_factory=set)

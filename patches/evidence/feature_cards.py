@@ -43,6 +43,7 @@ class Cards:
     thumbs: Tensor
     """(n, 3, s, s) uint8 thumbnails of the images"""
     words: Sequence[str]
+    """Vocabulary of the words"""
 
     def card(self, j: int) -> dict[str, Any]:
         """Return the card of feature j as plain values, images by index. Raises NotFound naming the range of
@@ -64,6 +65,7 @@ class Cards:
 
 
 def save_cards(cards: Cards, folder: Path) -> None:
+    """Write the cards into `folder`, before the folder is sealed."""
     tensors = {k: v.contiguous() for k, v in vars(cards).items() if k != "words"}
     save_file(tensors, folder / TENSORS)
     (folder / WORDS).write_text(json.dumps(list(cards.words)))

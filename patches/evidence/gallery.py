@@ -49,6 +49,7 @@ class Gallery:
     thumbs: Tensor
     """(N, 3, s, s) uint8 thumbnails"""
     names: tuple[str, ...]
+    """Names of the images"""
     kept: float
     """Fraction of the images' variance that the codes keep, over all heads"""
 

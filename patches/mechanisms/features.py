@@ -63,6 +63,7 @@ class SAE:
     decoder_bias: Tensor
     """(D,) decoder bias"""
     activation: Activation = "relu"
+    """Activation function of the encoder"""
     k: int = 0
     """Features that may be active per token, for the activation `topk`"""
     threshold: Tensor | None = None
@@ -181,6 +182,7 @@ class FeatureConfig:
     token"""
     activation: Activation = "relu"
     k: int = 0
+    """Activation function and normalisation of the dictionary, with `k` of topk"""
     normalise: Normalise = "none"
 
 

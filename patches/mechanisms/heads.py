@@ -39,6 +39,7 @@ class HeadConfig:
     count: int
     """Number of heads per layer"""
     mode: Mode = "zero"
+    """Operation on a head's output: zero, mean (the tensor `value`) or scale (the tensor `factor`)"""
     tokens: Literal["all", "cls"] = "all"
     """cls: edit token 0 alone, so that other tokens still read the heads' output"""
 

@@ -29,19 +29,25 @@ class Config:
     run_limits: tuple[float, ...] = (8.0,)
     """Candidate limits within one unbroken run, in every later layer"""
     fit_words: int = 8
+    """Number of words on which candidates are judged"""
     fit_contexts: tuple[Context, ...] = ("chat", "prefix")
+    """Kinds of prompt before the copies on which candidates are judged"""
     fit_copies: int = 512
     """Longest run that candidates are judged on; longer ones are only tested"""
     test_words: int = 50
+    """Number of words of which results are reported"""
     copies: tuple[int, ...] = (4, 16, 64, 256, 512, 1024)
     """Run lengths after which the next token is judged; one forward over the longest serves all"""
     contexts: tuple[Context, ...] = ("chat", "prefix", "bos")
+    """Kinds of prompt before the copies of which results are reported"""
     continue_after: int = 200
+    """Number of copies before the greedy continuation"""
     continue_tokens: int = 32
     """Tokens of the greedy continuation that must all be right for a word to count; 0 skips it"""
     documents: int = 8
     """Documents per kind of text"""
     document_tokens: int = 512
+    """Largest number of tokens per document"""
     perplexity_bound: float = 1.002
     """Largest perplexity on fitting text, as a multiple of the base's"""
 

@@ -45,7 +45,7 @@ class Circuit:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Circuit:
-        """Reads a circuit back from sealed evidence."""
+        """Read a circuit back from sealed evidence."""
         stages = tuple(tuple((int(layer), int(j)) for layer, j in stage) for stage in found["stages"])
         return cls(**{**found, "stages": stages, "echoes": tuple((a, b) for a, b in found.get("echoes", ()))})
 

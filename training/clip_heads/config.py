@@ -46,7 +46,9 @@ class Config:
     texts: int = 10
     """Texts per head (TEXTSPAN)"""
     rank: int = 80
+    """Largest number of principal directions kept per head"""
     normalise_pool: bool = False
+    """Whether texts are rescaled to unit norm after projection onto a head's directions"""
     judge: Judge = "spectrum"
     """Whose labels count; those of the other judges are sealed beside them, with their agreement"""
     shuffles: int = 100
@@ -61,8 +63,11 @@ class Config:
     ablate: tuple[str, ...] = ("text",)
     """Properties whose heads are candidates for ablation"""
     counts: tuple[int, ...] = (1, 2, 4, 8)
+    """Candidate numbers of ablated heads"""
     modes: tuple[Mode, ...] = ("mean", "zero")
+    """Candidate ablations: to the mean, or to zero"""
     tokens: Literal["all", "cls"] = "cls"
+    """Tokens at which heads are ablated"""
     draws: int = 5
     """Random sets of as many heads, the control"""
     bound: float = 0.02

@@ -97,9 +97,11 @@ class Endpoint:
     url: str = ""
     """Base URL such as http://127.0.0.1:3000/v1; empty: none"""
     model: str = "auto"
+    """Model name in requests"""
     key: str = ""
     """Name of the environment variable that holds the bearer token"""
     timeout_s: float = 60.0
+    """Longest wait in seconds for an answer"""
 
 
 WORDS = 4

@@ -56,6 +56,7 @@ class Config:
     strengths: tuple[float, ...] = (1.0,)
     """Candidate strengths of gated edits: 1 removes what the gates say"""
     op: Op = "zero"
+    """Operation on the features' activations"""
     value: float = 0.0
     """Argument of `op`, if it takes one; for task=steer in multiples of the feature's largest activation"""
     levels: tuple[float, ...] = (0.0,)

@@ -40,17 +40,21 @@ class SAEConfig:
 
     method: Literal["topk", "batchtopk", "vanilla"] = "batchtopk"
     features: int = 4096
+    """Number of features"""
     k: int = 32
     """Active features per token, of topk and batchtopk"""
     l1: float = 1e-5
     """Weight of the L1 penalty, for the activation `vanilla`"""
     steps: int = 600
+    """Optimiser steps"""
     batch: int = 4096
     """Tokens per step, over all processes together"""
     passes: int = 1
     """Passes over each chunk, each in another order; more than 1 where reading activations dominates the cost"""
     lr: float = 1e-3
+    """Peak learning rate of Adam"""
     warmup: int = 50
+    """Steps of linear warm-up"""
     end_lr: float = 0.1
     """Last learning rate as a share of lr, reached by a cosine"""
     clip: float = 1.0

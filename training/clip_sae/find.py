@@ -72,8 +72,8 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
 def lessons(
     base: Base, config: Config, layer: int, seen: Mapping[str, Stream], by: LabelSet
 ) -> tuple[list[Lesson], list[Lesson]]:
-    """Training batches for gates: pictures with the spurious cue (groups weighted by the base's error rate), and clean
-    pictures the base classifies correctly, since only those predictions have to be preserved."""
+    """Return training batches for gates: images with the spurious cue (groups weighted by the base's error rate), and
+    clean images that the base classifies correctly, since only those predictions have to be preserved."""
     paired = config.task == "typographic"
 
     def some(stream: Stream, weight: Tensor, written: bool = False) -> list[Lesson]:

@@ -76,6 +76,7 @@ class Dataset:
     split: str
     classes: tuple[str, ...]
     size: int
+    """Number of images"""
     about: Mapping[str, Any]
     """All parameters that determined the images, as plain values; part of the digest"""
     reader: Callable[[Tensor], Batch] = field(repr=False, compare=False)

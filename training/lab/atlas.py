@@ -95,6 +95,7 @@ class Person:
     hair: str
     """blond, red, white, curly, bald, or "" if the name states none (most styles then draw it dark or brown)"""
     beard: bool
+    """Whether the name states a beard"""
     age: str
     """baby, child, old, or "" if the name states none"""
     does: str

@@ -56,18 +56,25 @@ class Config:
 
     device: str = "cuda"
     seed: int = 0
+    """Optimiser steps"""
     steps: int = 4200
+    """Pairs per step"""
     batch: int = 2048
+    """Peak learning rate, after which it decays by a cosine"""
     lr: float = 1e-3
+    """Steps of linear warm-up"""
     warmup: int = 300
     decay: float = 0.1
     """AdamW weight decay of matrices; vectors and biases get none"""
     width: int = 256
+    """Width of the image tower, and of the joint space"""
     layers: int = 8
     text_width: int = 256
     text_layers: int = 4
     context: int = 32
+    """Largest number of tokens of a caption"""
     vocabulary: int = 4096
+    """Size of the BPE vocabulary"""
     words: int = 4000
     """Number of written words that are no concept: the most frequent whole-word tokens of CLIP's own vocabulary"""
     word_share: float = 0.25
@@ -77,7 +84,9 @@ class Config:
     concepts: int = 0
     """Number of concepts to learn; 0 for all of them"""
     compile: bool = True
+    """Whether to use torch.compile"""
     test_pictures: int = 4000
+    """Images per test condition"""
 
 
 RECIPES: dict[str, Config] = {

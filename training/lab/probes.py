@@ -113,7 +113,7 @@ PROBES: dict[str, Callable[[Base, str, int, int], Probe]] = {
 
 
 def _split(split: str) -> worlds.Split:
-    """Narrow a split's name to the type `worlds.Split`."""
+    """Check that a split exists; its type is then `worlds.Split`."""
     return next(s for s in worlds.SPLITS if s == split)
 
 

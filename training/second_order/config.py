@@ -47,6 +47,7 @@ class Config:
     atoms: int = 16
     """Texts per neuron in the sparse decomposition"""
     atom_norm: AtomNorm = "unit"
+    """Normalisation of the dictionary's atoms: per text, or per dimension as in the authors' code (legacy)"""
     edits: tuple[Edit, ...] = ("effects", "activations")
     """What is mean-ablated: the second-order effects alone, or the activation itself"""
     counts: tuple[int, ...] = (25, 100, 300)

@@ -118,7 +118,9 @@ class Margins:
     m: dict[int, Tensor]
     """Layer -> (n, N): <phi_n, t_wrong - t_true> / |y|; for groups <phi_n, t_1 - t_0> / |y|"""
     label: Tensor
+    """(n,) index of the true class"""
     other: Tensor
+    """(n,) index of the wrong class, or of the place"""
     effect: dict[int, Tensor]
     """Layer -> (N, G) mean of the scalars S"""
     fire: dict[int, Tensor]

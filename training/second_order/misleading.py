@@ -44,10 +44,13 @@ class Drawable:
     """Texts of a pool that the lab can draw, as a sprite or as a background."""
 
     concept: dict[str, int]
+    """Text -> index of its concept in the atlas"""
     ground: dict[str, int]
+    """Text -> index of its background in GROUNDS"""
 
     @classmethod
     def of(cls, texts: Sequence[str], styles: Sequence[str]) -> Drawable:
+        """Match the pool's texts with the sprites of these styles and with the backgrounds."""
         lab = atlas.load()
         columns = [lab.styles.index(s) for s in styles]
         there = (lab.table[:, columns] >= 0).any(1).tolist()

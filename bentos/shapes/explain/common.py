@@ -56,6 +56,7 @@ class Segmentation(Compared):
     threshold: Threshold = "otsu"
     """Threshold of the map's positive part; mean: the literature's protocol, which covers about half of every image"""
     format: Annotated[list[Format], Field(min_length=1, max_length=3)] = ["floats"]
+    """Formats of the map: its values, its mask as run lengths, an overlay as PNG"""
     side: Annotated[int, Field(ge=8, le=MAX_SIDE)] = 224
     """Side in pixels of mask and overlay"""
 

@@ -45,6 +45,7 @@ class Encode(Read):
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     top: Annotated[int, Field(ge=1, le=MAX_SHOWN)] = 16
+    """Number of strongest features to return"""
     maps: bool = False
     """Whether to return each feature's activation at every token"""
 
@@ -54,17 +55,22 @@ class Steer(Read):
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     labels: Annotated[list[Label], Field(min_length=2, max_length=1000)]
+    """Class names for the zero-shot classification"""
     templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
+    """Prompt templates with {} for the label"""
     features: Annotated[list[Index], Field(min_length=1, max_length=MAX_FEATURES)]
+    """Indices of the edited features"""
     op: Op = "zero"
     value: Number = 0.0
     """Argument of `op`. clamp, cap, add: in multiples of each feature's largest known activation; scale: the factor"""
     tokens: Literal["all", "cls", "patches"] = "all"
+    """Tokens at which features are edited"""
     strengths: Annotated[list[Annotated[float, Field(ge=0, le=2)]], Field(min_length=1, max_length=MAX_STRENGTHS)] = (
         Field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     )
     """Strengths of the sweep, computed in one batch; 0 is exactly the base"""
     top: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Number of best labels to return"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Service(Explainer):
         self.sealed = Sealed(self._examples, KEPT, "examples")
 
     async def encode(self, request: Request, ask: Encode) -> Response:
+        """Answer POST /v1/explain/encode."""
         table, choice = self.choice(request, ask)
         one = await self.dictionaries.of(choice.digest)
         x = await self.pixels(ask.image)
@@ -124,6 +131,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def steer(self, request: Request, ask: Steer) -> Response:
+        """Answer POST /v1/explain/steer."""
         table, choice = self.choice(request, ask)
         one = await self.dictionaries.of(choice.digest)
         try:

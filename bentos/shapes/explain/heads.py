@@ -61,7 +61,9 @@ class Decompose(Compared):
     texts: Annotated[list[Text], Field(max_length=MAX_TEXTS)] = Field(default_factory=list)
     """Texts with whose cosine contributions are expressed; without any, contributions are given by their norms"""
     level: Literal["layer", "head"] = "head"
+    """Whether contributions are summed per layer or given per head"""
     share: Literal["own", "apportioned"] = "own"
+    """How LayerNorm's centring is distributed over components"""
     vectors: bool = False
     """Whether to return the heads' contributions (L, H, k) as float16 in base64"""
 
@@ -82,11 +84,15 @@ class Neighbours(Read):
     text: Text | None = None
     heads: Heads | None = None
     property: Name | None = None
+    """Property whose heads are searched, by the names sealed with the patch"""
     metric: Metric = "centred"
+    """Comparison of contributions: as they are (raw), by cosine, or less the gallery's mean (centred)"""
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 8
+    """Number of images to return"""
     gallery: Digest | None = None
     """Digest of an uploaded gallery; by default the one sealed with the patch"""
     thumbs: bool = True
+    """Whether to return thumbnails"""
 
 
 class Upload(Read):
@@ -115,6 +121,7 @@ class Service(Explainer):
     # ---- one picture ---------------------------------------------------------------------------------------------
 
     async def decompose(self, request: Request, ask: Decompose) -> Response:
+        """Answer POST /v1/explain/decompose."""
         table, choice = self.choice(request, ask)
         x = await self.pixels(ask.image)
 
@@ -143,6 +150,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def segment(self, request: Request, ask: Segment) -> Response:
+        """Answer POST /v1/explain/segment."""
         table, choice = self.choice(request, ask)
         heads = [_head(h) for h in ask.heads] if ask.heads else None
         x = await self.pixels(ask.image)
@@ -201,6 +209,7 @@ class Service(Explainer):
     # ---- galleries -----------------------------------------------------------------------------------------------
 
     async def neighbours(self, request: Request, ask: Neighbours) -> Response:
+        """Answer POST /v1/explain/neighbours."""
         table, choice = self.choice(request, ask)
         if (ask.image is None) == (ask.text is None):
             raise BadRequest("Give exactly one of image and text to look for.")

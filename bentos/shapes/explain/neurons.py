@@ -77,10 +77,14 @@ class Mine(Read):
     """Mine words that mislead from the true to the wrong class (POST /v1/explain/mine)."""
 
     true: Label
+    """Class from which images should be misled"""
     wrong: Label
+    """Class to which they should be misled"""
     templates: Templates = Field(default_factory=lambda: list(clip.TEMPLATES))
     neurons: Annotated[int, Field(ge=1, le=MAX_NEURONS)] = MINE_NEURONS
+    """Number of neurons that vote"""
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 30
+    """Number of words to return"""
     blocked: Annotated[list[Label], Field(max_length=MAX_BLOCKED)] = Field(default_factory=list)
     """Texts that share a word with one of these are left out"""
     synonym: Annotated[float, Field(ge=0, le=2)] = SYNONYM
@@ -127,6 +131,7 @@ class Service(Explainer):
         return self.said(card, table, choice)
 
     async def attributes(self, request: Request, ask: Attributes) -> Response:
+        """Answer POST /v1/explain/attributes."""
         table, choice = self.choice(request, ask)
         reader, _ = await self.readers.of(choice.digest)
         refused, good, x = await asyncio.to_thread(self._read_all, ask.images)
@@ -148,6 +153,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def segment(self, request: Request, ask: Segment) -> Response:
+        """Answer POST /v1/explain/segment."""
         table, choice = self.choice(request, ask)
         reader, _ = await self.readers.of(choice.digest)
         x = await self.pixels(ask.image)
@@ -167,6 +173,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def mine(self, request: Request, ask: Mine) -> Response:
+        """Answer POST /v1/explain/mine."""
         table, choice = self.choice(request, ask)
         reader, _ = await self.readers.of(choice.digest)
         weights = await self.classifiers.of([ask.true, ask.wrong], ask.templates)  # refuses a duplicate class

@@ -65,6 +65,7 @@ def _row(index: int, values: Mapping[str, Any]) -> tuple[tuple[str, ...], Pillow
 
 
 def picture_of(value: Any) -> Pillow.Image:
+    """Decode an image given as bytes, base64, or a path below $PATCHBAY_PICTURES. Raises Invalid."""
     if isinstance(value, Pillow.Image):
         return value.convert("RGB")
     if isinstance(value, bytes | bytearray):

@@ -53,7 +53,9 @@ class NeuronLens:
     size: Tensor
     """R (N, r, G) of the QR decomposition"""
     heads: int
+    """Number of heads per block"""
     ln: Norms
+    """Centring of the norms: own, or official as in the authors' code"""
 
     @property
     def neurons(self) -> int:
@@ -152,6 +154,7 @@ class Look:
     pull: Tensor
     """(B, L - 1 - first, H, T): A_0s / (sigma_s sigma_post) of the blocks after the first of these layers"""
     first: int
+    """The first layer that was asked for"""
     y: Tensor
     """(B, k) embedding before normalisation"""
     about: dict[str, Tensor]

@@ -59,7 +59,7 @@ class SlotCache:
             self.ids[first + b, s + n : self.columns] = -1
 
     def tokens(self) -> Tensor:
-        """Token ids (B, K) held by the active slots, -1 where there is none."""
+        """Return the ids (B, K) held by the active slots, -1 where there is none."""
         return self.ids[self.first : self.first + len(self.starts), : self.columns]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ class Row(Job):
     temperature: float = 0.0
     """Sampling temperature; 0: greedy"""
     top_p: float = 1.0
+    """Probability mass of the most likely tokens that sampling is restricted to"""
     seed: int | None = None
     """Seed of the row's own generator; None: random"""
     logprobs: int | None = None
@@ -71,6 +72,7 @@ class Row(Job):
     pooled: Tensor | None = None
     """(D,) float32 sum of the prompt's last hidden states"""
     generator: torch.Generator | None = None
+    """Generator of the row's samples"""
 
 
 class Decoder(Worker[Row]):

@@ -1,11 +1,12 @@
-"""Draws clips whose class is how things move: what moves, where it stands and on what ground says nothing of it.
+"""Draw clips whose class is the motion of their objects; objects, positions and background are independent of the
+class.
 
     clips = draw("train", n=512, seed=0)            # clips.video (512, 8, 3, 32, 32) uint8, clips.label (512,)
 
-Three to five things of a clip all move the clip's way, each at its own speed, size, phase and place. Every motion is
-centred in time on frame T // 2, where a thing's place, size and turn are drawn without looking at the class: the
-middle frame carries no class information by construction (the negative control). `train`, `val` and `test` share no
-sprite and no texture of the ground, as in `training.lab.worlds`. Masks say which thing is in front at every pixel.
+All three to five objects of a clip have the clip's motion, each with its own speed, size, phase and position. Every
+motion is centred in time on frame T // 2, where position, size and rotation are drawn independently of the class: by
+construction the middle frame carries no class information (the negative control). `train`, `val` and `test` share no
+sprite and no background texture, as in `training.lab.worlds`. Masks say which object is in front at every pixel.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ FRAMES, SIZE = 8, 32
 THINGS = (3, 5)
 CHUNK = 64
 SPRITE = 64
-"""pixels a side of the atlas' sprites"""
+"""Side of the atlas's sprites in pixels"""
 
 
 @dataclass(frozen=True)
 class Clips:
-    """n clips and what is true of them."""
+    """n clips with their ground truth."""
 
     video: Tensor
     """(n, T, 3, R, R) uint8"""
     label: Tensor
-    """(n,) int64, an index of MOTIONS"""
+    """(n,) int64 index in MOTIONS"""
     mask: Tensor
-    """(n, T, R, R) uint8: which thing is seen at a pixel, counted from 1; 0 is the ground"""
+    """(n, T, R, R) uint8 number of the object visible at each pixel, from 1; 0 is the background"""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -50,10 +51,10 @@ class Clips:
 def draw(
     split: str, n: int, seed: int = 0, frames: int = FRAMES, size: int = SIZE, many: tuple[int, int] = THINGS
 ) -> Clips:  # fmt: skip
-    """Draw n clips of a split, classes as even as can be in every 11 neighbours.
+    """Draw n clips of a split, with classes as balanced as possible in every 11 neighbours.
 
-    many: fewest and most things of a clip. The same arguments give the same clips; clip i does not depend on n.
-    Raises NotFound for another split, BadRequest for sizes out of range.
+    many: smallest and largest number of objects in a clip. The same arguments give the same clips; clip i does not
+    depend on n. Raises NotFound for an unknown split, BadRequest for sizes out of range.
     """
     if split not in worlds.STYLES:
         raise NotFound(f"There is no split {split!r:.40}. Splits: {', '.join(worlds.STYLES)}.")
@@ -98,7 +99,7 @@ def _chunk(split: str, label: Tensor, g: Generator, frames: int, size: int, many
 
 
 def _moved(thing: renderer.Things, label: Tensor, frames: int, g: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(m, T, 2) centres, (m, T) sizes, (m, T) turns of m things that move as their clip's label says."""
+    """Compute centres (m, T, 2), sizes (m, T) and rotations (m, T) of m objects with their clips' motions."""
     m = len(label)
     t = (torch.arange(frames) - frames // 2) / (frames - 1)  # 0 in the middle frame, about -1/2 to 1/2
     speed = uniform((m, 1), 0.6, 1.0, g)
@@ -114,7 +115,7 @@ def _moved(thing: renderer.Things, label: Tensor, frames: int, g: Generator) -> 
 
 
 def _sampled(picture: Tensor, centre: Tensor, scale: Tensor, turn: Tensor, mirror: Tensor, size: int) -> Tensor:
-    """(m, 4, T * R, R): every frame of every thing, the frames of one thing sampled from its one picture."""
+    """Sample every frame of every object from its sprite: (m, 4, T * R, R)."""
     m, frames = scale.shape
     grid = renderer._grid(
         centre.reshape(-1, 2), scale.reshape(-1), turn.reshape(-1), mirror.repeat_interleave(frames), 1.0

@@ -1,9 +1,9 @@
-"""Corrupts clips as UCF101-P does: fourteen kinds of noise, blur, camera motion, compression and damaged time.
+"""Corrupt clips as in UCF101-P: fourteen kinds of noise, blur, camera motion, compression and temporal damage.
 
     worse = corrupt(clips, "shot")          # (n, T, 3, R, R) uint8 -> the same shape
 
-`reverse` and `jumble` break what motion says; in the lab a reversed `left` is a `right`, so a model that reads motion
-must fall there, and one that does not fall reads something else.
+`reverse` and `jumble` destroy the motion; in the lab a reversed `left` is a `right`, so a model that uses motion must
+lose accuracy on it, and one that does not uses something else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEVERITY = 1.0
 
 
 def corrupt(video: Tensor, kind: str, seed: int = 0) -> Tensor:
-    """A corrupted copy of clips (n, T, 3, R, R) uint8. Raises NotFound for a kind that does not exist."""
+    """Return a corrupted copy of clips (n, T, 3, R, R) uint8. Raises NotFound for an unknown kind."""
     if kind not in CORRUPTIONS:
         raise NotFound(f"There is no corruption {kind!r:.40}. Corruptions: {', '.join(CORRUPTIONS)}.")
     g = generator("corruption", kind, seed, len(video))
@@ -34,7 +34,7 @@ def corrupt(video: Tensor, kind: str, seed: int = 0) -> Tensor:
 
 
 def _warp(x: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Frames turned by angle (n, T), shifted by (n, T, 2) and scaled by (n, T); edges are repeated."""
+    """Rotate frames by angle (n, T), shift them by (n, T, 2) and scale them by (n, T), repeating edges."""
     n, t, c, h, w = x.shape
     cos, sin = (angle.cos() / scale).flatten(), (angle.sin() / scale).flatten()
     theta = torch.stack([torch.stack([cos, -sin, shift[..., 0].flatten()], -1),
@@ -49,25 +49,25 @@ def _still(x: Tensor, value: float = 0.0) -> Tensor:
 
 
 def _translate(x: Tensor, g: Generator) -> Tensor:
-    """Each frame shaken by up to a tenth of the side."""
+    """Shift each frame at random by up to a tenth of the side."""
     return _warp(x, _still(x), (torch.rand(*x.shape[:2], 2, generator=g) - 0.5) * 0.4, _still(x, 1.0))
 
 
 def _rotate(x: Tensor, g: Generator) -> Tensor:
-    """Each frame turned by up to 15 degrees, for itself."""
+    """Rotate each frame at random by up to 15 degrees."""
     return _warp(
         x, (torch.rand(x.shape[:2], generator=g) - 0.5) * math.pi / 6, torch.zeros(*x.shape[:2], 2), _still(x, 1.0)
     )
 
 
 def _static_rotate(x: Tensor, g: Generator) -> Tensor:
-    """The whole clip turned by one angle of up to 30 degrees."""
+    """Rotate the whole clip by one random angle of up to 30 degrees."""
     angle = (torch.rand(len(x), 1, generator=g) - 0.5) * math.pi / 3
     return _warp(x, angle.expand(x.shape[:2]), torch.zeros(*x.shape[:2], 2), _still(x, 1.0))
 
 
 def _zoom(x: Tensor, _: Generator) -> Tensor:
-    """Zoom blur: the mean of four enlargements up to 1.25."""
+    """Blur by zooming: the mean of four enlargements up to 1.25."""
     shift = torch.zeros(*x.shape[:2], 2)
     return torch.stack([_warp(x, _still(x), shift, _still(x, s)) for s in (1.0, 1.08, 1.16, 1.25)]).mean(0)
 
@@ -106,20 +106,20 @@ def _jpeg(x: Tensor, _: Generator) -> Tensor:
 
 
 def _freeze(x: Tensor, g: Generator) -> Tensor:
-    """Some frames repeat the one before them, as a stream that stalls."""
+    """Repeat the previous frame at random, as a stalling stream does."""
     stall = torch.rand(x.shape[:2], generator=g) < 0.4
     at = torch.where(stall, 0, torch.arange(x.shape[1])).cummax(1).values
     return x.gather(1, at.view(*at.shape, 1, 1, 1).expand_as(x))
 
 
 def _jumble(x: Tensor, g: Generator) -> Tensor:
-    """All frames in a random order."""
+    """Shuffle all frames."""
     at = torch.rand(x.shape[:2], generator=g).argsort(1)
     return x.gather(1, at.view(*at.shape, 1, 1, 1).expand_as(x))
 
 
 def _box_jumble(x: Tensor, g: Generator) -> Tensor:
-    """Frames in a random order within halves of the clip."""
+    """Shuffle frames within each half of the clip."""
     half = torch.arange(x.shape[1]) // max(1, x.shape[1] // 2)
     at = (half + torch.rand(x.shape[:2], generator=g) * 0.99).argsort(1)
     return x.gather(1, at.view(*at.shape, 1, 1, 1).expand_as(x))

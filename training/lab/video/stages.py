@@ -1,8 +1,8 @@
-"""Draws the synthetic progression of "Learning Video Representations without Natural Videos" (arXiv 2410.24213, 3.1).
+"""Draw the synthetic progression of "Learning Video Representations without Natural Videos" (arXiv 2410.24213, 3.1).
 
     clips = draw("moving_circles", n=256, seed=0)          # (256, 8, 3, 32, 32) uint8
 
-Each of the seven stages adds one property to the stage before it:
+Each of the seven stages adds one property to the previous one:
 
 | stage | adds |
 |---|---|
@@ -12,17 +12,18 @@ Each of the seven stages adds one property to the stage before it:
 | `transforming` | rotation, scale and shear that grow linearly with time |
 | `accelerating` | constant acceleration |
 | `textures` | statistical textures (1/f^alpha noise) instead of plain colours |
-| `image_crops` | crops of still pictures instead of textures |
+| `image_crops` | crops of still images instead of textures |
 
-The published parameters are pixels of a 256 px canvas per raw frame, seen over 61 raw frames; here every length is a
-share of the canvas' side and every rate is per *sampled* frame, so one stage looks alike at any size and frame count.
-Where the paper's text, its table 8 and its code disagree, the table and the code are followed (acceleration 0.06; the
-text's 0.6 is a slip). Not followed: centres are drawn symmetrically around the canvas (the code's U(0, 2R)^2 leaves
-three quarters of them outside), and a texture is cropped around the object instead of always at its top left corner.
+The published parameters are pixels of a 256 px canvas per raw frame, over 61 raw frames; here every length is a
+fraction of the canvas' side and every rate is per *sampled* frame, so a stage looks the same at any size and frame
+count. Where the paper's text, its table 8 and its code disagree, the table and the code are followed (acceleration
+0.06; the text's 0.6 is a slip). Not followed: centres are drawn symmetrically around the canvas (the code's U(0, 2R)^2
+leaves three quarters of them outside), and a texture is cropped around the object instead of always at its top left
+corner.
 
 Objects are painted in a fixed order by a loop over objects; clips, frames and pixels are vectorised. Objects whose
-bounding circle never touches the canvas are left out before the loop. Everything random is drawn on the CPU from the
-seed, so a stage is the same on every device up to rounding at edges.
+bounding circle never touches the canvas are dropped before the loop. All randomness is drawn on the CPU from the seed,
+so a stage is the same on every device up to rounding at edges.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ STAGES = (
     "static_circles", "moving_circles", "moving_shapes", "transforming", "accelerating", "textures", "image_crops",
 )  # fmt: skip
 CHUNK = 64
-"""clips drawn at once; part of what a seed means"""
+"""Clips drawn at once; part of what a seed means"""
 RAW_FRAMES, RAW_SIDE = 61, 256
-"""the paper's clip: 16 frames at stride 4, on a canvas of 256 px"""
+"""Clip of the paper: 16 frames at stride 4, on a canvas of 256 px"""
 SPEED, ACCELERATION, TURN, STRETCH = (1.2, 3.0), 0.06, math.pi / 100, 0.005
-"""per raw frame: px, px per frame, radians, share (table 8 and the official scripts)"""
+"""Speed (px), acceleration (px per frame), rotation (radians) and stretch (fraction), each per raw frame (table 8 and
+the official scripts)"""
 MARGIN = 0.5
-"""centres are drawn this share of a side beyond the canvas"""
+"""Distance beyond the canvas at which centres may still be drawn, as a fraction of the side"""
 KINDS = 6
-"""circle, square, oriented square, rectangle, triangle, quadrilateral"""
+"""Number of kinds: circle, square, oriented square, rectangle, triangle, quadrilateral"""
 PICTURES = 1024
-"""still pictures that textures or crops are taken from"""
+"""Number of still images from which textures or crops are taken"""
 
 
 def draw(
@@ -60,8 +62,8 @@ def draw(
 ) -> Tensor:  # fmt: skip
     """Draw n clips of a stage: (n, frames, 3, size, size) uint8, on the CPU.
 
-    The same arguments give the same clips; clip i does not depend on n. Raises NotFound for a stage that does not
-    exist, BadRequest for sizes out of range.
+    The same arguments give the same clips; clip i does not depend on n. Raises NotFound for an unknown stage,
+    BadRequest for sizes out of range.
     """
     if stage not in STAGES:
         raise NotFound(f"There is no stage {stage!r:.40}. Stages: {', '.join(STAGES)}.")
@@ -77,7 +79,7 @@ def draw(
 
 @torch.no_grad()
 def _chunk(level: int, g: Generator, frames: int, size: int, objects: int, device: torch.device) -> Tensor:
-    """(CHUNK, T, 3, R, R) uint8."""
+    """Draw one chunk of clips (CHUNK, T, 3, R, R) uint8."""
     inverse, centre, radius = _motion(level, g, frames, objects)
     kind = torch.randint(KINDS, (CHUNK, objects), generator=g) if level >= 2 else torch.zeros(CHUNK, objects).long()
     normal, offset = _polygons(kind, g) if level >= 2 else (torch.zeros(CHUNK, objects, 4, 2),) * 2
@@ -86,7 +88,7 @@ def _chunk(level: int, g: Generator, frames: int, size: int, objects: int, devic
     order, many = _touching(centre, radius)
 
     def sort(x: Tensor) -> Tensor:
-        """The last `many` objects of each clip in painting order: all that touch the canvas."""
+        """Select the last `many` objects of each clip in painting order: all that touch the canvas."""
         at = order.view(*order.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, at)[:, -many:].to(device)
 
@@ -99,10 +101,11 @@ def _chunk(level: int, g: Generator, frames: int, size: int, objects: int, devic
 
 
 def _motion(level: int, g: Generator, frames: int, objects: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, T, 2, 2) from the canvas to an object's unit coordinates, (B, N, T, 2) centres, (B, N) bounding radii.
+    """Draw objects' motions: (B, N, T, 2, 2) maps from the canvas to an object's unit coordinates, (B, N, T, 2)
+    centres, (B, N) bounding radii.
 
-    Centre c(t) = c0 + (v t + a t^2 / 2) (cos phi, sin phi), placed so that c0 is where the clip's middle frame has it;
-    form A(t) = Rot(w t) Scale(1 + s t) Shear(h t).
+    Centre c(t) = c0 + (v t + a t^2 / 2) (cos phi, sin phi), with c0 at the clip's middle frame; form A(t) = Rot(w t)
+    Scale(1 + s t) Shear(h t).
     """
     b, raw = CHUNK, RAW_FRAMES / frames
     t = torch.arange(frames, dtype=torch.float32)
@@ -128,20 +131,22 @@ def _motion(level: int, g: Generator, frames: int, objects: int) -> tuple[Tensor
 
 
 def _radius(shape: tuple[int, ...], g: Generator) -> Tensor:
-    """Radii as shares of the side: a truncated power law on [0.1, 1], pmf ~ 1 / r^3 - 1, as the official code."""
+    """Draw radii as fractions of the side: a truncated power law on [0.1, 1], pmf ~ 1 / r^3 - 1, as in the official
+    code."""
     grid = torch.linspace(0.1, 1, 200)
     weight = (grid**-3 - 1).clamp_min(0)
     return grid[torch.multinomial(weight, math.prod(shape), replacement=True, generator=g)].view(shape)
 
 
 def _polygons(kind: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
-    """(B, N, 4, 2) outward normals and (B, N, 4) offsets of convex shapes in the unit disc.
+    """Draw convex shapes in the unit disc: (B, N, 4, 2) outward normals and (B, N, 4) offsets.
 
-    A point u is inside where normal_k . u < offset_k for all four; a triangle repeats a corner, which bounds nothing.
+    A point u is inside where normal_k . u < offset_k for all four; a triangle repeats a corner, which adds no
+    constraint.
     """
     shape = kind.shape
     even = torch.arange(4) * (math.tau / 4) + math.tau / 8
-    aspect = uniform((*shape, 1), 0.3, 1.2, g)  # half the angle that a rectangle's short side subtends
+    aspect = uniform((*shape, 1), 0.3, 1.2, g)  # half the angle subtended by a rectangle's short side
     rectangle = torch.cat([aspect / 2, math.pi - aspect / 2, math.pi + aspect / 2, math.tau - aspect / 2], -1)
     free = torch.rand(*shape, 4, generator=g).add(0.3).cumsum(-1)
     free = free / (free[..., -1:] + 0.3) * math.tau
@@ -152,13 +157,14 @@ def _polygons(kind: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
     corner = corner + torch.where(k == 1, torch.zeros(()), turn)
     at = torch.stack([corner.cos(), corner.sin()], -1)
     side = at.roll(-1, 2) - at
-    normal = torch.stack([side[..., 1], -side[..., 0]], -1)  # corners run with the angle, so this points outwards
+    normal = torch.stack([side[..., 1], -side[..., 0]], -1)  # corners are in order of angle, so this points outwards
     offset = (normal * at).sum(-1)
     return normal, torch.where(side.abs().sum(-1) < 1e-6, torch.ones(()), offset)
 
 
 def _touching(centre: Tensor, reach: Tensor) -> tuple[Tensor, int]:
-    """(B, N) painting order with the objects that never touch the canvas first, and the most that touch in a clip."""
+    """Order objects (B, N) with those that never touch the canvas first; also return the largest number that touch in a
+    clip."""
     near = (centre > -reach[:, :, None, None]) & (centre < 1 + reach[:, :, None, None])
     touches = near.all(-1).any(-1)
     return touches.long().argsort(dim=1, stable=True), max(1, int(touches.sum(1).max()))
@@ -167,9 +173,10 @@ def _touching(centre: Tensor, reach: Tensor) -> tuple[Tensor, int]:
 def _paint(
     inverse: Tensor, centre: Tensor, kind: Tensor, normal: Tensor, offset: Tensor | None, size: int
 ) -> Tensor:  # fmt: skip
-    """(B, T, R, R) int16: which object is in front at each pixel, counted from 1; 0 where none is.
+    """Compute which object is in front at each pixel: (B, T, R, R) int16, counted from 1; 0 where none is.
 
-    A half-plane n . A^-1 (p - c) < o is linear in the pixel p, so it is one sum of a row and a column of numbers.
+    A half-plane n . A^-1 (p - c) < o is linear in the pixel p, so it is the sum of one number per row and one per
+    column.
     """
     b, n, frames = inverse.shape[:3]
     line = (torch.arange(size, device=inverse.device) + 0.5) / size
@@ -199,7 +206,7 @@ def _paint(
 
 
 def _stamp(front: Tensor, rows: Tensor, inside: Tensor, number: int) -> None:
-    """Put an object's number where it is inside."""
+    """Write an object's number where it is inside."""
     if len(rows) == len(front):
         front.masked_fill_(inside, number)
     else:
@@ -207,7 +214,7 @@ def _stamp(front: Tensor, rows: Tensor, inside: Tensor, number: int) -> None:
 
 
 def _coloured(front: Tensor, colour: Tensor) -> Tensor:
-    """(B, T, 3, R, R) uint8 in plain colours on black."""
+    """Paint objects in plain colours on black: (B, T, 3, R, R) uint8."""
     b, n = colour.shape[:2]
     table = torch.cat([torch.zeros_like(colour[:, :1]), colour], 1).mul(255).to(torch.uint8)
     rows = front.long() + (torch.arange(b, device=front.device) * (n + 1))[:, None, None, None]
@@ -215,9 +222,9 @@ def _coloured(front: Tensor, colour: Tensor) -> Tensor:
 
 
 def _textured(front: Tensor, inverse: Tensor, centre: Tensor, pictures: Tensor, size: int) -> Tensor:
-    """(B, T, 3, R, R) uint8 with each object's own picture on it, which moves and deforms with the object.
+    """Paint each object with its own image, which moves and deforms with it: (B, T, 3, R, R) uint8.
 
-    pictures: (B, N, 3, S, S); the unit square [-1, 1]^2 of an object shows the whole picture.
+    pictures: (B, N, 3, S, S); the unit square [-1, 1]^2 of an object shows the whole image.
     """
     b, frames = front.shape[:2]
     n, s = pictures.shape[1], pictures.shape[-1]
@@ -238,7 +245,7 @@ def _textured(front: Tensor, inverse: Tensor, centre: Tensor, pictures: Tensor, 
 
 @lru_cache(4)
 def noise_pictures(size: int = SIZE) -> Tensor:
-    """(PICTURES, 3, S, S) uint8 statistical textures: 1/f^alpha noise, alpha in [0.5, 2.5], random colours."""
+    """Generate statistical textures (PICTURES, 3, S, S) uint8: 1/f^alpha noise, alpha in [0.5, 2.5], random colours."""
     g = generator("stage", "textures", size)
     frequency = (torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size) ** 2).sqrt().clamp_min(1 / size)
     alpha = uniform((PICTURES, 1, 1, 1), 0.5, 2.5, g)
@@ -253,7 +260,7 @@ def noise_pictures(size: int = SIZE) -> Tensor:
 
 @lru_cache(4)
 def lab_pictures(size: int = SIZE) -> Tensor:
-    """(PICTURES, 3, S, S) uint8 still pictures of the lab's train split, which stand for ImageNet's crops."""
+    """Render still images (PICTURES, 3, S, S) uint8 of the lab's train split, in place of ImageNet's crops."""
     from training.lab import worlds
 
     image = worlds.imagenet("train", PICTURES, seed=5).read(torch.arange(PICTURES)).image

@@ -1,8 +1,8 @@
-"""Describes a set of clips by the numbers that the progression's stages are compared by.
+"""Frame statistics of clips by which the stages of the synthetic progression are compared.
 
 The paper correlates accuracy with frame similarity to natural clips (FID), diversity, the spectrum's exponent and
-colour distance. No Inception weights are at hand offline, so features are those of a fixed random convolution: the
-numbers rank stages of this lab and are not the paper's units.
+colour distance. Inception weights are not available offline, so features come from a fixed random convolution: the
+numbers rank stages of this lab and are not in the paper's units.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 
 
 def statistics(video: Tensor, natural: Tensor) -> dict[str, float]:
-    """Clips (n, T, 3, R, R) uint8 beside natural ones: what they are like.
+    """Compute statistics of clips (n, T, 3, R, R) uint8, some relative to natural clips.
 
-    change: mean |difference| of neighbouring frames, 0 to 255; black: share of black pixels; distance: Frechet distance
-    of random features to the natural ones; diversity: log-determinant of those features' covariance; spectrum: alpha of
-    amplitude ~ 1 / f^alpha; colour: symmetric Kullback-Leibler divergence of 3-D Gaussians of the colours.
+    change: mean |difference| of neighbouring frames, 0 to 255; black: fraction of black pixels; distance: Frechet
+    distance of random features to the natural ones; diversity: log-determinant of those features' covariance; spectrum:
+    alpha of amplitude ~ 1 / f^alpha; colour: symmetric Kullback-Leibler divergence of 3-D Gaussians of the colours.
     """
     frames, other = _frames(video), _frames(natural)
     a, b = _features(frames), _features(other)
@@ -35,7 +35,7 @@ def statistics(video: Tensor, natural: Tensor) -> dict[str, float]:
 
 
 def _frames(video: Tensor, count: int = 512) -> Tensor:
-    """(m, 3, R, R) in [0, 1]: frames from all over the clips."""
+    """Sample frames (m, 3, R, R) in [0, 1] from all clips."""
     flat = video.flatten(0, 1)
     step = max(1, len(flat) // count)
     return flat[::step][:count].float() / 255
@@ -47,7 +47,7 @@ def _filters() -> Tensor:
 
 
 def _features(x: Tensor) -> Tensor:
-    """(m, 48): mean and deviation over the picture of 24 rectified random filters."""
+    """Compute features (m, 48): mean and deviation over positions of 24 rectified random filters."""
     y = nnf.conv2d(x - 0.5, _filters(), padding=2).relu()
     return torch.cat([y.mean((2, 3)), y.std((2, 3))], 1).double()
 
@@ -57,15 +57,16 @@ def _covariance(x: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two Gaussians fitted to features (n, d): |m - m'|^2 + tr(S + S' - 2 (S S')^1/2)."""
+    """Compute the Frechet distance of two Gaussians fitted to features (n, d): |m - m'|^2 + tr(S + S' - 2 (S
+    S')^1/2)."""
     s, t = _covariance(a), _covariance(b)
-    # the trace of the square root of S S' is the sum of the square roots of its eigenvalues, which are real
+    # tr sqrt(S S') is the sum of the square roots of the eigenvalues of S S', which are real
     root = torch.linalg.eigvals(s @ t).real.clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + s.trace() + t.trace() - 2 * root)
 
 
 def spectrum(x: Tensor) -> float:
-    """The exponent alpha of a fit of log amplitude on log frequency, over radial bins."""
+    """Fit the exponent alpha of log amplitude against log frequency, over radial bins."""
     size = x.shape[-1]
     grey = x.mean(1) - x.mean((1, 2, 3))[:, None, None]
     amplitude = torch.fft.rfft2(grey).abs().mean(0)
@@ -81,7 +82,7 @@ def spectrum(x: Tensor) -> float:
 
 
 def colour(x: Tensor, y: Tensor) -> float:
-    """Symmetric Kullback-Leibler divergence of Gaussians over the colours of two sets of frames."""
+    """Compute the symmetric Kullback-Leibler divergence of Gaussians over the colours of two sets of frames."""
     a, b = (v.permute(0, 2, 3, 1).reshape(-1, 3)[::7].double() for v in (x, y))
     m, n = a.mean(0), b.mean(0)
     s, t = (v.T.cov() + 1e-5 * torch.eye(3, dtype=torch.float64) for v in (a, b))
