@@ -5,7 +5,7 @@ Per neuron (arXiv 2406.04341): its direction r, the variance of its effects alon
 significant, the later heads that carry it, r as a sparse sum of texts, and its strongest images. Applications:
 
 - `attributes`: texts that describe an image: each neuron with a significant effect adds x_n times its texts'
-coefficients;
+  coefficients;
 - `text_maps`: where an image shows a text: patch activations of the neurons whose directions are nearest to it;
 - `mine`: unrelated words that shift an image from one class to another.
 

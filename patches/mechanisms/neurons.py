@@ -2,14 +2,14 @@
 
 One config, two paths:
 - **all**: the activation itself, a' = m + g (a - m), so that everything downstream changes. g = 0 is mean-ablation, m =
-0 a plain gain. At all tokens it is also a weight edit (columns of the output projection, and its bias).
+  0 a plain gain. At all tokens it is also a weight edit (columns of the output projection, and its bias).
 - **second_order** (CLIP's image tower; arXiv 2406.04341): only phi_n, the neuron's contribution to the embedding
-through later heads (`patches/families/clip/second_order.py`), computed in the same forward:
+  through later heads (`patches/families/clip/second_order.py`), computed in the same forward:
 
     y' = y + sum_n sum_g (S - mean S)[n, g] V[n, g]
 
   V = -U replaces effects by their mean, (g - 1) U scales them about it, U (r r^T - I) keeps only the component along
-the neuron's direction r (rank-1 replacement). The neuron's other effects stay, so this is the more specific edit.
+  the neuron's direction r (rank-1 replacement). The neuron's other effects stay, so this is the more specific edit.
 
 Shapes: B rows, T tokens, N neurons of the layer, n edited ones, G later heads of the lens, H heads, k joint space.
 """

@@ -2,14 +2,14 @@
 
 Three edits, alone or combined (Yona et al., arXiv 2503.08908):
 - **neurons**: the paper's patch. At every token but the first of its row, the named MLP neurons are set to zero, to a
-value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) restricts this
-to tokens that equal their predecessor.
+  value, or clipped, so that only the true first token can become an attention sink. `only_repeats` (ours) restricts
+  this to tokens that equal their predecessor.
 - **damping**: ours. In the named layers' attention, the logit of key j for query i gets b_ij = -log max(1, c_ij /
-limit), with c_ij the number of tokens at positions <= i that equal token j. However often a token is repeated, its
-copies together weigh at most as much as `limit` copies; this removes the premise of the paper's Theorem 4.1 (the output
-of the first attention layer on n repeats tends to that of the token alone).
+  limit), with c_ij the number of tokens at positions <= i that equal token j. However often a token is repeated, its
+  copies together weigh at most as much as `limit` copies; this removes the premise of the paper's Theorem 4.1 (the
+  output of the first attention layer on n repeats tends to that of the token alone).
 - **run damping**: ours. The same with c_ij the copies in the unbroken run that key j belongs to. Ordinary text has no
-runs and is unchanged bit for bit, so later layers may be damped too.
+  runs and is unchanged bit for bit, so later layers may be damped too.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     f = act(E n(x) + b),  x^ = f W + c,  rows of W of unit norm          x (N, D) tokens, f (N, F), E and W (F, D)
 
 - **topk**: the k largest pre-activations of a token (Gao et al., arXiv 2406.04093). Loss: fraction of variance
-unexplained, plus AuxK on dead features if asked for.
+  unexplained, plus AuxK on dead features if asked for.
 - **batchtopk**: the N k largest of a batch, so that tokens share a budget (Bussmann et al., arXiv 2412.06410). Shipped
-as jumprelu, with the threshold at which k features fire on average.
+  as jumprelu, with the threshold at which k features fire on average.
 - **vanilla**: ReLU; squared error relative to each token's distance from the mean, L1 on activations, ghost gradients
-for dead features: the objective of the dictionaries of Joseph et al., arXiv 2504.08729.
+  for dead features: the objective of the dictionaries of Joseph et al., arXiv 2504.08729.
 
 After the one dense product that finds the active (token, feature) pairs, only these pairs are touched: decoding and
 both gradients are embedding bags, so a step costs little more than encoding.

@@ -8,7 +8,7 @@ of a person. Controls, each with as many words and images:
 
 - `random neurons`: as many random neurons, same mining;
 - `indirect`: the neurons with the largest first-order effect on the answer, gradient x (activation - mean), same
-mining; the paper takes such neurons' own indirect effects for directions, which needs a forward per neuron;
+  mining; the paper takes such neurons' own indirect effects for directions, which needs a forward per neuron;
 - `similar words`: the pool's texts nearest to the wrong class; no neurons;
 - `random words` and `nothing`: floors.
 

@@ -7,12 +7,12 @@ accuracy, mean IoU of foreground and background, mean average precision, and poi
 the object). Methods:
 
 - `direct effects`: direct contributions of all heads to the class logit, by source patch (2310.05916); also of the last
-four layers;
+  four layers;
 - `raw attention`: attention of the class token, averaged over heads, of the last layer or of all;
 - `neurons, raw`: activations of the 200 neurons whose direction is nearest the class (2406.04341, as published); also
-times their sign, and times their cosine;
+  times their sign, and times their cosine;
 - `neurons, effect` (ours): what all neurons contribute to the class through later heads, by the patch at which they
-fire.
+  fire.
 
 The lab gives two tables: single objects, and one of three objects, asked for by name. A single object is found by any
 saliency; among several, only a map that depends on the query can find the right one.

@@ -6,10 +6,10 @@ With the statistics of the last LayerNorm frozen, y is linear in the terms of z.
 2310.05916, section 3. Two ways to distribute the mean that LayerNorm subtracts:
 
 - `own`: every term is centred by its own mean over features. Exactly linear for any set of terms; the constants
-(LayerNorm's bias, every out_proj's bias) are separate, in `bias`.
+  (LayerNorm's bias, every out_proj's bias) are separate, in `bias`.
 - `apportioned`: as in the authors' code. Each of the 2L + 1 components loses the same share of the stream's mean and
-gets the same share of LayerNorm's bias; a layer's heads share theirs, and its out_proj's bias, equally. For parity with
-published figures; single heads differ by some per cent from `own`.
+  gets the same share of LayerNorm's bias; a layer's heads share theirs, and its out_proj's bias, equally. For parity
+  with published figures; single heads differ by some per cent from `own`.
 
 Only row 0 of the attention is computed, from one query and the keys' weights, and maps against a text need no k-vector
 per patch: they are A_0s <v_s, M t>. If patches are applied, the patched forward is decomposed.
