@@ -17,8 +17,7 @@ MAX_CONNECTIONS = 2000
 
 
 def limit(protocol: type[Any]) -> type[Any]:
-    """Subclass a uvicorn protocol with a deadline for each request's head; connections beyond MAX_CONNECTIONS are
-    closed."""
+    """Subclass a uvicorn protocol with a deadline for request heads, and at most MAX_CONNECTIONS connections."""
 
     class Limited(protocol):  # type: ignore[misc]
         _deadline: asyncio.TimerHandle | None = None

@@ -106,8 +106,10 @@ class Desk:
     # ---- routing -------------------------------------------------------------------------------------------------
 
     def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
-        """Choose the arm of a request: by the header X-Patchbay-Arm, else by the body's `model`. Also returns the
-        routing table, which stays the same for the whole request."""
+        """Choose the arm of a request: by the header X-Patchbay-Arm, else by the body's `model`.
+
+        Also returns the routing table, which stays the same for the whole request.
+        """
         table = self.table()
         unit = request.headers.get("x-patchbay-unit") or unit_of(unit)
         token = request.state.token
@@ -174,8 +176,10 @@ class Desk:
 
     @staticmethod
     async def kept(future: Kept, seconds: float) -> bool:
-        """Wait until an event is durable; return whether it was new. Raises NotReady if that fails or takes too
-        long."""
+        """Wait until an event is durable; return whether it was new.
+
+        Raises NotReady if that fails or takes too long.
+        """
         try:
             async with asyncio.timeout(seconds):
                 written = asyncio.wrap_future(future)
@@ -346,8 +350,7 @@ class Desk:
 
 
 def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
-    """Return the fields of an answer that say which base and arm gave it; without a choice, everything that is
-    served."""
+    """Return what an answer says about who gave it (base, arm, unit); without a choice, everything that is served."""
     out: dict[str, Any] = {"system": table.system, "base": f"{table.base}@{table.base_digest}"}
     if choice is None:
         x = table.experiment

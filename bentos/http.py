@@ -100,8 +100,7 @@ _NUMBERS = itertools.count(1)
 
 
 def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """Build a route's endpoint: authenticate the caller, read and validate the body, call the handler, format
-    errors."""
+    """Build a route's endpoint: authenticate, read and validate the body, call the handler, format errors."""
 
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
@@ -165,8 +164,10 @@ def preflight(tokens: Tokens) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def read(request: Request, call: Call) -> Any:
-    """Read and validate a body as `call.body`. Raises TooLarge as soon as the limit is passed, BadRequest naming the
-    field."""
+    """Read and validate a body as `call.body`.
+
+    Raises TooLarge as soon as the limit is passed, BadRequest naming the field.
+    """
     assert call.body is not None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (call.files and kind == "multipart/form-data"):
@@ -191,8 +192,10 @@ class _Flight:
 
 
 async def _received(request: Request, limit: int) -> bytes:
-    """Receive a whole body. Raises TooLarge as soon as it exceeds `limit`, TooSlow if it stalls, NotReady if too many
-    bytes are in flight."""
+    """Receive a whole body.
+
+    Raises TooLarge as soon as it exceeds `limit`, TooSlow if it stalls, NotReady if too many bytes are in flight.
+    """
     size = 0
     parts: list[bytes] = []
     loop = asyncio.get_running_loop()
@@ -246,8 +249,7 @@ def _check_depth(raw: bytes, what: str) -> None:
 
 
 async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
-    """Parse a multipart form: its part `request` is the JSON body; every file becomes an item {"data": base64} of
-    `call.files`."""
+    """Parse a multipart form: part `request` is the JSON body, every file one {"data": base64} of `call.files`."""
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield raw
@@ -272,8 +274,10 @@ async def _form(request: Request, raw: bytes, call: Call) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], name: str, text: str) -> None:
-    """Set a field of a form. `a[b]` is field b of object a; values inside objects are parsed as JSON where possible,
-    else text."""
+    """Set a field of a form.
+
+    `a[b]` is field b of object a; values inside objects are parsed as JSON where possible, else text.
+    """
     first, *rest = name.replace("]", "").split("[")
     if len(rest) > 8:
         raise BadRequest(f"The form's field {name[:60]!r} is too deep.")

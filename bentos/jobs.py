@@ -75,8 +75,11 @@ class Running:
         self._lock = threading.Lock()
 
     def tell(self, progress: float | None = None, best: Any = None, **more: Any) -> None:
-        """Send an event to followers. progress: 0 to 1. best: the best answer so far; an event without one is dropped
-        if another came less than TELL_S ago."""
+        """Send an event to followers.
+
+        progress: 0 to 1. best: the best answer so far; an event without one is dropped if another came less than TELL_S
+        ago.
+        """
         with self._lock:
             now = time.monotonic()
             if best is None and not more and now - self._told < TELL_S:
@@ -87,8 +90,10 @@ class Running:
             self._jobs.wrote(self.id, self._jobs.store.tell(self.id, self._number, data))
 
     def keep(self, data: Any) -> Future[int]:
-        """Store a checkpoint (JSON-able), returned in `kept` when the job is resumed. The future resolves once it is
-        durable."""
+        """Store a checkpoint (JSON-able), returned in `kept` when the job is resumed.
+
+        The future resolves once it is durable.
+        """
         with self._lock:
             self._checkpoints += 1
             return self._jobs.store.keep(self.id, self._checkpoints, data)
@@ -218,8 +223,10 @@ class Jobs:
         return result
 
     async def _watch(self) -> None:
-        """Take over interrupted jobs, once the runtime is ready and whenever a process has died; stop jobs that other
-        processes were asked to stop."""
+        """Take over interrupted jobs when a process has died, and stop jobs that others asked to stop.
+
+        Begins once the runtime is ready.
+        """
         while self.runtime.problem:
             await asyncio.sleep(POLL_S / 5)
         looked = -RECOVER_S
@@ -325,8 +332,10 @@ class Jobs:
         return await self._document(record.id)
 
     async def resume(self, record: Record) -> dict[str, Any]:
-        """Queue an ended job again. Raises Conflict for one that is open or done, NotReady if its kind of work is not
-        registered."""
+        """Queue an ended job again.
+
+        Raises Conflict for one that is open or done, NotReady if its kind of work is not registered.
+        """
         if record.state in (*OPEN_STATES, "done"):
             raise Conflict(f"The job is {record.state}; only failed, cancelled and lost jobs can be resumed.")
         if record.kind not in self.kinds:

@@ -1,5 +1,4 @@
-"""Access control: bearer tokens with scopes and rate limits; without a token file only this machine, and no foreign web
-page."""
+"""Access control: bearer tokens with scopes and rates; without a token file this machine only, and no foreign page."""
 
 from __future__ import annotations
 
@@ -75,8 +74,9 @@ class Tokens:
     """
 
     def __init__(self, file: Path | None, origins: str = "") -> None:
-        """Load the token file. origins: comma-separated origins of other pages that may call, such as
-        https://a.example.
+        """Load the token file.
+
+        origins: comma-separated origins of other pages that may call, such as https://a.example.
 
         Raises ConfigError for a file that is not in the format above.
         """
@@ -101,8 +101,10 @@ class Tokens:
             raise ConfigError(f"Serving on {host} without tokens would be open to everybody. Set PATCHBAY_TOKENS.")
 
     def admit(self, header: str | None, scope: str, near: bool) -> Token:
-        """Authenticate a caller and charge its rate limit. near: whether it calls from this machine. Raises
-        Unauthorised, Forbidden or TooMany."""
+        """Authenticate a caller and charge its rate limit. near: whether it calls from this machine.
+
+        Raises Unauthorised, Forbidden or TooMany.
+        """
         if self.known is None:
             if not near:
                 raise Unauthorised(
@@ -168,8 +170,10 @@ def _name(host: str) -> str:
 
 
 def check_browser(tokens: Tokens, request: Request) -> str | None:
-    """Return the foreign origin that may read the answer; None for a call from no page or from our own. Raises
-    Forbidden for pages that may not call, and for host names that are not ours (DNS rebinding)."""
+    """Return the foreign origin that may read the answer; None for a call from no page or from our own.
+
+    Raises Forbidden for pages that may not call, and for host names that are not ours (DNS rebinding).
+    """
     # reads ASGI's raw header list once: starlette's headers decode all of it at each access
     sent = dict(reversed(request.scope["headers"]))
     host = sent.get(b"host", b"").decode("latin-1")

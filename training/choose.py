@@ -41,8 +41,7 @@ class Offer(Generic[T]):
 
 
 def best(offers: Sequence[Offer[T]], within: float = 0.0) -> Offer[T]:
-    """Return the best candidate; if it meets the constraint, the smallest one whose worth is less than `within` below
-    it."""
+    """Return the best candidate; if it meets the constraint, the smallest with worth less than `within` below it."""
     first = max(offers, key=lambda o: o.score)
     near = [o for o in offers if o.score[0] > first.score[0] - within > 0]
     return min(near, key=lambda o: (o.size, *(-x for x in o.score)), default=first)

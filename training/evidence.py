@@ -39,8 +39,10 @@ class Recipe:
 
 
 def recipe_of(folder: Path, about: Manifest) -> Recipe:
-    """Read the recipe of a verified folder, with its config as a value of the system's Config. Raises BadArtifact if it
-    has none."""
+    """Read the recipe of a verified folder, with its config as a value of the system's Config.
+
+    Raises BadArtifact if it has none.
+    """
     if RECIPE not in about.files:
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
@@ -77,8 +79,7 @@ def thumbnails(image: Tensor, size: int) -> Tensor:
 
 
 def plain(value: Any) -> Any:
-    """Convert results to JSON values; a Measure becomes [value, low, high, n], or its value alone without an
-    interval."""
+    """Convert results to JSON values; a Measure becomes [value, low, high, n], or its value without an interval."""
     if isinstance(value, Measure):
         if value.low is None or value.high is None:
             return round(float(value.value), 4)

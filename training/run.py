@@ -60,8 +60,9 @@ class Measured:
 
 
 def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
-    """Resolve `system/recipe` and `key=value` words to (system row, recipe name, config). Default recipe: lab, else
-    tiny.
+    """Resolve `system/recipe` and `key=value` words to (system row, recipe name, config).
+
+    Default recipe: lab, else tiny.
 
     Raises NotFound for an unknown recipe, ConfigError for bad words.
     """

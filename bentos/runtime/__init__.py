@@ -77,8 +77,10 @@ class Runtime:
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load, verify, warm up and prove; then follow the ledger. Raises whatever prevents serving, also shown by
-        /readyz."""
+        """Load, verify, warm up and prove; then follow the ledger.
+
+        Raises whatever prevents serving, also shown by /readyz.
+        """
         try:
             pinned = self.settings.pinned
             self.ledger = None if pinned else Ledger()
@@ -265,8 +267,10 @@ class Runtime:
         self.warnings = {k: why for k, why in self.warnings.items() if k not in what}
 
     def _follow_once(self, head: ledgers.Entry | None) -> Table:
-        """Build the routing table of a ledger entry, loading its arms. Raises if the champion or the control cannot be
-        served; any other arm that cannot is left out with a warning."""
+        """Build the routing table of a ledger entry, loading its arms.
+
+        Raises if the champion or the control cannot be served; any other arm that cannot is left out with a warning.
+        """
         x = experiments.load(head.experiment) if head and head.experiment else None
         if x and self.events and self.events.lost[x.name]:
             x = None  # being stopped, see _stop_if_lost
@@ -333,8 +337,10 @@ class Runtime:
             raise
 
     def _prove(self, digest: str) -> None:
-        """Check that strength 0, and no arm, give the base's outputs bit for bit. Raises NotReady otherwise, and for
-        edits that are never reached or outputs that are not finite."""
+        """Check that strength 0, and no arm, give the base's outputs bit for bit.
+
+        Raises NotReady otherwise, and for edits that are never reached or outputs that are not finite.
+        """
         look = self.worker.proof
         base = look(None)
         look(digest)

@@ -20,8 +20,7 @@ UNIT = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def unit_of(user: str | None) -> str | None:
-    """Convert the `user` of an OpenAI request into an experiment's unit: itself if it is a valid unit, else its hash;
-    None if it is empty."""
+    """Convert an OpenAI request's `user` into a unit: itself if it is a valid one, else its hash; None if empty."""
     if not user or UNIT.fullmatch(user):
         return user or None
     return f"user-{hashlib.sha256(user.encode(errors='surrogatepass')).hexdigest()[:40]}"
@@ -35,8 +34,10 @@ class NoModel(NotFound):
 
 @dataclass(frozen=True)
 class Table:
-    """Routing table: what requests may ask for. Replaced as a whole when the ledger changes; a request keeps the one it
-    began with."""
+    """Routing table: what requests may ask for.
+
+    Replaced as a whole when the ledger changes; a request keeps the one it began with.
+    """
 
     system: str
     base: str

@@ -68,8 +68,10 @@ class Judge:
                 self.r.warn("judge", f"cannot judge: {e}")
 
     def _show(self, decision: experiments.Decision) -> None:
-        """Show the experiment's estimates, and after a decision the new champion, in MLflow. The ledger does not depend
-        on it."""
+        """Show the experiment's estimates, and after a decision the new champion, in MLflow.
+
+        The ledger does not depend on it.
+        """
         from registry import store
 
         try:

@@ -22,8 +22,7 @@ CARRIED = Path(__file__).parents[2] / "carried"
 
 @dataclass(frozen=True)
 class Settings:
-    """Deployment settings of a service, from environment variables, so that a Bento and a laptop are configured
-    alike."""
+    """Deployment settings of a service, from environment variables, alike for a Bento and a laptop."""
 
     system: str
     base: str | None = None

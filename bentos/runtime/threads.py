@@ -40,8 +40,10 @@ class Watch:
         self._all: dict[str, _Watched] = {}
 
     def spawn(self, name: str, work: Callable[[], None], limit_s: float) -> None:
-        """Run work() on a thread until it returns, restarting it after exceptions. limit_s: longest healthy silence in
-        seconds."""
+        """Run work() on a thread until it returns, restarting it after exceptions.
+
+        limit_s: longest healthy silence in seconds.
+        """
         w = self._all[name] = _Watched(limit_s)
         w.thread = threading.Thread(target=self._run, args=(name, work, w), name=name, daemon=True)
         w.thread.start()

@@ -174,8 +174,10 @@ class About:
         return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
     def logprobs(self, ids: Sequence[int], scores: Sequence[Any], pieces: Pieces, at: int = 0) -> dict[str, Any]:
-        """Format scored tokens as OpenAI's API does. at: number of characters of the text before the first token. A
-        prompt's first token, which has no predecessor, gets null."""
+        """Format scored tokens as OpenAI's API does. at: number of characters of the text before the first token.
+
+        A prompt's first token, which has no predecessor, gets null.
+        """
         if self.kind == "chat":
 
             def token(i: int, score: float) -> dict[str, Any]:
@@ -199,8 +201,10 @@ class About:
 
 
 def _named(own: int, scored: tuple[float, list[tuple[int, float]]], pieces: Pieces) -> dict[str, float]:
-    """Return name -> log-probability of the most likely tokens and the actual one. Names must be distinct: of two
-    tokens with the same text, the less likely one is named by its id."""
+    """Return name -> log-probability of the most likely tokens and the actual one.
+
+    Names must be distinct: of two tokens with the same text, the less likely one is named by its id.
+    """
     score, best = scored
     out: dict[str, float] = {}
     for i, s in [*best, *([] if own in dict(best) else [(own, score)])]:

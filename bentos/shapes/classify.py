@@ -89,8 +89,10 @@ class Classifiers:
         """Digest -> sealed label set; None for an artifact without one"""
 
     async def carried(self, table: Table, choice: Choice) -> tuple[LabelSet, str]:
-        """Return the label set of the chosen patch, else of the champion, else of the challenger, and that patch's
-        digest. Raises BadRequest if none has one."""
+        """Return the label set of the chosen patch, else of the champion, else of the challenger, and its digest.
+
+        Raises BadRequest if none has one.
+        """
         for digest in (choice.digest, table.champion, table.challenger):
             if digest and digest != BASE and (found := await asyncio.to_thread(self._read, digest)) is not None:
                 return found, digest
@@ -111,8 +113,10 @@ class Classifiers:
         return self.sealed[digest]
 
     async def of(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return the classifier of these labels. Raises BadRequest for duplicate labels, TooLarge for more than
-        MAX_TEXTS texts."""
+        """Return the classifier of these labels.
+
+        Raises BadRequest for duplicate labels, TooLarge for more than MAX_TEXTS texts.
+        """
         if len(labels) * len(templates) > MAX_TEXTS:
             raise TooLarge(f"{len(labels)} labels x {len(templates)} templates are more than {MAX_TEXTS} texts.")
         key = (tuple(labels), tuple(templates))
@@ -173,8 +177,8 @@ class Service:
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def _label_set(self, table: Table, choice: Choice, ask: Classify) -> tuple[LabelSet, str]:
-        """Return the request's classifier, times the logit scale, and the digest of the patch that it is sealed with
-        ("" for labels in words)."""
+        """Return the request's classifier, times the logit scale, and the digest of its patch ("" for labels in
+        words)."""
         if ask.labels is None:
             return await self.classifiers.carried(table, choice)
         return LabelSet(tuple(ask.labels), await self.classifiers.of(ask.labels, ask.templates)), ""

@@ -48,8 +48,10 @@ def pixels(runtime: Runtime, data: str, budget: Budget | None = None) -> Tensor:
 
 
 async def embed(runtime: Runtime, pictures: Sequence[Picture]) -> None:
-    """Queue images and wait for all; a failed one has its `error` set. Raises NotReady after the deadline, and the
-    first image's error if all failed."""
+    """Queue images and wait for all; a failed one has its `error` set.
+
+    Raises NotReady after the deadline, and the first image's error if all failed.
+    """
     await waiting.finished(runtime, pictures)
     if pictures and all(p.out is None for p in pictures):
         raise pictures[0].error or NotReady("Embedding failed for this request; it is in the log. Try again.")

@@ -24,8 +24,9 @@ async def finished(
     request: Request | None = None,
     news: Callable[[], Any] | None = None,
 ) -> None:
-    """Queue jobs and wait for all; a failed one has its `error` set. news: called on the event loop when jobs made
-    progress.
+    """Queue jobs and wait for all; a failed one has its `error` set.
+
+    news: called on the event loop when jobs made progress.
 
     Raises NotReady after the deadline, CancelledError if the caller of `request` has disconnected; the jobs are then
     cancelled.

@@ -34,8 +34,7 @@ class Inputs(Mapping[str, Any]):
         return len(self.kwargs)
 
     def once(self, derive: Callable[[Inputs], Tensor]) -> Tensor:
-        """Return derive(inputs of all rows) (B, ...), narrowed to these rows; computed once per forward and shared by
-        all callers."""
+        """Return derive(inputs of all rows) (B, ...), narrowed to these rows; computed once per forward."""
         if derive not in self.memo:
             whole = Inputs(self.kwargs)
             whole.memo = self.memo
@@ -44,8 +43,7 @@ class Inputs(Mapping[str, Any]):
         return value if self.at is None else value[self.at]
 
     def once_here(self, derive: Callable[[Inputs], V]) -> V:
-        """Return derive(these inputs), computed once per forward and set of rows, for a patch that needs it at many
-        sites."""
+        """Return derive(these inputs), computed once per forward and set of rows, for patches that edit many sites."""
         key = (derive, id(self.at))
         if key not in self.memo:
             self.memo[key] = derive(self)

@@ -86,8 +86,10 @@ def not_finite(arm: str | None, what: str = "logits") -> Failed:
 
 
 def usable(x: Tensor) -> bool:
-    """Return whether a choice can be made from scores x (..., V): the largest of each row is finite, and none is NaN.
-    -inf is allowed: it forbids a choice."""
+    """Return whether a choice can be made from scores x (..., V): no NaN, and a finite largest one in each row.
+
+    -inf is allowed: it forbids a choice.
+    """
     return bool(x.amax(-1).isfinite().all())
 
 

@@ -55,8 +55,10 @@ class Patch(ABC):
         raise PatchError(f"{type(self).__name__} has no weight form, so it cannot be folded; serve it with hooks.")
 
     def params(self, ask: Any, base: Any) -> dict[str, Tensor]:
-        """Convert a validated `Ask` into row parameters for rows on `base` (a Base). Raises Invalid if this mechanism
-        takes none."""
+        """Convert a validated `Ask` into row parameters for rows on `base` (a Base).
+
+        Raises Invalid if this mechanism takes none.
+        """
         del ask, base
         raise Invalid(f"{type(self).__name__} takes nothing from a request; leave `ask` out.")
 
@@ -70,14 +72,15 @@ class Patch(ABC):
 
     @final
     def apply(self, model: nn.Module, strength: float = 1.0, root: str = "") -> Applied:
-        """Apply this patch alone to `model`, for every row unless `rows` says otherwise. Undo with `revert` or
-        `with`."""
+        """Apply this patch alone to `model`, for every row unless `rows` says otherwise.
+
+        Undo with `revert` or `with`.
+        """
         return apply(model, {ONLY: self}, strength, root)
 
     @final
     def fold(self, model: nn.Module, strength: float = 1.0) -> nn.Module:
-        """Return a copy of the base with the patch in its weights, without hooks, so that it can be exported and
-        compiled.
+        """Return a copy of the base with the patch in its weights, without hooks, which can be exported and compiled.
 
         Needs the memory of a second base. Raises PatchError if a patch is applied to the base, or if this one has no
         weight form.
@@ -100,8 +103,7 @@ _GROUPS: ContextVar[Mapping[int, tuple[int, tuple[Group, ...]]]] = ContextVar("r
 
 @dataclass
 class Applied:
-    """Patches applied to a model, the only mutable object: `rows` selects arms per call, `revert` removes
-    everything."""
+    """Patches applied to a model; the only mutable object. `rows` selects arms per call, `revert` removes all."""
 
     model: nn.Module
     strength: float
@@ -134,8 +136,10 @@ class Applied:
         self.revert()
 
     def add(self, name: str, patch: Patch) -> None:
-        """Add an arm. Running calls keep the arms they started with. Raises PatchError and changes nothing on
-        failure."""
+        """Add an arm.
+
+        Running calls keep the arms they started with. Raises PatchError and changes nothing on failure.
+        """
         edits = list(patch.edits())
         if any(isinstance(e, Weight) for e in edits):
             raise PatchError(

@@ -45,8 +45,10 @@ class Group:
 
 
 def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tensor | None:
-    """Stack one parameter over rows: (rows, ...), None as zeros, first dimensions zero-padded to the longest. Raises
-    PatchError for different shapes otherwise."""
+    """Stack one parameter over rows: (rows, ...), None as zeros, first dimensions zero-padded to the longest.
+
+    Raises PatchError for different shapes otherwise.
+    """
     there = [v for v in values if v is not None]
     if not there:
         return None
@@ -62,8 +64,7 @@ def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tens
 
 
 def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """Combine an attention mask (additive, boolean, or None for causal) with a bias into an additive mask (B, h, T,
-    K)."""
+    """Combine an attention mask (additive, boolean, or None: causal) with a bias into an additive one (B, h, T, K)."""
     T, K = bias.shape[-2:]
     lowest = torch.finfo(bias.dtype).min
     if mask is None:  # None means causal; the queries are the last T of K keys
@@ -80,8 +81,7 @@ def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
 
 
 def span(rows: list[int], count: int) -> Tensor | slice | None:
-    """Return rows as a slice where they are neighbours (a view instead of a gather), None for all of them, else as
-    indices."""
+    """Return rows as a slice where they are neighbours (a view, no gather), None for all of them, else as indices."""
     if len(rows) == count:
         return None
     if rows[-1] - rows[0] + 1 == len(rows):

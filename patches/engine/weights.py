@@ -14,8 +14,7 @@ from registry.errors import PatchError
 
 @torch.no_grad()
 def put_weight(m: nn.Module, e: Weight, strength: float) -> Callable[[], Any]:
-    """Write a weight edit into a module at a strength; return the function that restores it, from a copy of each
-    parameter."""
+    """Write a weight edit into a module at a strength; return the function that restores the original parameters."""
     old = {n: p.detach().clone() for n, p in m.named_parameters(recurse=False)}
     new = e.fn(old)
     token = object()
@@ -36,8 +35,10 @@ def put_weight(m: nn.Module, e: Weight, strength: float) -> Callable[[], Any]:
 
 
 def module_at(model: nn.Module, site: str) -> nn.Module:
-    """Return the module at a dotted path ("" for the model). Raises PatchError, suggesting near paths, if there is
-    none."""
+    """Return the module at a dotted path ("" for the model).
+
+    Raises PatchError, suggesting near paths, if there is none.
+    """
     try:
         return model.get_submodule(site)
     except AttributeError:

@@ -20,8 +20,7 @@ FORMERLY = "report.json"
 
 
 def content(folder: Path, name: str, digest: str | None = None) -> bytes:
-    """Return the bytes of a file beside a patch: the bytes that were hashed if the folder is sealed, the current ones
-    of a draft.
+    """Return the bytes of a file beside a patch: if sealed those that were hashed, of a draft the current ones.
 
     folder: the sealed folder, or one within it. digest: the artifact that it must be. Raises Tampered.
     """

@@ -46,8 +46,10 @@ class Cards:
     """Vocabulary of the words"""
 
     def card(self, j: int) -> dict[str, Any]:
-        """Return the card of feature j as plain values, images by index. Raises NotFound naming the range of
-        features."""
+        """Return the card of feature j as plain values, images by index.
+
+        Raises NotFound naming the range of features.
+        """
         F = len(self.density)
         if not 0 <= j < F:
             raise NotFound(f"There is no feature {j}; this dictionary has 0 to {F - 1}.")
@@ -79,8 +81,10 @@ def load_cards(folder: Path) -> Cards:
 
 
 def best(largest: Tensor, where: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Select top images per feature: picture, activation and token, (F, N) each, from maxima `largest` (n, F) at tokens
-    `where` (n, F)."""
+    """Select top images per feature from maxima `largest` (n, F) at tokens `where` (n, F).
+
+    Returns picture, activation and token, (F, N) each.
+    """
     count = min(count, len(largest))
     top = largest.topk(count, 0)
     token = where.gather(0, top.indices)

@@ -105,8 +105,10 @@ class Gallery:
         return total / len(heads)
 
     def hubness(self, heads: Sequence[tuple[int, int]], metric: Metric, top: int = 8, most: int = 2000) -> float:
-        """Measure hubness: the skewness of how often an image is among the `top` nearest of the others (of the first
-        `most`); 0 is even."""
+        """Measure hubness: the skewness of how often an image is among the `top` nearest of others; 0 is even.
+
+        Of the first `most` images.
+        """
         n = min(len(self), most)
         v = self.vectors(heads, slice(0, n), metric != "raw")
         v = torch.nn.functional.normalize(v, dim=1) if metric == "cosine" else v
@@ -152,8 +154,7 @@ def make_gallery(
 
 @torch.no_grad()
 def directions(covariance: Tensor, keep: float = KEEP, most: int = DIRECTIONS) -> Tensor:
-    """Compute the principal directions (L, H, r, k) of covariances (L, H, k, k) that keep a fraction `keep` of each
-    head's variance."""
+    """Compute principal directions (L, H, r, k) of covariances (L, H, k, k) that keep a fraction of the variance."""
     values, vectors = torch.linalg.eigh(covariance.double())
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
     part = values.cumsum(-1) / values.sum(-1, keepdim=True).clamp_min(1e-300)

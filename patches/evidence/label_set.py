@@ -37,8 +37,7 @@ class LabelSet:
         return tuple(dict.fromkeys(self.labels))
 
     def logits(self, y: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute class logits (n, C) of embeddings (n, k); their softmax equals the column probabilities summed per
-        class."""
+        """Compute class logits (n, C) of embeddings (n, k); their softmax is the columns' summed by class."""
         z = scale * y @ self.weights
         if len(self.classes) == len(self.labels):
             return z

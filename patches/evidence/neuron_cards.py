@@ -1,5 +1,4 @@
-"""Neuron cards: text descriptions of neurons by their second-order effects, sealed with a patch, and their
-applications.
+"""Neuron cards: texts that describe neurons by their second-order effects, sealed with a patch, and their uses.
 
 Per neuron (arXiv 2406.04341): its direction r, the variance of its effects along r, the norm from which an effect is
 significant, the later heads that carry it, r as a sparse sum of texts, and its strongest images. Applications:
@@ -85,8 +84,10 @@ class NeuronCards:
         return self.layers[number]
 
     def card(self, number: int, neuron: int, heads: int, texts: int = 8) -> dict[str, Any]:
-        """Return the card of one neuron as plain values, images by index. heads: number per block. Raises NotFound
-        naming the range."""
+        """Return the card of one neuron as plain values, images by index. heads: number per block.
+
+        Raises NotFound naming the range.
+        """
         one = self.layer(number)
         known = one.known
         if not 0 <= neuron < len(known.direction):
@@ -167,8 +168,10 @@ class Reader:
 
     @classmethod
     def of(cls, base: Base, cards: NeuronCards) -> Reader:
-        """Build a reader on the base's device. The lenses' large bases are dropped, since only norms and projections
-        are read."""
+        """Build a reader on the base's device.
+
+        The lenses' large bases are dropped, since only norms and projections are read.
+        """
         lenses = {number: lens(base, number, cards.ln) for number in cards.layers}
         small = {number: replace(at, basis=at.basis.new_empty(0)) for number, at in lenses.items()}
         return cls(base, cards.to(base.device), small)
@@ -190,8 +193,7 @@ class Attribute:
 
 @torch.inference_mode()
 def attributes(reader: Reader, x: Tensor, top: int = 16, evidence: int = 5) -> tuple[list[list[Attribute]], list[int]]:
-    """Describe images (B, 3, h, w) by the texts of largest weight; also return the number of significant neurons per
-    image.
+    """Describe images (B, 3, h, w) by their top texts; also return the number of significant neurons per image.
 
     A neuron counts where its effect reaches its threshold; it adds x_n a_nj to text j.
     """
@@ -242,8 +244,7 @@ def _evidence(
 
 
 def voters(cards: NeuronCards, text: Tensor, count: int = SEGMENT_NEURONS) -> list[tuple[int, Tensor, Tensor]]:
-    """Select the `count` neurons over all layers with the largest |<r_n, t>| for a text t (k,): (layer, neurons, <r_n,
-    t>)."""
+    """Select the `count` neurons with the largest |<r_n, t>| for a text t (k,): (layer, neurons, <r_n, t>)."""
     say = {number: one.known.direction @ text for number, one in cards.layers.items()}
     whole = torch.cat(list(say.values()))
     if not 1 <= count <= len(whole):

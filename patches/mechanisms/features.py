@@ -108,8 +108,10 @@ class SAE:
 
 
 def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """Normalise tokens: n(x) (..., D), and scale (..., 1), shift (..., 1) with x = n(x) * scale + shift, as SAELens and
-    Prisma do."""
+    """Normalise tokens: n(x) (..., D), with scale (..., 1) and shift (..., 1) such that x = n(x) * scale + shift.
+
+    As SAELens and Prisma do.
+    """
     if how == "layer_norm":
         shift = x.mean(-1, keepdim=True)
         scale = x.std(-1, keepdim=True)  # unbiased; eps when normalising only, as in both libraries
@@ -188,8 +190,11 @@ class FeatureConfig:
 
 @dataclass(frozen=True)
 class FeatureEdit(Patch):
-    """Patch that edits SAE features. tensors: decoder (S, D); encoder and bias (S, D), (S,), or of all features for
-    topk (none for add); threshold (S,) for jumprelu; value (S,) except for zero; mask (T,) for tokens="mask"."""
+    """Patch that edits SAE features.
+
+    tensors: decoder (S, D); encoder and bias (S, D), (S,), or of all features for topk (none for add); threshold (S,)
+    for jumprelu; value (S,) except for zero; mask (T,) for tokens="mask".
+    """
 
     Config = FeatureConfig
     config: FeatureConfig
@@ -240,8 +245,7 @@ class FeatureEdit(Patch):
         return fn
 
     def _step(self) -> Callable[[Tensor], Tensor]:
-        """Build the edit x (..., D) -> x' (..., D): one product with the chosen encoder rows, one with the decoder
-        rows."""
+        """Build the edit x (..., D) -> x' (..., D), one product each with the chosen encoder and decoder rows."""
         c, t = self.config, self.tensors
         decoder = t["decoder"]
         if c.op == "add":
@@ -377,8 +381,11 @@ def save_sae(sae: SAE, folder: Path) -> None:
 
 
 def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
-    """Load a dictionary in SAELens' layout (cfg.json, sae_weights.safetensors), of any version, or Prisma's config
-    beside safetensors. Raises NotFound naming the missing file, BadArtifact for an unsupported architecture."""
+    """Load a dictionary in SAELens' layout, of any version, or in Prisma's with safetensors.
+
+    SAELens: cfg.json, sae_weights.safetensors. Raises NotFound naming the missing file, BadArtifact for an unsupported
+    architecture.
+    """
     folder = Path(folder)
     about = next((folder / n for n in (ABOUT, "config.json") if (folder / n).is_file()), None)
     weights = next((folder / n for n in (WEIGHTS, "weights.safetensors") if (folder / n).is_file()), None)

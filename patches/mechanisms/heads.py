@@ -46,8 +46,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class HeadEdit(Patch):
-    """Patch that edits head outputs. tensors, in the order of `heads`: value (n, e), or (n, T, e) by position, for
-    mean; factor (n,) for scale."""
+    """Patch that edits head outputs.
+
+    tensors, in the order of `heads`: value (n, e), or (n, T, e) by position, for mean; factor (n,) for scale.
+    """
 
     Config = HeadConfig
     config: HeadConfig

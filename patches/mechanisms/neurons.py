@@ -59,8 +59,10 @@ class NeuronConfig:
 
 @dataclass(frozen=True)
 class NeuronEdit(Patch):
-    """Patch that edits neurons. tensors, path all: mean (n,), and gain (n,) of op gain; second_order: mean (n, G) of S,
-    write (n, G, k) V."""
+    """Patch that edits neurons.
+
+    tensors, path all: mean (n,), and gain (n,) of op gain; second_order: mean (n, G) of S, write (n, G, k) V.
+    """
 
     Config = NeuronConfig
     config: NeuronConfig
@@ -149,8 +151,7 @@ class NeuronEdit(Patch):
         return fn
 
     def _lens(self) -> list[Edit]:
-        """Build the edits that record neurons, class-token attention and norms in a forward, and correct the embedding
-        at its end."""
+        """Build the edits that record a forward's neurons, attention and norms, and finally correct the embedding."""
         c, mean, write = self.config, self.tensors["mean"], self.tensors["write"]
         js, later = list(c.neurons), range(self.layer + 1, c.layers)
 
@@ -194,8 +195,10 @@ class NeuronEdit(Patch):
 def ablate(
     site: str, neurons: Sequence[int], mean: Tensor, gain: Tensor | float = 0.0, tokens: Tokens = "all"
 ) -> NeuronEdit:
-    """Build the patch that sets neurons of `site` to their mean, or scales them about it by `gain`. mean: (n,) of these
-    neurons."""
+    """Build the patch that sets neurons of `site` to their mean, or scales them about it by `gain`.
+
+    mean: (n,) of these neurons.
+    """
     value = torch.as_tensor(gain).to(mean).expand(len(neurons)).clone()
     plain = not bool(value.any())
     config = NeuronConfig(site, tuple(map(int, neurons)), "mean" if plain else "gain", "all", tokens)
@@ -205,8 +208,7 @@ def ablate(
 def replace_effects(
     base: Base, at: NeuronLens, known: Directions, neurons: Sequence[int], op: Op = "mean", gain: float = 0.0
 ) -> NeuronEdit:
-    """Build the patch that replaces second-order effects of `neurons` by their mean, scales them about it, or projects
-    them onto their direction."""
+    """Build the patch that mean-ablates, scales or projects the second-order effects of `neurons`."""
     js = [int(n) for n in neurons]
     if wrong := [n for n in js if not 0 <= n < at.neurons]:
         raise PatchError(f"This layer has neurons 0 to {at.neurons - 1}, so there is no neuron {wrong[0]}.")

@@ -55,8 +55,10 @@ class SinkConfig:
 
 @dataclass(frozen=True)
 class SinkEdit(Patch):
-    """Patch that suppresses the attention sink on repeats. tensors: value (len(neurons),) float, absent for mode
-    zero."""
+    """Patch that suppresses the attention sink on repeats.
+
+    tensors: value (len(neurons),) float, absent for mode zero.
+    """
 
     Config = SinkConfig
     config: SinkConfig
@@ -76,8 +78,7 @@ class SinkEdit(Patch):
         return out
 
     def weights(self) -> list[Weight]:
-        """Return the weight form, which exists only for the control that zeroes at every token; all else depends on
-        position or tokens."""
+        """Return the weight form of the control that zeroes at every token; all else depends on position or tokens."""
         c = self.config
         if c.keep_first or c.only_repeats or c.damp_layers or c.run_layers or c.mode != "zero":
             raise PatchError(
@@ -128,8 +129,10 @@ class SinkEdit(Patch):
 
 
 def _damping(copies: Callable[[Inputs], Tensor], limit: float) -> Callable[[Inputs], Tensor | None]:
-    """Build the attention bias shared by all layers of one kind, computed once per forward. copies: key identities (B,
-    K), equal for copies."""
+    """Build the attention bias shared by all layers of one kind, computed once per forward.
+
+    copies: key identities (B, K), equal for copies.
+    """
 
     def bias(inputs: Inputs) -> Tensor | None:
         return repeat_bias(inputs.once(copies), inputs.once(llm.query_columns), limit)

@@ -9,8 +9,7 @@ from patches.evidence import read_evidence
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Draw the figures: norms through the layers, accuracy by number of copies, candidates as a heat map,
-    convergence."""
+    """Draw the figures: norms by layer, accuracy by number of copies, candidates as a heat map, convergence."""
     from matplotlib.figure import Figure
 
     found = read_evidence(folder)

@@ -100,8 +100,10 @@ FIRST, LAST = slice(0, 1), slice(-1, None)
 def _neurons(
     base: Base, group: list[int], docs: list[Tensor], repeats: list[Tensor], others: Tensor
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Find the neurons of one stage, and their echoes: candidates by |activation| x |output weights|, kept if silencing
-    them lowers the norm of repeats."""
+    """Find the neurons of one stage, and their echoes.
+
+    Candidates are ranked by |activation| x |output weights| and kept if silencing them lowers the norm of repeats.
+    """
     end, ordinary = group[-1], float(others[group[-1]])
     scored: list[tuple[float, int, int]] = []
     for layer in group:

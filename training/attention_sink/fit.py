@@ -48,8 +48,11 @@ def candidates(config: Config, circuit: Circuit) -> dict[str, SinkConfig]:
 
 
 def offer(name: str, row: dict[str, Any], config: Config, bound: float) -> Offer[str]:
-    """Turn a candidate's measurements into an offer. Its worth is the fraction of fitting words it repeats, if its
-    perplexity stays within `bound`; ties go to the higher log-probability of the word."""
+    """Turn a candidate's measurements into an offer.
+
+    Its worth is the fraction of fitting words it repeats, if its perplexity stays within `bound`; ties go to the higher
+    log-probability of the word.
+    """
     shares = [v for c in config.fit_contexts for v in row[c].values()]
     score = round(sum(shares) / len(shares), 6)
     kept = sum(row[f"{c} log p"] for c in config.fit_contexts)

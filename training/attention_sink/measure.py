@@ -19,8 +19,10 @@ from training.tasks.intervals import mean, perplexity, share
 
 
 def prompt(base: Base, word: int, context: Context) -> list[int]:
-    """Return the token ids before the copies. chat: a user's request and the start of the answer; prefix: a sentence;
-    bos: BOS alone."""
+    """Return the token ids before the copies.
+
+    chat: a user's request and the start of the answer; prefix: a sentence; bos: BOS alone.
+    """
     tokenizer = base.processor
     if context == "chat":
         said = f"Repeat the word{tokenizer.decode([word])} over and over, separated by spaces."
@@ -51,8 +53,10 @@ def repeats(
     arm: str | None,
     quiet: bool = False,
 ) -> Repeats:
-    """Judge the next token after every run length of each word, in one forward over the longest run: the model is
-    causal, so every shorter run is a prefix of it."""
+    """Judge the next token after every run length of each word, in one forward over the longest run.
+
+    The model is causal, so every shorter run is a prefix of it.
+    """
     out = Repeats({n: [] for n in copies}, {n: [] for n in copies})
     for w in tqdm(words, f"{context} x {max(copies)}", disable=None if not quiet else True, leave=False):
         lead = prompt(model.base, w, context)
@@ -78,8 +82,7 @@ def losses(model: Subject, docs: list[Tensor], arm: str | None) -> list[tuple[fl
 
 
 def continuations(model: Subject, words: list[int], config: Config, arm: str | None) -> list[bool]:
-    """Return, per word, whether a greedy continuation of many copies repeats it throughout; decoded by the serving
-    worker."""
+    """Return, per word, whether a greedy continuation of many copies repeats it throughout; the worker decodes."""
     rows = []
     for w in words:
         lead = prompt(model.base, w, config.contexts[0])
@@ -92,8 +95,7 @@ def continuations(model: Subject, words: list[int], config: Config, arm: str | N
 
 @torch.inference_mode()
 def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -> float:
-    """Return the residual norm of the last of many repeats over that of ordinary text, at the worst layer; median over
-    words."""
+    """Return the norm of the last of many repeats over that of ordinary text, at the worst layer, median over words."""
     base = model.base
     bos = [base.processor.bos_token_id] if base.processor.bos_token_id is not None else []
     with model.applied.rows([arm]):
@@ -108,8 +110,10 @@ def norm_ratio(model: Subject, words: list[int], copies: int, arm: str | None) -
 
 
 def evaluate(model: Subject, config: Config, arm: str | None) -> dict[str, Measure]:
-    """Measure an arm on test words and documents: whether it predicts a word once more after many copies, its
-    perplexity, and the norm of repeats in its residual stream. Metric names are the same for base and patched."""
+    """Measure an arm on test words and documents: repeating, perplexity, and the residual norm of repeats.
+
+    Metric names are the same for base and patched.
+    """
     words = measured_words(model.base, config)
     out: dict[str, Measure] = {}
     for context in config.contexts:

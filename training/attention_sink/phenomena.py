@@ -1,5 +1,4 @@
-"""Measurements of the paper around the circuit: attention on the first token, convergence of repeats, cluster
-attack."""
+"""Measurements of the paper around the circuit: attention on the first token, convergence, cluster attack."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ def sink_attention(base: Base, texts: list[Tensor]) -> list[float]:
 
 @torch.inference_mode()
 def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict[int, float]:
-    """Compute the cosine of the first attention's output at the N-th repeat with that of the word alone (Theorem
-    4.1)."""
+    """Compute the cosine of the first attention's output at the N-th repeat with the word alone (Theorem 4.1)."""
     site, copies = llm.site("attn", 0), sorted(copies)
     lead = base.processor("Here is a word:", add_special_tokens=True)["input_ids"]
     out = dict.fromkeys(copies, 0.0)
@@ -63,8 +61,9 @@ def convergence(base: Base, words: Iterable[int], copies: Iterable[int]) -> dict
 def cluster_attack(
     base: Base, circuit: Circuit, sizes: Iterable[int] = (2, 4, 8), length: int = 512, seed: int = 0
 ) -> dict[int, tuple[float, float]]:
-    """Try to create sinks without immediate repeats: mix, at random, k tokens whose lone first-attention outputs are
-    nearest to each other.
+    """Try to create sinks without immediate repeats, from tokens that the first attention confuses.
+
+    Mixes, at random, k tokens whose lone first-attention outputs are nearest to each other.
 
     Returns k -> (fraction of late tokens above the stage's threshold, the same for k random tokens).
     """

@@ -32,8 +32,10 @@ FEW = 16
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measure a sealed patch against its base on all test words in every context, and each of its components and
-    controls on the first `FEW` words."""
+    """Measure a sealed patch against its base on all test words in every context.
+
+    Its components and controls are measured on the first `FEW` words.
+    """
     opened = open_patch(folder, config.base, config.device)
     base, patch = opened.base, opened.patch
     circuit = Circuit.of(opened.fitted["circuit"])

@@ -19,8 +19,7 @@ from training.tasks.recognition import (
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Draw the figures: score of every head for every property, candidates beside random heads, heat maps, and base
-    beside patched on test."""
+    """Draw the figures: scores of heads by property, candidates beside random heads, heat maps, base beside patched."""
     from matplotlib.figure import Figure
 
     found, fitted = json.loads((folder / "heads.json").read_text()), read_evidence(folder)

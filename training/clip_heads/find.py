@@ -53,8 +53,11 @@ class Findings:
     """Judge -> its label of every head"""
 
     def heads(self, name: str) -> list[Head]:
-        """Order all heads by how much they are about a property: first those with this label, by score; then those
-        whose score is significant (p up to LEAST); then the rest, by distance to their own top property."""
+        """Order all heads by how much they are about a property.
+
+        First those with this label, by score; then those whose score is significant (p up to LEAST); then the rest, by
+        distance to their own top property.
+        """
         if name not in self.properties:
             raise ConfigError(f"There is no property {name[:40]!r}. Properties: {', '.join(self.properties)}.")
         column = self.properties.index(name)
@@ -73,8 +76,11 @@ def chosen_layers(config: Config, lens: Lens) -> tuple[int, ...]:
 
 
 def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
-    """Yield the image sets on which heads are read: the real data set, or from the lab a quarter each of single
-    objects, objects with words, crowds and people."""
+    """Yield the image sets on which heads are read.
+
+    These are the real data set, or from the lab a quarter each of single objects, objects with words, crowds and
+    people.
+    """
     if config.data:
         yield tasks.world(config, config.task, split, n)
         return
@@ -132,8 +138,11 @@ def find(base: Base, config: Config) -> Findings:
 def asked_model(
     config: Config, found: Sequence[Span], pool: Sequence[str], properties: Sequence[str], fits: Tensor, shown: int = 5
 ) -> list[Named]:
-    """Label every head by asking a language model about its texts; an answer that means one of our properties becomes
-    that property. Without a person's examples the prompt shows texts of each property."""
+    """Label every head by asking a language model about its texts.
+
+    An answer that means one of our properties becomes that property. Without a person's examples the prompt shows texts
+    of each property.
+    """
     g = torch.Generator().manual_seed(config.seed)
     examples = list(config.examples)
     for column, name in enumerate(() if examples else properties):

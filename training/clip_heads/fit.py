@@ -86,8 +86,10 @@ def fit(config: Config, folder: Path) -> Manifest:
 
 
 def _examples(lens: Lens, config: Config, f: Findings, folder: Path, count: int = 6) -> dict[str, Any]:
-    """Save val images with heat maps for a figure: of the best head of each property against its first text, and of all
-    heads against the predicted class. Returns the row that the evidence keeps."""
+    """Save val images with heat maps for a figure; return the row that the evidence keeps.
+
+    Maps are of the best head of each property against its first text, and of all heads against the predicted class.
+    """
     base = lens.base
     data = next(iter(scenes(config, 4 * count, "val")))
     batch = data.read(range(min(count, len(data))))

@@ -1,5 +1,4 @@
-"""Measure a clip_heads edit: task metrics, and each property's probe accuracy while each property's heads are
-ablated."""
+"""Measure a clip_heads edit: task metrics, and every property's probe while each property's heads are ablated."""
 
 from __future__ import annotations
 
@@ -37,8 +36,9 @@ def measure(
 
 
 def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tensor, count: int = 4) -> dict[str, Any]:
-    """Measure the accuracy on every property's probe while the first `count` heads of one property are mean-ablated:
-    property -> probe -> accuracy on test.
+    """Measure every property's probe accuracy on test while the heads of one property are mean-ablated.
+
+    Returns property -> probe -> accuracy with the first `count` heads of the property ablated.
 
     Controls: the base, and random heads of the same layers (mean, lowest and highest of `draws`). Also which components
     carry each answer directly (`carriers`).
@@ -71,9 +71,11 @@ def specificity(base: Base, lens: Lens, config: Config, folder: Path, mean: Tens
 
 @torch.no_grad()
 def carriers(lens: Lens, probe: Probe, top: int = 4) -> dict[str, Any]:
-    """Decompose the margin of correct answers into direct contributions: the shares of all heads, of all MLPs and of
-    constants in the mean of <part, t_right - mean of answers>, and the heads with the largest shares. An answer that no
-    head carries cannot be ablated by heads."""
+    """Decompose the margin of correct answers into direct contributions.
+
+    Returns the shares of all heads, of all MLPs and of constants in the mean of <part, t_right - mean of answers>, and
+    the heads with the largest shares. An answer that no head carries cannot be ablated by heads.
+    """
     total = torch.zeros(lens.layers, lens.heads)
     mlps = constant = 0.0
     for i in range(0, len(probe.image), 50):

@@ -62,8 +62,7 @@ def read_taxonomy(file: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def by_keyword(texts: Sequence[str], taxonomy: Taxonomy) -> Tensor:
-    """Judge by keyword: (M, P) bool, whether a phrase of each property occurs in each text as whole words, ignoring
-    case."""
+    """Judge by keyword: (M, P) bool, whether a phrase of each property is in each text, as whole words of any case."""
     patterns = [re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.I) for words in taxonomy.values()]
     return torch.tensor([[bool(p.search(t)) for p in patterns] for t in texts]).view(len(texts), len(patterns))
 
@@ -110,8 +109,10 @@ WORDS = 4
 
 @dataclass(frozen=True)
 class Model:
-    """Judge that asks a language model behind an OpenAI-compatible endpoint. Answers are parsed leniently, so that
-    small models can be asked: a name is one line, a judgement is numbers."""
+    """Judge that asks a language model behind an OpenAI-compatible endpoint.
+
+    Answers are parsed leniently, so that small models can be asked: a name is one line, a judgement is numbers.
+    """
 
     endpoint: Endpoint
     examples: Sequence[tuple[Sequence[str], str]] = ()
@@ -120,8 +121,10 @@ class Model:
     """httpx transport, to reach an application in this process"""
 
     def name(self, texts: Sequence[str]) -> str:
-        """Ask for the property that texts have in common, in one or two words; NONE if the answer is no name. Raises
-        NotReady if nothing usable comes back."""
+        """Ask for the property that texts have in common, in one or two words; NONE if the answer is no name.
+
+        Raises NotReady if nothing usable comes back.
+        """
         turns = [
             {"role": "system", "content": "Name the one property that the texts have in common. One or two words."}
         ]
@@ -203,8 +206,7 @@ class Named:
 def label(
     spans: Sequence[Span], fits: Tensor, properties: Sequence[str], source: str, least: float = 2.0
 ) -> list[Named]:
-    """Name each head by the property that its texts are about more often than the pool's; NONE below `least` standard
-    deviations.
+    """Name each head by the property its texts are about more often than the pool's; NONE below `least` deviations.
 
     fits: (M, P) over the pool. A text is weighted by the fraction of the head's variance it adds.
     """
@@ -288,8 +290,7 @@ def by_spectrum(
 
 
 def _against(v: Tensor) -> Tensor:
-    """Centre logarithms (..., L, H, P): subtract each head's mean over properties, then each property's median over
-    heads."""
+    """Centre logarithms (..., L, H, P): subtract heads' means over properties, then properties' medians over heads."""
     v = v - v.mean(-1, keepdim=True)
     return v - v.flatten(-3, -2).median(-2).values[..., None, None, :]
 
@@ -324,8 +325,11 @@ def read_changes(file: str | Path) -> list[Change]:
 
 
 def override(named: Sequence[Named], changes: Sequence[Change]) -> tuple[list[Named], list[dict[str, Any]]]:
-    """Apply a person's changes to labels. Returns all labels, and the changes with the labels they replaced. Raises
-    NotFound for an unknown head, Invalid for a change without label, who or why."""
+    """Apply a person's changes to labels.
+
+    Returns all labels, and the changes with the labels they replaced. Raises NotFound for an unknown head, Invalid for
+    a change without label, who or why.
+    """
     now = {(n.layer, n.head): n for n in named}
     trail = []
     for c in changes:
@@ -348,8 +352,9 @@ def _share(k: int, n: int) -> list[float]:
 
 
 def sharing(labels: Sequence[str], null: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Measure how labels are distributed over heads: the fractions of heads whose label no other head has, or another
-    has, and the largest label's fraction.
+    """Measure how labels are distributed over heads.
+
+    Returns the fractions of heads whose label no other head has, or another has, and the largest label's fraction.
 
     The published "entanglement" is described as the second and equals the first (docs/log/clip_heads.md), so both are
     reported. null: labels to draw from with replacement (default: these), for the chance level.
@@ -435,8 +440,9 @@ def _range(values: Sequence[float]) -> list[float]:
 
 
 def published(file: str | Path) -> dict[str, dict[tuple[int, int], str]]:
-    """Parse the labels published in CLIP-InterpreT's src/topic_seg_labels.py, without running it: model -> (layer,
-    head) -> label.
+    """Parse the labels published in CLIP-InterpreT's src/topic_seg_labels.py, without running it.
+
+    Returns model -> (layer, head) -> label.
 
     Labels are strings "L9.H10 (Art)"; a missing comma between two of them does no harm.
     """

@@ -17,8 +17,10 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measure a sealed edit beside random heads on test, and what ablating each property's heads does to the accuracy
-    on each property's probe (training/lab/probes.py)."""
+    """Measure a sealed edit beside random heads on test, and each property's heads on each property's probe.
+
+    Probes: training/lab/probes.py.
+    """
     opened = open_patch(folder, config.base, config.device)
     base, patch, lens = opened.base, opened.patch, Lens(opened.base)
     assert isinstance(patch, HeadEdit)

@@ -22,8 +22,7 @@ def make_cards(
     base: Base, sae: SAE, site: str, data: Dataset, words: Sequence[str], *, pictures: int = 9, kept: int = 5,
     thumb: int = 48, batch: int = 32,
 ) -> Cards:  # fmt: skip
-    """Make a card for every feature of `sae` at `site` (B, T, D): its strongest images in `data`, density and nearest
-    words.
+    """Make a card for every feature of `sae` at `site` (B, T, D): strongest images, density, nearest words.
 
     Words come from the direct path: a feature's decoder row through the final norm's gain and the projection, as if no
     block came after `site`; effects through later blocks are not included.

@@ -82,8 +82,7 @@ class Score:
     attacked: float
 
     def worth(self, floor: float) -> float:
-        """Return attacked accuracy if clean accuracy reaches `floor`, else the (negative) shortfall: the selection
-        score."""
+        """Return the selection score: attacked accuracy if clean accuracy reaches `floor`, else minus the shortfall."""
         return self.attacked if self.clean >= floor - 1e-9 else self.clean - floor
 
 
@@ -132,9 +131,11 @@ def dyslexify(
     skips: int = 10,
     images: int = 192,
 ) -> Arm:
-    """Fit Dyslexify: zero heads in order of `looks_at_text`. A head that gains less than `gain` of attacked train
-    accuracy is skipped; stop at a clean drop above `drop` or more than `skips` skips in a row. Then drop the last heads
-    until val clean accuracy reaches `floor`."""
+    """Fit Dyslexify: zero heads in order of `looks_at_text`.
+
+    A head that gains less than `gain` of attacked train accuracy is skipped; stop at a clean drop above `drop` or more
+    than `skips` skips in a row. Then drop the last heads until val clean accuracy reaches `floor`.
+    """
     train = train.first(images)
     looks = looks_at_text(base, train)
     count = looks.shape[1]
@@ -200,8 +201,9 @@ def prefix(
     every: int = 20,
     seed: int = 0,
 ) -> Arm:
-    """Fit Defense-Prefix: cross-entropy on attacked images plus KL to the base's prediction on clean ones, weighted 1
-    and 3 as published.
+    """Fit Defense-Prefix: cross-entropy on attacked images plus KL to the base's prediction on clean ones.
+
+    The two terms are weighted 1 and 3, as published.
 
     The classes of a step are those that its images show or read. Trained by Adam, because steps are few; val chooses
     the step.
@@ -274,9 +276,11 @@ def projection(
     every: int = 20,
     lr: float = 2e-3,
 ) -> Arm:
-    """Fit the projection: cross-entropy over train classes on clean and attacked images, plus `stays` * |W^T W - I|^2,
-    which keeps W near a projection. W starts at the principal directions of images and class names; val chooses rank,
-    weight and step."""
+    """Fit the projection: cross-entropy on clean and attacked images, plus `stays` * |W^T W - I|^2.
+
+    The second term keeps W near a projection. W starts at the principal directions of images and class names; val
+    chooses rank, weight and step.
+    """
     scale = clip.logit_scale(base)
     (clean, attacked) = train.y
     plain, names = clip.zero_shot(base, train.classes), clip.zero_shot(base, val.classes)
@@ -314,8 +318,10 @@ class TunedConfig:
 
 @dataclass(frozen=True)
 class Tuned(Patch):
-    """Patch that interpolates weights: at strength a, (1 - a) times the base's and a times these. tensors: name ->
-    fine-tuned value."""
+    """Patch that interpolates weights: at strength a, (1 - a) times the base's and a times these.
+
+    tensors: name -> fine-tuned value.
+    """
 
     Config = TunedConfig
     config: TunedConfig
@@ -343,8 +349,10 @@ def interpolation(
     shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     seed: int = 0,
 ) -> Arm:
-    """Fit PAINT: fine-tune the image tower on attacked train images under the base's own classifier; val chooses the
-    interpolation weight among `shares`."""
+    """Fit PAINT: fine-tune the image tower on attacked train images under the base's own classifier.
+
+    Val chooses the interpolation weight among `shares`.
+    """
     scale, names = clip.logit_scale(base), clip.zero_shot(base, train.classes)
     model = deepcopy(base.model)
     tower = model.visual.requires_grad_(True)

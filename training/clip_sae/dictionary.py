@@ -88,8 +88,10 @@ def activations(
     which: Literal["all", "cls", "patches"] = "all",
     batch: int = 64,
 ) -> Chunks:
-    """Return a function from chunk number to the model's activations at `site` (N, D); the forward stops there. images:
-    chunk number -> preprocessed images (B, 3, h, w)."""
+    """Return a function from chunk number to the model's activations at `site` (N, D); the forward stops there.
+
+    images: chunk number -> preprocessed images (B, 3, h, w).
+    """
 
     @torch.no_grad()
     def chunk(number: int) -> Tensor:
@@ -163,8 +165,10 @@ def _by_feature(x: Tensor, rows: Tensor, features: Tensor, weights: Tensor, coun
 
 
 def largest_of(flat: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` largest values. A sample gives a lower bound for them, so only values above it
-    are sorted."""
+    """Return the indices of the `count` largest values.
+
+    A sample gives a lower bound for them, so only values above it are sorted.
+    """
     sample = flat[:: max(1, flat.numel() // 65536)]
     guess = sample.topk(max(1, min(len(sample), 2 * len(sample) * count // flat.numel() + 16))).values[-1]
     near = (flat >= guess).nonzero()[:, 0]
@@ -207,8 +211,10 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def fresh(self, x: Tensor, count: int, seed: int) -> Tensor:
-        """Propose directions (count, D) of unit norm for dead features: residuals of tokens sampled in proportion to
-        their squared error (Bricken et al. 2023)."""
+        """Propose directions (count, D) of unit norm for dead features.
+
+        They are residuals of tokens sampled in proportion to their squared error (Bricken et al. 2023).
+        """
         n, c = self.normal(x[:4096]), self.config
         pre = torch.addmm(self.bias, n, self.encoder.T)
         if c.method != "vanilla":  # k per token is a good enough approximation for choosing tokens

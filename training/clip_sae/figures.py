@@ -18,8 +18,7 @@ from training.tasks.recognition import (
 
 
 def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Draw the figures: candidates by layer and count, sparsity by position and token type, densities, examples, and
-    metrics of base beside patched."""
+    """Draw the figures: candidates by layer and count, sparsity, densities, examples, base beside patched."""
     from matplotlib.figure import Figure
 
     found = read_evidence(folder)
@@ -76,8 +75,7 @@ def figures(folder: Path, results: dict[str, dict[str, float]]) -> dict[str, Any
 
 
 def _layers(found: Mapping[str, Any], goal: str) -> Any:
-    """Draw a panel each for: the best edit of every layer on val, sparsity per token type, fraction of features that
-    steer."""
+    """Draw a panel each for every layer's best edit on val, sparsity per token type, fraction of steering features."""
     from matplotlib.figure import Figure
 
     names = sorted(found["layers"], key=int)

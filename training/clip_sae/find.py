@@ -27,8 +27,7 @@ def fires(sae: SAE, stream: Stream) -> Tensor:
 
 
 def by_difference(config: Config, sae: SAE, seen: Mapping[str, Stream]) -> Tensor:
-    """Score each feature (F,) by how much more it fires with the spurious cue than without, relative to how much it
-    fires anyway.
+    """Score each feature (F,) by how much more it fires with the spurious cue, relative to how much it fires anyway.
 
     Pairs (clean, attacked): the mean increase over the clean mean, which ranks features needed by clean images last
     (divided by the increase's standard deviation instead, 300 features cost 4 points of clean accuracy; so, none: n =
@@ -72,8 +71,11 @@ def by_effect(base: Base, config: Config, layer: int, sae: SAE, seen: Mapping[st
 def lessons(
     base: Base, config: Config, layer: int, seen: Mapping[str, Stream], by: LabelSet
 ) -> tuple[list[Lesson], list[Lesson]]:
-    """Return training batches for gates: images with the spurious cue (groups weighted by the base's error rate), and
-    clean images that the base classifies correctly, since only those predictions have to be preserved."""
+    """Return training batches for gates: images with the spurious cue, and clean images to be kept.
+
+    Groups are weighted by the base's error rate. Kept are clean images that the base classifies correctly, since only
+    those predictions have to be preserved.
+    """
     paired = config.task == "typographic"
 
     def some(stream: Stream, weight: Tensor, written: bool = False) -> list[Lesson]:
@@ -120,8 +122,7 @@ def largest(sae: SAE, stream: Stream) -> Tensor:
 
 
 def mean_fire(sae: SAE, stream: Stream) -> Tensor:
-    """Return the mean activation (F,) of each feature over tokens and images, weighting all groups (label, cue)
-    equally."""
+    """Return the mean activation (F,) of each feature, weighting all groups (label, cue) equally."""
     group = 2 * stream.label + stream.other
     at = [(group == g).nonzero()[:, 0] for g in sorted(set(group.tolist()))]
     return torch.stack([fires(sae, stream.rows(i)).mean(0) for i in at]).mean(0) / stream.x.shape[1]
@@ -157,8 +158,7 @@ def orders(
 def steering(
     base: Base, layer: int, stream: Stream, rows: Tensor, code: Callable[[Tensor], Tensor], value: Tensor, words: Tensor
 ) -> Steerability:
-    """Measure how much each direction in `rows` (F, D) steers when its activation code(x) (..., F) is clamped to
-    `value` (F,)."""
+    """Measure how much the directions `rows` (F, D) steer when activations code(x) (..., F) are set to `value` (F,)."""
     if layer == len(base.model.visual.transformer.resblocks) - 1:
         return after_last_block(base, stream.z[:, 0], rows, code(stream.x[:, 0]), value, words, quiet=False)
     f = code(stream.x)

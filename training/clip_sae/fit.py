@@ -68,9 +68,11 @@ def dictionary_of(base: Base, config: Config, layer: int) -> tuple[SAE, list[dic
 
 
 def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
-    """Return a function from chunk number to training images: half from the task's own world, a quarter each of single
-    objects and of crowds, so that the dictionary is not specific to the task. Real data: the data set, reshuffled each
-    time."""
+    """Return a function from chunk number to training images.
+
+    Half of them are from the task's own world, a quarter each single objects and crowds, so that the dictionary is not
+    specific to the task. Real data: the data set, reshuffled each time.
+    """
     main = {"steer": "imagenet"}.get(config.task, config.task)
 
     def chunk(number: int) -> Tensor:
@@ -165,8 +167,7 @@ def view(base: Base, config: Config, fold: str = "") -> View:
 
 
 def worths(base: Base, config: Config, layer: int, sae: SAE, one: View) -> dict[tuple[tuple[str, Any], ...], float]:
-    """Compute each candidate's worth on a fold that holds out another illustrator, keyed by the candidate's
-    description."""
+    """Compute each candidate's worth on a fold that holds out another illustrator, by the candidate's description."""
     judge = partial(measure, base, config, layer, one.at("val", layer), one.by["val"])
     plain, offered = judge(None), candidates(base, config, layer, sae, one.at("train", layer), one.by["train"])
     return {tuple(row.items()): worth(config, judge(patch), plain) for row, patch in offered}

@@ -71,8 +71,10 @@ def learn(
     config: GateConfig, sae: SAE, hard: Sequence[Lesson], kept: Sequence[Lesson], tokens: slice = slice(None),
     free: Tensor | None = None, label: str = "gates",
 ) -> Tensor:  # fmt: skip
-    """Optimise the gates (F,), where 1 leaves a feature unchanged. tokens: those that are edited; free: (F,) bool,
-    features that may be gated."""
+    """Optimise the gates (F,), where 1 leaves a feature unchanged.
+
+    tokens: those that are edited; free: (F,) bool, features that may be gated.
+    """
     draw = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         before = [lesson.logits(lesson.x).log_softmax(1) for lesson in kept]

@@ -44,8 +44,9 @@ STEER_IMAGES = 16
 def steerable(
     base: Base, config: Config, layer: int, sae: SAE, stream: Stream
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Compare how often features, the stream's own dimensions ("neurons") and random directions steer when clamped to
-    the same values: kind -> strength -> summary.
+    """Compare how often features, single dimensions ("neurons") and random directions steer at the same values.
+
+    Returns kind -> strength -> summary.
 
     Values are multiples of the tokens' mean norm; the config's number of each kind is drawn at random.
     """
@@ -78,8 +79,11 @@ def steerable(
 
 @torch.no_grad()
 def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> dict[str, Any]:
-    """Measure a dictionary's quality on recorded activations: `Quality`, the variance explained by as many principal
-    components, and the cross-entropy recovered between zero ablation and clean, at the model's own logit scale."""
+    """Measure a dictionary's quality on recorded activations.
+
+    Returns `Quality`, the variance explained by as many principal components, and the cross-entropy recovered between
+    zero ablation and clean, at the model's own logit scale.
+    """
     seen = Quality(sae)
     for part in stream.parts():
         seen.add(part.x)

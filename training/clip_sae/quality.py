@@ -15,8 +15,7 @@ BINS = tuple(i / 2 for i in range(-12, 1))
 
 
 class Quality:
-    """Running explained variance, sparsity and densities over batches (B, T, D), separately for class token and
-    patches."""
+    """Running explained variance, sparsity and densities over batches (B, T, D), by token type."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -52,8 +51,10 @@ class Quality:
             p["fired"] += on[:, at].sum((0, 1)).cpu()
 
     def result(self) -> dict[str, Any]:
-        """Return, per token type: explained variance, cosine, L0 (mean, median, over D), alive fraction, density
-        histogram; and the mean L0 at every position (T,), the class token first."""
+        """Return the statistics per token type, and the mean L0 at every position (T,), the class token first.
+
+        Per type: explained variance, cosine, L0 (mean, median, over D), alive fraction, density histogram.
+        """
         out: dict[str, Any] = {}
         D = self.sae.decoder.shape[1]
         for name, p in self.parts.items():
@@ -80,13 +81,11 @@ class Quality:
 
 
 def principal_variance(x: Tensor, components: int) -> float:
-    """Compute the variance explained by the first principal components of x (N, D): the baseline for a dictionary of
-    that L0."""
+    """Compute the variance explained by the first principal components of x (N, D): the baseline for that L0."""
     values = torch.linalg.svdvals((x - x.mean(0)).double()).square()
     return float(values[:components].sum() / values.sum())
 
 
 def mean_max_cosine(found: Tensor, truth: Tensor) -> float:
-    """Compute MMCS: the best cosine with any found direction, averaged over the true directions (rows of any
-    length)."""
+    """Compute MMCS: the best cosine with any found direction, averaged over the true directions (rows)."""
     return float((nnf.normalize(truth, dim=1) @ nnf.normalize(found, dim=1).T).amax(1).mean())

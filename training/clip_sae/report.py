@@ -34,8 +34,7 @@ DEFENCE_PAIRS = 1024
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measure a sealed patch, its controls and, for the typographic task, other defences on test and in the held-out
-    style.
+    """Measure a sealed patch, its controls and other defences (typographic task) on test and in the held-out style.
 
     config: how to measure. Controls are fitted by the sealed config, so `seed` and `test_images` can draw images that
     nobody has looked at (`patchbay eval REF --full seed=1 test_images=2000`).
@@ -54,8 +53,11 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
-    """Yield other methods for the same task, fitted on train and chosen on val within the same bound: the mean
-    direction of the best layer, and for the typographic task the defences of training/clip_sae/defences.py."""
+    """Yield other methods for the same task, fitted on train and chosen on val within the same bound.
+
+    These are the mean direction of the best layer, and for the typographic task the defences of
+    training/clip_sae/defences.py.
+    """
     if config.task == "steer":
         return
     layers = tuple(range(len(base.model.visual.transformer.resblocks)))

@@ -50,8 +50,7 @@ class Steerability:
         return self.score / self.power.clamp_min(1e-12)
 
     def summary(self) -> dict[str, float]:
-        """Summarise: number and fraction of steerable features, distinct concepts among them, means over all
-        features."""
+        """Summarise number and fraction of steerable features, their distinct concepts, and means over all features."""
         on = self.score > STEERABLE
         return {
             "features": len(self.score),

@@ -34,8 +34,9 @@ def train(
     every: int = 1000,
     label: str = "SAE",
 ) -> tuple[SAE, list[dict[str, float]]]:
-    """Train a dictionary. Returns its shipped form and the curve: step, fraction of variance unexplained, dead
-    features.
+    """Train a dictionary.
+
+    Returns its shipped form and the curve: step, fraction of variance unexplained, dead features.
 
     checkpoint: a safetensors file, written every `every` steps and resumed from if it exists; the caller removes it.
     Raises ConfigError if a chunk holds less than one batch, or if the checkpoint has another config.
@@ -79,8 +80,7 @@ def train(
 def train_step(
     model: nn.Module, inner: Dictionary, opt: Any, x: Tensor, config: SAEConfig, step: int, accelerator: Any
 ) -> Tensor:
-    """Take one optimiser step on tokens x (N, D) and restart dead features when due; return the fraction of variance
-    unexplained."""
+    """Take one optimiser step on tokens x (N, D), restart dead features; return the unexplained variance fraction."""
     for group in opt.param_groups:
         group["lr"] = config.lr * schedule(config, step)
     outcome: tuple[Tensor, Tensor, Tensor] = model(x)

@@ -86,8 +86,10 @@ class Dataset:
         return self.size
 
     def read(self, rows: Sequence[int] | Tensor) -> Batch:
-        """Read the images with these indices, in this order. Raises NotFound for an empty list or an index out of
-        range."""
+        """Read the images with these indices, in this order.
+
+        Raises NotFound for an empty list or an index out of range.
+        """
         rows = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64)
         if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.size:
             raise NotFound(f"{self.name}/{self.split} has pictures 0 to {self.size - 1}; ask for at least one of them.")
@@ -136,9 +138,11 @@ def celeba(
     target: str = "Blond_Hair",
     spurious: str = "Male",
 ) -> Dataset:
-    """Read CelebA as a binary task. Extras: `attributes` (B, 40) bool, `place` (B,) the spurious attribute, `group`
-    (B,) 2 * label + place. Raises NotFound for a missing file or attribute, Invalid for a row of another length than
-    the first."""
+    """Read CelebA as a binary task.
+
+    Extras: `attributes` (B, 40) bool, `place` (B,) the spurious attribute, `group` (B,) 2 * label + place. Raises
+    NotFound for a missing file or attribute, Invalid for a row of another length than the first.
+    """
     root = _folder(folder)
     rows = [line.split() for line in _text(root / "list_attr_celeba.txt").splitlines()]
     if len(rows) < 3:
@@ -178,8 +182,9 @@ def waterbirds(folder: str | Path, split: str = "test", size: int = SIZE) -> Dat
 
 
 def rta(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """Read a typographic set from its file names `label=X_text=Y`: object and written word. Extras: `word`,
-    `word_label` (B,).
+    """Read a typographic set from its file names `label=X_text=Y`: object and written word.
+
+    Extras: `word`, `word_label` (B,).
 
     Raises Invalid for any other file name.
     """
@@ -192,8 +197,10 @@ def rta(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
 
 
 def disentangling(folder: str | Path, split: str = "test", size: int = SIZE) -> Dataset:
-    """Read the 180 photographs of Materzynska et al., Disentangling. Extras: `word`, `word_label` (B,), -1 without a
-    word."""
+    """Read the 180 photographs of Materzynska et al., Disentangling.
+
+    Extras: `word`, `word_label` (B,), -1 without a word.
+    """
     root = _folder(folder)
     file = next((root / n for n in ("annotations.json", "annotation.json") if (root / n).is_file()), None)
     if file is None:
@@ -330,8 +337,10 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def picture(source: Path | bytes, name: str = "") -> Image.Image:
-    """Decode an upright RGB image. Raises Invalid or TooLarge, naming the file, if it is broken, animated, huge or
-    tiny."""
+    """Decode an upright RGB image.
+
+    Raises Invalid or TooLarge, naming the file, if it is broken, animated, huge or tiny.
+    """
     name = name or str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -390,8 +399,7 @@ def _typographic(
 
 
 def _labelled(pairs: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Turn (object, word) pairs into classes (all objects and words), and label and word as indices of them; -1 for
-    ""."""
+    """Turn (object, word) pairs into classes (all objects and words) and their indices label and word; -1 for ""."""
     classes = sorted({x for pair in pairs for x in pair if x})
     at = {c: i for i, c in enumerate(classes)} | {"": -1}
     label, word = (torch.tensor([at[p[k]] for p in pairs], dtype=torch.int64) for k in (0, 1))
@@ -409,8 +417,10 @@ def _files(
     size: int,
     about: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Build the data set of image files in `root`. Raises Invalid for a file outside of it, NotFound for a missing
-    one."""
+    """Build the data set of image files in `root`.
+
+    Raises Invalid for a file outside of it, NotFound for a missing one.
+    """
     _some(len(files), root)
     inside = root.resolve()
     listing = hashlib.sha256()

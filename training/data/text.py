@@ -20,8 +20,7 @@ _MODULES = ("textwrap", "heapq", "bisect", "fractions", "statistics", "colorsys"
 
 
 def documents(source: str, tokenizer: Any, count: int, length: int, skip: int = 0) -> list[Tensor]:
-    """Tokenise `count` texts of a source into 1-d int64 tensors of at most `length` tokens, starting with BOS if there
-    is one.
+    """Tokenise `count` texts of a source into int64 tensors of at most `length` tokens, with BOS if there is one.
 
     source: one of SOURCES; prose has about 60 tokens per paragraph, the others are cut to `length`. skip: number of the
     source's first texts to leave out, so that fit and test share none.

@@ -58,8 +58,7 @@ def written(data: Dataset, word: Literal["none", "blank", "own", "wrong"] = "wro
 
 
 def _write(picture: Tensor, text: str, g: np.random.Generator, letters: bool) -> tuple[Tensor, Tensor]:
-    """Draw a strip of paper, with the text if `letters`, on an image (3, H, W) uint8; also return the strip as (H, W)
-    bool."""
+    """Draw a strip, with the text if `letters`, on an image (3, H, W) uint8; also return the strip as (H, W) bool."""
     canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(canvas)
     width, height = canvas.size

@@ -272,8 +272,7 @@ def _slug(label: str) -> str:
 
 
 def _key(style: str, name: str, tone: str) -> str:
-    """Return the key of a concept (slug `name`, skin tone `tone`) in the icon set `style`; sets spell these
-    differently."""
+    """Return an icon set's key for the concept with slug `name` and skin tone `tone`; sets spell these differently."""
     if style.startswith("fluent"):
         name = name.replace("blond-", "blonde-")
         return f"{name}-{tone}" if tone else name

@@ -115,8 +115,7 @@ class Pairs:
 
 @cache
 def other_words(count: int) -> tuple[str, ...]:
-    """Return the `count` most frequent words of three to nine letters that are one token in open_clip's
-    vocabulary."""
+    """Return the `count` most frequent words of three to nine letters that are single tokens of open_clip."""
     from open_clip.tokenizer import SimpleTokenizer
 
     found = (w.removesuffix("</w>") for w in SimpleTokenizer().encoder if w.endswith("</w>"))
@@ -176,8 +175,10 @@ def pairs(n: int, config: Config, g: Generator) -> Pairs:
 def _written(
     kind: Tensor, names: Sequence[str], half: Tensor, config: Config, g: Generator
 ) -> tuple[list[str], list[str]]:
-    """Draw each scene's written words: the text to be read ("" for none), and the text whose length sets the width of
-    its strip ("" for no strip)."""
+    """Draw the written words of each scene and what sets the width of its strip.
+
+    Returns the text to be read ("" for none), and the text whose length sets the width of the strip ("" for no strip).
+    """
     lab, n = atlas.load(), len(names)
     ids = concepts(config)
     short = [lab.names[i] for i in ids.tolist() if len(lab.names[i]) <= worlds.SHORT]
@@ -202,8 +203,10 @@ def _written(
 def _captions(
     kind: Tensor, concept: Tensor, third: Tensor, ground: Tensor, words: Sequence[str], g: Generator
 ) -> tuple[str, ...]:
-    """Compose captions: the objects, sometimes the background, sometimes the word. Where object and written word
-    disagree, either may be named."""
+    """Compose captions: the objects, sometimes the background, sometimes the word.
+
+    Where object and written word disagree, either may be named.
+    """
     lab = atlas.load()
     pick = torch.rand(len(words), 2, generator=g).tolist()
     out = []
@@ -345,8 +348,7 @@ def train(config: Config, folder: Path) -> tuple[Base, dict[str, list[float]]]:
 
 @torch.inference_mode()
 def accuracy(base: Base, data: Dataset) -> dict[str, float]:
-    """Measure zero-shot top-1 accuracy with three prompt templates averaged, and the rate of predicting the written
-    word."""
+    """Measure zero-shot top-1 accuracy with three templates averaged, and how often the written word is predicted."""
     classifier = clip.zero_shot(base, data.classes)
     right = said = 0
     for batch in data.batches(256):

@@ -83,15 +83,13 @@ def company(
 
 @cache
 def company_classes() -> tuple[str, ...]:
-    """Return the 80 class names: the pairs' first objects, their partners, and 32 neutral objects that every style
-    has."""
+    """Return the 80 class names: the pairs' first objects, their partners, and 32 neutral objects in every style."""
     free = [n for n in imagenet_classes() if n not in coco_classes() and not n.endswith(" face")]
     return coco_classes() + tuple(free[:: max(1, len(free) // 32)][:32])
 
 
 def company_start(split: Split, n: int, seed: int, kind: str) -> Generator:
-    """Return the seeded generator of `company`; `company_things` uses it first, so objects can be redrawn without
-    rendering."""
+    """Return the seeded generator of `company`; `company_things` draws from it first and alone repeats the objects."""
     return _start(f"company/{kind}", split, n, seed)
 
 

@@ -87,8 +87,7 @@ class _Canvas:
         return value[:, None, None] if isinstance(value, Tensor) else value
 
     def ellipse(self, cx: Tensor | float, cy: float, rx: Tensor | float, ry: float, x: Tensor | None = None) -> Tensor:
-        """Return the coverage (n, size, size) in [0, 1] of an anti-aliased ellipse with centre (cx, cy) and radii rx,
-        ry."""
+        """Return the coverage (n, size, size) in [0, 1] of an ellipse with centre (cx, cy) and radii rx, ry."""
         rx = self._v(rx)
         d = ((((self.x if x is None else x) - self._v(cx)) / rx).square() + ((self.y - cy) / ry).square()).sqrt() - 1
         least = torch.clamp(rx, max=ry) if isinstance(rx, Tensor) else min(rx, ry)
@@ -171,8 +170,10 @@ def sketch(image: Tensor) -> Tensor:
 
 
 class Judge(nn.Module):
-    """CNN that predicts the attributes of 64 px faces. It is fitted on drawn images only, and no generator or adapter
-    is trained against it."""
+    """CNN that predicts the attributes of 64 px faces.
+
+    It is fitted on drawn images only, and no generator or adapter is trained against it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -215,8 +215,7 @@ def things(
     turn: float = 0.35,
     tint: float = 1.0,
 ) -> Things:
-    """Place one sprite per image (B,) anywhere it fits, or K sprites (B, K), each in its own quarter and at most half
-    as large.
+    """Place one sprite per image (B,) anywhere it fits, or K (B, K), each in a quarter and at most half as large.
 
     turn: largest rotation in radians; tint: strength of the colour jitter, 0 for none.
     """
@@ -293,8 +292,7 @@ def render(layout: Layout, device: str | torch.device = "cpu", size: int = SIZE)
 
 
 def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
-    """Draw a chunk: backgrounds first, then objects in order, then the strip; later ones occlude the masks of earlier
-    ones."""
+    """Draw a chunk: backgrounds, then objects in order, then the strip; each occludes the masks of those before it."""
     lab = _atlas(device)
     ground, stuff, text = layout.grounds, layout.things, layout.writing
     n, k = stuff.sprite.shape
@@ -349,8 +347,7 @@ def _draw(layout: Layout, device: torch.device, size: int) -> Scene:
 
 
 def _grid(centre: Tensor, size: Tensor, turn: Tensor, mirror: Tensor, aspect: float) -> Tensor:
-    """Return affine matrices (B, 2, 3) from image coordinates to those of a sprite or strip; aspect: its height /
-    width."""
+    """Return affine matrices (B, 2, 3) from image to sprite or strip coordinates; aspect: height / width."""
     cos, sin, side = turn.cos(), turn.sin(), torch.where(mirror, -1.0, 1.0)
     x, y = centre.unbind(1)
     out = torch.empty(len(size), 2, 3)

@@ -1,5 +1,4 @@
-"""second_order: CLIP neurons described by texts through their effects via later attention, and patches that ablate
-them.
+"""second_order: CLIP neurons described by texts via their effects through later attention, and their ablation.
 
 Paper: Gandelsman, Efros, Steinhardt, "Interpreting the second-order effects of neurons in CLIP", arXiv 2406.04341.
 Claim: a neuron's second-order effects lie along one direction (48 % of their variance for ViT-B/32, layer 9), are

@@ -1,5 +1,4 @@
-"""Read and rank neurons: directions, texts and thresholds per layer, and each neuron's contribution to the wrong
-class."""
+"""Read and rank neurons: directions, texts and thresholds per layer, and contributions to the wrong class."""
 
 from __future__ import annotations
 
@@ -39,8 +38,11 @@ from training.tasks.textspan import read_pool
 
 
 def sources(config: Config) -> list[Dataset]:
-    """Return the image sets for computing directions: train images of the task with and without the spurious cue, and
-    of single objects and crowds, so that neurons are not read by the task alone. Real data: the data set itself."""
+    """Return the image sets for computing directions.
+
+    These are train images of the task with and without the spurious cue, and single objects and crowds, so that neurons
+    are not read by the task alone. Real data: the data set itself.
+    """
     if config.data:
         return list(of_task(config, "train", config.fit_images).values())
     own = list(of_task(config, "train", max(1, config.fit_images // 4)).values())
@@ -54,8 +56,7 @@ def of_task(config: Config, split: str, n: int) -> dict[str, Dataset]:
 
 
 def texts_of(config: Config, data: Dataset) -> tuple[str, ...]:
-    """Return the candidate texts: lines of a file, class names of real data, or all names and backgrounds of the
-    lab."""
+    """Return the candidate texts: lines of a file, classes of real data, or all names and backgrounds of the lab."""
     if config.pool:
         return read_pool(config.pool)
     return data.classes if config.data else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))

@@ -65,8 +65,10 @@ def words_for(
     reader: Reader, way: str, true: str, wrong: str, can: Drawable, count: int, seed: int, images: Tensor | None = None,
     neurons: int = MINE_NEURONS,
 ) -> list[str]:  # fmt: skip
-    """Find at most `count` words by a method, not filtered for synonyms of the wrong class; never the names of the two
-    classes themselves. images: (B, 3, h, w) for `indirect`."""
+    """Find at most `count` words by a method, without the names of the two classes.
+
+    Synonyms of the wrong class are not filtered here. images: (B, 3, h, w) for `indirect`.
+    """
     cards, base = reader.cards, reader.base
     t, w = clip.embed_texts(base, [true, wrong], clip.TEMPLATES)
     neurons = min(neurons, sum(len(one.told) for one in cards.layers.values()))
@@ -100,8 +102,10 @@ def drawn(cards: NeuronCards, count: int, g: torch.Generator) -> list[tuple[int,
 
 
 def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count: int) -> list[tuple[int, Tensor]]:
-    """Return the neurons with the largest first-order effect of mean-ablation on <y, wrong - true> / |y|, by its mean
-    absolute value over images, as (layer, neurons)."""
+    """Return the neurons with the largest first-order effect on <y, wrong - true> / |y|, as (layer, neurons).
+
+    The effect is that of mean-ablation, by its mean absolute value over images.
+    """
     base, layers = reader.base, list(reader.cards.layers)
     blocks = base.model.visual.transformer.resblocks
     kept: dict[int, Tensor] = {}
@@ -136,8 +140,10 @@ def indirect(reader: Reader, images: Tensor, true: Tensor, wrong: Tensor, count:
 def compose(
     true: str, words: Sequence[str], can: Drawable, n: int, styles: Sequence[str], g: torch.Generator
 ) -> tuple[Scene, Scene, list[list[str]]]:
-    """Render n images of the true class with two of the words each, and the same images without the words. Returns both
-    scenes and the words on each."""
+    """Render n images of the true class with two of the words each, and the same images without the words.
+
+    Returns both scenes and the words on each.
+    """
     lab = atlas.load()
 
     def sprite(concept: int) -> int:
@@ -165,8 +171,10 @@ def compose(
 
 
 def passes(scene: Scene, alone: Scene, shown: Sequence[Sequence[str]], wrong: str, near: set[str]) -> Tensor:
-    """Filter images (n,): enough of the true object is visible, and nothing shown names the wrong class, by a common
-    word or by a synonym (`near`)."""
+    """Filter images (n,): the true object is visible, and nothing shown names the wrong class.
+
+    Names count by a common word or as a synonym (`near`).
+    """
     seen = scene.mask[:, 0].sum((1, 2)) / alone.mask[:, 0].sum((1, 2)).clamp_min(1)
     name = set(wrong.split())
     clean = torch.tensor([not any(set(w.split()) & name or w in near for w in few) for few in shown])
@@ -196,8 +204,7 @@ def prefers(base: Base, images: Tensor, true: str, wrong: str) -> Tensor:
 def attack(
     reader: Reader, pairs: int = 8, n: int = 40, words: int = 8, seed: int = 0, split: str = "test"
 ) -> dict[str, Any]:
-    """Compose misleading images by every method for every pair of classes; count successes before and after the
-    filter."""
+    """Compose misleading images by every method and pair of classes; count successes before and after the filter."""
     data = worlds.WORLDS["imagenet"](split, 64, seed)
     styles = worlds.STYLES[split]
     can, cards = Drawable.of(reader.cards.texts, styles), reader.cards

@@ -45,8 +45,9 @@ class Sparse:
 
 
 def atoms(texts: Tensor, norm: AtomNorm = "unit") -> Tensor:
-    """Build a dictionary (M, k) from text embeddings (M, k): centre and scale to unit norm. legacy: per dimension, x
-    100.
+    """Build a dictionary (M, k) from text embeddings (M, k): centre and scale to unit norm.
+
+    legacy: per dimension, x 100.
 
     Centred, because the mean dominates all text embeddings. Raises Invalid for fewer than two texts.
     """

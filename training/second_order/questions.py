@@ -1,5 +1,4 @@
-"""The paper's open questions: how much one direction explains, what the lens holds fixed, which heads carry a
-neuron."""
+"""The paper's open questions: how much one direction explains, what the lens leaves out, who carries a neuron."""
 
 from __future__ import annotations
 
@@ -36,8 +35,10 @@ REPLACEMENTS: tuple[Replacement, ...] = ("mean", "significant", "insignificant",
 
 @torch.no_grad()
 def ablations(base: Base, cards: NeuronCards, lenses: Mapping[int, NeuronLens], data: Dataset, weights: Tensor) -> Any:
-    """Measure zero-shot accuracy with all effects of a layer replaced (section 4 of the paper), layer by layer, and the
-    fraction of images in which an effect is significant."""
+    """Measure zero-shot accuracy with all effects of a layer replaced (section 4 of the paper), layer by layer.
+
+    Also the fraction of images in which an effect is significant.
+    """
     right: dict[int, dict[str, int]] = {layer: dict.fromkeys(REPLACEMENTS, 0) for layer in lenses}
     base_right, counted = 0, dict.fromkeys(lenses, 0.0)
     for batch in data.batches(32):
@@ -100,8 +101,7 @@ def linearisation(
 
 
 def questions(base: Base, config: Config, cards: NeuronCards, lenses: Mapping[int, NeuronLens]) -> dict[str, Any]:
-    """Answer the paper's open questions on val: variance explained by one direction, error of the lens, carrying
-    heads."""
+    """Answer the paper's open questions on val: variance along one direction, error of the lens, carrying heads."""
     images = world(config, _plain(config), "val", config.val_images)
     weights = clip.zero_shot(base, images.classes)
     out: dict[str, Any] = {"ablations": ablations(base, cards, lenses, images, weights), "layers": {}}

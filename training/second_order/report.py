@@ -19,8 +19,7 @@ from training.tasks.recognition import Arm, report_arms
 
 
 def report(folder: Path, config: Config) -> dict[str, Any]:
-    """Measure a sealed patch and its control on test, segmentation by its neurons beside other methods, and images
-    composed to mislead."""
+    """Measure a sealed patch and its control on test, segmentation by its neurons, and misleading composed images."""
     opened = open_patch(folder, config.base, config.device)
     base, patch, fitted = opened.base, opened.patch, opened.fitted
     assert isinstance(patch, NeuronEdit)

@@ -1,5 +1,6 @@
-"""Caption metrics implemented from their published definitions: BLEU (Papineni et al. 2002), CIDEr-D (Vedantam et al.
-2015), CLIPScore (Hessel et al. 2021), and object precision and recall where the ground truth is known.
+"""Caption metrics from their published definitions, and object precision and recall against ground truth.
+
+BLEU (Papineni et al. 2002), CIDEr-D (Vedantam et al. 2015), CLIPScore (Hessel et al. 2021).
 
 Texts are compared as lower-case words without punctuation, as the usual tokeniser for these metrics leaves them. METEOR
 and SPICE need WordNet and parsers, so they are not implemented.
@@ -35,9 +36,11 @@ def ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], n: int = MAX_N) -> float:
-    """Compute corpus BLEU-n in [0, 1], unsmoothed: the geometric mean of the clipped n-gram precisions of the whole
-    corpus, times the brevity penalty exp(1 - r/c) with the closest reference lengths (the shorter of two equally
-    close)."""
+    """Compute corpus BLEU-n in [0, 1], unsmoothed.
+
+    The geometric mean of the clipped n-gram precisions of the whole corpus, times the brevity penalty exp(1 - r/c) with
+    the closest reference lengths (the shorter of two equally close).
+    """
     _check(candidates, references)
     hits, total = [0] * n, [0] * n
     length = closest = 0
@@ -111,8 +114,7 @@ class Objects:
 
 
 def named(text: str, names: Iterable[str]) -> frozenset[str]:
-    """Return the names that occur in a text as whole words, longest match first, so that "horse face" is not a
-    "horse"."""
+    """Return the names that a text contains as whole words, longest first, so that "horse face" is not a "horse"."""
     found, left = set(), f" {' '.join(words(text))} "
     for name in _longest_first(tuple(names)):
         if f" {name} " in left:
@@ -127,8 +129,10 @@ def _longest_first(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def objects(text: str, there: Iterable[str], names: Iterable[str]) -> Objects:
-    """Score a caption's object names against the objects present. names: vocabulary of objects; a caption without any
-    gets 0."""
+    """Score a caption's object names against the objects present.
+
+    names: vocabulary of objects; a caption without any gets 0.
+    """
     said, true = named(text, names), frozenset(" ".join(words(t)) for t in there)
     hit = len(said & true)
     p, r = hit / len(said) if said else 0.0, hit / len(true) if true else 0.0

@@ -28,8 +28,10 @@ def wilson(yes: Tensor | Sequence[bool]) -> list[float]:
 
 
 def ratio_interval(a: Sequence[Loss], b: Sequence[Loss]) -> list[float]:
-    """Bootstrap the ratio of perplexities a / b on the same documents: a row [ratio, low, high, tokens]. Documents are
-    resampled."""
+    """Bootstrap the ratio of perplexities a / b on the same documents: a row [ratio, low, high, tokens].
+
+    Documents are resampled.
+    """
     d = torch.tensor([(x[0] - y[0], x[1]) for x, y in zip(a, b, strict=True)], dtype=torch.float64)
     whole, low, high = _perplexity(d)
     return [round(v, 5) for v in (whole, low, high)] + [int(d[:, 1].sum())]
@@ -54,15 +56,13 @@ def mean(values: Tensor | Sequence[float], better: Better = "higher") -> Measure
 
 
 def perplexity(parts: Sequence[Loss]) -> Measure:
-    """Return the perplexity, exp of the mean loss per token, with a bootstrap interval over documents; n counts
-    documents."""
+    """Return the perplexity exp(mean loss per token) with a bootstrap interval; n is the number of documents."""
     whole, low, high = _perplexity(torch.tensor(parts, dtype=torch.float64))
     return Measure(round(whole, 6), round(low, 6), round(high, 6), len(parts), "lower")
 
 
 def _perplexity(parts: Tensor) -> tuple[float, float, float]:
-    """Return the perplexity of (n, 2) losses and token counts, and the 2.5 % and 97.5 % quantiles over bootstrap
-    resamples."""
+    """Return the perplexity of (n, 2) losses and token counts, and its 2.5 % and 97.5 % bootstrap quantiles."""
     picks = torch.randint(len(parts), (DRAWS, len(parts)), generator=torch.Generator().manual_seed(0))
     drawn = (parts[picks, 0].sum(1) / parts[picks, 1].sum(1)).exp().sort().values
     whole = float((parts[:, 0].sum() / parts[:, 1].sum()).exp())

@@ -138,8 +138,7 @@ def control(
     seed: int = 0,
     classes: int = len(CLASSES),
 ) -> tuple[Tensor, float]:
-    """Train a three-layer CNN on the view `see` of clips; return whether it is right on each test clip (n,), and CPU
-    seconds."""
+    """Train a three-layer CNN on the view `see` of clips; return its test outcomes (n,) bool, and CPU seconds."""
     torch.manual_seed(seed)
     channels, width, size = see(test.video[:1]).shape[1], 24, test.video.shape[-1]
 
@@ -162,8 +161,7 @@ def probe(
     features: Tensor, label: Tensor, pooling: Pooling = "attention", steps: int = 200, seed: int = 0,
     classes: int = len(CLASSES), peak: float = 5e-3,
 ) -> Probe:  # fmt: skip
-    """Train a probe on frozen features (n, N, d): attention pooling over the N tokens, or another `pooling`, then a
-    linear layer."""
+    """Train a probe on frozen features (n, N, d): attention (or another) pooling over N tokens, then a linear layer."""
     torch.manual_seed(seed)
     model = Probe(features.shape[-1], classes, pooling)
     groups = [{"params": list(model.parameters()), "peak": peak}]

@@ -75,9 +75,12 @@ class Answers:
 
 
 def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
-    """Return a task's data sets by name: `clean`, and for the typographic task the same images with another class
-    written on them (`attacked`) and with an empty strip (`blank`). fold: the illustrator that is held out
-    (worlds.HANDS). Raises ConfigError for a fold of another task."""
+    """Return a task's data sets by name.
+
+    `clean`, and for the typographic task the same images with another class written on them (`attacked`) and with an
+    empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS). Raises ConfigError for a fold of
+    another task.
+    """
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
     if config.task == "typographic":
@@ -149,9 +152,11 @@ _probes: dict[tuple[Any, ...], LabelSet] = {}
 
 
 def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
-    """Fit a linear classifier on the base's embeddings of the train split by empirical risk minimisation, so that it
-    learns train's spurious correlations. The lab's birds are classified by species. fold: the held-out illustrator.
-    Raises ConfigError for a zero-shot task."""
+    """Fit a linear classifier on the base's embeddings of the train split by empirical risk minimisation.
+
+    So it learns train's spurious correlations. The lab's birds are classified by species. fold: the held-out
+    illustrator. Raises ConfigError for a zero-shot task.
+    """
     if config.task in ("typographic", "steer"):
         raise ConfigError(f"classifier=probe is for groups, waterbirds or celeba; {config.task} is zero-shot.")
     key = base.digest, config.task, config.data, config.seed, fold
@@ -184,8 +189,7 @@ def probe(base: Base, config: Asked, fold: str = "") -> LabelSet:
 
 
 def seal_labels(config: Asked, by: LabelSet, folder: Path) -> None:
-    """Write a probe beside the patch that was fitted for it; zero-shot weights are recomputed from texts and need no
-    file."""
+    """Write a probe beside the patch that was fitted for it; zero-shot weights are recomputed and need no file."""
     if config.classifier == "probe":
         save_label_set(by, folder)
 
@@ -217,8 +221,11 @@ LESS = ("says_word",)
 
 
 def measured(config: Asked, said: Mapping[str, Answers]) -> dict[str, Measure]:
-    """Compute a task's metrics with 95 % intervals. To improve: `attacked`, `worst_group` (with the interval of the
-    group that is worst here) or `probability`; to keep: `clean` or `average`."""
+    """Compute a task's metrics with 95 % intervals.
+
+    To improve: `attacked`, `worst_group` (with the interval of the group that is worst here) or `probability`; to keep:
+    `clean` or `average`.
+    """
     got = {
         k: mean(v) if v.is_floating_point() else share(v, "lower" if k in LESS else "higher")
         for k, v in outcomes(config, said).items()
@@ -238,8 +245,8 @@ KEPT = {"typographic": "clean", "waterbirds": "average", "celeba": "average", "s
 
 
 def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) -> float:
-    """Return a candidate's selection score: the metric to improve if the metric to keep falls by at most `bound`, else
-    minus the excess."""
+    """Return the selection score: the metric to improve, or minus the excess if the one to keep falls by over
+    `bound`."""
     kept = KEPT[config.task]
     score = got[GOAL[config.task]]
     return choose.worth(score, got[kept], base[kept] - config.bound) if kept else score
@@ -257,8 +264,10 @@ def ask(base: Base, config: Asked, data: Dataset, by: LabelSet) -> Answers:
 
 
 def other_of(config: Asked, data: Dataset, batch: Batch) -> Tensor:
-    """Return each image's spurious cue (B,), see `Answers.other`. Raises ConfigError if the steering word is no
-    class."""
+    """Return each image's spurious cue (B,), see `Answers.other`.
+
+    Raises ConfigError if the steering word is no class.
+    """
     if config.task == "steer":
         if config.word not in data.classes:
             raise ConfigError(
@@ -309,8 +318,9 @@ class Arm:
 
 
 def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], folder: Path, draft: Draft) -> None:
-    """Measure every arm on test and in the held-out style; write each metric with its interval into `draft` under
-    "arms" as soon as it is known.
+    """Measure every arm on test and in the held-out style.
+
+    Each metric goes with its interval into `draft` under "arms" as soon as it is known.
 
     folder: that of the sealed patch, whose probe is the classifier if it has one.
     """
@@ -328,8 +338,10 @@ def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], fold
 def examples(
     base: Base, config: Asked, data: Mapping[str, Dataset], by: LabelSet, patch: Patch, folder: Path, count: int = 8
 ) -> dict[str, list[str]]:
-    """Record the true class, the base's and the patched model's predictions of a split's first images; the images are
-    saved in examples.safetensors."""
+    """Record the true class and both predictions (base, patched) of a split's first images.
+
+    The images are saved in examples.safetensors.
+    """
     shown = data["attacked" if config.task == "typographic" else "clean"]
     batch = shown.read(range(min(count, len(shown))))
     out = {"is": [shown.classes[i] for i in batch.label.tolist()]}
@@ -342,14 +354,15 @@ def examples(
 
 
 def affordable(counts: Sequence[int], among: int) -> list[int]:
-    """Return the counts that leave as many other items for a control of equal size; if none does, the largest that
-    would."""
+    """Return the counts that leave as many other items for a control; if none does, the largest that would."""
     return [n for n in counts if 2 * n <= among] or [among // 2]
 
 
 def matched_control(mass: Tensor, chosen: Sequence[int], seed: int) -> list[int]:
     """Draw a matched control: for each chosen item the nearest other one by mass (N,), ties at random, none twice.
-    Raises ConfigError if fewer others are left than were chosen."""
+
+    Raises ConfigError if fewer others are left than were chosen.
+    """
     if 2 * len(chosen) > len(mass):
         raise ConfigError(
             f"{len(chosen)} of {len(mass)} are chosen: no control of as many others is left. Choose fewer."

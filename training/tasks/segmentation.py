@@ -57,8 +57,10 @@ binary-ready"""
 
 
 def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str, Tensor]:
-    """Score thresholded maps `got` (B, g, g) against masks (B, R, R): pixel accuracy, IoU of foreground ("thing") and
-    background ("ground"), and their mean, (B,) each."""
+    """Score thresholded maps `got` (B, g, g) against masks (B, R, R), (B,) each.
+
+    Pixel accuracy, IoU of foreground ("thing") and background ("ground"), and their mean.
+    """
     cut = maps.mask(got, threshold, mask.shape[-1])
     out = {"accuracy": (cut == mask).float().mean((1, 2))}
     for name, a, b in (("thing", cut, mask), ("ground", ~cut, ~mask)):
@@ -67,8 +69,7 @@ def scores(got: Tensor, mask: Tensor, threshold: Threshold = "mean") -> dict[str
 
 
 def order(got: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Score maps without a threshold, (B,) each: average precision, and whether the map's maximum lies on the
-    object."""
+    """Score maps without a threshold, (B,) each: average precision, and whether the maximum lies on the object."""
     full = maps.resized(got, mask.shape[-1])
     pairs = zip(full.flatten(1), mask.flatten(1), strict=True)
     return {
@@ -126,8 +127,7 @@ def table(
     named: bool = False,
     reader: Reader | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score every method and threshold on a data set: method and threshold -> metric -> [mean, half of the 95 %
-    interval, n].
+    """Score every method and threshold on a data set: method and threshold -> metric -> [mean, half interval, n].
 
     named: take the class from the label instead of the model's prediction.
     """

@@ -1,5 +1,6 @@
-"""TextSpan: describe each attention head by the texts that span its contributions to the embedding, from second
-moments.
+"""TextSpan: describe attention heads by the texts that span their contributions to the embedding.
+
+Needs second moments of the contributions only.
 
 Gandelsman, Efros, Steinhardt, arXiv 2310.05916, algorithm 1. Per head, with C (N, k) its contributions to N unit
 embeddings: project the text pool R (M, k) onto the head's own directions; then repeatedly take the text along which C
@@ -109,8 +110,7 @@ class Span:
 def spans(
     seen: HeadMoments, pool: Tensor, count: int = 10, rank: int = RANK, normalise_pool: bool = False, draws: int = 8
 ) -> list[Span]:
-    """Compute the texts of every head from a pool of unit text embeddings (M, k); fewer than `count` if a head has
-    fewer directions.
+    """Compute the texts of every head from a pool of unit embeddings (M, k); fewer than `count` at low rank.
 
     normalise_pool: rescale texts to unit norm after projecting them onto the head's directions, so that long ones do
     not win.
@@ -129,8 +129,7 @@ def spans(
 
 
 def basis(square: Tensor, rank: int) -> Tensor:
-    """Return the principal directions (r, k) of second moments (k, k), largest first, without those below rounding
-    error."""
+    """Return the principal directions (r, k) of second moments (k, k), largest first, above rounding error."""
     values, vectors = torch.linalg.eigh(square)
     kept = min(rank, int((values > ROUNDING**2 * values[-1].clamp_min(1e-300)).sum()))
     kept_vectors: Tensor = vectors[:, len(values) - kept :].flip(1).T
@@ -173,8 +172,10 @@ def _span(
 
 
 def read_pool(file: str | Path) -> tuple[str, ...]:
-    """Read a text pool from a .txt file, one text a line, stripped, without empty or repeated lines. Raises NotFound or
-    Invalid."""
+    """Read a text pool from a .txt file, one text a line, stripped, without empty or repeated lines.
+
+    Raises NotFound or Invalid.
+    """
     path = Path(file).expanduser()
     if path.suffix != ".txt" or not path.is_file():
         raise NotFound(f"There is no pool of texts {path}. Give a .txt with one text a line.")

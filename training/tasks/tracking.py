@@ -51,8 +51,7 @@ def _grown(mask: Tensor, reach: int) -> Tensor:
 
 
 def score(found: Tensor, true: Tensor) -> tuple[float, float]:
-    """Return J and F of predicted object labels (T, R, R) against the true ones, without frame 0; NaN without any
-    object."""
+    """Return J and F of object labels (T, R, R) against the true ones, without frame 0; NaN without any object."""
     objects = [int(o) for o in true[0].unique() if int(o)]
     pairs = [
         (region(found[t] == o, true[t] == o), boundary(found[t] == o, true[t] == o))

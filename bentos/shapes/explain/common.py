@@ -68,8 +68,10 @@ class Explainer:
         self.desk, self.runtime = desk, desk.runtime
 
     def choice(self, request: Request, ask: Read | None = None) -> tuple[Table, Choice]:
-        """Choose the arm that is asked about: by header, body or query, else the champion. Raises Forbidden for
-        `compare` by a token without that scope."""
+        """Choose the arm that is asked about: by header, body or query, else the champion.
+
+        Raises Forbidden for `compare` by a token without that scope.
+        """
         self.desk.check_compare(request, isinstance(ask, Compared) and ask.compare)
         named = ask.model if ask is not None else request.query_params.get("model")
         return self.desk.choice(request, named or "champion")

@@ -152,8 +152,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def features(self, request: Request, _: None) -> Response:
-        """List feature cards without images: of the features a patch edits, or with ?order=density|largest of the first
-        ones."""
+        """List feature cards without images: of the features a patch edits, or the first by ?order=density|largest."""
         table, choice = self.choice(request)
         one = await self.dictionaries.of(choice.digest)
         order = request.query_params.get("order", "edited")
@@ -181,8 +180,7 @@ class Service(Explainer):
         return self.said(out, table, choice)
 
     async def examples(self, request: Request, _: None) -> Response:
-        """Return the images sealed with a patch, with their true classes and both sides' predictions at the time of the
-        fit."""
+        """Return the images sealed with a patch, with their true classes and both sides' predictions in the fit."""
         table, choice = self.choice(request)
         return self.said({"object": "list", "data": await self.sealed.of(choice.digest)}, table, choice)
 

@@ -54,8 +54,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Decompose(Compared):
-    """Decompose an image's embedding into direct contributions (POST /v1/explain/decompose), under a patch; with
-    `compare` also of the base."""
+    """Decompose an image's embedding into direct contributions (POST /v1/explain/decompose).
+
+    Under a patch; with `compare` also of the base.
+    """
 
     image: dict[str, Any] = Field(json_schema_extra=Image.model_json_schema())
     texts: Annotated[list[Text], Field(max_length=MAX_TEXTS)] = Field(default_factory=list)
@@ -69,16 +71,20 @@ class Decompose(Compared):
 
 
 class Segment(Segmentation):
-    """Locate a text in an image by heads' direct contributions (POST /v1/explain/segment), under a patch; with
-    `compare` also of the base."""
+    """Locate a text in an image by heads' direct contributions (POST /v1/explain/segment).
+
+    Under a patch; with `compare` also of the base.
+    """
 
     heads: Heads | None = None
     """Heads to use; by default all"""
 
 
 class Neighbours(Read):
-    """Find images nearest to an image or a text (exactly one of them) in some heads, or in all heads of a property
-    (POST /v1/explain/neighbours)."""
+    """Find the images nearest to an image or a text in some heads (POST /v1/explain/neighbours).
+
+    Exactly one of image and text; in the heads named, or in all heads of a property.
+    """
 
     image: Annotated[dict[str, Any] | None, Field(json_schema_extra=Image.model_json_schema())] = None
     text: Text | None = None

@@ -1,5 +1,4 @@
-"""API shape `neurons`: neuron cards, descriptions of images by neurons, segmentation by neurons, mined misleading
-words.
+"""API shape `neurons`: neuron cards, images described and segmented by neurons, mined misleading words.
 
 `/v1/explain/neurons`, `/v1/explain/neurons/{layer}/{neuron}`, `/v1/explain/attributes`, `/v1/explain/segment`,
 `/v1/explain/mine`. Cards are those sealed with a patch. Images are read on the base; with `compare` also on the patch.
@@ -100,8 +99,10 @@ class Service(Explainer):
         self.readers = Sealed(self._load, KEPT, "neuron cards")
 
     async def neurons(self, request: Request, _: None) -> Response:
-        """List neuron cards without images: of the neurons that the patch edits, or with ?order=spread|explained of a
-        layer's first ones; ?layer= names it."""
+        """List neuron cards without images: of the edited neurons, or a layer's first by ?order=spread|explained.
+
+        ?layer= names the layer.
+        """
         table, choice = self.choice(request)
         reader, patch = await self.readers.of(choice.digest)
         cards, order = reader.cards, request.query_params.get("order", "edited")
@@ -196,8 +197,10 @@ class Service(Explainer):
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _read_all(self, images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[int], Tensor]:
-        """Read images: an error for each ({} if none), the indices of the readable ones, and those (B, 3, h, w). Raises
-        the first error if none is readable."""
+        """Read images: an error for each ({} if none), the indices of the readable ones, and those (B, 3, h, w).
+
+        Raises the first error if none is readable.
+        """
         refused: list[dict[str, Any]] = []
         good: list[Tensor] = []
         first: PatchbayError | None = None

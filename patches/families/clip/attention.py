@@ -25,8 +25,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, *_: Tensor, attn_mask: Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, None]:
-        """Attend from queries x (B, T, D) to keys (B, S, D), which are x itself or all tokens if x is a subset of them;
-        attn_mask (T, S) is additive. Returns (B, T, D)."""
+        """Attend from queries x (B, T, D) to keys (B, S, D); returns (B, T, D).
+
+        keys are x itself, or all tokens if x is a subset of them; attn_mask (T, S) is additive.
+        """
         w, b, width = self.in_proj_weight, self.in_proj_bias, x.shape[-1]
         if keys is x:
             q, k, v = F.linear(x, w, b).unflatten(-1, (3, self.heads, -1)).unbind(-3)

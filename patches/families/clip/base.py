@@ -132,8 +132,7 @@ def new(config: Mapping[str, Any], tokenizer_folder: Path | None = None, seed: i
 
 
 def tiny(seed: int = 0, layers: int = 3) -> Base:
-    """Create a random CLIP of 32 px with a one-character tokenizer, for tests: under a second, offline, all real
-    interfaces."""
+    """Create a random CLIP of 32 px with a one-character tokenizer: under a second, offline, all real interfaces."""
     config = {
         "model_cfg": {
             "embed_dim": 24,
@@ -164,8 +163,7 @@ def tiny(seed: int = 0, layers: int = 3) -> Base:
 
 
 def save(base: Base, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `base` in open_clip's `local-dir:` layout, weights in `dtype`, with the golden embedding that `load`
-    checks."""
+    """Write `base` in open_clip's `local-dir:` layout, weights in `dtype`, with its golden embedding."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,8 +219,10 @@ def _base(
 
 
 def _digest(model: Any, tokens: str) -> str:
-    """Digest everything that determines an embedding (weights, architecture, preprocessing, tokenizer), independent of
-    the checkpoint's layout."""
+    """Digest everything that determines an embedding, independent of the checkpoint's layout.
+
+    Weights, architecture, preprocessing and tokenizer.
+    """
     about = {
         "activation": type(model.visual.transformer.resblocks[0].mlp.gelu).__name__,
         "heads": [model.visual.transformer.resblocks[0].attn.heads, model.transformer.resblocks[0].attn.heads],

@@ -51,8 +51,10 @@ def _check_config(model_cfg: Any) -> None:
 
 
 def _check_activation(ref: str, name: str, config: Mapping[str, Any], golden: bool) -> None:
-    """Check the activation function by config and names, the only evidence without a golden embedding. Raises
-    NotFound."""
+    """Check the activation function by config and names, the only evidence without a golden embedding.
+
+    Raises NotFound.
+    """
     from open_clip.pretrained import _PRETRAINED
 
     quick = config["model_cfg"].get("quick_gelu")
@@ -79,8 +81,7 @@ def _check_activation(ref: str, name: str, config: Mapping[str, Any], golden: bo
 
 
 def _golden_images() -> Tensor:
-    """Return two fixed images (2, 3, 48, 64) uint8, waves and blocks; no model has this size, so resizing is tested
-    too."""
+    """Return two fixed images (2, 3, 48, 64) uint8, waves and blocks; no model's size, so resizing is tested too."""
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
     waves = torch.stack([torch.sin(x / 9 + y / (5 + 3 * c)) for c in range(3)]) * 110 + 128
     blocks = torch.stack([((x // 16 + 2 * (y // 12) + c) % 4) * 70 + 20 for c in range(3)])

@@ -41,8 +41,9 @@ Share = Literal["own", "apportioned"]
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Readout of the residual stream: the last LayerNorm with frozen statistics, and the projection: y = z @ map /
-    sigma(z) + bias.
+    """Readout of the residual stream: last LayerNorm with frozen statistics, then projection.
+
+    y = z @ map / sigma(z) + bias.
 
     A vector r added to the class token's last stream adds r @ map / sigma to y, while sigma stays frozen. float32 (or
     float64 if the base is), whatever the base's dtype.
@@ -170,8 +171,9 @@ class Lens:
 
     @torch.no_grad()
     def read(self, images: Tensor, patches: Sequence[int] = (), share: Share = "own") -> Parts:
-        """Decompose the embeddings of preprocessed images (B, 3, h, w) in one forward. patches: layers to split by
-        source token.
+        """Decompose the embeddings of preprocessed images (B, 3, h, w) in one forward.
+
+        patches: layers to split by source token.
 
         Memory: B L H k, and B H T k for each layer of `patches`.
         """
@@ -210,8 +212,7 @@ class Lens:
 
     @torch.no_grad()
     def maps(self, images: Tensor, texts: Tensor, layers: Sequence[int] | None = None) -> Maps:
-        """Compute what every head of `layers` (default all) contributes to <y, t> by source token, for each row t of
-        `texts`.
+        """Compute what every head of `layers` (default all) contributes to <y, t> by source token, for texts t.
 
         images (B, 3, h, w), texts (n, k). Costs little more than one forward: no joint-space vector per patch is
         formed. Centring as in `own`.
@@ -240,8 +241,7 @@ class Lens:
             raise Invalid(f"Layers {list(layers)} must be different ones.")
 
     def _row(self, stack: ExitStack, layer: int) -> Callable[[], Tensor]:
-        """Prepare to read the class token's attention (B, H, T) of a layer; the returned function gives it after the
-        forward."""
+        """Prepare to read a layer's class-token attention (B, H, T); the returned function gives it afterwards."""
         attn, model = self.attn[layer], self.base.model
         pattern, site = clip.site("pattern", layer), clip.site("attn", layer)
         if attn.pattern._forward_hooks:  # a patch rewrites the pattern, so it is computed in full anyway
@@ -263,8 +263,10 @@ def _token(at: int, x: Tensor) -> Tensor:
 
 
 def _looks(attn: clip.Attention, x: Tensor) -> Tensor:
-    """Compute token 0's attention (B, H, T) from the module's input (B, T, D). The keys' bias shifts all logits
-    equally, so it is left out."""
+    """Compute token 0's attention (B, H, T) from the module's input (B, T, D).
+
+    The keys' bias shifts all logits equally, so it is left out.
+    """
     d, H = x.shape[-1], attn.heads
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     q = nn.functional.linear(x[:, 0], weight[:d], None if bias is None else bias[:d]).unflatten(-1, (H, -1))

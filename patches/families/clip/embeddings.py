@@ -64,8 +64,10 @@ def zero_shot(
     base: Base, labels: Sequence[str], templates: Sequence[str] = TEMPLATES,
     tower: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Build zero-shot classifier weights (k, C): logits are logit_scale(base) * features @ weights. Raises Invalid for
-    duplicate labels."""
+    """Build zero-shot classifier weights (k, C): logits are logit_scale(base) * features @ weights.
+
+    Raises Invalid for duplicate labels.
+    """
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
     return embed_texts(base, labels, templates, tower=tower).T

@@ -27,8 +27,7 @@ FOR, AGAINST = (0.85, 0.12, 0.12), (0.1, 0.25, 0.9)
 
 @torch.no_grad()
 def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """Compute the heads' (default all) contributions to the cosine with each text (n, k), by source patch: (B, n, g,
-    g)."""
+    """Compute contributions of heads (default all) to the cosine with texts (n, k), by source patch: (B, n, g, g)."""
     layers = sorted({layer for layer, _ in heads}) if heads else range(lens.layers)
     maps = lens.maps(images, texts, list(layers))
     said = maps.said / maps.y.norm(dim=1)[:, None, None, None, None]
@@ -43,8 +42,7 @@ def grid(lens: Lens, images: Tensor, texts: Tensor, heads: Sequence[tuple[int, i
 
 @torch.no_grad()
 def attention(lens: Lens, images: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-    """Return the class token's raw attention (B, g, g), averaged over heads of `layers` (default the last): the control
-    for maps."""
+    """Return the class token's raw attention (B, g, g), averaged over heads of `layers` (default the last)."""
     k = lens.readout.map.shape[1]
     maps = lens.maps(images, torch.zeros(1, k), [lens.layers - 1] if layers is None else layers)
     return _square(lens, maps.pattern[..., 1:].mean((1, 2)))
@@ -100,8 +98,7 @@ def runs(m: Tensor) -> dict[str, object]:
 
 
 def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
-    """Overlay a map (g, g) on a greyed image (3, h, w) in [0, 1]: (3, side, side) uint8, red above zero, blue below, by
-    magnitude."""
+    """Overlay a map (g, g) on a greyed image (3, h, w) in [0, 1]: (3, side, side) uint8, red above zero, blue below."""
     grey = resized(picture.float(), side).clamp(0, 1).mean(0, keepdim=True).expand(3, -1, -1)
     v = resized(x.to(grey), side)
     v = v / v.abs().max().clamp_min(1e-12)
@@ -113,8 +110,7 @@ def overlay(picture: Tensor, x: Tensor, side: int) -> Tensor:
 def drawn(
     picture: Tensor, x: Tensor, threshold: Threshold, side: int, formats: Sequence[Literal["floats", "rle", "png"]]
 ) -> dict[str, Any]:
-    """Render a map (g, g) of an image (3, h, w) in [0, 1] for a response: the fraction its mask covers, and the formats
-    asked for.
+    """Render a map (g, g) of an image (3, h, w) in [0, 1] for a response: its mask's area, and the formats asked for.
 
     Negative values speak against the text and are never in the mask; the overlay outlines the mask in white.
     """

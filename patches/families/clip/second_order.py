@@ -83,8 +83,10 @@ class NeuronLens:
 
 
 def check_layer(base: Base, layer: int) -> None:
-    """Check that a layer has second-order effects. Raises Invalid naming those that have, NotFound for an unsupported
-    architecture."""
+    """Check that a layer has second-order effects.
+
+    Raises Invalid naming those that have, NotFound for an unsupported architecture.
+    """
     readout(base)
     last = len(base.model.visual.transformer.resblocks) - 2
     if not 0 <= layer <= last:
@@ -130,8 +132,10 @@ def reading(base: Base, layer: int, texts: Tensor, ln: Norms = "own") -> Tensor:
 
 
 def by_token(seen: Look, layer: int, say: Tensor) -> Tensor:
-    """Compute what all neurons of a layer contribute to <y, t> through later heads, by the token at which they fire:
-    (B, M, T). say: U t (N, G, M). The sum over tokens is <sum_n phi_n, t>."""
+    """Compute what all neurons of a layer contribute to <y, t> through later heads, by the token they fire at.
+
+    Returns (B, M, T). say: U t (N, G, M). The sum over tokens is <sum_n phi_n, t>.
+    """
     pull = seen.pull[:, layer - seen.first :].flatten(1, 2)  # (B, G, T)
     told = seen.p[layer] @ say.flatten(1)  # (B, T, G M)
     return torch.einsum("bgt,btgm->bmt", pull, told.unflatten(2, say.shape[1:]))
@@ -387,8 +391,10 @@ Replacement = Literal["mean", "significant", "insignificant", "rank1"]
 
 
 def replaced(at: NeuronLens, known: Directions, s: Tensor, how: Replacement, neurons: Tensor | None = None) -> Tensor:
-    """Compute the change (B, k) of y when a layer's effects are replaced: by their mean over images (mean), by it only
-    where they reach a neuron's threshold (significant) or do not (insignificant), or by mean + x_n r_n (rank1).
+    """Compute the change (B, k) of y when a layer's second-order effects are replaced.
+
+    By their mean over images (mean), by it only where they reach a neuron's threshold (significant) or do not
+    (insignificant), or by mean + x_n r_n (rank1).
 
     neurons: (N,) bool, whose effects; default all. Sections 4.2 and 4.3 of the paper.
     """

@@ -63,8 +63,7 @@ def fold(about: Manifest, patch: Patch, base: Base, folder: Path) -> Manifest:
 def prepared(
     base: Base, provider: str, patch: Patch | None = None, *, system: str = "", digest: str = "", threads: int = 0
 ) -> Towers:
-    """Load the towers of `base`, with `patch` (of that digest) if given, from home()/exports; export them first if
-    missing.
+    """Load the towers of `base`, with `patch` (of that digest) if given, from home()/exports, exported if missing.
 
     base: a copy without any hooks. An export takes some seconds. Raises as `export_towers` and `Towers`.
     """
@@ -78,8 +77,10 @@ class Towers:
     """An exported folder's towers, running in ONNX Runtime."""
 
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 0) -> None:
-        """Load both graphs. provider: cpu or cuda; threads: per call, 0 for all cores. Raises NotReady if the provider
-        is missing."""
+        """Load both graphs. provider: cpu or cuda; threads: per call, 0 for all cores.
+
+        Raises NotReady if the provider is missing.
+        """
         self.sessions = {name: session(folder / f"{name}.onnx", provider, threads) for name in TOWERS}
 
     def __call__(self, tower: str, x: Tensor) -> Tensor:

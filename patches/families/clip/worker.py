@@ -44,8 +44,11 @@ class Embedder(Worker[Picture]):
         self, base: Base, applied: Applied, slots: int = 32,
         engines: Callable[[str | None, Patch | None], Engine] | None = None,
     ) -> None:  # fmt: skip
-        """Create the worker. engines: (arm, its patch) -> function that embeds images of that arm at full strength
-        instead of torch, such as towers in ONNX Runtime."""
+        """Create the worker.
+
+        engines: (arm, its patch) -> function that embeds images of that arm at full strength instead of torch, such as
+        towers in ONNX Runtime.
+        """
         self.base, self.applied, self.slots, self.make_engine = base, applied, slots, engines
         self.engines: dict[str | None, Engine] = {}
         self.prepare(None)
@@ -77,8 +80,10 @@ class Embedder(Worker[Picture]):
 
     @torch.inference_mode()
     def step(self) -> list[Picture]:
-        """Embed up to `slots` images in one forward and return them. One that makes it raise, or whose features are not
-        finite, fails alone."""
+        """Embed up to `slots` images in one forward and return them.
+
+        One that makes it raise, or whose features are not finite, fails alone.
+        """
         self.running = [self.waiting.popleft() for _ in range(min(self.slots, len(self.waiting)))]
         if not self.running:
             return []
@@ -116,8 +121,10 @@ class Embedder(Worker[Picture]):
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Embed a fixed image under an arm: features (1, k), bit for bit equal for equal behaviour. Raises Failed if
-        they are not finite."""
+        """Embed a fixed image under an arm: features (1, k), bit for bit equal for equal behaviour.
+
+        Raises Failed if they are not finite.
+        """
         x = _pattern(self.base)[None].to(self.base.device, self.base.model.visual.proj.dtype)
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(image=x)["image_features"]

@@ -47,8 +47,7 @@ class SlotCache:
         return self.keys
 
     def begin(self, first: int, starts: list[int], ids: Tensor, counts: list[int]) -> None:
-        """Begin a forward over slots [first, first+B): row b brings counts[b] real tokens of ids (B, T),
-        right-padded."""
+        """Begin a forward over slots [first, first+B): row b brings counts[b] tokens of ids (B, T), right-padded."""
         B, T = ids.shape
         self._reserve(first + B, max(s + T for s in starts))
         self.first, self.starts = first, torch.tensor(starts, device=self.device)

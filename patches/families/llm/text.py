@@ -35,8 +35,10 @@ def encode(base: Base, prompt: Prompt, begun: bool = False) -> list[int]:
 
 
 def maker(base: Base, what: Prompt | Sequence[int], pictures: Sequence[Any] = (), begun: bool = False) -> Any:
-    """Return a factory of rows for a text, a chat or token ids: factory(arm=..., max_tokens=...). Raises Invalid for
-    pictures."""
+    """Return a factory of rows for a text, a chat or token ids: factory(arm=..., max_tokens=...).
+
+    Raises Invalid for pictures.
+    """
     if pictures:
         raise Invalid(f"{base.name} reads text and sees no pictures; send text, or ask a vision-language model.")
     if isinstance(what, str) or (what and isinstance(what[0], Mapping)):

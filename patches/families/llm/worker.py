@@ -82,8 +82,11 @@ class Decoder(Worker[Row]):
         self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None,
         kv_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        """Create an empty batch. slots: largest number of rows; context: limit on prompt and answer together, in
-        tokens; kv_bytes: limit on the bytes of all keys and values, for which rows wait."""
+        """Create an empty batch.
+
+        slots: largest number of rows; context: limit on prompt and answer together, in tokens; kv_bytes: limit on the
+        bytes of all keys and values, for which rows wait.
+        """
         self.kv_bytes = kv_bytes
         config = base.model.config.get_text_config()  # the language part of a vision-language model
         self.base, self.applied, self.slots = base, applied, slots
@@ -124,8 +127,11 @@ class Decoder(Worker[Row]):
         self.filling = None
 
     def check(self, sequences: Iterable[Row]) -> None:
-        """Check sequences before they are added. Raises TooLong if one does not fit the context, Invalid for a token id
-        without an embedding (on a GPU one such id would end all sequences)."""
+        """Check sequences before they are added.
+
+        Raises TooLong if one does not fit the context, Invalid for a token id without an embedding (on a GPU one such
+        id would end all sequences).
+        """
         for s in sequences:
             need = len(s.prompt) + s.max_tokens
             if not s.prompt or need > self.context:
@@ -189,8 +195,10 @@ class Decoder(Worker[Row]):
         return runs
 
     def _advance(self, rows: Sequence[Row], first: int, joining: bool) -> None:
-        """Compute the next token of neighbouring rows in slots first, first + 1, ... Nothing is kept if it raises:
-        lengths advance last, and columns beyond them are overwritten."""
+        """Compute the next token of neighbouring rows in slots first, first + 1, ...
+
+        Nothing is kept if it raises: lengths advance last, and columns beyond them are overwritten.
+        """
         starts = self.cache.lengths[first : first + len(rows)]
         if joining:
             parts = [self._part(s, at) for s, at in zip(rows, starts, strict=True)]
@@ -239,8 +247,10 @@ class Decoder(Worker[Row]):
 
     @torch.inference_mode()
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
-        """Compute the logits (1, 8, V) of a fixed input under an arm: bit for bit equal for equal behaviour. Raises
-        Failed if they are not finite."""
+        """Compute the logits (1, 8, V) of a fixed input under an arm: bit for bit equal for equal behaviour.
+
+        Raises Failed if they are not finite.
+        """
         assert self.applied is not None
         with self.applied.rows([arm], [strength]):
             out: Tensor = self.base.model(input_ids=torch.arange(1, 9, device=self.base.device)[None]).logits
@@ -300,8 +310,7 @@ class Decoder(Worker[Row]):
         return self._read(rows, hidden, starts, counts)
 
     def _read(self, rows: Sequence[Row], hidden: Tensor, starts: list[int], counts: list[int]) -> Tensor:
-        """Return logits (B, V) after each row's last new token from hidden states (B, T, D), and store what rows want
-        to know of their prompts."""
+        """Return logits (B, V) after each row's last new token from states (B, T, D); store prompts' scores."""
         for b, s in enumerate(rows):
             if starts[b] < len(s.prompt) and (s.score_prompt or s.pool):
                 self._keep(s, hidden[b, : counts[b]], starts[b])
@@ -336,8 +345,12 @@ class Decoder(Worker[Row]):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _mask(self, positions: Tensor) -> Any:
-        """Build the causal mask (B, 1, T, K) bool: key k is visible from position p if k <= p, and within the window of
-        a layer that has one. A dict for models whose layers differ."""
+        """Build the causal mask (B, 1, T, K) bool: position p sees key k if k <= p and k is in the layer's window.
+
+        A dict for models whose layers differ.
+
+        A dict for models whose layers differ.
+        """
         k = torch.arange(self.cache.columns, device=positions.device)
         full = (k <= positions[:, :, None])[:, None]
         if self.window is None:
@@ -346,8 +359,7 @@ class Decoder(Worker[Row]):
         return {"full_attention": full, "sliding_attention": full & near} if self.mixed else full & near
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int | None]:
-        """Choose a token for each row; None for a row that fails alone, because its logits are not finite or the draw
-        fails."""
+        """Choose a token for each row; None for one that fails alone (logits not finite, or the draw failed)."""
         for b, s in enumerate(rows):
             for token, add in s.bias.items():
                 logits[b, token] += add

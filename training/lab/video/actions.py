@@ -1,5 +1,4 @@
-"""Draw clips whose class is the motion of their objects; objects, positions and background are independent of the
-class.
+"""Draw clips whose class is the motion of their objects, whatever the objects, positions and background.
 
     clips = draw("train", n=512, seed=0)            # clips.video (512, 8, 3, 32, 32) uint8, clips.label (512,)
 

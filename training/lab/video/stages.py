@@ -101,8 +101,9 @@ def _chunk(level: int, g: Generator, frames: int, size: int, objects: int, devic
 
 
 def _motion(level: int, g: Generator, frames: int, objects: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw objects' motions: (B, N, T, 2, 2) maps from the canvas to an object's unit coordinates, (B, N, T, 2)
-    centres, (B, N) bounding radii.
+    """Draw the motions of objects as affine maps over time.
+
+    (B, N, T, 2, 2) maps from the canvas to an object's unit coordinates, (B, N, T, 2) centres, (B, N) bounding radii.
 
     Centre c(t) = c0 + (v t + a t^2 / 2) (cos phi, sin phi), with c0 at the clip's middle frame; form A(t) = Rot(w t)
     Scale(1 + s t) Shear(h t).
@@ -131,8 +132,7 @@ def _motion(level: int, g: Generator, frames: int, objects: int) -> tuple[Tensor
 
 
 def _radius(shape: tuple[int, ...], g: Generator) -> Tensor:
-    """Draw radii as fractions of the side: a truncated power law on [0.1, 1], pmf ~ 1 / r^3 - 1, as in the official
-    code."""
+    """Draw radii as fractions of the side by a power law on [0.1, 1], pmf ~ 1 / r^3 - 1, as in the official code."""
     grid = torch.linspace(0.1, 1, 200)
     weight = (grid**-3 - 1).clamp_min(0)
     return grid[torch.multinomial(weight, math.prod(shape), replacement=True, generator=g)].view(shape)
@@ -163,8 +163,7 @@ def _polygons(kind: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
 
 
 def _touching(centre: Tensor, reach: Tensor) -> tuple[Tensor, int]:
-    """Order objects (B, N) with those that never touch the canvas first; also return the largest number that touch in a
-    clip."""
+    """Order objects (B, N), those that never touch the canvas first; also return the most that touch in a clip."""
     near = (centre > -reach[:, :, None, None]) & (centre < 1 + reach[:, :, None, None])
     touches = near.all(-1).any(-1)
     return touches.long().argsort(dim=1, stable=True), max(1, int(touches.sum(1).max()))

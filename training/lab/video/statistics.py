@@ -57,8 +57,10 @@ def _covariance(x: Tensor) -> Tensor:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Compute the Frechet distance of two Gaussians fitted to features (n, d): |m - m'|^2 + tr(S + S' - 2 (S
-    S')^1/2)."""
+    """Compute the Frechet distance of Gaussians fitted to features (n, d).
+
+    |m - m'|^2 + tr(S + S' - 2 (S S')^1/2).
+    """
     s, t = _covariance(a), _covariance(b)
     # tr sqrt(S S') is the sum of the square roots of the eigenvalues of S S', which are real
     root = torch.linalg.eigvals(s @ t).real.clamp_min(0).sqrt().sum()
