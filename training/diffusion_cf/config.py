@@ -64,10 +64,16 @@ class Config:
     """a class, for `evaluate`"""
     report_images: int = 20
     """a class, for the main comparison of `eval --full`"""
-    report_few: int = 2
-    """a class, for baselines and other inversions"""
+    report_few: int = 3
+    """a class, for baselines and other inversions; in the lab's test split every drawing once"""
+    held_images: int = 4
+    """a class, in the style no lab model was trained on"""
     few: tuple[int, ...] = (2, 5, 10, 50)
     """examples a class that means are tried from in `eval --full`"""
+    draws: int = 3
+    """of those examples"""
+    denoiser: Literal["float32", "bfloat16"] = "float32"
+    """numbers the denoiser computes with in `eval --full`"""
     beside: tuple[Literal["ddim", "o_belm", "edit_friendly", "edict"], ...] = (
         "ddim",
         "o_belm",
@@ -86,8 +92,7 @@ class Config:
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", domains=("cats", "citrus"), examples=4, levels=3, iterations=2, amounts=(1.0,), goal=0.0,
-        test_images=1, report_images=1, report_few=1, few=(2,), beside=("ddim", "edict"),
-        judges=("cnn",),
+        test_images=1, report_images=1, report_few=1, held_images=1, few=(2,), draws=2, beside=("ddim", "edict"), judges=("cnn",),
     ),
     "lab": Config(),
     "paper": Config(

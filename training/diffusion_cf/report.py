@@ -6,7 +6,7 @@ All on test, none of it chosen there. Every row of the main table is over the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patches.families.diffusion import levels
+from patches.families.diffusion import Condition, levels
 from patches.subject import Subject
+from registry import manifest
 from registry.measure import Better, Measure
 from training.diffusion_cf import find, judges
 from training.diffusion_cf.config import Config
+from training.diffusion_cf.domains import Pictures
 from training.diffusion_cf.edit import Editor, How, smallest
+from training.diffusion_cf.equal import Curve, at_flip
 from training.diffusion_cf.figures import strips
 from training.diffusion_cf.rows import how, learned, pictures
+from training.evidence import Draft
 
 WAYS = {
     "ddim": "DDIM", "o_belm": "O-BELM", "edit_friendly": "edit-friendly noise, twice the levels", "edict": "EDICT",
@@ -31,7 +35,12 @@ WAYS = {
 TOP = 3.0
 """class gaps up to which the smallest change is looked for"""
 ROUNDS = 3
+EQUAL = (0.3, 0.5, 0.7)
+"""shares of flips at which changes are compared"""
 CONTROL = "control: another class"
+SPHERE = "control: the sphere"
+DIRECTIONS = {"direction": "directions", CONTROL: "elsewhere", SPHERE: "sphere"}
+"""name -> the field of a Bench that holds it"""
 Say = Callable[[str, dict[str, Any]], None]
 Put = Callable[[str, str, dict[str, Any]], None]
 
@@ -42,6 +51,8 @@ class Bench:
 
     def __init__(self, subject: Subject, config: Config) -> None:
         self.config, self.base = config, subject.base
+        if config.denoiser == "bfloat16":
+            in_bfloat16(subject.base.model)
         self.editor, self.how = Editor(subject), how(config, subject.base)
         self.train, self.bank = learned(config, self.editor, subject.base)
         self.test = pictures(config, subject.base, "test", config.report_images)
@@ -58,6 +69,17 @@ class Bench:
         self.target = self.test.partner()
         self.directions = self.bank.directions(self.test.label, self.target)
         self.elsewhere = find.elsewhere(self.bank, self.test.label, self.target, self.directions, self.config.seed)
+        self.sphere = find.isotropic(self.directions, self.config.seed)
+        self.seen: dict[tuple[str, float], judges.Judged] = {}
+
+    def of(self, test: Pictures) -> Bench:
+        """The same bench over other pictures."""
+        out = copy(self)
+        out.test = test
+        out.conditions = self.editor.conditions(test.x)
+        out.states = out.inverted(self.how)
+        out._aim()
+        return out
 
     def few(self, count: int) -> Bench:
         """The first `count` pictures of each class, their states taken along."""
@@ -66,7 +88,7 @@ class Bench:
         out.test = self.test.take(torch.tensor(keep))
         out.conditions, out.states = [self.conditions[i] for i in keep], [self.states[i] for i in keep]
         out._aim()
-        out.elsewhere = self.elsewhere[keep]
+        out.elsewhere, out.sphere = self.elsewhere[keep], self.sphere[keep]
         return out
 
     def judge(self, made: Tensor) -> judges.Judged:
@@ -77,10 +99,27 @@ class Bench:
         """States of the test pictures."""
         return self.editor.invert(self.test.x, self.conditions, h, self.config.seed)
 
-    def along(self, directions: Tensor, h: How | None = None, states: list[Tensor] | None = None) -> Tensor:
-        """Test pictures moved by the shipped amount."""
+    def along(
+        self,
+        directions: Tensor,
+        h: How | None = None,
+        states: list[Tensor] | None = None,
+        amount: float | None = None,
+    ) -> Tensor:
+        """Test pictures moved by the shipped amount, or another."""
         states = self.states if states is None else states
-        return self.editor.along(states, self.conditions, directions, self.amount, h or self.how)
+        size = self.amount if amount is None else amount
+        return self.editor.along(states, self.conditions, directions, size, h or self.how)
+
+    def moved(self, name: str, amount: float) -> judges.Judged:
+        """What a direction of DIRECTIONS did by an amount; made once."""
+        if (name, amount) not in self.seen:
+            self.seen[name, amount] = self.judge(self.along(getattr(self, DIRECTIONS[name]), amount=amount))
+        return self.seen[name, amount]
+
+    def told(self, words: Sequence[Condition], h: How | None = None) -> Tensor:
+        """Test pictures regenerated under other conditions, one each, from the states of the shipped inversion."""
+        return self.editor.regenerate(self.states, self.conditions, words, h or self.how)
 
     def same(self, h: How, states: list[Tensor]) -> Tensor:
         """Test pictures inverted and given back."""
@@ -90,10 +129,10 @@ class Bench:
 def report(folder: Path, config: Config, say: Say | None = None) -> dict[str, Any]:
     """{name: {row: {measure: Measure}}, "strips": Figure}. say: told each row when it is there."""
     subject = Subject.load(folder, config.base, config.device)
-    tables: dict[str, dict[str, Any]] = {}
+    tables = Draft(manifest.read(folder))
 
     def put(table: str, row: str, value: dict[str, Any]) -> None:
-        tables.setdefault(table, {})[row] = {k: _measure(k, v) for k, v in value.items() if v}
+        tables.keep(table, row, value={k: _measure(k, v) for k, v in value.items() if v})
         if say is not None:
             say(f"{table}: {row}", value)
 
@@ -101,44 +140,53 @@ def report(folder: Path, config: Config, say: Say | None = None) -> dict[str, An
         bench = Bench(subject, config)
         shown = _main(bench, put)
         few = bench.few(config.report_few)
-        for part in (_controls, _examples, _baselines, _inversions, _smallest):
+        for part in (_controls, _baselines, _equal, _inversions, _smallest, _examples):
             part(few, put)
+        _held(bench, put)
     finally:
         subject.close()
     return {**tables, "strips": strips(bench.test, bench.target, shown)}
 
 
 def _main(b: Bench, put: Put) -> dict[str, Tensor]:
-    """The direction at the shipped amount, and a step of its length towards a class of another domain."""
+    """The direction at the shipped amount; steps of its length towards a class of another domain, and to a point drawn
+    from the sphere."""
     shown: dict[str, Tensor] = {}
     judged: dict[str, judges.Judged] = {}
-    for name, d in (("direction", b.directions), (CONTROL, b.elsewhere)):
-        shown[name] = b.along(d)
+    for name, field in DIRECTIONS.items():
+        shown[name] = b.along(getattr(b, field))
         judged[name] = b.judge(shown[name])
         put("main", name, judged[name].summary())
         put("by domain", name, judged[name].by_domain("flip_both"))
     put("main", "originals", b.judge(b.test.x).summary())
     keys = [k for k in ("flip_both", "top1_cnn", "l1") if k in judged["direction"].values]
-    pair = {k: judges.paired(judged["direction"].values[k], judged[CONTROL].values[k], b.test.sprite) for k in keys}
-    put("main", "direction - control", pair)
+    for name in (CONTROL, SPHERE):
+        pair = {k: judges.paired(judged["direction"].values[k], judged[name].values[k], b.test.sprite) for k in keys}
+        put("main", f"direction - {name}", pair)
     return shown
 
 
 def _controls(b: Bench, put: Put) -> None:
-    """Inversion alone, a step of equal length in a direction drawn from the sphere; the direction on the same
-    pictures."""
-    put("controls", "direction", b.judge(b.along(b.directions)).summary())
-    put("controls", "inversion alone", b.judge(b.same(b.how, b.states)).summary())
-    put("controls", "isotropic", b.judge(b.along(find.isotropic(b.directions, b.config.seed))).summary())
+    """Inversion alone, and the direction and its controls at every amount that was tried on val."""
+    put("amounts", "inversion alone", b.judge(b.same(b.how, b.states)).summary())
+    for amount in sorted({*b.config.amounts, b.amount}):
+        for name in DIRECTIONS:
+            put("amounts", f"{name}, {amount:g}", b.moved(name, amount).summary())
 
 
 def _examples(b: Bench, put: Put) -> None:
-    """Class means from few pictures, one draw each."""
+    """Class means from few pictures: the mean over several draws, each picture's own, intervals over drawings."""
     for count in b.config.few:
-        d = b.bank.few(count, b.config.seed).directions(b.test.label, b.target)
-        row = b.judge(b.along(d)).summary()
-        row["cosine"] = judges.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
-        put("examples a class", str(count), row)
+        made: list[dict[str, Tensor]] = []
+        for draw in range(b.config.draws):
+            d = b.bank.few(count, b.config.seed + draw).directions(b.test.label, b.target)
+            values = dict(b.judge(b.along(d)).values)
+            made.append({**values, "cosine": F.cosine_similarity(d, b.directions)})
+        each = {k: torch.stack([m[k] for m in made]) for k in made[0]}
+        row = {k: judges.interval(v.mean(0), b.test.sprite) for k, v in each.items()}
+        for word, value in (("lowest", torch.Tensor.amin), ("highest", torch.Tensor.amax)):
+            row[f"flip_both, {word} draw"] = [float(value(each["flip_both"].mean(1)))]
+        put("examples a class", f"{count}, {b.config.draws} draws", row)
 
 
 def _inversions(b: Bench, put: Put) -> None:
@@ -159,18 +207,56 @@ def _inversions(b: Bench, put: Put) -> None:
 
 def _baselines(b: Bench, put: Put) -> None:
     """A class-name prompt instead of the direction, and the nearest real picture of the target class."""
-    pipe = b.editor.pipe
-    if "text" in pipe.conditions:
-        words = pipe.text([f"a picture of a {name}" for name in b.test.classes])
-        told = [{**c, "text": words[t]["text"]} for c, t in zip(b.conditions, b.target.tolist(), strict=True)]
-        made = b.editor.regenerate(b.states, b.conditions, told, b.how)
-        put("baselines", "class-name prompt beside the embedding", b.judge(made).summary())
-        told = [words[t] for t in b.target.tolist()]
-        made = b.editor.regenerate(b.states, b.conditions, told, b.how)
-        put("baselines", "class-name prompt instead of it", b.judge(made).summary())
+    if "text" in b.editor.pipe.conditions:
+        for name, words in _prompts(b).items():
+            put("baselines", name, b.judge(b.told(words)).summary())
     vectors = b.editor.vectors(b.editor.conditions(b.train.x))
     near = judges.nearest_real(b.train, vectors, b.editor.vectors(b.conditions), b.target)
     put("baselines", "nearest real picture", b.judge(near).summary())
+
+
+def _prompts(b: Bench) -> dict[str, list[Condition]]:
+    """Conditions that name the target class, with the picture's own embedding or without."""
+    words = b.editor.pipe.text([f"a picture of a {name}" for name in b.test.classes])
+    rows = b.target.tolist()
+    return {
+        "class-name prompt beside the embedding": [
+            {**c, "text": words[t]["text"]} for c, t in zip(b.conditions, rows, strict=True)
+        ],
+        "class-name prompt instead of it": [words[t] for t in rows],
+    }
+
+
+def _equal(b: Bench, put: Put) -> None:
+    """What equal flips cost in pixels: the direction and plain DDIM by their amount, the class-name prompt by its
+    guidance; straight lines between what was measured."""
+    still = b.judge(b.same(b.how, b.states))
+    amounts = sorted({*b.config.amounts, b.amount})
+    curves = {"direction": Curve.of([still, *(b.moved("direction", a) for a in amounts)])}
+    plain = replace(b.how, method="ddim")
+    states = b.inverted(plain)
+    curves["DDIM"] = Curve.of(
+        [b.judge(b.same(plain, states))]
+        + [b.judge(b.along(b.directions, plain, states, a)) for a in [*amounts, 2 * amounts[-1]]]
+    )
+    if "text" in b.editor.pipe.conditions:
+        words = _prompts(b)["class-name prompt instead of it"]
+        weights = (1.0, 2.0, 4.0, 6.0)
+        made = [b.judge(b.told(words, replace(b.how, guidance=w))) for w in weights]
+        curves["class-name prompt"] = Curve.of([still, *made])
+    for flip in EQUAL:
+        for name, curve in curves.items():
+            put(f"L1 at {100 * flip:.0f} % of both flips", name, at_flip(curve, curves["direction"], flip))
+
+
+def _held(b: Bench, put: Put) -> None:
+    """The style that no model of the lab was trained on."""
+    if b.config.data:
+        return
+    other = b.of(pictures(b.config, b.base, "held", b.config.held_images))
+    for name in DIRECTIONS:
+        put("held style", name, other.moved(name, b.amount).summary())
+    put("held style", "originals", other.judge(other.test.x).summary())
 
 
 def _smallest(b: Bench, put: Put) -> None:
@@ -195,6 +281,14 @@ def _smallest(b: Bench, put: Put) -> None:
         found = ~amounts.isnan()
         row["amount"] = judges.interval(amounts[found], b.test.sprite[found]) if bool(found.any()) else []
         put("smallest change that flips the CNN", name, row)
+
+
+def in_bfloat16(pipe: Any) -> None:
+    """Put what is evaluated at every level in bfloat16, encoders and judges left as they are; twice as fast where the
+    processor has the instructions."""
+    pipe.denoiser.bfloat16()
+    if hasattr(pipe, "projection"):
+        pipe.projection.bfloat16()
 
 
 def _measure(name: str, value: list[float]) -> Measure:

@@ -15,7 +15,7 @@ from patches.families import diffusion
 from patches.families.diffusion import Denoiser, Denoising
 from registry.errors import ConfigError, NotFound
 from training import run
-from training.diffusion_cf import RECIPES, domains, find, judges, report
+from training.diffusion_cf import RECIPES, domains, equal, find, judges, report
 from training.diffusion_cf.domains import Pictures
 from training.diffusion_cf.edit import smallest
 from training.lab import atlas, judge
@@ -156,11 +156,32 @@ def test_the_tiny_recipe_reports_everything(home):
     assert evidence["classes"] == ["leopard", "tiger", "lemon", "tangerine"]
     rows = []
     got = report(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
-    assert {"main", "controls", "baselines", "examples a class", "inversions"} <= got.keys()
+    assert {"main", "amounts", "baselines", "examples a class", "inversions", "held style"} <= got.keys()
+    assert {"direction", *(n for n in got["main"] if n.startswith("control"))} <= got["held style"].keys()
     assert got.pop("strips").axes
     assert len(rows) == sum(len(t) for t in got.values())
     exact = got["inversions"]
     assert exact["EDICT"]["reconstruction"].value < 1e-3 < exact["DDIM"]["reconstruction"].value
+
+
+def curve(flips, changes):
+    """Four drawings, two pictures each, all of them alike."""
+    flip = torch.tensor(flips)[:, None] > (torch.arange(8) // 2)[None] / 4
+    return equal.Curve(flip.float(), torch.tensor(changes)[:, None].expand(-1, 8), torch.arange(8) // 2)
+
+
+def test_change_is_compared_at_equal_flips_on_straight_lines():
+    ours, twice = curve([0.0, 0.5, 1.0], [0.0, 0.04, 0.1]), curve([0.0, 0.5, 1.0], [0.0, 0.08, 0.2])
+    weights = torch.ones(8)
+    assert ours.at(0.5, weights) == pytest.approx(0.04)
+    assert ours.at(0.75, weights) == pytest.approx(0.07)
+    got = equal.at_flip(twice, ours, 0.75)
+    assert got["l1"][0] == pytest.approx(0.14)
+    assert got["more"][0] == pytest.approx(2.0)
+    assert got["l1"][1] <= 0.14 <= got["l1"][2]
+    assert got["l1"][3] == 8
+    never = curve([0.0, 0.25, 0.5], [0.0, 0.01, 0.02])
+    assert equal.at_flip(never, ours, 0.75) == {"highest flip": [0.5]}
 
 
 def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
