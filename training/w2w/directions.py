@@ -1,9 +1,11 @@
 """Attribute directions in coefficients, and how well coefficients tell attributes: probes with shuffled controls.
 
-Coefficients are in standard deviations of the population, so their covariance is the identity. Four directions:
-`mean` (those with minus those without; in these units it is also the least-squares solution), `paper` (least squares on
-raw coefficients, which is the mean difference divided by std^2), `ridge` (a shrunk discriminant), and `orthogonal`
-(the mean differences with every other attribute's projected out, from one joint pseudo-inverse).
+Coefficients are in standard deviations of the population, so their covariance is the identity. Directions: `mean`
+(those with minus those without; in these units it is also the least-squares solution), `paper` (least squares on
+raw coefficients, which is the mean difference divided by std^2), `ridge` (a shrunk discriminant), `orthogonal`
+(the mean differences with every other attribute's projected out, from one joint pseudo-inverse), `partial` (what an
+attribute adds to coefficients while the others stay: a regression of coefficients on all labels at once), and
+`sparse` (the same without the coefficients whose effect is within two standard errors of nothing).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Generator, Tensor
 from registry.errors import ConfigError
 from registry.measure import Measure
 
-METHODS = ("mean", "paper", "ridge", "orthogonal")
+METHODS = ("mean", "paper", "ridge", "orthogonal", "partial", "sparse")
+NOISE = 2.0
+"""standard errors within which `sparse` takes an effect for nothing"""
 
 
 def classes(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,12 +56,32 @@ def directions(
         "paper": lambda: difference / std.square(),
         "ridge": lambda: _ridge(z, labels),
         "orthogonal": lambda: torch.linalg.pinv(difference).T,
+        "partial": lambda: _effects(z, labels)[0],
+        "sparse": lambda: _sparse(*_effects(z, labels), difference),
     }[method]()
     d = d / d.norm(dim=1, keepdim=True).clamp(min=1e-12)
     gap = (d * difference).sum(1)
     d, gap = d * gap.sign()[:, None], gap.abs().clamp(min=1e-6)
     along = z @ d.T
     return d, gap, torch.stack([along.amin(0), along.amax(0)], 1)
+
+
+def _effects(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, m) coefficients of the regression z = labels B + constant, and their standard errors."""
+    x = (labels - labels.mean(0)).double()
+    y = (z - z.mean(0)).double()
+    inner = torch.linalg.pinv(x.T @ x)
+    effect = inner @ x.T @ y
+    left = (y - x @ effect).square().sum(0) / max(1, len(x) - x.shape[1] - 1)
+    error = (inner.diagonal()[:, None] * left).sqrt()
+    return effect.float(), error.float()
+
+
+def _sparse(effect: Tensor, error: Tensor, difference: Tensor) -> Tensor:
+    """Effects (k, m) beyond NOISE standard errors; of an attribute that has none, all of them."""
+    kept = torch.where(effect.abs() > NOISE * error, effect, torch.zeros_like(effect))
+    found: Tensor = torch.where((kept != 0).any(1)[:, None], kept, difference)
+    return found
 
 
 def _ridge(z: Tensor, labels: Tensor) -> Tensor:

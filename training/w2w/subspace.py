@@ -45,12 +45,13 @@ class Components:
 
 
 def moments(blocks: Blocks) -> tuple[Tensor, Tensor, int]:
-    """mean (d,), sd (d,) with ddof 1, N, in one pass of merged blocks (Chan et al.). Raises ConfigError for N < 3."""
+    """mean (d,), sd (d,) with ddof 1 and 0 where all models agree, N, in one pass of merged blocks (Chan et al.).
+
+    Raises ConfigError for N < 3.
+    """
     n, mean, square = 0, None, None
     for x in blocks():
-        x = x.double()
-        k, m = len(x), x.mean(0)
-        s = (x - m).square().sum(0)
+        k, (m, s) = len(x), _block_moments(x)
         if mean is None or square is None:
             n, mean, square = k, m, s
             continue
@@ -63,31 +64,39 @@ def moments(blocks: Blocks) -> tuple[Tensor, Tensor, int]:
     sd = (square / (n - 1)).sqrt()
     # a number all models agree on has no spread beyond rounding: dividing by that would make rounding a component
     flat = sd <= 1e-7 * mean.abs().clamp(min=1e-12)
-    return mean.float(), torch.where(flat, torch.ones_like(sd), sd).float(), n
+    return mean.float(), torch.where(flat, torch.zeros_like(sd), sd).float(), n
+
+
+def _block_moments(x: Tensor, columns: int = 1024) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations (d,) of a block (n, d) in float64, by columns, which stay in the cache."""
+    means, squares = [], []
+    for part in x.split(columns, 1):
+        wide = part.double()
+        means.append(wide.mean(0))
+        squares.append((wide - means[-1]).square().sum(0))
+    return torch.cat(means), torch.cat(squares)
 
 
 def fit(
     blocks: Blocks, m: int, *, route: str = "auto", oversample: int = 0, power: int = 2, seed: int = 0
 ) -> Components:
     """The first m components. route: `gram`, `randomised`, or by N. Raises ConfigError for m beyond N - 1."""
-    mean, sd, n = moments(blocks)
+    mean, spread, n = moments(blocks)
+    sd = torch.where(spread > 0, spread, torch.ones_like(spread))
     if not 1 <= m < n:
         raise ConfigError(f"{m} components of {n} models: at most {n - 1} exist.")
     if route not in ("auto", "gram", "randomised"):
         raise ConfigError(f"There is no route {route[:40]!r}. Routes: gram, randomised, auto.")
-    total = _total(blocks, mean, sd)
     if route == "gram" or (route == "auto" and n <= GRAM_LIMIT):
         basis, s = gram(blocks, mean, sd, m)
     else:
         basis, s = randomised(blocks, mean, sd, m, oversample or max(10, m // 10), power, seed)
     if bool((s <= 1e-6 * s[0]).any()):
         raise ConfigError(f"Only {int((s > 1e-6 * s[0]).sum())} of {m} components have any spread; ask for fewer.")
+    # a z-scored number has variance 1 by its own sd, or none where all models agree: no pass is needed to add them up
+    total = (n - 1) * int((spread > 0).sum())
     share = (s.double().square().cumsum(0) / total).float()
     return Components(mean, sd, basis, s / (n - 1) ** 0.5, share, n)
-
-
-def _total(blocks: Blocks, mean: Tensor, sd: Tensor) -> float:
-    return sum(float(((x - mean) / sd).double().square().sum()) for x in blocks())
 
 
 def gram(blocks: Blocks, mean: Tensor, sd: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +116,7 @@ def gram(blocks: Blocks, mean: Tensor, sd: Tensor, m: int) -> tuple[Tensor, Tens
 def randomised(
     blocks: Blocks, mean: Tensor, sd: Tensor, m: int, oversample: int, power: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(d, m) components and (m,) singular values in 2 + 2 power passes; memory (d + N) (m + oversample) floats."""
+    """(d, m) components and (m,) singular values in 2 + 2 power passes, after the one of `moments`; memory (d + N) (m + oversample) floats."""
     d, ell = len(mean), m + oversample
     omega = torch.randn(d, ell, generator=Generator().manual_seed(seed))
     for _ in range(power):

@@ -1,4 +1,4 @@
-"""Diffusion models: Stable-Diffusion- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions,
+"""Diffusion models: Stable-Diffusion-, Stable-unCLIP- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions,
 adapters."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from patches.families.diffusion.worker import Denoiser, Denoising, Edit, Invert,
 from patches.families.family import Family
 
 if TYPE_CHECKING:  # layouts are loaded by name; whoever follows imports to pack what runs finds them here
-    from patches.families.diffusion import faces, kandinsky, lab, stable  # noqa: F401
+    from patches.families.diffusion import faces, kandinsky, lab, stable, unclip  # noqa: F401
 
 __all__ = [
     "FAMILY", "LAYOUTS", "LEVELS", "METHODS", "SITES", "SOLVERS", "Adapter", "Condition", "Denoiser", "Denoising",
@@ -49,6 +49,7 @@ FAMILY = Family(
     example="lab:diffusion",
     purposes={
         "stable": lambda: _purpose("stable"),
+        "unclip": lambda: _purpose("unclip"),
         "kandinsky": lambda: _purpose("kandinsky"),
         "faces": lambda: _purpose("faces"),
     },

@@ -1,8 +1,9 @@
 """Diffusion models: what the worker, the patches and the fits need of one, and how a reference becomes one.
 
 References: `lab:<name>` (ship here), `hf-hub:org/name@revision` and `local-dir:path` in diffusers' own folder layout
-(`model_index.json` names the pipeline). Stable-Diffusion-1.x/2.x-class (text through cross-attention) and
-Kandinsky-2.2-class (unCLIP: an image embedding alone) pipelines are read; only safetensors, and no code of the folder.
+(`model_index.json` names the pipeline). Read are Stable-Diffusion-1.x/2.x-class (text through cross-attention),
+Stable-unCLIP-class (text and an image embedding) and Kandinsky-2.2-class (unCLIP: an image embedding alone) pipelines;
+only safetensors, and no code of the folder.
 
 `base.model(sample=x, timestep=t, text=..., image=...)` is one evaluation of the denoiser: x (B, c, h, w) noisy
 latents, t (B,) levels, and one tensor per name of `conditions`, batched. So `root` is the model itself and rows of a
@@ -39,6 +40,7 @@ SITES = {
 adapters name their modules from"""
 LAYOUTS = {
     "StableDiffusionPipeline": "patches.families.diffusion.stable",
+    "StableUnCLIPImg2ImgPipeline": "patches.families.diffusion.unclip",
     "KandinskyV22Pipeline": "patches.families.diffusion.kandinsky",
     "LabDiffusion": "patches.families.diffusion.lab",
     "LabFaces": "patches.families.diffusion.faces",
@@ -48,6 +50,8 @@ INDEX = "model_index.json"
 HUB_FILES = (
     INDEX, "scheduler/*.json", "unet/config.json", "unet/*.safetensors", "vae/config.json", "vae/*.safetensors",
     "movq/config.json", "movq/*.safetensors", "text_encoder/config.json", "text_encoder/*.safetensors", "tokenizer/*",
+    "image_encoder/config.json", "image_encoder/*.safetensors", "image_normalizer/config.json",
+    "image_normalizer/*.safetensors", "image_noising_scheduler/*.json", "feature_extractor/*.json",
 )  # fmt: skip
 SHIPPED = Path(__file__).parents[2] / "lab"
 Condition = Mapping[str, Tensor]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patches.families.diffusion import vision
 from patches.families.diffusion.base import Condition, Pipe
 from patches.families.diffusion.layout import component, config, schedule
 from registry.errors import Invalid, NotFound
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Kandinsky(Pipe):
     """An image embedding (k,), not normalised, as the encoder gives it."""
 
-    def __init__(self, unet: Any, movq: Any, encoder: Any, schedule_: Any, look: dict[str, Any] | None = None) -> None:
-        """look: the encoder's preprocessing {"size", "mean", "std"}; default CLIP's own at the encoder's size."""
+    def __init__(self, unet: Any, movq: Any, encoder: Any, schedule_: Any, look: vision.Look) -> None:
         super().__init__()
         self.denoiser, self.movq, self.encoder = unet, movq, encoder
         self.given = nn.ModuleDict({"image": nn.Identity()})
@@ -32,13 +28,13 @@ class Kandinsky(Pipe):
         self.shape = (int(unet.config.in_channels), side, side)
         self.size = (side * self.factor, side * self.factor)
         self.conditions = {"image": (int(unet.config.encoder_hid_dim),)}
-        self.look = look or {"size": int(encoder.config.image_size), "mean": MEAN, "std": STD}
+        self.look = look
         self.about = {
             "pipeline": "kandinsky",
             "unet": config(unet),
             "movq": config(movq),
             "encoder": [encoder.config.hidden_act, encoder.config.num_attention_heads],
-            "look": {k: list(v) if isinstance(v, tuple) else v for k, v in self.look.items()},
+            "look": vision.told(look),
         }
         self._null: Condition | None = None
 
@@ -52,25 +48,13 @@ class Kandinsky(Pipe):
     def text(self, prompts: Sequence[str]) -> list[Condition]:
         raise Invalid("This decoder is told an image embedding; send a picture as its condition, not words.")
 
-    @torch.no_grad()
     def image(self, pictures: Tensor) -> list[Condition]:
-        size = int(self.look["size"])
-        scale = size / min(pictures.shape[-2:])
-        wide = [round(n * scale) for n in pictures.shape[-2:]]
-        x = F.interpolate(pictures, size=wide, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (wide[0] - size) // 2, (wide[1] - size) // 2
-        x = x[..., top : top + size, left : left + size]
-        mean, std = (torch.tensor(self.look[k])[:, None, None] for k in ("mean", "std"))
-        x = ((x - mean.to(x)) / std.to(x)).to(self.encoder.device, self.encoder.dtype)
-        return [{"image": e} for e in self.encoder(x).image_embeds.float().cpu()]
+        return [{"image": e} for e in vision.embed(self.encoder, self.look, pictures)]
 
-    @torch.no_grad()
     def null(self) -> Condition:
         """The embedding of an all-zero input, as the pipeline's prior takes it."""
         if self._null is None:
-            size = int(self.look["size"])
-            zero = torch.zeros(1, 3, size, size, device=self.encoder.device, dtype=self.encoder.dtype)
-            self._null = {"image": self.encoder(zero).image_embeds[0].float().cpu()}
+            self._null = {"image": vision.embed_nothing(self.encoder, self.look)}
         return self._null
 
     @torch.no_grad()
@@ -96,22 +80,16 @@ def read(folder: Path, encoder: Path | None = None) -> Kandinsky:
     one beside it whose name says prior instead of decoder.
     """
     from diffusers import UNet2DConditionModel, VQModel
-    from transformers import CLIPVisionModelWithProjection
 
     beside = folder.with_name(folder.name.replace("decoder", "prior"))
     place = next((p for p in (encoder, folder, beside) if p is not None and (p / "image_encoder").is_dir()), None)
     if place is None:
         raise NotFound(f"{folder} has no image_encoder. Copy image_encoder/ and image_processor/ of the prior into it.")
-    file, look = place / "image_processor" / "preprocessor_config.json", None
-    if file.is_file():
-        about = json.loads(file.read_text())
-        size = about.get("crop_size", about.get("size"))
-        size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
-        look = {"size": int(str(size)), "mean": tuple(about["image_mean"]), "std": tuple(about["image_std"])}
+    eye = vision.read_encoder(place / "image_encoder")
     return Kandinsky(
         component(UNet2DConditionModel, folder / "unet"),
         component(VQModel, folder / "movq"),
-        component(CLIPVisionModelWithProjection, place / "image_encoder"),
+        eye,
         schedule(folder),
-        look,
+        vision.look_of(eye, place / "image_processor" / "preprocessor_config.json"),
     )

@@ -29,13 +29,13 @@ def component(cls: Any, folder: Path) -> Any:
         raise NotFound(f"{folder} cannot be read as {cls.__name__}: {str(e)[:300]}") from None
 
 
-def schedule(folder: Path) -> Schedule:
-    """The noise schedule of a pipeline folder."""
-    file = folder / "scheduler" / "scheduler_config.json"
+def schedule(folder: Path, part: str = "scheduler") -> Schedule:
+    """The noise schedule of a pipeline folder; `part` names it where a pipeline has several."""
+    file = folder / part / "scheduler_config.json"
     try:
         return Schedule(json.loads(file.read_text()))
     except (OSError, ValueError):
-        raise NotFound(f"{folder} has no readable scheduler/scheduler_config.json.") from None
+        raise NotFound(f"{folder} has no readable {part}/scheduler_config.json.") from None
 
 
 def config(model: Any) -> dict[str, Any]:

@@ -65,6 +65,13 @@ def stable(seed: int = 0) -> Base:
         return bases.wrap("tiny:stable", "tiny-stable", bases.read(Path(folder)))
 
 
+def unclip(seed: int = 0) -> Base:
+    """StableUnCLIPImg2ImgPipeline's layout."""
+    with tempfile.TemporaryDirectory() as folder:
+        unclip_folder(Path(folder), seed)
+        return bases.wrap("tiny:unclip", "tiny-unclip", bases.read(Path(folder)))
+
+
 def kandinsky(seed: int = 0) -> Base:
     """KandinskyV22Pipeline's layout, its prior's image encoder beside it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -81,34 +88,12 @@ def faces(seed: int = 0) -> Base:
 
 def stable_folder(folder: Path, seed: int = 0) -> Any:
     """Write a random Stable-Diffusion pipeline of 16 px as the hub would hold it; the diffusers pipeline."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=100,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=20,
-                projection_dim=24,
-                bos_token_id=98,
-                eos_token_id=99,
-                pad_token_id=99,
-            )
-        )
+        text, vae = _text_encoder(), _autoencoder()
         unet = _unet(in_channels=4, out_channels=4, cross_attention_dim=32)
-        vae = AutoencoderKL(
-            block_out_channels=(16, 16),
-            norm_num_groups=8,
-            latent_channels=4,
-            sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
     _stir(unet, seed)
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -125,10 +110,46 @@ def stable_folder(folder: Path, seed: int = 0) -> Any:
     return pipe
 
 
+def unclip_folder(folder: Path, seed: int = 0) -> Any:
+    """Write a random Stable-unCLIP pipeline of 16 px as the hub would hold it; the diffusers pipeline."""
+    from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPImageProcessor
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text, vae, eye = _text_encoder(), _autoencoder(), _vision_encoder()
+        unet = _unet(
+            in_channels=4,
+            out_channels=4,
+            cross_attention_dim=32,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=48,
+        )
+        normalizer = StableUnCLIPImageNormalizer(24)
+        normalizer.mean.data.normal_(0, 0.1)
+        normalizer.std.data.uniform_(0.5, 1.5)
+    _stir(unet, seed)
+    linear = {**LINEAR, "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    pipe = StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
+        image_encoder=eye,
+        image_normalizer=normalizer,
+        image_noising_scheduler=DDPMScheduler.from_config(linear),
+        tokenizer=_tokenizer(),
+        text_encoder=text,
+        unet=unet,
+        scheduler=DDIMScheduler.from_config(LINEAR),
+        vae=vae,
+    )
+    with quiet():
+        pipe.save_pretrained(folder, safe_serialization=True)
+    return pipe
+
+
 def kandinsky_folder(folder: Path, seed: int = 0) -> Any:
     """Write a random Kandinsky-2.2 decoder with its image encoder; the diffusers pipeline."""
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -158,17 +179,7 @@ def kandinsky_folder(folder: Path, seed: int = 0) -> Any:
             up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
             norm_type="spatial",
         )
-        encoder = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                image_size=32,
-                patch_size=8,
-                projection_dim=24,
-            )
-        )
+        encoder = _vision_encoder()
     _stir(unet, seed)
     linear = {**LINEAR, "_class_name": "DDPMScheduler", "beta_schedule": "linear"}
     pipe = KandinskyV22Pipeline(unet=unet, scheduler=DDPMScheduler.from_config(linear), movq=movq)
@@ -190,6 +201,57 @@ def _unet(**more: Any) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **more,
+    )
+
+
+def _text_encoder() -> Any:
+    """A random CLIP text encoder of 32 numbers a token."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=20,
+            projection_dim=24,
+            bos_token_id=98,
+            eos_token_id=99,
+            pad_token_id=99,
+        )
+    )
+
+
+def _vision_encoder() -> Any:
+    """A random CLIP image encoder to 24 numbers."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+            projection_dim=24,
+        )
+    )
+
+
+def _autoencoder() -> Any:
+    """A random KL autoencoder, 16 px to 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
     )
 
 

@@ -74,15 +74,20 @@ class Stable(Pipe):
         return self.shape[0], size[0] // self.factor, size[1] // self.factor
 
 
-def read(folder: Path) -> Stable:
-    """The pipeline in a folder of StableDiffusionPipeline's layout; its safety checker is not read."""
+def parts(folder: Path) -> tuple[Any, Any, Any, Any, Any]:
+    """UNet, autoencoder, text encoder, tokenizer and schedule of a folder of Stable Diffusion's layout."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    return Stable(
+    return (
         component(UNet2DConditionModel, folder / "unet"),
         component(AutoencoderKL, folder / "vae"),
         component(CLIPTextModel, folder / "text_encoder"),
         CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         schedule(folder),
     )
+
+
+def read(folder: Path) -> Stable:
+    """The pipeline in a folder of StableDiffusionPipeline's layout; its safety checker is not read."""
+    return Stable(*parts(folder))

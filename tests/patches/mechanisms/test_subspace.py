@@ -107,7 +107,7 @@ def test_a_convolution_is_edited_by_row():
         torch.testing.assert_close(got[i], other(x[i : i + 1])[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["stable", "kandinsky"])
+@pytest.mark.parametrize("name", ["stable", "unclip", "kandinsky"])
 def test_any_unet_is_edited_and_a_fold_equals_its_rows(name):
     base = load_base(f"tiny:{name}", "diffusion")
     # to_out.0 is attention's output, conv1 a convolution, both as diffusers names them

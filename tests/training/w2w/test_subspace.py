@@ -5,7 +5,7 @@ import torch
 from torch import Generator
 
 from registry.errors import ConfigError
-from training.w2w import directions, subspace
+from training.w2w import directions, simulate, subspace
 
 
 def population(n=80, d=400, k=6, noise=0.02, seed=0):
@@ -35,6 +35,21 @@ def test_both_routes_are_the_full_svd_to_1e_4(route, block):
     assert float(((got.basis * basis).sum(0).abs() - 1).abs().max()) < 1e-4
     torch.testing.assert_close(got.share, share.float(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got.basis.T @ got.basis, torch.eye(5), atol=1e-4, rtol=0)
+
+
+def test_a_population_drawn_on_the_fly_gives_its_planted_directions_as_all_of_it_in_memory_does():
+    c = simulate.Simulation(models=300, numbers=1001, components=20, planted=6, block=70, power=2)
+    got = simulate.simulate(c)
+    assert (got["models"], got["passes"]) == (300, 1 + 2 + 2 * c.power)
+    assert got["found"] > 0.9
+    directions = simulate.planted(c)
+    x = torch.cat(list(simulate.rows(c, directions)))
+    assert torch.equal(x, torch.cat(list(simulate.rows(c, directions))))
+    assert abs(float(x.std()) - (1 + float(directions.square().sum()) / c.numbers) ** 0.5) < 0.02
+    exactly = subspace.fit(lambda: iter([x]), 6, route="gram")
+    ours = subspace.fit(lambda: simulate.rows(c, directions), 6, route="randomised", power=4)
+    assert float((exactly.basis.T @ ours.basis).det().abs()) > 0.999
+    assert abs(float(exactly.share[-1]) - float(ours.share[-1])) < 1e-4
 
 
 def test_coefficients_are_in_standard_deviations_of_the_population():
@@ -84,6 +99,14 @@ def test_directions_move_what_they_are_called_after_and_gaps_are_the_unit():
             assert abs(there - float(gap[i])) < 1e-4
             assert float(reach[i, 0]) <= float(along.mean()) <= float(reach[i, 1])
             assert directions.auc(along, labels[:, i] > 0.5) > 0.75
+    partial = directions.directions(z, labels, torch.ones(12), "partial")[0]
+    sparse = directions.directions(z, labels, torch.ones(12), "sparse")[0]
+    # what only the second attribute moves: the first one's share of coordinate 1 is not its own effect
+    assert float(partial[1, 1]) > 0.9
+    for ours, whole in zip(sparse, partial, strict=True):
+        kept = ours != 0
+        assert 1 <= int(kept.sum()) < 12
+        torch.testing.assert_close(ours[kept] / whole[kept], (ours[kept] / whole[kept])[:1].expand(int(kept.sum())))
     d, _, _ = directions.directions(z, labels, torch.ones(12), "orthogonal")
     mean, _, _ = directions.directions(z, labels, torch.ones(12), "mean")
     off = (d @ mean.T - torch.diag((d * mean).sum(1))).abs().max()

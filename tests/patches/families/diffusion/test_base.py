@@ -12,7 +12,7 @@ from patches.families.base import load_base
 from patches.families.diffusion import Denoiser, Denoising, lab
 from patches.families.diffusion.packed import load_packed, pack
 from patches.families.diffusion.schedule import noise
-from patches.families.diffusion.small import kandinsky_folder, stable_folder
+from patches.families.diffusion.small import kandinsky_folder, stable_folder, unclip_folder
 from registry.errors import BadArtifact, Invalid, NotFound, WrongBase
 
 
@@ -53,6 +53,32 @@ def test_a_kandinsky_folder_draws_what_diffusers_draws(tmp_path):
     torch.testing.assert_close(got, (want.float() / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-3)
     with pytest.raises(Invalid, match="not words"):
         base.model.text(["a cat"])
+
+
+def test_an_unclip_folder_draws_what_diffusers_draws(tmp_path):
+    pipe = unclip_folder(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    base = load_base(f"local-dir:{tmp_path}", "diffusion")
+    picture = torch.rand(1, 3, 16, 16)
+    told = {**base.model.image(picture)[0], "text": base.model.text(["a cat"])[0]["text"]}
+    stock = type(pipe).noise_image_embeddings
+    # level 0 still adds a little random noise to the embedding; a counterfactual wants none
+    pipe.noise_image_embeddings = lambda image_embeds, noise_level, generator=None: stock(
+        pipe, image_embeds, noise_level, noise=torch.zeros_like(image_embeds)
+    )
+    for kind, condition in (("both", told), ("words alone", base.model.text(["a cat"])[0])):
+        row = Denoising(condition=condition, guidance=4.0, steps=4, solver="", seed=3)
+        if kind == "words alone":  # the pipeline cannot say this; ours must equal it told nothing in both halves
+            pipe.noise_image_embeddings = lambda image_embeds, noise_level, generator=None: torch.zeros(1, 48)
+        want = pipe(prompt="a cat", image_embeds=told["image"][None], num_inference_steps=4, guidance_scale=4.0,
+                    latents=noise(base.model.shape, 3)[None], output_type="pt").images[0]  # fmt: skip
+        torch.testing.assert_close(drawn(base, row), want.float(), atol=1e-4, rtol=1e-3)
+    assert load_base(f"local-dir:{tmp_path}", "diffusion").digest == base.digest
+    other = diffusion.changed(base.model, picture[0], decode=False)
+    assert float(other.condition["image"].abs().sum()) > 0
+    (tmp_path / "image_normalizer" / "config.json").unlink()
+    with pytest.raises(NotFound, match="image_normalizer"):
+        load_base(f"local-dir:{tmp_path}", "diffusion")
 
 
 def test_folders_that_are_not_read_say_why(tmp_path):

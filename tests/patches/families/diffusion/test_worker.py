@@ -81,7 +81,7 @@ def test_a_row_in_company_is_what_it_is_alone(tiny, bare):
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc"])
-@pytest.mark.parametrize("kind", ["tiny", "stable", "kandinsky"])
+@pytest.mark.parametrize("kind", ["tiny", "stable", "unclip", "kandinsky"])
 def test_samples_equal_diffusers_own_loop(kind, solver):
     base = FAMILY.tiny(0) if kind == "tiny" else FAMILY.purposes[kind]()
     told = base.model.text(["cat"])[0] if kind != "kandinsky" else base.model.image(torch.rand(1, 3, 16, 16))[0]
