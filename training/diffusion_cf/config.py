@@ -92,7 +92,8 @@ class Config:
 RECIPES: dict[str, Config] = {
     "tiny": Config(
         base="tiny", domains=("cats", "citrus"), examples=4, levels=3, iterations=2, amounts=(1.0,), goal=0.0,
-        test_images=1, report_images=1, report_few=1, held_images=1, few=(2,), draws=2, beside=("ddim", "edict"), judges=("cnn",),
+        test_images=1, report_images=1, report_few=1, held_images=1, few=(2,), draws=2, beside=("ddim", "edict"),
+        judges=("cnn",),
     ),
     "lab": Config(),
     "paper": Config(

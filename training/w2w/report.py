@@ -25,14 +25,21 @@ from registry.measure import Measure
 from training.evidence import Draft, Opened, open_patch
 from training.lab import faces
 from training.lab.faces import BINARY
-from training.w2w import baselines, directions, measure, population, subspace
+from training.w2w import baselines, combined, directions, measure, population, subspace
 from training.w2w.config import Config
 from training.w2w.draw import read
 from training.w2w.fit import HELD, Source, trained
 from training.w2w.measure import Lab, identity, over_people
+from training.w2w.sprites import agreement, sprites
 
 ASKED = torch.tensor([[1, 1 + i % 3, 1 + (2 * i) % 5, 0, 0, 0, 0, 0] for i in range(4)])
 """prompts (4, 8) that inverted people are drawn under: mouths and backgrounds that their picture did not show"""
+
+
+AFAR = 2e-3
+"""prior of pictures that are not of the base's world"""
+LATE = (1000, 900, 800, 700, 500)
+"""levels from which an edit is injected"""
 
 
 def open_lab(folder: Path, config: Config, split: str = "held") -> tuple[Opened, Lab]:
@@ -61,6 +68,9 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
         "guidance": lambda: guidance(lab),
         "own_starts": lambda: own_starts(lab, made),
         "other_style": lambda: other_style(lab),
+        "sprites": lambda: inverted_sprites(lab, made),
+        "delayed": lambda: combined.delayed(lab, max(config.strengths), LATE),
+        "composed": lambda: combined.composed(lab, config.strength),
     }
     for name, table in tables.items():
         begun = time.process_time()
@@ -274,22 +284,48 @@ def own_starts(lab: Lab, made: Source) -> dict[str, Any]:
 
 def other_style(lab: Lab) -> dict[str, Any]:
     """Out of distribution: people drawn in grey with outlines, inverted to a person of this base's world."""
-    own = lab.people()
-    image = faces.sketch(own.image[:, 0])
+    few, z = _from_afar(lab, faces.sketch(lab.people().image[:, 0]))
+    mean = torch.zeros(len(z), lab.space.components)
+    return {
+        f"first {few.components} coefficients, prior {AFAR:g}": judged(lab, few.decode(z)),
+        "mean model": judged(lab, lab.space.decode(mean)),
+        "mean |z| / sqrt(m)": float(z.norm(dim=1).mean() / few.components**0.5),
+    }
+
+
+def _from_afar(lab: Lab, image: Tensor) -> tuple[SubspaceEdit, Tensor]:
+    """The space cut to a quarter of its components, and coefficients in it of pictures (n, 3, H, W) of another
+    style."""
     latents = lab.base.model.latents(image).cpu()
     plainly = lab.base.model.embed(torch.tensor([[1] + [0] * 7])).cpu()
 
     def contexts(rows: int, g: Generator) -> dict[str, Tensor]:
         return {"text": plainly.expand(rows * len(latents), -1, -1)}
 
-    m = max(2, lab.space.components // 4)
-    few = replace(lab.space, tensors=_fewer(lab.space.tensors, m))
-    z = fitted(replace(lab, space=few), latents, contexts, warm=False, prior=2e-3)
-    mean = torch.zeros(len(latents), lab.space.components)
+    few = replace(lab.space, tensors=_fewer(lab.space.tensors, max(2, lab.space.components // 4)))
+    return few, fitted(replace(lab, space=few), latents, contexts, warm=False, prior=AFAR)
+
+
+def inverted_sprites(lab: Lab, made: Source) -> dict[str, Any]:
+    """Out of distribution: emoji of people inverted to a person of this base's world, against what their names say."""
+    given = sprites()
+    few, z = _from_afar(lab, given.image)
+    per = lab.config.pictures
+
+    def said(theta: Tensor) -> Tensor:
+        return read(lab.judge, lab.draw(theta, per, 21), per).mean(1)
+
+    own = said(few.decode(z))
+    latents = lab.base.model.latents(given.image).cpu()
+    pool = lab.people(range(min(300, lab.config.people))).shots.latents[:, 0].flatten(1)
+    near = torch.cat(list(made.blocks()))[torch.cdist(latents.flatten(1), pool).argmin(1)]
+    shuffle = torch.randperm(len(own), generator=Generator().manual_seed(3))
     return {
-        f"first {m} coefficients, prior 2e-3": judged(lab, few.decode(z)),
-        "mean model": judged(lab, lab.space.decode(mean)),
-        "mean |z| / sqrt(m)": float(z.norm(dim=1).mean() / m**0.5),
+        f"first {few.components} coefficients, prior {AFAR:g}": agreement(own, given.told),
+        "control: another sprite's coefficients": agreement(own[shuffle], given.told),
+        "nearest training person": agreement(said(near), given.told),
+        "the judge on the sprite itself": agreement(lab.judge.read(given.image), given.told),
+        "mean |z| / sqrt(m)": float(z.norm(dim=1).mean() / few.components**0.5),
     }
 
 

@@ -116,7 +116,10 @@ def gram(blocks: Blocks, mean: Tensor, sd: Tensor, m: int) -> tuple[Tensor, Tens
 def randomised(
     blocks: Blocks, mean: Tensor, sd: Tensor, m: int, oversample: int, power: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """(d, m) components and (m,) singular values in 2 + 2 power passes, after the one of `moments`; memory (d + N) (m + oversample) floats."""
+    """(d, m) components and (m,) singular values in 2 + 2 power passes, after the one of `moments`.
+
+    Memory is (d + N) (m + oversample) floats, and one block.
+    """
     d, ell = len(mean), m + oversample
     omega = torch.randn(d, ell, generator=Generator().manual_seed(seed))
     for _ in range(power):

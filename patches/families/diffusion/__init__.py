@@ -1,5 +1,5 @@
-"""Diffusion models: Stable-Diffusion-, Stable-unCLIP- and Kandinsky-class pipelines and the lab's own; denoising rows, inversions,
-adapters."""
+"""Diffusion models: pipelines of Stable Diffusion's, Stable unCLIP's and Kandinsky's class and the lab's own;
+denoising rows, inversions, adapters."""
 
 from __future__ import annotations
 
