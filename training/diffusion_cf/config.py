@@ -55,10 +55,12 @@ class Config:
     length"""
     amounts: tuple[float, ...] = (0.75, 1.0, 1.5)
     """in class gaps; tried on val"""
+    rule: Literal["reach", "apart"] = "apart"
+    """which of them is taken, by the model's own encoder. reach: the smallest at which `goal` of pictures lie nearer to
+    the target; apart: the one at which most more do than after an equal step towards a class of another domain"""
     goal: float = 0.9
-    """share of val pictures that the model's own encoder must find nearer to the target; the smallest amount that
-    reaches it is taken"""
-    val_images: int = 1
+    """Share of val pictures, for the rule `reach`"""
+    val_images: int = 2
     """a class"""
     test_images: int = 3
     """a class, for `evaluate`"""

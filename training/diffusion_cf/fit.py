@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from patches.mechanisms.direction import DirectionConfig, DirectionEdit
 from registry.manifest import Manifest, canonical
 from training.diffusion_cf.config import Config
 from training.diffusion_cf.edit import Editor
-from training.diffusion_cf.find import Bank
+from training.diffusion_cf.find import Bank, elsewhere
 from training.diffusion_cf.rows import how, learned, pictures
 from training.diffusion_cf.tuning import tune
 
@@ -37,8 +38,7 @@ def fit(config: Config, folder: Path) -> Manifest:
         train, known = learned(config, editor, base)
         means = known.means()
         tried = choose(config, editor, base, known)
-    enough = [row for row in tried if row["nearer"] >= config.goal]
-    best = enough[0] if enough else max(tried, key=lambda row: row["nearer"])
+    best = chosen(config, tried)
     unit = F.normalize(means, dim=-1)
     pairs = sorted(
         {tuple(sorted((a, int(b)))) for a, b in zip(train.label.tolist(), train.partner().tolist(), strict=True)}
@@ -60,28 +60,36 @@ def fit(config: Config, folder: Path) -> Manifest:
     return artifact.save(edit, "diffusion_cf", folder, base=base.label)
 
 
+def chosen(config: Config, tried: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of `choose` that a config's rule takes."""
+    if config.rule == "apart":
+        return max(tried, key=lambda row: (round(row["nearer"] - row["control"], 4), -row["amount"]))
+    enough = [row for row in tried if row["nearer"] >= config.goal]
+    return enough[0] if enough else max(tried, key=lambda row: row["nearer"])
+
+
 def choose(config: Config, editor: Editor, base: Base, known: Bank) -> list[dict[str, Any]]:
-    """What each amount does to val pictures, by the model's own encoder and by how much it changes. Ascending
-    amounts."""
+    """What each amount does to val pictures, by the model's own encoder and by how much it changes: ascending amounts.
+
+    nearer: share that lies nearer to the target's mean than to the source's; control: the same of an equal step towards
+    a class of another domain.
+    """
     val, means = pictures(config, base, "val", config.val_images), known.means()
     conditions = editor.conditions(val.x)
     target, h = val.partner(), how(config, base)
     states = editor.invert(val.x, conditions, h, config.seed)
     d = known.directions(val.label, target)
+    other, unit = elsewhere(known, val.label, target, d, config.seed), F.normalize(means, dim=-1)
+
+    def nearer(made: Tensor) -> float:
+        e = F.normalize(editor.vectors(editor.conditions(made)), dim=-1)
+        return round(float(((e * unit[target]).sum(1) > (e * unit[val.label]).sum(1)).float().mean()), 4)
+
     rows = []
     for amount in tqdm(sorted(config.amounts), "amounts", disable=None, leave=False):
-        made = editor.along(states, conditions, d, amount, h)
-        e = F.normalize(editor.vectors(editor.conditions(made)), dim=-1)
-        unit = F.normalize(means, dim=-1)
-        nearer = ((e * unit[target]).sum(1) > (e * unit[val.label]).sum(1)).float().mean()
-        rows.append(
-            {
-                "amount": amount,
-                "nearer": round(float(nearer), 4),
-                "l1": round(float((made - val.x).abs().mean()), 4),
-                "n": len(val),
-            }
-        )
+        made, control = (editor.along(states, conditions, x, amount, h) for x in (d, other))
+        l1 = round(float((made - val.x).abs().mean()), 4)
+        rows.append({"amount": amount, "nearer": nearer(made), "control": nearer(control), "l1": l1, "n": len(val)})
     return rows
 
 

@@ -2,6 +2,8 @@
 smallest change is found."""
 
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from training.diffusion_cf import RECIPES, domains, equal, find, judges, report
 from training.diffusion_cf.domains import Pictures
 from training.diffusion_cf.edit import smallest
 from training.lab import atlas, judge
+
+fitting = sys.modules["training.diffusion_cf.fit"]  # the package's own `fit` is the function
 
 
 def test_splits_share_no_drawing_and_every_class_is_there():
@@ -182,6 +186,15 @@ def test_change_is_compared_at_equal_flips_on_straight_lines():
     assert got["l1"][3] == 8
     never = curve([0.0, 0.25, 0.5], [0.0, 0.01, 0.02])
     assert equal.at_flip(never, ours, 0.75) == {"highest flip": [0.5]}
+
+
+def test_the_amount_is_the_first_that_reaches_or_the_one_furthest_from_its_control():
+    rows = [{"amount": a, "nearer": n, "control": c} for a, n, c in ((0.5, 0.5, 0.1), (1.0, 0.9, 0.3), (1.5, 1.0, 0.6))]
+    assert fitting.chosen(replace(RECIPES["lab"], rule="reach", goal=0.9), rows)["amount"] == 1.0
+    assert fitting.chosen(replace(RECIPES["lab"], rule="reach", goal=2.0), rows)["amount"] == 1.5
+    assert fitting.chosen(replace(RECIPES["lab"], rule="apart"), rows)["amount"] == 1.0
+    rows[0]["control"] = -0.1  # as far apart as the next, and the smaller change
+    assert fitting.chosen(replace(RECIPES["lab"], rule="apart"), rows)["amount"] == 0.5
 
 
 def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
