@@ -73,7 +73,7 @@ class Config:
     few: tuple[int, ...] = (2, 5, 10, 50)
     """examples a class that means are tried from in `eval --full`"""
     draws: int = 3
-    """of those examples"""
+    """Draws of those examples, each its own pictures"""
     denoiser: Literal["float32", "bfloat16"] = "float32"
     """numbers the denoiser computes with in `eval --full`"""
     beside: tuple[Literal["ddim", "o_belm", "edit_friendly", "edict"], ...] = (
