@@ -38,7 +38,7 @@ class Simulation:
 
     models: int = 60_000
     numbers: int = 99_648
-    """of one adapter"""
+    """Numbers of one adapter"""
     components: int = 100
     planted: int = 64
     block: int = 250
