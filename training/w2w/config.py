@@ -48,11 +48,11 @@ class Config:
     """adapters trained together and sealed in one file"""
     components: tuple[int, ...] = (32, 64)
     """candidates for m; chosen on val"""
-    directions: tuple[str, ...] = ("mean", "orthogonal")
+    directions: tuple[str, ...] = ("mean", "orthogonal", "partial")
     """candidates for how attributes' directions are found; chosen on val"""
     strengths: tuple[float, ...] = (1.0, 2.0, 3.0)
     """Strengths of the edits, in gaps between those with an attribute and those without"""
-    strength: float = 2.0
+    strength: float = 3.0
     """at which candidates are compared and base and patched are measured"""
     guidance: float = 2.0
     """the null half is the unpatched base"""
