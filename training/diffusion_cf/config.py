@@ -55,7 +55,7 @@ class Config:
     length"""
     amounts: tuple[float, ...] = (0.75, 1.0, 1.5)
     """in class gaps; tried on val"""
-    rule: Literal["reach", "apart"] = "apart"
+    rule: Literal["reach", "apart"] = "reach"
     """which of them is taken, by the model's own encoder. reach: the smallest at which `goal` of pictures lie nearer to
     the target; apart: the one at which most more do than after an equal step towards a class of another domain"""
     goal: float = 0.9
