@@ -355,7 +355,7 @@ def facts(table: Table, choice: Choice | None) -> dict[str, Any]:
     if choice is None:
         x = table.experiment
         more = {"champion": table.champion, "challenger": table.challenger, "experiment": x.name if x else None}
-        return {**out, **more, "loaded": sorted(table.loaded)}
+        return {**out, **more, "loaded": sorted(table.loaded), "memory": dict(table.memory)}
     label, digest = choice.shown
     out |= {"arm": label, "patch": digest, "unit": choice.unit}
     return out | {"experiment": choice.experiment.name if choice.experiment else None}

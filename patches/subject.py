@@ -148,6 +148,15 @@ class Subject:
                 self._man(name, arm)
         return self._fleet
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that weights take: of the bases together (`base`), and of each arm beside them by its name."""
+        out = {BASE_ROLE: sum(_weight(base.model) for base in self.bases.values())}
+        for name, arm in self.arms.items():
+            tensors = arm.tensors.values() if isinstance(arm, Patch) else ()
+            out[name] = _weight(arm.base.model) if isinstance(arm, Model) else sum(t.nbytes for t in tensors)
+        return out
+
     def alone(self, arm: str | None) -> Base:
         """The base whose forward is that arm's: a model's own, else the shared one."""
         found = self.arms.get(arm) if arm is not None else None
@@ -194,8 +203,18 @@ def load_bases(row: System, about: Manifest, given: Mapping[str, Base | str], de
     return out
 
 
-def load_arm(folder: Path, about: Manifest, device: str = "cpu") -> Arm:
-    """What a verified folder holds, as an arm. Raises NotReady for a model that does not fit in memory, with sizes."""
+def _weight(model: Any) -> int:
+    """Bytes of a module's parameters and buffers; 0 of what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        return 0
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def load_arm(folder: Path, about: Manifest, device: str = "cpu", limit: float = 0.0) -> Arm:
+    """What a verified folder holds, as an arm. limit: GiB that a model's own weights may take; 0: what is free.
+
+    Raises NotReady for a model that does not fit, with sizes.
+    """
     if about.kind == "patch":
         return artifact.load(folder, digest=about.digest, device=device)[1]
     if about.kind == "search":
@@ -206,7 +225,7 @@ def load_arm(folder: Path, about: Manifest, device: str = "cpu") -> Arm:
                 f"sha256:{about.digest[:16]} is a model that stands alone: {system(about.system).family} arms are "
                 "patches, or it was made from no base. Load it as a base: local-dir:<folder>."
             )
-        made = load_weights(folder, about, device)
+        made = load_weights(folder, about, device, limit)
         artifact.check_finite(dict(made.model.named_parameters()), str(folder))
         return Model(made)
     raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to run.")
@@ -220,9 +239,9 @@ def alone(about: Manifest) -> bool:
     return not about.bases or family(system(about.system).family).load_folder is None
 
 
-def load_weights(folder: Path, about: Manifest, device: str) -> Base:
+def load_weights(folder: Path, about: Manifest, device: str, limit: float = 0.0) -> Base:
     """The weights in a verified folder of kind "model". Raises NotReady if they do not fit in memory, with sizes."""
-    check_memory(about, device)
+    check_memory(about, device, limit)
     kind = family(system(about.system).family)
     if kind.load_folder is not None:
         return replace(kind.load_folder(folder, device), family=kind.name)
@@ -249,9 +268,14 @@ def check_servable(folder: Path, name: str, bases: Mapping[str, str]) -> None:
         raise BadArtifact(f"{folder} holds a {about.kind} of {about.system}: something to read, not to run.")
 
 
-def check_memory(about: Manifest, device: str) -> None:
-    """Raises NotReady if the weights of an artifact, in float32, are more than what is free."""
+def check_memory(about: Manifest, device: str, limit: float = 0.0) -> None:
+    """Raises NotReady if the weights of an artifact, in float32, are more than `limit` GiB, or than what is free."""
     numbers = sum(math.prod(shape) for file in about.tensors.values() for _, shape in file.values())
+    if limit and 4 * numbers > limit * 2**30:
+        raise NotReady(
+            f"sha256:{about.digest[:16]} needs {4 * numbers / 2**30:.3g} GiB beside the base; {limit:g} GiB are "
+            "allowed for an arm here (PATCHBAY_ARM_GIB)."
+        )
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if 4 * numbers > free:
         raise NotReady(

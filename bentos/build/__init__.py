@@ -380,5 +380,6 @@ Every answer says in its headers which of them gave it.
 | `PATCHBAY_DEVICE` | `cpu` or `cuda` |
 | `PATCHBAY_SLOTS`, `PATCHBAY_CONTEXT` | rows decoded at once, tokens of a row |
 | `PATCHBAY_KV_GIB` | memory of keys and values; rows wait for room in it (default: what is free, less a reserve) |
+| `PATCHBAY_ARM_GIB` | memory that an arm with weights of its own may take beside the base (default: what is free) |
 | `PATCHBAY_CACHE` | where a base that has to be converted is kept |
 """

@@ -208,7 +208,7 @@ class Runtime:
         about = self._own(folder)
         if about.kind == "model" and not about.files:
             return BASE
-        self._add(about.digest, load_arm(folder, about, self.settings.device))
+        self._add(about.digest, load_arm(folder, about, self.settings.device, self.settings.arm_gib))
         return about.digest
 
     def _own(self, folder: Path, digest: str | None = None) -> Manifest:
@@ -301,7 +301,8 @@ class Runtime:
         from registry import store
 
         folder = store.pull(digest)
-        self._add(digest, load_arm(folder, self._own(folder, digest), self.settings.device))
+        arm = load_arm(folder, self._own(folder, digest), self.settings.device, self.settings.arm_gib)
+        self._add(digest, arm)
 
     def _stop_if_lost(self) -> None:
         """Stop an experiment that lost events: its estimates would be biased."""
@@ -320,7 +321,7 @@ class Runtime:
     ) -> Table:
         return Table(
             self.settings.system, self.base.name, self.base.digest, champion, challenger, x,
-            frozenset(self.subject.arms), head.hash if head else "",
+            frozenset(self.subject.arms), head.hash if head else "", self.subject.memory,
         )  # fmt: skip
 
     def _add(self, digest: str, arm: Arm) -> None:

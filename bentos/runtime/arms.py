@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from registry.ab.experiment import CONTROL, OWNER, TREATMENT, Arm, Experiment, assign
 from registry.ab.ledger import BASE
@@ -51,6 +52,8 @@ class Table:
     """Digests of the arms in memory"""
     head: str
     """Hash of the ledger entry from which this table was built"""
+    memory: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Bytes of the weights of `base` and, by digest, of each arm"""
 
 
 @dataclass(frozen=True)

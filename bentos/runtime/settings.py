@@ -35,6 +35,8 @@ class Settings:
     """Largest number of tokens in a row, prompt and answer"""
     kv_gib: float = 0.0
     """Largest size in GiB of all rows' keys and values; 0: free memory less a reserve"""
+    arm_gib: float = 0.0
+    """Largest size in GiB of the weights of one arm of kind `model`; 0: free memory"""
     provider: str = ""
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None
@@ -52,6 +54,7 @@ class Settings:
             slots=int(env.get("PATCHBAY_SLOTS", "32")),
             context=int(env.get("PATCHBAY_CONTEXT", "4096")),
             kv_gib=float(env.get("PATCHBAY_KV_GIB", "0")),
+            arm_gib=float(env.get("PATCHBAY_ARM_GIB", "0")),
             provider=env.get("PATCHBAY_PROVIDER", ""),
             pinned=Path(pinned) if pinned else None,
         )

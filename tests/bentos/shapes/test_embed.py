@@ -24,6 +24,7 @@ from patches.families.video.planted import motions
 from registry import manifest
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger
+from registry.errors import NotReady
 from registry.home import home
 from registry.systems import SYSTEMS
 from tests.asking import film, picture
@@ -44,11 +45,12 @@ def seal(system: str, seed: int) -> str:
     base = load_base(BASES[system], "video")
     about = manifest.write(part, kind="model", system=system, base=base.label, config={})
     (home() / "artifacts").mkdir(exist_ok=True)
-    part.rename(home() / "artifacts" / about.digest)
+    if not (home() / "artifacts" / about.digest).exists():
+        part.rename(home() / "artifacts" / about.digest)
     return about.digest
 
 
-def served(system: str, work, count: int = 0, tokens: Tokens | None = None):
+def served(system: str, work, count: int = 0, tokens: Tokens | None = None, **how):
     """Run `work(http, digests)` against a service of this system with so many checkpoints, the first one champion."""
 
     async def run():
@@ -58,7 +60,7 @@ def served(system: str, work, count: int = 0, tokens: Tokens | None = None):
             ledgers.promote(ledger, system, digests[0])
         if len(digests) > 1:
             ledgers.challenge(ledger, system, digests[1])
-        app = application(Settings(system, base=BASES[system]), tokens or Tokens(None))
+        app = application(Settings(system, base=BASES[system], **how), tokens or Tokens(None))
         async with app.router.lifespan_context(app), contextlib.AsyncExitStack() as stack:
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             http = await stack.enter_async_context(
@@ -140,6 +142,22 @@ def test_arms_are_models_and_base_stands_beside_checkpoint(home) -> None:
     assert both["scores"] != both["base"]["scores"]
     assert alone["challenger"]["patch"] == digests[1]
     assert mixed[1]["scores"] == alone["base"]["scores"]
+
+
+def test_memory_is_told_by_arm_and_capped(home) -> None:
+    async def work(http, digests):
+        return digests, (await http.get("/v1/models")).json()["patchbay"]
+
+    digests, about = served(MASKED, work, 2)
+    assert about["memory"].keys() == {"base", *digests}
+    own = sum(4 * p.numel() for p in motions("videomae").model.parameters())
+    assert all(own <= about["memory"][name] < 1.1 * own for name in about["memory"])
+
+    async def none_fits(http, digests):
+        return (await http.get("/v1/models")).json()["patchbay"]
+
+    with pytest.raises(NotReady, match=r"needs .* GiB beside the base; 1e-06 GiB are allowed .*PATCHBAY_ARM_GIB"):
+        served(MASKED, none_fits, 1, arm_gib=1e-6)
 
 
 def test_frames_files_and_forms_are_the_same_clip(home) -> None:
