@@ -41,7 +41,7 @@ class HeadConfig:
     mode: Mode = "zero"
     """Operation on a head's output: zero, mean (the tensor `value`) or scale (the tensor `factor`)"""
     tokens: Literal["all", "cls"] = "all"
-    """cls: edit token 0 alone, so that other tokens still read the heads' output"""
+    """Tokens that are edited; cls is token 0 alone, so that other tokens still read the heads' output"""
 
 
 @dataclass(frozen=True)

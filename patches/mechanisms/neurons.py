@@ -47,7 +47,7 @@ class NeuronConfig:
     neurons: tuple[int, ...]
     """Indices of the edited neurons"""
     op: Op = "mean"
-    """mean: set to the mean; gain: scale about the mean; rank1 (second_order): keep only the component along r_n"""
+    """Edit: set to the mean (mean), scale about it (gain), keep only the component along r_n (rank1; second_order)"""
     path: Literal["all", "second_order"] = "all"
     tokens: Tokens = "all"
     """Tokens that path `all` edits; token 0 is the class token"""

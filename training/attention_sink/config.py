@@ -17,7 +17,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     base: str = "pypi:smollm2"
-    """reference of a decoder language model with Llama's layout"""
+    """Reference of a decoder language model with Llama's layout"""
     device: str = "cpu"
     seed: int = 0
     method: Literal["auto", "paper", "damp"] = "auto"

@@ -24,7 +24,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     base: str = "lab:clip"
-    """reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    """Reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
@@ -77,7 +77,7 @@ class Config:
     val_images: int = 384
     test_images: int = 500
     word: str = ""
-    """unused: tasks of this system steer to nothing; sealed recipes hold it (docs/decisions/0010)"""
+    """Unused, since no task of this system steers; kept because sealed recipes hold it (docs/decisions/0010)"""
 
 
 RECIPES: dict[str, Config] = {

@@ -25,7 +25,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     base: str = "lab:clip"
-    """reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    """Reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
@@ -65,7 +65,7 @@ class Config:
     tokens: Tokens = "all"
     """Tokens that are edited"""
     word: str = ""
-    """task=steer: the class to steer to"""
+    """Class to steer to, for task=steer"""
     steer_features: int = 0
     """Number of features, neurons and random directions per layer whose steering is compared; 0: none"""
     steer_strengths: tuple[float, ...] = (1.0, 2.0)

@@ -25,7 +25,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     base: str = "lab:clip"
-    """reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    """Reference of a CLIP: `lab:clip`, `open-clip:model/tag`, `hf-hub:org/name@revision`, `local-dir:path`"""
     device: str = "cpu"
     seed: int = 0
     task: Task = "typographic"
@@ -35,7 +35,7 @@ class Config:
     data: str = ""
     """Folder of the real data set; empty: its rendered twin in the lab world"""
     word: str = ""
-    """unused: tasks of this system steer to nothing; sealed recipes hold it (docs/decisions/0010)"""
+    """Unused, since no task of this system steers; kept because sealed recipes hold it (docs/decisions/0010)"""
     layers: tuple[int, ...] = (4, 5, 6)
     """Layers whose neurons are read, 0-based; neurons of the last layer have no second-order effects"""
     ln: Norms = "own"

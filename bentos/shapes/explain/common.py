@@ -106,7 +106,7 @@ class Sealed(Generic[T]):
     """Cache of data sealed beside patches, for the `kept` most recently used."""
 
     def __init__(self, read: Callable[[str], T], kept: int, what: str) -> None:
-        """read: digest -> data, run on another thread; what: the data's name in error messages."""
+        """Create an empty cache. read: digest -> data, run on another thread; what: name of the data in messages."""
         self._read, self._most, self._what = read, kept, what
         self._kept: OrderedDict[str, T] = OrderedDict()
         self._reading = asyncio.Lock()

@@ -258,7 +258,7 @@ class Directions:
     """Principal direction, threshold and strongest images of each neuron of a layer, over many images."""
 
     direction: Tensor
-    """r (N, k): unit direction of the effects on the images with the largest effects"""
+    """Unit directions r (N, k) of the effects on the images with the largest effects"""
     axis: Tensor
     """(N, r): the same direction in a neuron's own coordinates"""
     reader: Tensor
