@@ -8,7 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.routing import Route
 from bentos.desk import ROUTES, Desk
 from bentos.http import Call, Handler, elsewhere, endpoint, preflight
 from bentos.runtime import Runtime, Settings, check
+from bentos.runtime.settings import placed
 from bentos.tokens import Tokens
 from registry.ab.ledger import Ledger
 from registry.errors import NotFound
@@ -87,15 +88,20 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
     return app
 
 
-def serve(name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False) -> subprocess.Popen[bytes]:
+def serve(
+    name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False,
+    given: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:  # fmt: skip
     """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
 
-    Raises as `check`, before anything is started.
+    given: variables of the environment as flags set them. Raises as `check`, before anything is started.
     """
-    Tokens.from_environment().check_host(host)
     settings = {
-        **os.environ, "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()), "BENTOML_DO_NOT_TRACK": "true",
+        **os.environ, **(given or {}), "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()),
+        "PATCHBAY_URL": f"http://{f'[{host}]' if ':' in host else host}:{port}", "BENTOML_DO_NOT_TRACK": "true",
     }  # fmt: skip
+    settings = placed(settings)
+    Tokens.from_environment(settings).check_host(host)
     declared = Settings.from_environment(settings)
     check(declared, None if declared.pinned else Ledger().head(declared.system))
     command = [

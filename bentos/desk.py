@@ -105,15 +105,22 @@ class Desk:
 
     # ---- routing -------------------------------------------------------------------------------------------------
 
-    def choice(self, request: Request, model: str | None, unit: str | None = None) -> tuple[Table, Choice]:
+    def choice(
+        self, request: Request, model: str | None, unit: str | None = None, compare: bool = False
+    ) -> tuple[Table, Choice]:
         """Choose the arm of a request: by the header X-Patchbay-Arm, else by the body's `model`.
 
-        Also returns the routing table, which stays the same for the whole request.
+        Also returns the routing table, which stays the same for the whole request. With `compare` (base and patched
+        side by side) and no arm named, the challenger is chosen, or the champion where there is none, and no exposure
+        is written. Raises Forbidden for `compare` by a token without that scope.
         """
+        self.check_compare(request, compare)
         table = self.table()
         unit = request.headers.get("x-patchbay-unit") or unit_of(unit)
         token = request.state.token
         wish = request.headers.get("x-patchbay-arm") or model
+        if compare and not wish:
+            wish = "challenger" if table.challenger in table.loaded else "champion"
         return table, choose(table, wish, unit, token.tenant, "compare" in token.scopes)
 
     @staticmethod

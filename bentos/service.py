@@ -43,6 +43,9 @@ async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
             raise
         outer.state.desk = inner.state.desk
         _stop_in_time(inner.state.desk.runtime)
+        if _worker():
+            sys.stderr.write(f"{inner.state.desk.runtime.told()}\n")
+            sys.stderr.flush()
         yield
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,10 @@ class Tokens:
             raise ConfigError(f"The token file {file.name} cannot be read: {e}.") from None
 
     @classmethod
-    def from_environment(cls) -> Tokens:
-        name = os.environ.get("PATCHBAY_TOKENS")
-        return cls(Path(name) if name else None, os.environ.get("PATCHBAY_ORIGINS", ""))
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> Tokens:
+        """As PATCHBAY_TOKENS and PATCHBAY_ORIGINS say."""
+        name = env.get("PATCHBAY_TOKENS")
+        return cls(Path(name) if name else None, env.get("PATCHBAY_ORIGINS", ""))
 
     def check_host(self, host: str) -> None:
         """Refuse to listen on a network address without tokens. Raises ConfigError."""

@@ -16,7 +16,7 @@ from patches.families.base import Base, load_base
 from patches.families.family import family
 from registry import manifest
 from registry.errors import Conflict, PatchError, Unsealed
-from registry.home import home
+from registry.home import home, part_prefix, swept
 from registry.manifest import Manifest
 from registry.systems import system
 
@@ -44,8 +44,7 @@ def export(folder: Path, out: Path | None = None, base: Base | str | None = None
     manifest.read(Path(folder), digest=about.digest, base=base.digest)
     place = Path(out) if out is not None else home() / "exports" / f"{row.name}-{about.digest[:16]}"
     _check_place(place, about)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
+    part = Path(tempfile.mkdtemp(dir=swept(place.parent), prefix=part_prefix()))
     try:
         made = fold(about, patch, base, part)
         if place.is_dir() and not any(place.iterdir()):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from registry.errors import ConfigError
+from registry.errors import ConfigError, nearest
 
 C = TypeVar("C")
 
@@ -47,7 +47,22 @@ def parse(cls: type[C], values: Mapping[str, Any]) -> C:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         given = repr(first.get("input"))
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            known = _keys(cls, [str(part) for part in first["loc"][:-1]])
+            raise ConfigError(
+                f"{cls.__qualname__} has no key {where[:80]!r} (got {given[:80]}). Keys: "
+                f"{nearest(str(first['loc'][-1]), known)}."
+            ) from None
         raise ConfigError(f"{cls.__qualname__}.{where}: {first['msg']} (got {given[:80]}).") from None
+
+
+def _keys(cls: Any, path: Sequence[str]) -> list[str]:
+    """Names of the fields of the config that `path` leads to; of the whole one where it leads to no config."""
+    at = cls
+    for part in path:
+        found = get_type_hints(at).get(part) if is_dataclass(at) else None
+        at = found if is_dataclass(found) else at
+    return [f.name for f in fields(at)]
 
 
 def _literal(text: str) -> Any:

@@ -30,7 +30,9 @@ The command line prints the message alone; the services map `status` in one plac
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -167,3 +169,12 @@ def plain(text: str) -> str:
 def unsecret(text: str) -> str:
     """A message without the passwords in addresses."""
     return _SECRET.sub("***@", text)
+
+
+def nearest(word: str, among: Iterable[str], most: int = 40) -> str:
+    """Names as an error lists them, those that look most like `word` first."""
+    names = list(among)
+    like = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    ordered = [*like, *(n for n in names if n not in like)]
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

@@ -15,7 +15,15 @@ Converted bases are large and the same for everyone, so they live in the user's 
 from __future__ import annotations
 
 import os
+import shutil
+import socket
+import time
 from pathlib import Path
+
+PART = ".part-"
+"""how names of folders begin that somebody is still writing"""
+STALE_S = 24 * 3600.0
+"""seconds after which such a folder is left over, if it does not say whose it is"""
 
 
 def home() -> Path:
@@ -30,3 +38,40 @@ def cache() -> Path:
     path = Path(os.environ.get("PATCHBAY_CACHE") or Path.home() / ".cache" / "patchbay").absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def part_prefix() -> str:
+    """How the name of a folder begins that this process is writing, so that others can tell when it is left over."""
+    return f"{PART}{socket.gethostname()[:40].replace('-', '_')}-{os.getpid()}-"
+
+
+def swept(folder: Path) -> Path:
+    """The folder, made if missing, without half-written ones in it whose process is gone (on this machine) or that
+    nobody touched for a day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in stale(folder):
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def stale(folder: Path) -> list[Path]:
+    """Half-written folders in `folder` that nobody goes on with."""
+    return [part for part in folder.glob(f"{PART}*") if part.is_dir() and not part.is_symlink() and _left_over(part)]
+
+
+def _left_over(part: Path) -> bool:
+    here = socket.gethostname()[:40].replace("-", "_")
+    host, _, rest = part.name.removeprefix(PART).partition("-")
+    number = rest.partition("-")[0]
+    if host == here and number.isdigit():
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # somebody else's process, and alive
+            return False
+        return False
+    try:
+        return time.time() - part.stat().st_mtime > STALE_S
+    except OSError:
+        return False

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from registry.errors import NotFound
+from registry.errors import NotFound, nearest
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,4 @@ def system(name: str) -> System:
     try:
         return SYSTEMS[name]
     except KeyError:
-        raise NotFound(f"There is no system {name[:60]!r}. Systems: {', '.join(SYSTEMS)}.") from None
+        raise NotFound(f"There is no system {name[:60]!r}. Systems: {nearest(name, SYSTEMS)}.") from None

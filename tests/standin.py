@@ -24,7 +24,7 @@ from patches.families.base import Base, load_base
 from patches.families.family import Column, Family, Table
 from patches.families.worker import Job, Worker
 from patches.subject import Search
-from registry import manifest, systems
+from registry import gate, manifest, systems
 from registry.measure import Measure
 from registry.systems import System
 
@@ -154,6 +154,10 @@ def evaluate(subject: Any, config: Config, arm: str | None) -> dict[str, Measure
     return {"quality/y": Measure(job.out, job.out - 1, job.out + 1, 7, "higher"), "quality/x": Measure(2.0)}
 
 
+def promises(recipe: str, config: Config) -> tuple[gate.Promise, ...]:
+    return gate.gain("quality/y", sure=config.factor > 1), gate.Promise("quality/x", "least", 2.0)
+
+
 def figures(folder: Path, results: Any) -> dict[str, Any]:
     from matplotlib.figure import Figure
 
@@ -210,7 +214,8 @@ def installed() -> Iterator[None]:
     shape = module(
         "bentos.shapes.times", ROUTES=(Call("POST", "/v1/times", Service.times, "predict", Ask),), Service=Service
     )
-    job = {"Config": Config, "RECIPES": {"tiny": Config()}, "evaluate": evaluate, "figures": figures}
+    job = {"Config": Config, "RECIPES": {"tiny": Config()}, "evaluate": evaluate, "figures": figures,
+           "promises": promises}  # fmt: skip
     known, shapes = families.families(), app.shapes
     planned = System.planned.fget
     with pytest.MonkeyPatch.context() as patch:

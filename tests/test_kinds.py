@@ -55,6 +55,7 @@ def pushed(name, capsys):
     """The artifact, pushed; it is the champion."""
     made = said(capsys, "fit", f"{name}/tiny")
     got = said(capsys, "push", made["folder"])
+    said(capsys, "gate", f"{name}@{got['version']}")
     said(capsys, "promote", f"{name}@{got['version']}")
     return got
 

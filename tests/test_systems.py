@@ -116,6 +116,30 @@ def test_both_sides_are_measured_and_compared(name, pushed, measured):
     assert {r["metric"] for r in rows} >= got["base"].keys()
 
 
+def test_its_gate_holds_it_to_what_its_recipe_promises(name, pushed, measured):
+    """Not promoted before; afterwards the ledger and the version say what was promised, and what came."""
+    from registry import gate
+    from registry.ab.ledger import Ledger
+    from registry.store import mlflow_client
+
+    made, known = pushed(name), measured(name)["metrics"]
+    if Ledger().gate(name, made["digest"]) is None:
+        assert cli.main(["promote", f"sha256:{made['digest']}"]) == 1
+    got = said("gate", f"sha256:{made['digest']}")
+    assert got["status"] == "passed"
+    assert [p["promise"]["metric"] for p in got["promises"]][-1] == gate.LATENCY
+    assert len(got["promises"]) > 1
+    for p in got["promises"]:
+        assert p["n"], p["says"]
+        if p["promise"]["asks"] in ("least", "most") and p["promise"]["metric"] != gate.LATENCY:
+            assert p["value"] == known["patched"][p["promise"]["metric"]]["value"], "it was measured once more"
+    assert Ledger().gate(name, made["digest"]) == got
+    version = mlflow_client.find_version(made["digest"])
+    assert version.tags["gate.status"] == "passed"
+    with mlflow_client.connected() as client:
+        assert f"gate/{gate.LATENCY}" in client.get_run(version.run_id).data.metrics
+
+
 def test_mlflow_loads_it_and_its_base_and_both_predict(name, pushed):
     import mlflow
 
@@ -142,6 +166,7 @@ def test_every_shape_answers_and_an_experiment_reaches_both_arms(name, pushed):
     from bentos.tokens import Tokens
 
     made, row = pushed(name), SYSTEMS[name]
+    said("gate", f"sha256:{made['digest']}")
     said("promote", f"sha256:{made['digest']}")
 
     async def work():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from patches.families.base import Base, load_base
 from registry import config as configs
 from registry.errors import BadArtifact
 from registry.home import home
-from registry.manifest import Manifest
+from registry.manifest import Manifest, digest_of
 from registry.measure import Measure
 from registry.systems import system
 
@@ -47,6 +47,11 @@ def recipe_of(folder: Path, about: Manifest) -> Recipe:
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
     return Recipe(sealed["recipe"], configs.parse(system(about.system).load_job().Config, sealed["config"]))
+
+
+def dataset_of(recipe: Recipe) -> tuple[str, str]:
+    """Name and digest (16 hex digits) of the data that a recipe's config chooses to measure on."""
+    return recipe.name.replace("/", "-"), digest_of(asdict(recipe.config))[:16]
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ import torch
 from patches.engine.patch import ONLY
 from patches.subject import Subject
 from registry import config as configs
-from registry import manifest
+from registry import manifest, recipes
 from registry.errors import NotFound
-from registry.home import home
+from registry.home import home, part_prefix, swept
 from registry.manifest import Manifest
 from registry.measure import Measure, measures
-from registry.systems import System, system
-from training.evidence import RECIPE, recipe_of, table
+from registry.systems import SYSTEMS, System, system
+from training import progress
+from training.evidence import RECIPE, dataset_of, recipe_of, table
 
 SIDES = {"base": None, "patched": ONLY}
 """Reported side -> arm of the subject"""
@@ -60,38 +61,50 @@ class Measured:
 
 
 def recipe(name: str, words: Iterable[str] = ()) -> tuple[System, str, Any]:
-    """Resolve `system/recipe` and `key=value` words to (system row, recipe name, config).
-
-    Default recipe: lab, else tiny.
+    """Resolve `system/recipe` and `key=value` words to (system row, recipe name, config). Default: the usual recipe.
 
     Raises NotFound for an unknown recipe, ConfigError for bad words.
     """
-    which, _, key = name.partition("/")
-    row = system(which)
-    recipes = row.load_job().RECIPES
-    key = key or next(k for k in ("lab", "smollm", "tiny") if k in recipes)
-    if key not in recipes:
-        raise NotFound(f"{which} has no recipe {key!r}. Recipes: {', '.join(recipes)}.")
-    return row, key, configs.override(recipes[key], words)
+    row, key, _ = recipes.split(name)
+    return row, key, configs.override(row.load_job().RECIPES[key], words)
 
 
 def fit(name: str, words: Iterable[str] = ()) -> Path:
     """Run a recipe and seal the result in home()/runs/<system>-<digest16>. The same recipe gives the same digest."""
     row, key, config = recipe(name, words)
+    progress.say(_announced(row, key, config, not recipes.split(name)[2]))
     _seed(getattr(config, "seed", 0))
-    runs = home() / "runs"
-    runs.mkdir(exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=runs, prefix=".part-"))
+    runs = swept(home() / "runs")
+    part = Path(tempfile.mkdtemp(dir=runs, prefix=part_prefix()))
+    what = f"{row.name}/{key}"
     try:
         about = {"recipe": f"{row.name}/{key}", "config": asdict(config)}
-        (part / RECIPE).write_bytes(manifest.canonical(json.loads(json.dumps(about))))
-        made = row.load_job().fit(config, part)
+        about = json.loads(json.dumps(about))
+        (part / RECIPE).write_bytes(manifest.canonical(about))
+        with progress.told(what, f"{what} {getattr(config, 'device', 'cpu')} {manifest.digest_of(about)[:8]}"):
+            made = row.load_job().fit(config, part)
         folder = runs / f"{row.name}-{made.digest[:16]}"
         if not folder.exists():
             os.replace(part, folder)
         return folder
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _announced(row: System, key: str, config: Any, usual: bool) -> str:
+    """What is about to be done, on what, and about how long it takes."""
+    named = " (its usual recipe; others: patchbay fit --help)" if usual else ""
+    about = json.loads(json.dumps({"recipe": f"{row.name}/{key}", "config": asdict(config)}))
+    device = getattr(config, "device", "cpu")
+    bases = [str(getattr(config, f)) for f in ("base", *row.roles) if getattr(config, f, "")]
+    words = [f"base {', '.join(bases) or 'none'}", f"device {device}"]
+    words += [f"{name} {count:,}" for name, count in progress.steps(config).items()]
+    took = progress.last_time(f"{row.name}/{key} {device} {manifest.digest_of(about)[:8]}")
+    said = recipes.offer(row.name).recipes.get(key, "") if row.name in SYSTEMS else ""
+    words.append(
+        f"took {progress.span(took)} the last time" if took is not None else said or "how long is not known yet"
+    )
+    return f"fit {row.name}/{key}{named}: {'; '.join(words)}"
 
 
 def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None) -> Measured:
@@ -104,7 +117,7 @@ def evaluate(folder: Path, words: Iterable[str] = (), device: str | None = None)
     job = row.load_job()
     sealed = recipe_of(folder, about)
     config = configs.override(sealed.config, words)
-    data = (sealed.name.replace("/", "-"), manifest.digest_of(asdict(config))[:16])
+    data = dataset_of(replace(sealed, config=config))
     config = _on(config, device)
     given = getattr(config, "base", "") if not row.roles else ""
     model = Subject.load(folder, given or None, str(device or getattr(config, "device", "cpu")))

@@ -12,6 +12,7 @@ is a warning (page, log, metric). No thread ends by an exception; `ill` says whi
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -104,6 +105,22 @@ class Runtime:
         except BaseException as e:
             self.problem = str(e) or type(e).__name__
             raise
+
+    def told(self) -> str:
+        """For whoever started it: where it answers, of what, on which device, and which arms there are."""
+        t, s = self.table, self.settings
+        assert t is not None
+        where = os.environ.get("PATCHBAY_URL") or f"port {os.environ.get('PORT', '3000')}"
+        bases = ", ".join(base.label for base in self.subject.bases.values())
+        arms = {"champion": t.champion, "challenger": t.challenger}
+        shown = [f"{role} {d if d == 'base' else f'sha256:{d[:16]}'}" for role, d in arms.items() if d]
+        return "\n".join([
+            f"ready: {s.system} at {where} (the page at /, the API under /v1)",
+            f"  base        {bases} on {s.device}",
+            f"  arms        base, {', '.join(shown)}",
+            *([f"  experiment  {t.experiment.name}, {t.experiment.share:.0%} treated"] if t.experiment else []),
+            *([f"  warning     {self.warning}"] if self.warning else []),
+        ])  # fmt: skip
 
     def stop(self) -> None:
         """End the threads and remove the patches, within STOP_S whatever hangs."""

@@ -8,11 +8,12 @@ import math
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
-from registry.errors import PatchbayError
+from registry.errors import Conflict, PatchbayError
 from registry.home import home
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class Judge:
             return None
         x = experiments.load(head.experiment)
         decision = experiments.judge(x, self.r.events.summary(x))
+        if decision.action == "promote":
+            try:
+                ledgers.check_gate(self.r.ledger, x.system, x.treatment)
+            except Conflict as e:  # it won, and still nobody has measured what it promises
+                decision = replace(decision, action="continue", why=f"{decision.why}, but {e}")
         if decision.action == "continue":
             return decision
         act = {"promote": ledgers.promote, "rollback": ledgers.rollback}

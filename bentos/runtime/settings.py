@@ -13,7 +13,7 @@ from patches.families.family import family
 from registry import manifest
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import BASE
-from registry.errors import NotReady
+from registry.errors import ConfigError, NotReady
 from registry.systems import system
 
 CARRIED = Path(__file__).parents[2] / "carried"
@@ -50,14 +50,58 @@ class Settings:
         return cls(
             system=system(name).name,
             base=env.get("PATCHBAY_BASE") or None,
-            device=env.get("PATCHBAY_DEVICE", "cpu"),
-            slots=int(env.get("PATCHBAY_SLOTS", "32")),
-            context=int(env.get("PATCHBAY_CONTEXT", "4096")),
-            kv_gib=float(env.get("PATCHBAY_KV_GIB", "0")),
-            arm_gib=float(env.get("PATCHBAY_ARM_GIB", "0")),
+            device=env.get("PATCHBAY_DEVICE") or "cpu",
+            slots=_count(env, "PATCHBAY_SLOTS", 32, 4096),
+            context=_count(env, "PATCHBAY_CONTEXT", 4096, 1 << 20),
+            kv_gib=_gibibytes(env, "PATCHBAY_KV_GIB"),
+            arm_gib=_gibibytes(env, "PATCHBAY_ARM_GIB"),
             provider=env.get("PATCHBAY_PROVIDER", ""),
             pinned=Path(pinned) if pinned else None,
         )
+
+
+def _gibibytes(env: Mapping[str, str], name: str) -> float:
+    """A number of GiB from 0. Raises ConfigError naming the variable and the value."""
+    text = env.get(name) or "0"
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0.0 <= found < 1e6:
+        raise ConfigError(f"{name}={text[:40]!r} is no number of GiB from 0. Leave it out.")
+    return found
+
+
+FOLDERS = ("PATCHBAY_CACHE", "PATCHBAY_PICTURES", "PATCHBAY_PINNED", "PATCHBAY_TOKENS")
+"""variables that hold a path"""
+
+
+def _count(env: Mapping[str, str], name: str, usual: int, most: int) -> int:
+    """A whole number from 1 to `most`. Raises ConfigError naming the variable and the value."""
+    text = env.get(name) or str(usual)
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise ConfigError(f"{name}={text[:40]!r} is no whole number from 1 to {most:,}. Leave it out for {usual:,}.")
+    return int(text)
+
+
+def placed(env: Mapping[str, str]) -> dict[str, str]:
+    """The same environment for a process that works in another folder: relative paths become absolute ones, also in
+    references of bases and in MLflow's address."""
+    out = dict(env)
+    for name in FOLDERS:
+        if out.get(name):
+            out[name] = str(Path(out[name]).expanduser().absolute())
+    if out.get("PATCHBAY_BASE"):
+        out["PATCHBAY_BASE"] = ",".join(_absolute(ref) for ref in out["PATCHBAY_BASE"].split(","))
+    address = out.get("MLFLOW_TRACKING_URI", "")
+    if address.startswith("sqlite:///") and not address.startswith("sqlite:////"):
+        out["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(address[10:]).absolute()}"
+    return out
+
+
+def _absolute(ref: str) -> str:
+    scheme, _, path = ref.partition(":")
+    return f"{scheme}:{Path(path).expanduser().absolute()}" if scheme in ("local-dir", "gguf") and path else ref
 
 
 def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:

@@ -116,8 +116,7 @@ class Service(jobs.Service):
         """Queue a search. What cannot be one is refused here, before there is a job."""
         if ask.patchbay.ask is not None:
             raise BadRequest("patchbay.ask: a search takes nothing from a request but its budget; leave it out.")
-        table, choice = self.desk.choice(request, ask.model, ask.user)
-        self.desk.check_compare(request, ask.patchbay.compare)
+        table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         inputs = await self._inputs(ask)
         job = self._job(choice.arm, inputs, ask.model_dump())
         self.runtime.worker.check([job])
@@ -258,7 +257,7 @@ class Service(jobs.Service):
     def _decoded(self, kind: str, value: Any) -> dict[str, Any]:
         process = self.runtime.base.processor
         if kind == "sound":
-            samples, rate = wav.decode(unpacked(value))
+            samples, rate = wav.decode(unpacked(value, "sound"))
             return {"sound": (samples, rate)}
         if kind == "image":
             return {"pixels": process.image(read(value))}

@@ -85,6 +85,8 @@ class Classifiers:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.kept: OrderedDict[tuple[tuple[str, ...], ...], Tensor] = OrderedDict()
+        self.doubts: OrderedDict[tuple[str, ...], list[str]] = OrderedDict()
+        """labels -> what a caller should know of them, the latest"""
         self.sealed: OrderedDict[str, LabelSet | None] = OrderedDict()
         """Digest -> sealed label set; None for an artifact without one"""
 
@@ -133,6 +135,9 @@ class Classifiers:
         tower = partial(engine, "text") if engine is not None else None
         made = clip.logit_scale(base) * clip.zero_shot(base, labels, templates, tower).cpu()
         self.kept[labels, templates] = made
+        self.doubts[labels] = clip.doubts(base, labels)  # on this thread: tokenizers are not for two at once
+        while len(self.doubts) > KEPT_SETS:
+            self.doubts.popitem(last=False)
         while len(self.kept) > 1 and sum(w.numel() for w in self.kept.values()) > KEPT_NUMBERS:
             self.kept.popitem(last=False)
         return made
@@ -148,8 +153,7 @@ class Service:
     async def classify(self, request: Request, ask: Classify) -> Response:
         """Answer POST /v1/classify."""
         start = time.perf_counter()
-        table, choice = self.desk.choice(request, ask.model, ask.user)
-        self.desk.check_compare(request, ask.patchbay.compare)
+        table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         try:
             by, sealed = await self._label_set(table, choice, ask)
             budget = Budget()
@@ -172,6 +176,8 @@ class Service:
         if twin is not None:
             self.desk.later(self._shadow(request, twin, entries, results, by))
         out = {"object": "classification", "model": self.desk.model(choice), "results": results}
+        if doubts := self.classifiers.doubts.get(tuple(ask.labels or ())):
+            out["warnings"] = doubts
         if sealed:
             out["label_set"] = f"sha256:{sealed[:16]}"
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))

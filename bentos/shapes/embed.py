@@ -116,8 +116,7 @@ class Service:
     async def video(self, request: Request, ask: Video) -> Response:
         """Answer what is wanted of every clip."""
         start = time.perf_counter()
-        table, choice = self.desk.choice(request, ask.model, ask.user)
-        self.desk.check_compare(request, ask.patchbay.compare)
+        table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         try:
             entries = await asyncio.gather(*(self._entry(request, ask, choice, values) for values in ask.clips))
             if all(e.refused for e in entries):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from patches.families.pictures import Budget, guarded
 from patches.families.pictures import read as read_picture
+from patches.families.pictures import unpacked as from_base64
 from patches.families.video.decode import Decoded, Limits, cropped
 from registry.errors import Invalid, TooLarge
 
@@ -22,12 +22,9 @@ SHOWN = 96
 COLOURS = ((0, 0, 0), (230, 60, 60), (60, 160, 240), (250, 200, 40), (90, 200, 90), (190, 90, 210))
 
 
-def unpacked(data: str) -> bytes:
-    """A file's bytes from base64 (the prefix of a `data:` URI is left out). Raises Invalid."""
-    try:
-        return base64.b64decode(data.partition(",")[2] if data.startswith("data:") else data, validate=True)
-    except (binascii.Error, ValueError):
-        raise Invalid(f"The clip is not base64 (it begins with {data[:16]!r}).") from None
+def unpacked(data: str, what: str = "clip") -> bytes:
+    """A file's bytes from base64. Raises Invalid as pictures do."""
+    return from_base64(data, what)
 
 
 def stacked(frames: Sequence[str], limits: Limits) -> Decoded:
@@ -45,7 +42,7 @@ def stacked(frames: Sequence[str], limits: Limits) -> Decoded:
 
 def mask(data: str, size: tuple[int, int], side: int) -> Tensor:
     """(side, side) int64 objects of a PNG of the first frame, cut as the frames are. Raises Invalid."""
-    raw = unpacked(data)
+    raw = unpacked(data, "mask")
     with guarded():
         picture = Pillow.open(io.BytesIO(raw), formats=("PNG",))
         if picture.width * picture.height > 40_000_000:

@@ -225,8 +225,7 @@ class Service:
         self, request: Request, ask: Ask, prompts: list[Make], tokens: int, scores: int | None, kind: str
     ) -> Response:
         start = time.perf_counter()
-        table, choice = self.desk.choice(request, ask.model, ask.user)
-        self.desk.check_compare(request, ask.patchbay.compare)
+        table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         if ask.patchbay.compare and ask.stream:
             raise BadRequest("patchbay.compare: not with stream; send two requests.")
         lines, news = self._lines(ask, prompts, tokens, scores, choice)

@@ -103,8 +103,7 @@ class Service(Inverting):
 
     async def _images(self, request: Request, ask: Generations, rows: Any) -> Response:
         start = time.perf_counter()
-        table, choice = self.desk.choice(request, ask.model, ask.user)
-        self.desk.check_compare(request, ask.patchbay.compare)
+        table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         entries = [Entry(choice.label, row) for row in rows(choice, choice.arm)]
         if ask.patchbay.compare:
             entries = [*(Entry("base", row) for row in rows(choice, None)), *entries]

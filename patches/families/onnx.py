@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patches.families.base import Base, check_device
 from registry import manifest
 from registry.errors import NotReady
-from registry.home import home
+from registry.home import home, part_prefix, swept
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 MAX_INLINE_BYTES = 3 << 29
@@ -59,8 +59,7 @@ def kept(name: str, base: Base, write: Callable[[Path], Any]) -> Path:
     if folder.exists():
         manifest.read(folder, base=base.digest)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+    with tempfile.TemporaryDirectory(dir=swept(folder.parent), prefix=part_prefix()) as part:
         write(Path(part) / "made")
         with contextlib.suppress(OSError):  # another process was first, with the same
             (Path(part) / "made").rename(folder)

@@ -16,13 +16,26 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from registry.errors import Invalid, PatchbayError, TooLarge
 
+Pillow.init()  # it knows AVIF and MPO only afterwards
+
 MAX_BYTES = 12 << 20
 """Bytes that one picture's file may have"""
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 8
 """pixels; less says nothing"""
 MAX_ASPECT = 20
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP")
+SIDE_BY_SIDE = frozenset({"MPO"})
+"""what Pillow calls a JPEG with more pictures behind the first, as phones and cameras write it: a preview, a depth map,
+the other eye, and no animation. The first is the picture"""
+OTHERS = (
+    (4, b"ftypheic", "HEIC"), (4, b"ftypheix", "HEIC"), (4, b"ftypmif1", "HEIF"), (4, b"ftyphevc", "HEIC"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"<?xml", "SVG or XML"),
+    (0, b"8BPS", "Photoshop"), (0, b"<!DOCTYPE", "a web page"), (0, b"<html", "a web page"),
+    (0, b"version https://git-lfs", "a Git LFS pointer"), (0, b"PK", "a zip file"),
+)  # fmt: skip
+"""offset, bytes there, what it is: files that people send as pictures and that are not read"""
+WHITE = str.maketrans("", "", " \t\r\n\f\v")
 DRAFT_PIXELS, DRAFT_SIDE = 4_000_000, 1024
 """a JPEG of more pixels is decoded at a half, a quarter or an eighth, its shorter side still at least this"""
 
@@ -52,22 +65,34 @@ def guarded() -> Iterator[None]:
         raise
     except Pillow.DecompressionBombError:
         raise TooLarge(f"The picture claims far more than the {MAX_PIXELS} pixels that are allowed.") from None
-    except Exception as e:
-        raise Invalid(f"The picture is cut off or damaged; it cannot be read ({type(e).__name__}).") from None
+    except Exception:
+        raise Invalid("The picture is cut off or damaged; it cannot be read to its end. Save it again.") from None
+
+
+def unpacked(data: str, what: str = "picture") -> bytes:
+    """A file's bytes from base64 as tools write it: wrapped into lines, with or without padding, in the alphabet of
+    addresses, after the prefix of a `data:` URI. Raises Invalid naming `what`."""
+    body = data
+    if data[:5].lower() == "data:":
+        about, comma, body = data.partition(",")
+        if not comma or not about.lower().rstrip().endswith(";base64"):
+            raise Invalid(f"The {what} is a data: URI without ';base64,' ({data[:40]!r}); encode it as base64.")
+    text = body.translate(WHITE).rstrip("=").translate(_ADDRESSES)
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise Invalid(f"The {what} is not base64 (it begins with {data[:16]!r}).") from None
+
+
+_ADDRESSES = str.maketrans("-_", "+/")
 
 
 def read(data: str, budget: Budget | None = None) -> Pillow.Image:
-    """An upright RGB picture from base64 (the prefix of a `data:` URI is left out).
+    """An upright RGB picture from base64 (`unpacked`).
 
     budget: of the request it came with. Raises Invalid saying what is wrong with it, TooLarge if it is beyond a limit.
     """
-    if data.startswith("data:"):
-        data = data.partition(",")[2]
-    try:
-        raw = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise Invalid(f"The picture is not base64 (it begins with {data[:16]!r}).") from None
-    return opened(raw, budget)
+    return opened(unpacked(data), budget)
 
 
 def opened(raw: bytes, budget: Budget | None = None) -> Pillow.Image:
@@ -84,7 +109,9 @@ def _opened(raw: bytes, budget: Budget) -> Pillow.Image:
         try:
             picture: Pillow.Image = Pillow.open(io.BytesIO(raw), formats=FORMATS)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-            raise Invalid(f"The picture is none of {', '.join(FORMATS)}, or its header is broken.") from None
+            raise Invalid(
+                f"The picture is none of {', '.join(FORMATS)}, or its header is broken{_other(raw)}."
+            ) from None
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise TooLarge(f"The picture has {width} x {height} pixels; {MAX_PIXELS} together are allowed.")
@@ -93,7 +120,7 @@ def _opened(raw: bytes, budget: Budget) -> Pillow.Image:
                 f"The picture has {width} x {height} pixels; its sides must be at least {MIN_SIDE}, and one at most "
                 f"{MAX_ASPECT} times the other."
             )
-        if (frames := getattr(picture, "n_frames", 1)) > 1:
+        if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format not in SIDE_BY_SIDE:
             raise Invalid(f"The picture is animated ({frames} frames); send one frame.")
         if picture.mode == "CMYK":
             raise Invalid("The picture is in CMYK, whose colours depend on an ink profile; convert it to RGB.")
@@ -106,11 +133,24 @@ def _opened(raw: bytes, budget: Budget) -> Pillow.Image:
         return _rgb(picture)
 
 
+def _other(raw: bytes) -> str:
+    """What a file is that cannot be read, if it says so itself."""
+    head = raw[:256].lstrip()
+    found = next((name for at, mark, name in OTHERS if head[at : at + len(mark)].lower() == mark.lower()), "")
+    return f": it looks like {found}; save it as PNG or JPEG" if found else ""
+
+
+def eight_bits(picture: Pillow.Image) -> Pillow.Image:
+    """Grey of 16 bits as grey of 8, black and white staying what they are; other pictures as they come. Pillow itself
+    would cut everything off at 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return picture.convert("I").point(lambda v: v / 257 + 0.5).convert("L")
+
+
 def _rgb(picture: Pillow.Image) -> Pillow.Image:
     """What is transparent shows white."""
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a channel; Pillow would cut them off at 255
-        low, high = (float(v) for v in picture.getextrema())  # type: ignore[arg-type]
-        return picture.convert("F").point(lambda v: (v - low) * (255 / max(high - low, 1.0))).convert("RGB")
+    picture = eight_bits(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         whole = picture.convert("RGBA")
         return Pillow.alpha_composite(Pillow.new("RGBA", whole.size, "white"), whole).convert("RGB")

@@ -20,7 +20,7 @@ from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.home import home
 from registry.manifest import canonical, digest_of, is_digest
 
-Action = Literal["challenge", "split", "ramp", "promote", "rollback", "stop"]
+Action = Literal["challenge", "gate", "split", "ramp", "promote", "rollback", "stop"]
 BASE = "base"
 """the unpatched base, as champion or as an arm"""
 
@@ -84,6 +84,12 @@ class Ledger:
         """Grows with every entry of any system; microseconds, so that a service may ask often."""
         with self._db() as db:
             return int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0])
+
+    def gate(self, system: str, digest: str) -> dict[str, Any] | None:
+        """What the newest gate said of an artifact (`registry.gate.Gated.evidence`); None if it was never gated."""
+        which = "system = ? AND action = 'gate' AND json_extract(evidence, '$.gate.digest') = ?"
+        found = self._read(f"{which} ORDER BY seq DESC LIMIT 1", system, digest)
+        return found[0].evidence["gate"] if found and found[0].evidence else None
 
     def append(
         self,
@@ -200,16 +206,42 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 # ---- the decisions ---------------------------------------------------------------------------------------------
 
 
-def challenge(ledger: Ledger, system: str, digest: str, *, who: str = "unknown") -> Entry:
+def challenge(
+    ledger: Ledger, system: str, digest: str, *, evidence: dict[str, Any] | None = None, who: str = "unknown"
+) -> Entry:
     """Name the challenger. The champion stays; a live experiment with another treatment stops."""
     head = ledger.head(system)
     live = head.experiment if head else None
     if live is not None and live["treatment"] != digest:
         live = None
-    return _next(ledger, system, head, "challenge", challenger=digest, experiment=live, who=who)
+    return _next(ledger, system, head, "challenge", challenger=digest, experiment=live, evidence=evidence, who=who)
 
 
-def split(ledger: Ledger, system: str, experiment: dict[str, Any], *, who: str = "unknown") -> Entry:
+def gate(ledger: Ledger, system: str, evidence: dict[str, Any], *, who: str = "unknown") -> Entry:
+    """Write down what a gate said (`registry.gate.Gated.evidence`); who is champion, who challenges stays."""
+    head = ledger.head(system)
+    return _next(ledger, system, head, "gate", experiment=head.experiment if head else None, evidence=evidence, who=who)
+
+
+def check_gate(ledger: Ledger, system: str, digest: str) -> None:
+    """Raises Conflict for an artifact whose newest gate did not pass, or that has none. The base needs none."""
+    if digest == BASE:
+        return
+    found = ledger.gate(system, digest)
+    if found is not None and found["status"] == "passed":
+        return
+    broken = [p["says"] for p in found["promises"] if not p["kept"]] if found else []
+    why = f"did not pass its gate ({'; '.join(broken)[:300]})" if found else "has not been through its gate"
+    raise Conflict(
+        f"sha256:{digest[:16]} of {system} {why}. Measure what it promises: patchbay gate sha256:{digest[:16]}; or say "
+        "why it should go all the same: --force REASON"
+    )
+
+
+def split(
+    ledger: Ledger, system: str, experiment: dict[str, Any], *, evidence: dict[str, Any] | None = None,
+    who: str = "unknown",
+) -> Entry:  # fmt: skip
     """Begin an experiment (plain JSON). Its control must be the champion. Raises Conflict if another one runs."""
     head = ledger.head(system)
     if head and head.experiment:
@@ -219,7 +251,10 @@ def split(ledger: Ledger, system: str, experiment: dict[str, Any], *, who: str =
     champion = head.champion if head else BASE
     if experiment["control"] != champion:
         raise Conflict(f"The control of {experiment['name']} is not the champion ({champion[:16]}).")
-    return _next(ledger, system, head, "split", challenger=experiment["treatment"], experiment=experiment, who=who)
+    return _next(
+        ledger, system, head, "split", challenger=experiment["treatment"], experiment=experiment, evidence=evidence,
+        who=who,
+    )  # fmt: skip
 
 
 def ramp(ledger: Ledger, system: str, share: float, *, who: str = "unknown") -> Entry:

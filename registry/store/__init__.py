@@ -32,16 +32,25 @@ for _name, _value in {
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 # MLflow reads the variables above when it is imported, which the modules below do
-from registry.store.ab_display import log_decision, log_window, mirror, show_experiment  # noqa: E402
-from registry.store.measured import Sides, log_bench, log_figures  # noqa: E402
-from registry.store.mlflow_client import TAGS  # noqa: E402
+from registry.store.ab_display import (  # noqa: E402
+    begin_experiment,
+    log_decision,
+    log_window,
+    mirror,
+    show_experiment,
+)
+from registry.store.measured import Sides, log_bench, log_figures, log_forced, log_gate, measured  # noqa: E402
+from registry.store.mlflow_client import TAGS, UI, page_answers, tracking_uri, ui_url  # noqa: E402
 from registry.store.models import Gate, Pushed, pull, push  # noqa: E402
 from registry.store.refs import Ref, parse_ref, resolve  # noqa: E402
 from registry.store.shown import Comparison, Difference, Row, compare, compare_url, list_models, show  # noqa: E402
 from registry.store.sweeps import log_sweep  # noqa: E402
 
 __all__ = [
-    "TAGS", "Comparison", "Difference", "Gate", "Pushed", "Ref", "Row", "Sides", "compare", "compare_url",
-    "list_models", "log_bench", "log_decision", "log_figures", "log_sweep", "log_window", "mirror", "parse_ref", "pull",
-    "push", "resolve", "show", "show_experiment",
+    "TAGS", "UI", "Comparison", "Difference", "Gate", "Pushed", "Ref", "Row", "Sides", "begin_experiment", "compare",
+    "compare_url",
+    "list_models", "log_bench", "log_decision", "log_figures", "log_forced", "log_gate", "log_sweep",
+    "log_window", "measured",
+    "mirror", "page_answers", "parse_ref", "pull", "push", "resolve", "show", "show_experiment",
+    "tracking_uri", "ui_url",
 ]  # fmt: skip

@@ -8,12 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, ViewType
 
 from registry import manifest
 from registry.errors import ConfigError, PatchbayError
+from registry.store import notes
 from registry.store.measured import check_sides
-from registry.store.mlflow_client import AB, BASE, connected, locked, make_experiment, versions
+from registry.store.mlflow_client import AB, BASE, alive, connected, locked, make_experiment, versions
+
+
+def begin_experiment(experiment: str, system: str, control: str, treatment: str) -> str | None:
+    """An experiment's run, with links to what it compares. Returns why that failed instead of raising."""
+    try:
+        with connected() as client, locked():
+            notes.of_experiment(client, ab_run(client, experiment), experiment, system, (control, treatment))
+    except PatchbayError as e:
+        return f"MLflow does not show the experiment yet: {e}"
+    return None
 
 
 def log_window(experiment: str, index: int, metrics: Mapping[str, float]) -> bool:
@@ -87,9 +98,10 @@ def ab_run(client: MlflowClient, experiment: str) -> Any:
     at = make_experiment(client, AB)
     if not re.fullmatch(r"[\w.\- ]{1,200}", experiment):
         raise ConfigError(f"Experiment name {experiment[:80]!r}: use letters, digits, spaces and _ . -")
-    known = client.search_runs([at], f"tags.`ab.experiment` = '{experiment}'", max_results=1)
+    which = f"tags.`ab.experiment` = '{experiment}'"
+    known = client.search_runs([at], which, run_view_type=ViewType.ALL, max_results=1)
     if known:
-        return known[0]
+        return alive(client, known[0].info.run_id)
     run = client.create_run(at, tags={"ab.experiment": experiment}, run_name=experiment)
     client.set_terminated(run.info.run_id)
     return run

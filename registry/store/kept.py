@@ -11,7 +11,7 @@ from pathlib import Path
 
 from registry import manifest
 from registry.errors import BadArtifact
-from registry.home import home
+from registry.home import home, part_prefix, swept
 
 
 def keep(folder: Path, digest: str) -> Path:
@@ -37,8 +37,7 @@ def verified(place: Path, digest: str) -> Path:
 @contextmanager
 def part_folder() -> Iterator[Path]:
     """A folder on the disk of artifacts/, so that a rename out of it is atomic."""
-    (home() / "artifacts").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=home() / "artifacts") as part:
+    with tempfile.TemporaryDirectory(prefix=part_prefix(), dir=swept(home() / "artifacts")) as part:
         yield Path(part)
 
 

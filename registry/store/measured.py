@@ -16,9 +16,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric
 
 from registry.errors import ConfigError
-from registry.measure import Measure, Metrics, flat, measures
+from registry.measure import Measure, Metrics, flat, measures, unflat
 from registry.store.kept import part_folder
-from registry.store.mlflow_client import BASE, BETTER, connected, locked, pushed_version, side_of
+from registry.store.mlflow_client import (
+    BASE,
+    BETTER,
+    alive,
+    connected,
+    find_run,
+    locked,
+    pushed_version,
+    set_tags,
+    side_of,
+)
 
 Sides = Mapping[str, Metrics]
 """{"base": {metric: number or Measure}, "patched": ...}, both with the same names; "patched" alone where nothing is
@@ -36,6 +46,33 @@ def log_bench(digest: str, results: Sides, file: Path | None = None) -> None:
         log_metrics(client, version, results, None)
         if file is not None:
             client.log_artifact(version.run_id, str(file), "bench")
+
+
+def measured(digest: str) -> tuple[str, dict[str, dict[str, Measure]]]:
+    """Digest of the data that a pushed artifact was last measured on, and "base" and "patched" -> metric -> measure."""
+    with connected() as client:
+        version = pushed_version(digest)
+        runs = {"patched": alive(client, version.run_id), BASE: find_run(client, digest, BASE)}
+        better = {side: json.loads(run.data.tags.get(BETTER, "{}")) for side, run in runs.items() if run is not None}
+        sides = {side: unflat(runs[side].data.metrics, ways) for side, ways in better.items()}
+        return version.tags["data.digest"], sides
+
+
+def log_gate(digest: str, status: str, metrics: Metrics, evidence: Mapping[str, Any]) -> None:
+    """What a gate said of a pushed artifact: tag `gate.status`, metrics gate/..., the evidence as gate.json."""
+    check_sides({"patched": metrics})
+    with connected() as client, locked():
+        version = pushed_version(digest)
+        alive(client, version.run_id)
+        set_tags(client, version, {"gate.status": status})
+        log_metrics(client, version, {"patched": metrics}, None)
+        client.log_dict(version.run_id, dict(evidence), "gate.json")
+
+
+def log_forced(digest: str, reason: str) -> None:
+    """Why a pushed artifact went on without its gate, as the tag `gate.forced`."""
+    with connected() as client, locked():
+        set_tags(client, pushed_version(digest), {"gate.forced": reason[:500]})
 
 
 def log_figures(digest: str, figures: Mapping[str, Any], base_figures: Mapping[str, Any] | None = None) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
+import logging
 import os
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -17,6 +22,9 @@ from registry import manifest
 from registry.errors import ConfigError, NotFound, NotReady, unsecret
 from registry.home import home
 
+log = logging.getLogger("patchbay")
+
+ACTIVE = LifecycleStage.ACTIVE
 BASE = "base"
 PREFIX = "patchbay/"
 AB = PREFIX + "ab"
@@ -26,6 +34,8 @@ TAGS = (
 )  # fmt: skip
 """on the version and on the LoggedModel of every artifact; "none" where there is nothing to say"""
 NONE = "none"
+UI = "ui.json"
+"""file in home() where `patchbay ui` writes its address while it runs"""
 BETTER = "patchbay.better"
 """tag of a run: JSON, metric -> "higher" or "lower", where one is better"""
 
@@ -39,8 +49,26 @@ def tracking_uri() -> str:
 
 
 def ui_url() -> str:
+    """Where people open MLflow: the tracking server; else the page that `patchbay ui` started, or would start."""
     uri = unsecret(tracking_uri())
-    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    if uri.startswith("http"):
+        return uri.rstrip("/")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return str(json.loads((home() / UI).read_text())["url"])
+    return "http://127.0.0.1:5000"
+
+
+def page_answers() -> bool:
+    """Whether MLflow's page is there for a browser: a tracking server, or what `patchbay ui` started on this home."""
+    if tracking_uri().startswith("http"):
+        return True
+    if not (home() / UI).is_file():
+        return False
+    try:
+        with urllib.request.urlopen(f"{ui_url()}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
@@ -75,8 +103,12 @@ def locked() -> Iterator[None]:
 
 
 def make_experiment(client: MlflowClient, name: str) -> str:
+    """The experiment of that name, made the first time; one that was deleted in MLflow's page is restored."""
     known = client.get_experiment_by_name(name)
     if known is not None:
+        if known.lifecycle_stage != ACTIVE:
+            client.restore_experiment(known.experiment_id)
+            log.warning("MLflow's experiment %s had been deleted; it is restored.", name)
         return str(known.experiment_id)
     local = None if tracking_uri().startswith("http") else (home() / "mlartifacts" / name.replace("/", "-")).as_uri()
     try:
@@ -104,23 +136,44 @@ def make_run(client: MlflowClient, experiment: str, tags: Mapping[str, str], sid
 
 
 def find_run(client: MlflowClient, digest: str, side: str) -> Any:
+    """The run of an artifact's side; one that was deleted in MLflow's page is restored."""
     which = f"tags.`patch.digest` = '{digest}' AND tags.`patch.side` = '{side}'"
-    return next(iter(client.search_runs(experiment_ids(client), which, order_by=["attributes.start_time ASC"])), None)
+    found = client.search_runs(
+        experiment_ids(client, ViewType.ALL), which, run_view_type=ViewType.ALL, order_by=["attributes.start_time ASC"]
+    )
+    return alive(client, found[0].info.run_id) if found else None
 
 
-def experiment_ids(client: MlflowClient) -> list[str]:
-    found = client.search_experiments(filter_string=f"name LIKE '{PREFIX}%'", max_results=1000)
+def alive(client: MlflowClient, run_id: str) -> Any:
+    """The run, restored if it or its experiment was deleted in MLflow's page. What is gone for good is not found."""
+    run = client.get_run(run_id)
+    if run.info.lifecycle_stage == ACTIVE and client.get_experiment(run.info.experiment_id).lifecycle_stage == ACTIVE:
+        return run
+    make_experiment(client, client.get_experiment(run.info.experiment_id).name)
+    if client.get_run(run_id).info.lifecycle_stage != ACTIVE:
+        client.restore_run(run_id)
+    log.warning("MLflow's run %s (%s) had been deleted; it is restored.", run.info.run_name, run_id)
+    return client.get_run(run_id)
+
+
+def experiment_ids(client: MlflowClient, which: int = ViewType.ACTIVE_ONLY) -> list[str]:
+    found = client.search_experiments(which, filter_string=f"name LIKE '{PREFIX}%'", max_results=1000)
     return [e.experiment_id for e in found if e.name != AB]
 
 
 def side_of(client: MlflowClient, version: Any, side: str) -> tuple[str, str]:
     """(run, LoggedModel) of an artifact or of its base, as measured beside it."""
+    experiment = alive(client, version.run_id).info.experiment_id
     if side == "patched":
         return version.run_id, version.tags["model.id"]
     base = find_base(version.name, version.tags["base.digest"])
+    if base is None and version.tags["base.digest"] != NONE:
+        raise NotFound(
+            f"The base's version of {version.name} was deleted in MLflow. Push the artifact again, which makes it: "
+            f"patchbay pull sha256:{version.tags['patch.digest'][:16]}, then patchbay push on the folder it names."
+        )
     if base is None:
         raise ConfigError(f"{version.tags['system']} was made from no base, so there is no base to log for.")
-    experiment = client.get_run(version.run_id).info.experiment_id
     return make_run(client, experiment, version.tags, BASE), base.tags["model.id"]
 
 

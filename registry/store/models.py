@@ -20,6 +20,7 @@ from registry.errors import BadArtifact, ConfigError, NotFound, Tampered
 from registry.home import home
 from registry.manifest import Manifest
 from registry.sources import ROOT, sources
+from registry.store import notes
 from registry.store.kept import keep, part_folder, sealed_digest, verified
 from registry.store.measured import Sides, check_sides, log_images, log_metrics
 from registry.store.mlflow_client import (
@@ -27,6 +28,7 @@ from registry.store.mlflow_client import (
     NONE,
     PREFIX,
     TAGS,
+    alive,
     connected,
     find_base,
     find_version,
@@ -85,12 +87,14 @@ def push(
     keep(Path(folder), about.digest)
     with connected() as client, locked():
         version = find_version(about.digest) or _create(client, about, dataset, params)
+        _restore(client, version, about)
         _renew(client, version, about)
         if gate is not None:
             set_tags(client, version, {"gate.status": gate})
         if dataset is not None:
             set_tags(client, version, {"data.digest": dataset[1]})
         log_metrics(client, version, metrics or {}, dataset)
+        notes.of_base(client, version)
         if params:
             client.log_batch(version.run_id, params=as_params(params))
         log_images(client, version, figures, base_figures)
@@ -159,7 +163,9 @@ def _create(
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(run, models=[LoggedModelOutput(model_id, step=0)])
     title = f"{about.system}@{number}: {systems.system(about.system).title}"
-    return _register(client, name, model_id, run, tags, title)
+    version = _register(client, name, model_id, run, tags, title)
+    notes.of_version(client, version, sealed)
+    return version
 
 
 def _runs(about: Manifest) -> bool:
@@ -195,6 +201,25 @@ def _provide_base(client: MlflowClient, experiment: str, name: str, about: Manif
     _register(client, name, model_id, run, tags, f"{tags['base.name']}, unpatched; its weights are not kept here")
 
 
+def _restore(client: MlflowClient, version: Any, about: Manifest) -> None:
+    """Bring back what was deleted in MLflow's page of a pushed artifact: runs, experiments, the base's version.
+
+    Raises NotFound, naming it, for what MLflow cannot bring back.
+    """
+    experiment = alive(client, version.run_id).info.experiment_id
+    if about.bases:
+        _provide_base(client, experiment, version.name, about, version.tags)
+    try:
+        client.get_logged_model(version.tags["model.id"])
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise NotFound(
+            f"The model {version.tags['model.id']} behind version {version.version} of {version.name} was deleted in "
+            "MLflow, which cannot restore it. Delete that version as well, and push again: both are made anew."
+        ) from None
+
+
 def _renew(client: MlflowClient, version: Any, about: Manifest) -> None:
     """What the first releases pushed had another signature, which only language models could answer, and no base that
     loads: pushed again, it gets today's. Its number stays."""
@@ -202,9 +227,6 @@ def _renew(client: MlflowClient, version: Any, about: Manifest) -> None:
         return
     if _runs(about):
         _log_pyfunc(client, home() / "artifacts" / about.digest, about, version.tags["model.id"], version.run_id)
-    if about.bases:
-        experiment = client.get_run(version.run_id).info.experiment_id
-        _provide_base(client, experiment, version.name, about, version.tags)
     set_tags(client, version, {MLMODEL: "1"})
 
 

@@ -16,6 +16,7 @@ from registry.store.mlflow_client import (
     BASE,
     BETTER,
     NONE,
+    alive,
     connected,
     experiment_ids,
     find_run,
@@ -125,6 +126,7 @@ def show(digest: str) -> dict[str, Any]:
     """Everything the store knows of one artifact, as plain JSON, with `lineage`: base, then parents, then itself."""
     with connected() as client:
         version = pushed_version(digest)
+        alive(client, version.run_id)
         base_run = find_run(client, digest, BASE)
         files = [file for folder in ("figures", "tables", "bench") for file in files_of(client, version.run_id, folder)]
         return {
@@ -154,8 +156,8 @@ def compare(a: str, b: str, ui: str | None = None) -> Comparison:
     ui: where people open MLflow; by default the tracking server, or port 5000 of this host.
     """
     with connected() as client:
-        second = client.get_run(pushed_version(b).run_id)
-        first = find_run(client, b, BASE) if a == BASE else client.get_run(pushed_version(a).run_id)
+        second = alive(client, pushed_version(b).run_id)
+        first = find_run(client, b, BASE) if a == BASE else alive(client, pushed_version(a).run_id)
         if first is None:
             raise NotFound(
                 f"The base of sha256:{b[:16]} was not measured. Push the artifact with metrics of both sides."

@@ -8,6 +8,7 @@ import pytest
 
 from registry import cli
 from registry.systems import SYSTEMS
+from registry.verbs import decide
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,8 +22,8 @@ def run(capsys, *words):
 def test_the_set_of_verbs_is_frozen():
     """Verbs are a budget: a new one needs a decision, not a commit."""
     assert list(cli.VERBS) == [
-        "systems", "fit", "eval", "push", "pull", "list", "show", "compare", "split", "report",
-        "promote", "rollback", "serve", "build", "bench", "export",
+        "systems", "fit", "eval", "gate", "push", "pull", "list", "show", "compare", "split", "report",
+        "promote", "rollback", "serve", "ui", "doctor", "build", "bench", "export",
     ]  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def test_every_verb_the_readme_types_exists():
     ],
 )
 def test_split_takes_a_reference_a_share_and_settings(words, want):
-    assert cli._split_words(cli.parser().parse_args(["split", "attention_sink", *words]).words) == want
+    assert decide.split_words(cli.parser().parse_args(["split", "attention_sink", *words]).words) == want
 
 
 @pytest.mark.parametrize("words", [["min_n=3"], ["x"], ["a", "b", "0.1"], ["1.5"], ["nan"], ["0.1", "0.2", "0.3"]])
@@ -110,6 +111,8 @@ def test_split_says_what_it_wants(capsys, words):
 )
 def test_a_service_that_cannot_start_is_refused_in_one_line(capsys, monkeypatch, system, env, says):
     """BentoML would start its worker again and again, each time with a traceback."""
+    import bentos.app  # noqa: F401  torch starts a process of its own when it is imported
+
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     for key, value in env.items():
         monkeypatch.setenv(key, value)
@@ -142,7 +145,7 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(caps
     ours, other = "tiny:0@" + "a" * 64, "tiny:7@" + "b" * 64
     first, digest = sealed(tmp_path / "first", ours)
     assert run(capsys, "push", str(first))[0] == 0
-    assert run(capsys, "promote", "attention_sink@challenger")[0] == 0
+    assert run(capsys, "promote", "attention_sink@challenger", "--force", "no recipe made it")[0] == 0
     for name, (folder, bad) in {
         "another base": sealed(tmp_path / "base", other),
         "another kind": sealed(tmp_path / "kind", ours, kind="search"),
@@ -151,12 +154,14 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(caps
         assert (code, out) == (1, ""), name
         assert "--force" in err
         assert Ledger().head("attention_sink").challenger is None
-        assert run(capsys, "push", str(folder), "--force")[0] == 0
+        assert run(capsys, "push", str(folder), "--force", "to see what happens")[0] == 0
         for words in (("split", "attention_sink", "0.1"), ("promote", f"sha256:{bad}")):
-            assert run(capsys, *words)[0] == 1, (name, words)
+            code, _, err = run(capsys, *words)
+            assert code == 1, (name, words)
+            assert "could not serve" in err
         head = Ledger().head("attention_sink")
         assert (head.champion, head.challenger, head.experiment) == (digest, bad, None)
         # back to a challenger that can be served
         _, good = sealed(tmp_path / f"good-{name}", ours, None)
         assert good == digest
-        assert run(capsys, "promote", f"sha256:{digest}")[0] == 0
+        assert run(capsys, "promote", f"sha256:{digest}", "--force", "it was there before")[0] == 0

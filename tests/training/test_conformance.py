@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from registry import manifest
+from registry.gate import LATENCY
 from registry.systems import SYSTEMS
 from training import run
 
@@ -38,6 +39,10 @@ def test_a_job_has_its_names(name):
     assert all(isinstance(c, job.Config) for c in job.RECIPES.values())
     assert callable(job.fit)
     assert callable(job.evaluate)
+    for recipe, config in job.RECIPES.items():
+        said = job.promises(recipe, config)
+        assert len(said) > 1, f"{recipe} promises too little"
+        assert said[-1].metric == LATENCY
     assert SYSTEMS[name].paper in job.__doc__
     assert f"patchbay fit {name}/" in job.__doc__
 

@@ -8,10 +8,10 @@ Claim: perplexity on code rises, on prose it stays within `bound`; a random dire
     patchbay eval _template@challenger --full
 """
 
-from training._template.config import RECIPES, Config
+from training._template.config import RECIPES, Config, promises
 from training._template.figures import figures
 from training._template.fit import fit
 from training._template.measure import evaluate
 from training._template.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

@@ -19,10 +19,10 @@ those whose silencing brings the norm of repeats down. It also tells a sink boun
 to the BOS token. phenomena.py measures the rest of the paper: attention shares, convergence, the cluster attack.
 """
 
-from training.attention_sink.config import RECIPES, Config
+from training.attention_sink.config import RECIPES, Config, promises
 from training.attention_sink.figures import figures
 from training.attention_sink.fit import fit
 from training.attention_sink.measure import evaluate
 from training.attention_sink.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from registry import gate
 from registry.config import STRICT
+from registry.gate import Promise
 
 Context = Literal["chat", "prefix", "bos"]
 
@@ -68,3 +70,13 @@ RECIPES: dict[str, Config] = {
         base="hf-hub:meta-llama/Llama-2-7b-hf", device="cuda", method="paper", copies=(64, 256, 1024, 2048)
     ),
 }  # fmt: skip
+
+
+def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
+    """More words repeated after the longest run, text predicted as before, hardly any time."""
+    longest = f"quality/repeat_{config.contexts[0]}_{max(config.copies)}"
+    dear = recipe == "tiny"
+    return (
+        gate.gain(longest, sure=not dear), gate.ratio("quality/perplexity_prose", 1.05 if dear else 1.01),
+        gate.latency(20.0 if dear else 1.5),
+    )  # fmt: skip

@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from patches import artifact
 from patches.evidence import write_evidence
 from patches.families.base import load_base
@@ -21,6 +19,7 @@ from training.attention_sink.measure import fit_words, losses, repeats
 from training.attention_sink.phenomena import convergence, sink_attention
 from training.choose import Offer, best, worth
 from training.data import text
+from training.progress import tqdm
 from training.tasks.intervals import perplexity
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.families.base import Base
 from patches.families.llm.worker import Decoder, Row
@@ -15,6 +14,7 @@ from registry.measure import Measure
 from training.attention_sink.config import Config, Context
 from training.attention_sink.find import residual_norms
 from training.data import text
+from training.progress import tqdm
 from training.tasks.intervals import mean, perplexity, share
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from patches.mechanisms.sink import SinkConfig, SinkEdit
 from patches.subject import Subject
@@ -25,6 +24,7 @@ from training.attention_sink.measure import (
 from training.attention_sink.phenomena import cluster_attack
 from training.data import text
 from training.evidence import Draft, open_patch
+from training.progress import tqdm
 from training.tasks.intervals import ratio_interval, wilson
 
 FEW = 16

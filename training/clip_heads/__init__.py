@@ -21,6 +21,6 @@ from training.clip_heads.config import RECIPES, Config
 from training.clip_heads.figures import figures
 from training.clip_heads.fit import fit
 from training.clip_heads.report import report
-from training.tasks.recognition import evaluate
+from training.tasks.recognition import evaluate, promises
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

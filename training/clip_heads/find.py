@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.families import clip
 from patches.families.base import Base
@@ -20,6 +19,7 @@ from training.clip_heads.names import NONE, Model, Named
 from training.data.images import Dataset
 from training.lab import pool as lab_pool
 from training.lab import worlds
+from training.progress import tqdm
 from training.tasks import recognition as tasks
 from training.tasks.intervals import wilson
 from training.tasks.textspan import HeadMoments, Span, moments, read_pool, spans

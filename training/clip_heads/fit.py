@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from patches import artifact
 from patches.evidence import write_evidence
@@ -27,6 +26,7 @@ from training.clip_heads.config import Config
 from training.clip_heads.find import Findings, about, find, scenes
 from training.clip_heads.measure import measure
 from training.clip_heads.silence import means, random_heads, silence
+from training.progress import tqdm
 from training.tasks.recognition import (
     KEPT,
     affordable,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.engine.patch import Patch
 from patches.evidence.label_set import LabelSet
@@ -21,6 +20,7 @@ from training.clip_heads.find import Head
 from training.clip_heads.silence import random_heads, silence
 from training.data.images import Dataset
 from training.lab.probes import PROBES, Probe
+from training.progress import tqdm
 from training.tasks.recognition import (
     ask,
     metrics,

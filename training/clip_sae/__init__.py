@@ -20,6 +20,6 @@ from training.clip_sae.config import RECIPES, Config
 from training.clip_sae.figures import figures
 from training.clip_sae.fit import fit
 from training.clip_sae.report import report
-from training.tasks.recognition import evaluate
+from training.tasks.recognition import evaluate, promises
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

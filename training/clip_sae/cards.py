@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as nnf
-from tqdm import tqdm
 
 from patches.engine.read import record
 from patches.evidence.feature_cards import Cards, best
@@ -15,6 +14,7 @@ from patches.families.base import Base
 from patches.mechanisms.features import SAE
 from training.data.images import Dataset
 from training.evidence import thumbnails
+from training.progress import tqdm
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from patches.engine.edits import Act, Edit, Inputs, Weight
 from patches.engine.patch import Patch
@@ -32,6 +31,7 @@ from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.heads import HeadConfig, HeadEdit
 from training.data.images import Dataset
+from training.progress import tqdm
 from training.tasks.recognition import Arm
 
 STAR = "*"

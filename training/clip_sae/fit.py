@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches import artifact
 from patches.evidence import write_evidence
@@ -34,6 +33,7 @@ from training.clip_sae.measure import measure, quality, steerable
 from training.clip_sae.streams import Stream, streams
 from training.clip_sae.train import train
 from training.data.images import Dataset
+from training.progress import tqdm
 from training.tasks.recognition import (
     KEPT,
     affordable,

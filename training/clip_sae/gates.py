@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.mechanisms.features import SAE, normalised
 from registry.config import STRICT
+from training.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from patches.families import clip
 from patches.families.base import Base
 from patches.mechanisms.features import FeatureEdit, edit, load_sae
@@ -21,6 +19,7 @@ from training.clip_sae.find import mean_direction
 from training.clip_sae.measure import measure
 from training.clip_sae.streams import streams
 from training.evidence import Draft, open_patch
+from training.progress import tqdm
 from training.tasks.recognition import (
     Arm,
     classifier,

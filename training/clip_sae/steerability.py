@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.families import clip
 from patches.families.base import Base
+from training.progress import tqdm
 
 STEERABLE = 0.1
 """S_f above which a feature counts as steerable"""

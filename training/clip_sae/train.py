@@ -18,11 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from patches.mechanisms.features import SAE, thresholded
 from registry.errors import ConfigError
 from training.clip_sae.dictionary import Chunks, Dictionary, SAEConfig
+from training.progress import tqdm
 
 
 def train(

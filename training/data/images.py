@@ -41,15 +41,17 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from patches.families.pictures import SIDE_BY_SIDE, eight_bits
 from registry import manifest
 from registry.errors import Invalid, NotFound, NotReady, TooLarge
 
 BATCH = 64
 SIZE = 224
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 SMALLEST, LARGEST = 8, 64_000_000
 """Limits on an image in pixels: of its shorter edge (at least), of its area (at most)"""
-_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_DEEP = {"I;16", "I;16B", "I;16L", "I;16N"}
+_MODES = _DEEP | {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
@@ -349,12 +351,12 @@ def picture(source: Path | bytes, name: str = "") -> Image.Image:
                 raise TooLarge(f"{name} has {width} x {height} pixels; at most {LARGEST // 10**6} million are read.")
             if min(width, height) < SMALLEST:
                 raise Invalid(f"{name} is {width} x {height} pixels; the shorter edge must have {SMALLEST}.")
-            if (frames := getattr(image, "n_frames", 1)) > 1:
+            if (frames := getattr(image, "n_frames", 1)) > 1 and image.format not in SIDE_BY_SIDE:
                 raise Invalid(f"{name} is animated ({frames} frames); save the frame you mean.")
             if image.mode not in _MODES:
                 raise Invalid(f"{name} stores its pixels as {image.mode}; save it with 8 bits a channel.")
             image.load()
-            whole = ImageOps.exif_transpose(image)
+            whole = eight_bits(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise NotFound(f"There is no {name}, which the data set names.") from None
     except Image.DecompressionBombError as e:

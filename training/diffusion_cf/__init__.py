@@ -17,10 +17,10 @@ nothing else.
 
 from __future__ import annotations
 
-from training.diffusion_cf.config import RECIPES, Config
+from training.diffusion_cf.config import RECIPES, Config, promises
 from training.diffusion_cf.figures import figures
 from training.diffusion_cf.fit import fit
 from training.diffusion_cf.measure import evaluate
 from training.diffusion_cf.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from patches.families.diffusion import METHODS
+from registry import gate
 from registry.config import STRICT
 from registry.errors import ConfigError
+from registry.gate import Promise
 from training.diffusion_cf import domains
 
 
@@ -104,3 +106,11 @@ RECIPES: dict[str, Config] = {
         report_images=100, report_few=40, tune=Tune(steps=2000, batch=32),
     ),
 }  # fmt: skip
+
+
+def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
+    """Pictures go over to the other class for both judges, few of them to a third, at two denoisings."""
+    del config
+    if recipe == "tiny":
+        return Promise("offtarget/neither_cnn", "most", 0.5), gate.latency(20.0)
+    return gate.gain("target/flip_both"), Promise("offtarget/neither_cnn", "most", 0.2), gate.latency(3.0)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.families.diffusion import Condition, Denoiser, Denoising, Invert, Regenerate
 from patches.families.worker import WorkerSettings
 from patches.mechanisms.direction import move
+from training.progress import tqdm
 
 ROWS = 16
 """rows of one forward; more do not pay on a CPU"""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from patches import artifact
 from patches.engine.patch import apply
@@ -22,6 +21,7 @@ from training.diffusion_cf.edit import Editor
 from training.diffusion_cf.find import Bank, elsewhere
 from training.diffusion_cf.rows import how, learned, pictures
 from training.diffusion_cf.tuning import tune
+from training.progress import tqdm
 
 
 def fit(config: Config, folder: Path) -> Manifest:

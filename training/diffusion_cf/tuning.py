@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from patches.families.base import Base
 from patches.families.diffusion import Adapter, write_adapter
 from registry.errors import ConfigError
 from training.diffusion_cf.domains import Pictures
+from training.progress import tqdm
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
 FOLDER = "adapter"

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from patches.families import clip
 from patches.families.base import Base, check_device
@@ -40,6 +39,7 @@ from registry.errors import NotFound
 from training.data.images import Dataset
 from training.lab import atlas, renderer, worlds
 from training.lab.renderer import GROUNDS, Layout, choose, generator, grounds, render, things, uniform, writing
+from training.progress import tqdm
 
 SHARES = {"one": 0.28, "many": 0.20, "covered": 0.10, "own": 0.17, "text": 0.15, "other": 0.10}
 """Share of each kind of scene: one object; two or three; one occluded by a blank strip or another object; one with its

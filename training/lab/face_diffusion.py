@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from patches.families.diffusion.base import INDEX
 from patches.families.diffusion.faces import LOOKS, SCHEDULER, WEIGHTS, FaceLatents, FaceTransformer, FaceWords
@@ -31,6 +30,7 @@ from registry import manifest
 from registry.config import STRICT
 from training.lab import faces
 from training.lab.faces import BINARY, GROUNDS, MOUTHS, Judge, Pictures, balanced, identities, pictures
+from training.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ What a fit finds is how long to search: scores rise for as long as one looks, ri
 blind spots; the rounds with the best F1 on val are sealed. docs/log/mils.md has what was tried.
 """
 
-from training.mils.config import RECIPES, Config
+from training.mils.config import RECIPES, Config, promises
 from training.mils.figures import figures
 from training.mils.fit import fit
 from training.mils.measure import evaluate
 from training.mils.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

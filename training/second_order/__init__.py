@@ -22,6 +22,6 @@ from training.second_order.config import RECIPES, Config
 from training.second_order.figures import figures
 from training.second_order.fit import fit
 from training.second_order.report import report
-from training.tasks.recognition import evaluate
+from training.tasks.recognition import evaluate, promises
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

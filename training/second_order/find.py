@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.evidence.neuron_cards import Layer, NeuronCards
 from patches.families import clip
@@ -25,6 +24,7 @@ from training.data.images import Dataset
 from training.evidence import thumbnails
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
+from training.progress import tqdm
 from training.second_order.config import Config, Edit
 from training.second_order.omp import atoms, pursue
 from training.tasks import recognition as tasks

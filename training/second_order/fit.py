@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from patches import artifact
 from patches.evidence import write_evidence
@@ -19,6 +18,7 @@ from patches.families.clip.second_order import (
 from patches.mechanisms.neurons import NeuronEdit
 from registry.manifest import Manifest
 from training.choose import Offer, best
+from training.progress import tqdm
 from training.second_order.config import Config, Edit
 from training.second_order.find import matched_control, of_task, patch_of, rank, read, texts_of
 from training.second_order.measure import measure

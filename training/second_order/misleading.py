@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.evidence.neuron_cards import MINE_NEURONS, SYNONYM, NeuronCards, Reader, mine
 from patches.families import clip
@@ -33,6 +32,7 @@ from patches.families.base import Base
 from training.data.images import Dataset
 from training.lab import atlas, worlds
 from training.lab.renderer import BRICK, GROUNDS, Layout, Scene, generator, grounds, render, things
+from training.progress import tqdm
 
 WAYS = ("second order", "random neurons", "indirect", "similar words", "random words", "nothing")
 VISIBLE = 0.6

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.engine.read import record
 from patches.evidence.neuron_cards import NeuronCards
@@ -25,6 +24,7 @@ from patches.families.clip.second_order import (
     scalars,
 )
 from training.data.images import Dataset
+from training.progress import tqdm
 from training.second_order.config import Config
 from training.tasks.recognition import (
     world,

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as nnf
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.engine.patch import Patch
 from patches.evidence.label_set import FILE, LabelSet, load_label_set, save_label_set
 from patches.families import clip
 from patches.families.base import Base
 from patches.subject import Subject
+from registry import gate
 from registry.errors import ConfigError
 from registry.measure import Measure
 from training import choose
@@ -31,6 +31,7 @@ from training.data.images import Batch, Dataset
 from training.data.typographic import written
 from training.evidence import Draft
 from training.lab import atlas, worlds
+from training.progress import tqdm
 from training.tasks.intervals import mean, share
 
 Task = Literal["typographic", "waterbirds", "celeba", "steer"]
@@ -250,6 +251,16 @@ def worth(config: Asked, got: Mapping[str, float], base: Mapping[str, float]) ->
     kept = KEPT[config.task]
     score = got[GOAL[config.task]]
     return choose.worth(score, got[kept], base[kept] - config.bound) if kept else score
+
+
+def promises(recipe: str, config: Asked) -> tuple[gate.Promise, ...]:
+    """What a patch of a task must do on test: improve its metric for sure, keep the other within two points, and cost
+    at most half of the base's time again. A random tower (tiny) promises to break nothing."""
+    if recipe == "tiny":
+        return gate.loss(f"quality/{KEPT[config.task] or 'clean'}", 0.25), gate.latency(20.0)
+    aim, kept = f"target/{GOAL[config.task]}", KEPT[config.task]
+    keeps = (gate.loss(f"quality/{kept}", max(0.02, 2 * config.bound)),) if kept else ()
+    return gate.gain(aim), *keeps, gate.latency(1.5)
 
 
 @torch.no_grad()

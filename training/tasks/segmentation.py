@@ -35,7 +35,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from tqdm import tqdm
 
 from patches.evidence.neuron_cards import Reader, Vote, load_neurons, text_maps
 from patches.families import clip
@@ -45,6 +44,7 @@ from patches.families.clip.direct import Lens
 from patches.families.clip.maps import Threshold
 from training.data.images import READERS, Dataset
 from training.lab import worlds
+from training.progress import tqdm
 from training.tasks.textspan import read_pool
 
 CUTS: Mapping[str, Threshold] = {"": "mean", ", cut half-way": "half", ", cut by Otsu": "otsu"}

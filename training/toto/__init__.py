@@ -15,10 +15,10 @@ frame before (`residual`). What is sealed is a checkpoint (kind `model`) with an
 chosen on val. The base it is compared with is the same network before training.
 """
 
-from training.toto.config import RECIPES, Config
+from training.toto.config import RECIPES, Config, promises
 from training.toto.figures import figures
 from training.toto.fit import fit
 from training.toto.measure import evaluate
 from training.toto.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from registry import gate
 from registry.config import STRICT
+from registry.gate import Promise
 from training.lab.video import actions
 
 
@@ -67,3 +69,11 @@ RECIPES: dict[str, Config] = {
     "1b": Config(base="untrained:toto-1b", size="1b", **_PAPER),
     "paper": Config(base="untrained:toto-1b", size="1b", **_PAPER),
 }  # fmt: skip
+
+
+def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
+    """Training teaches to tell motions and to predict frames, at the same cost."""
+    del config
+    if recipe == "tiny":
+        return gate.gain("quality/nll_later_frames", sure=False), gate.latency(20.0)
+    return gate.gain("target/probe"), gate.gain("quality/nll_later_frames"), gate.latency(1.5)

@@ -16,10 +16,10 @@ What is sealed is a checkpoint (kind `model`): encoder and decoder, the attentiv
 fine-tuned copy. `evaluate` measures the base it is compared with by the same metrics, from its own folder.
 """
 
-from training.videomae.config import RECIPES, Config
+from training.videomae.config import RECIPES, Config, promises
 from training.videomae.figures import figures
 from training.videomae.fit import fit
 from training.videomae.measure import evaluate
 from training.videomae.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

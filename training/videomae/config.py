@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from patches.families.video.pixels import Still
+from registry import gate
 from registry.config import STRICT
+from registry.gate import Promise
 from training.videomae.pretraining import Plan, Size
 
 SCRATCH, NATURAL = "scratch", "natural"
@@ -79,3 +81,11 @@ def plan_of(config: Config) -> Plan:
     """How a config pre-trains."""
     return Plan(config.steps, config.batch, config.peak, ratio=config.ratio, mask=config.mask, still=config.still,
                 seed=config.seed, bf16=config.bf16, compile=config.compile)  # fmt: skip
+
+
+def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
+    """Pre-training helps the probe for sure, at the same cost."""
+    del config
+    if recipe == "tiny":
+        return gate.gain("quality/restored", sure=False), gate.latency(20.0)
+    return gate.gain("target/probe"), gate.latency(1.5)

@@ -13,10 +13,10 @@ caption; doing both by itself lowers CHAIR by a quarter.
 docs/systems/vlm_erasure.md says what was found here and what not.
 """
 
-from training.vlm_erasure.config import RECIPES, Config
+from training.vlm_erasure.config import RECIPES, Config, promises
 from training.vlm_erasure.evaluate import evaluate
 from training.vlm_erasure.figures import figures
 from training.vlm_erasure.fit import fit
 from training.vlm_erasure.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]

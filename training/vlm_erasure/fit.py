@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patches import artifact
 from patches.evidence import write_evidence
@@ -17,6 +16,7 @@ from patches.families.vlm.base import depth
 from patches.mechanisms.erase import EraseEdit, make
 from patches.subject import Subject
 from registry.manifest import Manifest
+from training.progress import tqdm
 from training.vlm_erasure import measure
 from training.vlm_erasure.chair import auroc
 from training.vlm_erasure.config import Config

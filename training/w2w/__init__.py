@@ -25,14 +25,14 @@ from patches.mechanisms.subspace import SubspaceEdit
 from patches.subject import Subject
 from registry.measure import Measure
 from training.w2w import measure
-from training.w2w.config import RECIPES, Config
+from training.w2w.config import RECIPES, Config, promises
 from training.w2w.draw import read
 from training.w2w.figures import figures
 from training.w2w.fit import HELD, fit
 from training.w2w.measure import Lab, identity
 from training.w2w.report import report
 
-__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "report"]
+__all__ = ["RECIPES", "Config", "evaluate", "figures", "fit", "promises", "report"]
 
 
 def evaluate(subject: Subject, config: Config, arm: str | None) -> dict[str, float | Measure]:

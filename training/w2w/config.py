@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from patches.families.diffusion.identity import Inversion
+from registry import gate
 from registry.config import STRICT
+from registry.gate import Promise
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,11 @@ RECIPES: dict[str, Config] = {
         denoising_steps=50, inversion=Inversion(steps=400, rows=8),
     ),
 }  # fmt: skip
+
+
+def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
+    """A step along a direction changes what it names for sure, and the other attributes in at most a quarter."""
+    del config
+    if recipe == "tiny":
+        return gate.loss("quality/identity_top5", 0.4), gate.latency(20.0)
+    return gate.gain("target/flip"), Promise("offtarget/other_flip", "most", 0.25), gate.latency(2.0)

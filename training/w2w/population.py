@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from patches.engine.patch import ONLY, apply
 from patches.families.diffusion.adapters import read_adapter
 from patches.families.diffusion.identity import denoising_target, spread
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, size, split, start
 from registry.errors import BadArtifact, ConfigError, NotFound
+from training.progress import tqdm
 
 Contexts = Callable[[Tensor, Generator], Mapping[str, Tensor]]
 """(indices (n,), generator) -> conditions (n, ...): the prompts of pictures, parts of them left out at random"""

@@ -19,6 +19,7 @@ from bentos.http import answer, parse
 from bentos.runtime.arms import Choice, Table
 from bentos.shapes import pictures
 from bentos.shapes.pictures import Image
+from patches.families import clip
 from patches.families.clip.maps import Threshold
 from registry.ab.ledger import BASE
 from registry.errors import NotFound
@@ -68,19 +69,31 @@ class Explainer:
         self.desk, self.runtime = desk, desk.runtime
 
     def choice(self, request: Request, ask: Read | None = None) -> tuple[Table, Choice]:
-        """Choose the arm that is asked about: by header, body or query, else the champion.
+        """Choose the arm that is asked about: by header, body or query, else the champion; with `compare` the
+        challenger.
 
         Raises Forbidden for `compare` by a token without that scope.
         """
-        self.desk.check_compare(request, isinstance(ask, Compared) and ask.compare)
+        compare = isinstance(ask, Compared) and ask.compare
         named = ask.model if ask is not None else request.query_params.get("model")
-        return self.desk.choice(request, named or "champion")
+        return self.desk.choice(request, named or (None if compare else "champion"), compare=compare)
 
     @staticmethod
     def sides(choice: Choice, compare: bool, alone: Literal["base", "patched"]) -> list[tuple[str, str | None]]:
         """Return the (side, arm) pairs to read: both with `compare`, else the one that the question is about."""
         both: list[tuple[str, str | None]] = [("base", None), ("patched", choice.arm)]
         return both if compare else [side for side in both if side[0] == alone]
+
+    async def doubts(self, *texts: str | None) -> dict[str, list[str]]:
+        """`warnings` for an answer: words that the base never learned. Raises Invalid for texts that are one to it."""
+        given, base = [t for t in texts if t], self.runtime.base
+
+        def look() -> list[str]:
+            clip.check_told_apart(base, list(dict.fromkeys(given)))
+            return clip.doubts(base, given)
+
+        found = await self.read(look) if given else []
+        return {"warnings": found} if found else {}
 
     async def read(self, work: Callable[..., T], *args: Any, arm: str | None = None) -> T:
         """Run work(*args) on the worker's thread, between batches, without gradients, with an arm's edits applied."""

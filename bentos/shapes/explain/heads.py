@@ -41,7 +41,7 @@ from registry import manifest
 from registry.ab.experiment import OWNER
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest, Conflict, NotFound, PatchbayError, TooLarge
-from registry.home import home
+from registry.home import home, part_prefix, swept
 
 MAX_TEXTS, MAX_HEADS, MAX_TOP = 64, 256, 64
 MAX_GALLERY, MAX_GALLERIES, KEPT = 4096, 64, 3
@@ -151,6 +151,7 @@ class Service(Explainer):
             return out
 
         out: dict[str, Any] = {"object": "decomposition", "level": ask.level, "share": ask.share, "texts": ask.texts}
+        out |= await self.doubts(*(ask.texts or ()))
         for side, arm in self.sides(choice, ask.compare and choice.digest != BASE, "patched"):
             out |= {"base": await self.read(look)} if side == "base" else await self.read(look, arm=arm)
         return self.said(out, table, choice)
@@ -169,6 +170,7 @@ class Service(Explainer):
             return maps.grid(lens, x[None], texts, heads)[0].cpu()
 
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
+        out |= await self.doubts(ask.text, ask.against)
         picture = self.runtime.base.processor.shown(x)
         for side, arm in self.sides(choice, ask.compare and choice.digest != BASE, "patched"):
             grids = await self.read(look, arm=arm)  # (1 or 2, g, g)
@@ -241,7 +243,8 @@ class Service(Explainer):
             data.append({"picture": i, "name": gallery.names[i], "score": score})
             if ask.thumbs:
                 data[-1]["png"] = maps.png(gallery.thumbs[i])
-        out = {"object": "neighbours", "data": data, "heads": [f"{a}.{b}" for a, b in heads], "metric": ask.metric}
+        out: dict[str, Any] = {"object": "neighbours", "data": data, "metric": ask.metric}
+        out |= {"heads": [f"{a}.{b}" for a, b in heads], **await self.doubts(ask.text)}
         return self.said(out, table, choice)
 
     async def galleries(self, request: Request, _: None) -> Response:
@@ -348,7 +351,7 @@ class Service(Explainer):
     def _seal(self, made: Gallery, parent: str | None, owner: str) -> str:
         """Seal a gallery and return its digest. Raises Conflict if too many are kept."""
         place = _place(owner)
-        part = Path(tempfile.mkdtemp(dir=place, prefix=".part-"))
+        part = Path(tempfile.mkdtemp(dir=swept(place), prefix=part_prefix()))
         try:
             save_gallery(made, part)
             about = manifest.write(

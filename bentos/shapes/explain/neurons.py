@@ -166,6 +166,7 @@ class Service(Explainer):
             return text_maps(reader, x[None], texts, count, ask.vote)[0].cpu()
 
         out: dict[str, Any] = {"object": "segmentation", "text": ask.text, "against": ask.against, "side": ask.side}
+        out |= await self.doubts(ask.text, ask.against)
         out |= {"way": ask.way, "neurons": count, "vote": ask.vote}
         for side, arm in self.sides(choice, ask.compare, "base"):
             grids = await self.read(look, arm=arm)  # (1 or 2, rows, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,11 +67,58 @@ def zero_shot(
 ) -> Tensor:  # fmt: skip
     """Build zero-shot classifier weights (k, C): logits are logit_scale(base) * features @ weights.
 
-    Raises Invalid for duplicate labels.
+    Raises Invalid for duplicate labels, and for two that the tokenizer maps to the same tokens.
     """
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
+    check_told_apart(base, labels)
     return embed_texts(base, labels, templates, tower=tower).T
+
+
+def check_told_apart(base: Base, labels: Sequence[str]) -> None:
+    """Raises Invalid naming two labels that are the same tokens: in another case or spacing, cut off at the context, or
+    made of words that the tokenizer does not know, which are all one to it."""
+    seen: dict[bytes, str] = {}
+    for label, ids in zip(labels, base.processor.text(labels).cpu().numpy(), strict=True):
+        first = seen.setdefault(ids.tobytes(), label)
+        if first != label:
+            lost = sorted({w for text in (first, label) for w in unknown_words(base, [text]).get(text, [])})
+            why = (
+                f"does not know {', '.join(repr(w[:40]) for w in lost[:4])}"
+                if lost
+                else "makes the same tokens of both"
+            )
+            raise Invalid(
+                f"Labels {first[:60]!r} and {label[:60]!r} cannot be told apart: the tokenizer of {base.name} {why}. "
+                "Use other words, or one of the two."
+            )
+
+
+def unknown_words(base: Base, texts: Sequence[str]) -> dict[str, list[str]]:
+    """text -> its words that the base's tokenizer does not know; texts without such are left out. Tokenizers that spell
+    what they do not know, as CLIP's own does, know every word."""
+    inner = getattr(base.processor.tokenizer, "tokenizer", None)
+    lost = getattr(inner, "unk_token_id", None)
+    if inner is None or lost is None:
+        return {}
+    words = {text: re.findall(r"\w+|[^\w\s]+", text) for text in texts}
+    every = sorted({w for some in words.values() for w in some})
+    ids = inner(every, add_special_tokens=False)["input_ids"] if every else []
+    odd = {w for w, tokens in zip(every, ids, strict=True) if lost in tokens}
+    return {text: found for text, some in words.items() if (found := [w for w in some if w in odd])}
+
+
+def doubts(base: Base, texts: Sequence[str], most: int = 8) -> list[str]:
+    """What a caller should know of texts: the words that the base never learned, of at most `most` of them."""
+    lost = unknown_words(base, texts)
+    said = []
+    for text, words in list(lost.items())[:most]:
+        named, one = ", ".join(repr(w[:40]) for w in words[:8]), len(words) == 1
+        said.append(
+            f"{base.name} does not know the word{'' if one else 's'} {named} in {text[:60]!r}, and takes "
+            f"{'it' if one else 'them'} for any unknown word."
+        )
+    return said + ([f"Nor words in {len(lost) - most} other texts."] if len(lost) > most else [])
 
 
 def logit_scale(base: Base) -> float:

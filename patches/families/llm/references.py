@@ -19,6 +19,7 @@ from patches.families.llm.table import WHEELS
 from registry import manifest
 from registry.errors import NotFound
 from registry.home import cache as cache_folder
+from registry.home import part_prefix, swept
 
 FILES = {
     "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
@@ -81,8 +82,7 @@ def _from_gguf(parts: list[Path], name: str) -> Path:
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as work:
+    with tempfile.TemporaryDirectory(dir=swept(folder.parent), prefix=part_prefix()) as work:
         file, made = parts[0], Path(work, "made")
         if len(parts) > 1:
             file = Path(work, "whole.gguf")

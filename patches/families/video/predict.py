@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from patches.families.pictures import unpacked
 from patches.families.video.decode import Limits, fit, read
 from patches.families.video.worker import Clip
 from registry.errors import Invalid
@@ -54,7 +54,4 @@ def _bytes(value: Any) -> bytes:
         return bytes(value)
     if not isinstance(value, str):
         raise Invalid(f"clip must be bytes or base64, not {type(value).__name__}.")
-    try:
-        return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-    except ValueError:
-        raise Invalid(f"clip is not base64 (it begins with {value[:16]!r}).") from None
+    return unpacked(value, "clip")

@@ -324,3 +324,53 @@ def test_a_provider_that_is_missing_is_an_honest_refusal(pictures):
 
     if not torch.cuda.is_available():
         asyncio.run(work())
+
+
+# ---- labels, and who is compared when nobody is named ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["cat", "Cat"], "'cat' and 'Cat' cannot be told apart"),
+        (["\N{SNOWMAN}", "cat", "\N{UMBRELLA}"], "does not know"),
+        (["cat", "cat"], "occurs twice"),
+    ],
+)
+def test_labels_that_are_one_to_the_tokenizer_are_refused_with_both(pictures, labels, says):
+    async def work():
+        async with pictures() as s:
+            got = await ask(s, labels=labels)
+            assert got.status_code == 400
+            assert says in got.json()["error"]["message"]
+            assert labels[0] in got.json()["error"]["message"]
+
+    asyncio.run(work())
+
+
+def test_unknown_words_are_a_warning_of_the_answer(pictures):
+    async def work():
+        async with pictures() as s:
+            got = (await ask(s, labels=["cat", "a \N{SNOWMAN} man"])).json()
+            assert len(got["warnings"]) == 1
+            assert "\N{SNOWMAN}" in got["warnings"][0]
+            assert "warnings" not in (await ask(s)).json()
+
+    asyncio.run(work())
+
+
+def test_side_by_side_without_a_model_is_base_beside_the_challenger_else_beside_the_champion(pictures):
+    async def work():
+        async with pictures() as s:
+            got = await ask(s, patchbay={"compare": True})
+            assert got.headers["x-patchbay-arm"] == "challenger"
+            assert all({"base", "label"} <= set(row) for row in got.json()["results"])
+            assert (await ask(s, patchbay={"compare": True}, model="champion")).headers["x-patchbay-arm"] == "champion"
+            assert (await ask(s)).headers["x-patchbay-arm"] == "champion"
+            head = s.ledger.head("clip_sae")
+            ledgers.promote(s.ledger, "clip_sae", head.challenger)
+            await s.until(lambda: s.runtime.table.challenger is None)
+            got = await ask(s, patchbay={"compare": True})
+            assert got.headers["x-patchbay-arm"] == "champion"
+
+    asyncio.run(work())

@@ -122,7 +122,8 @@ def test_mlflow_killed_while_pushing_loses_nothing_acknowledged_and_the_ledger_g
     # while MLflow is away: who is live is decided, followed, and rolled back; artifacts are read and verified here
     acknowledged = [p.digest for p in pushed]
     ledgers.promote(ledger, SYSTEM, acknowledged[0])
-    assert cli.main(["promote", f"sha256:{acknowledged[1]}"]) == 0
+    assert cli.main(["promote", f"sha256:{acknowledged[1]}"]) == 1, "it has been through no gate"
+    assert cli.main(["promote", f"sha256:{acknowledged[1]}", "--force", "MLflow is away"]) == 0
     assert "lag behind the ledger" in capsys.readouterr().out
     assert ledger.head(SYSTEM).champion == acknowledged[1]
     assert cli.main(["rollback", SYSTEM]) == 0

@@ -238,6 +238,16 @@ def test_exif_cmyk_palette_and_transparency_become_upright_rgb(tmp_path):
     assert images.picture(tmp_path / "few.gif").getpixel((5, 10))[0] > 200
 
 
+def test_a_phones_second_picture_is_no_animation_and_deep_grey_keeps_its_range(tmp_path):
+    Image.new("RGB", (40, 20), RED).save(tmp_path / "phone.jpg", "MPO", save_all=True,
+                                         append_images=[Image.new("RGB", (20, 10), BLUE)])  # fmt: skip
+    assert images.picture(tmp_path / "phone.jpg").getpixel((5, 5))[0] > 200
+    Image.new("I;16", (20, 20), 257 * 100).save(tmp_path / "deep.png")
+    assert images.picture(tmp_path / "deep.png").getpixel((5, 5)) == (100, 100, 100)
+    Image.new("RGB", (20, 20), RED).save(tmp_path / "new.avif", quality=95)
+    assert images.picture(tmp_path / "new.avif").getpixel((5, 5))[0] > 200
+
+
 def test_broken_pictures_are_refused_by_name(tmp_path):
     save(tmp_path / "cut.jpg", RED, (300, 300))
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])
@@ -253,9 +263,9 @@ def test_broken_pictures_are_refused_by_name(tmp_path):
     save(tmp_path / "dot.png", RED, (1, 1))
     with pytest.raises(Invalid, match=r"dot.png is 1 x 1"):
         images.picture(tmp_path / "dot.png")
-    Image.new("I;16", (20, 20), 40_000).save(tmp_path / "deep.png")
-    with pytest.raises(Invalid, match=r"deep.png stores its pixels as I;16"):
-        images.picture(tmp_path / "deep.png")
+    Image.new("F", (20, 20), 0.5).save(tmp_path / "deep.tiff")
+    with pytest.raises(Invalid, match=r"deep.tiff stores its pixels as F"):
+        images.picture(tmp_path / "deep.tiff")
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
     with pytest.raises(TooLarge, match=r"bomb.png has 9000 x 8000"):
         images.picture(tmp_path / "bomb.png")

@@ -1,0 +1,135 @@
+"""The verbs that decide what users get: split, report, promote, roll back."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from registry import gate as rules
+from registry.errors import ConfigError, NotFound
+from registry.systems import SYSTEMS
+from registry.verbs.said import Says, check_digest, mirror, name_of, resolve, short, the_ledger, the_store, who
+
+
+def split(args: argparse.Namespace) -> Says:
+    """begin a production A/B of an artifact against the champion; a larger share ramps it, 0 stops it"""
+    ledgers, experiments = the_ledger(), importlib.import_module("registry.ab.experiment")
+    name = args.system
+    ref, share, words = split_words(args.words)
+    ledger = ledgers.Ledger()
+    head = ledger.head(name)
+    live = head.experiment if head else None
+    if share == 0:
+        ledgers.stop(ledger, name, who=who())
+        return Says(f"{name}: the experiment is stopped; everyone gets the champion.", system=name, share=0)
+    if live and ref in (None, live["treatment"]):
+        ledgers.ramp(ledger, name, share, who=who())
+        return Says(f"{name}: the challenger's share is now {share:.0%}; nobody already in it left.", share=share)
+    treatment = resolve(ref or f"{name}@challenger")
+    forced = check_digest(name, treatment, args.force)
+    made = experiments.begin(
+        name, control=head.champion if head else "base", treatment=treatment, share=share, words=words
+    )
+    ledgers.split(ledger, name, experiments.plain(made), evidence=forced, who=who())
+    lag = the_store().begin_experiment(made.name, name, made.control, made.treatment)
+    warning = f" ({lag})" if lag else mirror(the_store(), name)
+    text = f"{name}: {share:.0%} of units get sha256:{treatment[:16]} ({made.mode}, experiment {made.name}).{warning}"
+    wanted = made.margin or made.tau * (made.high - made.low)
+    text += (
+        f"\nIt takes up to {experiments.power(made, wanted):,} units until a difference of {wanted:g} is found 80 % of "
+        f"the time; outcomes must lie from {made.low:g} to {made.high:g} and use that range."
+    )
+    return Says(text, experiment=made.name, share=share)
+
+
+def report(args: argparse.Namespace) -> Says:
+    """the live experiment: effect with an always-valid interval, guardrails, verdict"""
+    ledgers, experiments = the_ledger(), importlib.import_module("registry.ab.experiment")
+    events = importlib.import_module("registry.ab.events")
+    entries = [e for e in ledgers.Ledger().history(args.system, 50) if e.experiment]
+    if not entries:
+        raise NotFound(f"{args.system} has had no experiment. Begin one: patchbay split {args.system} REF 0.1")
+    experiment = experiments.load(entries[0].experiment)
+    with events.Events() as log:
+        decision = experiments.judge(experiment, log.summary(experiment))
+        drawn = importlib.import_module("registry.ab.picture").picture(experiment, log.trajectory(experiment))
+    file = importlib.import_module("registry.home").home() / "reports" / f"{experiment.name}.png"
+    file.parent.mkdir(exist_ok=True)
+    drawn.savefig(file, dpi=110)
+    warning = the_store().show_experiment(experiment.name, drawn, decision.evidence())
+    text = f"{experiments.describe(experiment, decision)}\n  picture    {file}{f' ({warning})' if warning else ''}"
+    return Says(text, picture=str(file), **decision.evidence())
+
+
+def promote(args: argparse.Namespace) -> Says:
+    """make an artifact the champion; running services follow within seconds"""
+    ledgers, store = the_ledger(), the_store()
+    ref = f"{args.ref}@challenger" if args.ref in SYSTEMS else args.ref
+    digest = resolve(ref)
+    name = name_of(ref)
+    forced = check_digest(name, digest, args.force)  # what cannot be verified here is not promoted
+    entry = ledgers.promote(ledgers.Ledger(), name, digest, evidence=forced, who=who())
+    text = f"{name}: champion is {short(entry.champion)}.{' Forced; the ledger keeps why.' if forced else ''}"
+    return Says(text + mirror(store, name), **asdict(entry))
+
+
+def rollback(args: argparse.Namespace) -> Says:
+    """the champion before this one is the champion again"""
+    ledgers = the_ledger()
+    entry = ledgers.rollback(ledgers.Ledger(), args.system, who=who())
+    return Says(
+        f"{args.system}: champion is {short(entry.champion)} again.{mirror(the_store(), args.system)}", **asdict(entry)
+    )
+
+
+def gate(args: argparse.Namespace) -> Says:
+    """hold an artifact to what its recipe promises; what has not passed is not promoted"""
+    store, ledgers, measuring = the_store(), the_ledger(), importlib.import_module("training.gate")
+    ref = f"{args.ref}@challenger" if args.ref in SYSTEMS else args.ref
+    digest = resolve(ref)
+    if digest == "base":
+        raise NotFound(f"{ref} is the base itself, which promises nothing. Name an artifact: SYSTEM@challenger")
+    folder = store.pull(digest)
+    name = name_of(ref, folder)
+    recipe, promises, dataset = measuring.promises(folder)
+    sides = {} if args.again else _known(store, digest, dataset, promises)
+    if not sides:
+        got = importlib.import_module("training.run").evaluate(folder, (), args.device)
+        sides = got.sides
+        figures = {"figures": got.figures["patched"], "base_figures": got.figures["base"]}
+        store.push(folder, metrics=sides, dataset=dataset, **figures)
+    taken = {rules.LATENCY: measuring.latency(folder, args.device)}
+    found = rules.judge(digest, recipe, dataset, promises, {**sides, "patched": {**sides["patched"], **taken}})
+    store.log_gate(digest, found.status, found.metrics(), found.evidence())
+    ledgers.gate(ledgers.Ledger(), name, found.evidence(), who=who())
+    said = Says("\n".join([f"sha256:{digest[:16]} of {recipe}: {found.status}", *map(str, found.verdicts)]),
+                **found.evidence()["gate"])  # fmt: skip
+    said.status = 0 if found.passed else 1
+    return said
+
+
+def _known(store: Any, digest: str, dataset: tuple[str, str], promises: Sequence[rules.Promise]) -> Any:
+    """What the store has of an artifact on the very data that its recipe names, if every promise is in it; else {}."""
+    try:
+        data, sides = store.measured(digest)
+    except NotFound:
+        return {}
+    wanted = {p.metric for p in promises} - {rules.LATENCY}
+    whole = data == dataset[1] and all(wanted <= sides.get(side, {}).keys() for side in ("base", "patched"))
+    return sides if whole else {}
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, float, list[str]]:
+    """[REF] SHARE [key=value ...] -> reference, share, settings."""
+    settings = [w for w in words if "=" in w]
+    *ref, share = [w for w in words if "=" not in w] or [""]
+    try:
+        value = float(share)
+    except ValueError:
+        value = -1.0
+    if len(ref) > 1 or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"split wants [REF] SHARE [key=value ...] with a share from 0 to 1, not {' '.join(words)!r}.")
+    return (ref[0] if ref else None), value, settings
