@@ -49,6 +49,10 @@ COPIES, GOES_ON = 300, 8
 """the task: a word 300 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
 USERS = 400
 """at most; the experiment decides when it is enough"""
+TYPE = (
+    f"To type these commands yourself: [bold]source {Path(sys.prefix) / 'bin' / 'activate'}[/], then patchbay ...; "
+    f"this demo's home is PATCHBAY_HOME={HOME}"
+)
 out = Console(highlight=False)
 start = time.monotonic()
 
@@ -153,8 +157,10 @@ def fast() -> None:
         patchbay("fit", f"{name}/tiny")
         patchbay("push", str(next((HOME / "runs").glob(f"{name}-*"))))
         patchbay("eval", f"{name}@challenger")
+        patchbay("gate", f"{name}@challenger")
     step("done")
     out.print(times())
+    out.print(TYPE)
 
 
 def run(stack: ExitStack, once: bool) -> None:
@@ -185,13 +191,9 @@ def run(stack: ExitStack, once: bool) -> None:
     step("3. Put it in MLflow, measure base and patched alike")
     patchbay("push", str(folder))
     patchbay("eval", f"{SYSTEM}@challenger")
-    database = f"sqlite:///{HOME}/mlflow.db"
-    server = background(
-        stack, "mlflow",
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
-         "--backend-store-uri", database, "--default-artifact-root", str(HOME / "mlartifacts")],
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    )  # fmt: skip
+    patchbay("gate", f"{SYSTEM}@challenger")
+    server = background(stack, "mlflow", [sys.executable, "-m", "registry.cli", "ui", "--port", str(mlflow_port)])
+    out.print(f"[bold cyan]$ patchbay ui --port {mlflow_port}[/]")
 
     step("4. Package it")
     patchbay("build", f"{SYSTEM}@challenger")
@@ -259,6 +261,7 @@ def run(stack: ExitStack, once: bool) -> None:
     links.add_row("MLflow: versions, metrics, figures, the experiment", ui)
     links.add_row("OpenAI's API", f"{url}/v1")
     out.print(links)
+    out.print(TYPE)
     out.print(f"[bold]{time.monotonic() - start:.0f} s in all[/]")
     if not once:
         out.print("Ctrl-C ends both servers.")
