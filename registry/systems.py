@@ -159,7 +159,7 @@ _ROWS = (
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",
            "2504.08046", "diffusion", "patches.mechanisms.direction:DirectionEdit", ("render",),
            Claim("lab:diffusion: pictures of unseen hands that both judges take for the other class", .0, .83, .39,
-                 "an equal step towards a class of another domain", 36, "47e6c8e567c02b0a",
+                 "an equal step towards a class of another domain", 36, "44276c88414880df",
                  beside="of 1,198 names the CNN says the other class 33 % (control 3 %, at amount 1 47 %); at amount 1 "
                  "69 % (control 22 %); a class-name prompt of equal change 33 %; 5 examples a class do as well as 50 "
                  "(n = 24)")),
