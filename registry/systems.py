@@ -161,9 +161,9 @@ _ROWS = (
            "2504.08046", "diffusion", "patches.mechanisms.direction:DirectionEdit", ("render",),
            Claim("lab:diffusion: pictures of unseen hands that both judges take for the other class", .0, .85, .25,
                  "an equal step towards a class of another domain", 240, "44276c88414880df",
-                 beside="40 pictures a domain, of 36 drawings; of 1,198 names the CNN says the other class 41 % (control "
-                 ".4 %); at amount 1 69 % (control 22 %, n = 36); a class-name prompt of equal change 33 %; 5 examples a "
-                 "class do as well as 50 (n = 24)")),
+                 beside="40 pictures a domain, of 36 drawings; of 1,198 names the CNN says the other class 41 % "
+                 "(control .4 %); at amount 1 69 % (control 22 %, n = 36); a class-name prompt of equal change 33 %; 5 "
+                 "examples a class do as well as 50 (n = 24)")),
 )  # fmt: skip
 
 SYSTEMS: dict[str, System] = {row.name: row for row in _ROWS}
