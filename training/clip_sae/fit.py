@@ -33,6 +33,7 @@ from training.clip_sae.measure import measure, quality, steerable
 from training.clip_sae.streams import Stream, streams
 from training.clip_sae.train import train
 from training.data.images import Dataset
+from training.data.layouts import named
 from training.progress import tqdm
 from training.tasks.recognition import (
     KEPT,
@@ -77,7 +78,7 @@ def _stream(base: Base, config: Config) -> Callable[[int], Tensor]:
 
     def chunk(number: int) -> Tensor:
         seed = 1000 + number
-        if config.data:
+        if named(config.data).folder:
             parts = [world(config, main, "train", config.chunk, seed, **_words(main, number))]
         else:
             shares = ((main, config.chunk // 2), ("imagenet", config.chunk // 4), ("coco", config.chunk // 4))

@@ -18,6 +18,7 @@ from training.clip_sae.find import largest, steering
 from training.clip_sae.quality import Quality, principal_variance
 from training.clip_sae.streams import Stream, answers, applied
 from training.data import images as readers
+from training.data.layouts import named
 from training.lab import atlas
 from training.tasks.intervals import share
 from training.tasks.recognition import metrics
@@ -50,7 +51,8 @@ def steerable(
 
     Values are multiples of the tokens' mean norm; the config's number of each kind is drawn at random.
     """
-    names = readers.imagenet(config.data, "val").classes if config.data else atlas.load().names
+    folder = named(config.data).folder
+    names = readers.imagenet(folder, "val").classes if folder else atlas.load().names
     words = clip.embed_texts(base, names)
     few = next(stream.parts(STEER_IMAGES))
     g = torch.Generator().manual_seed(config.seed)

@@ -21,6 +21,7 @@ from patches.families.clip.second_order import (
 )
 from patches.mechanisms.neurons import NeuronEdit, ablate, replace_effects
 from training.data.images import Dataset
+from training.data.layouts import named
 from training.evidence import thumbnails
 from training.lab import atlas
 from training.lab.renderer import GROUNDS
@@ -43,7 +44,7 @@ def sources(config: Config) -> list[Dataset]:
     These are train images of the task with and without the spurious cue, and single objects and crowds, so that neurons
     are not read by the task alone. Real data: the data set itself.
     """
-    if config.data:
+    if named(config.data).folder:
         return list(of_task(config, "train", config.fit_images).values())
     own = list(of_task(config, "train", max(1, config.fit_images // 4)).values())
     left = max(2, config.fit_images - sum(map(len, own)))
@@ -59,7 +60,7 @@ def texts_of(config: Config, data: Dataset) -> tuple[str, ...]:
     """Return the candidate texts: lines of a file, classes of real data, or all names and backgrounds of the lab."""
     if config.pool:
         return read_pool(config.pool)
-    return data.classes if config.data else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))
+    return data.classes if named(config.data).folder else tuple(dict.fromkeys([*atlas.load().names, *GROUNDS]))
 
 
 def batches(data: Sequence[Dataset], size: int = 32) -> Iterator[Tensor]:

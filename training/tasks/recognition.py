@@ -28,6 +28,7 @@ from registry.measure import Measure
 from training import choose
 from training.data import images as readers
 from training.data.images import Batch, Dataset
+from training.data.layouts import named, photographs
 from training.data.typographic import written
 from training.evidence import Draft
 from training.lab import atlas, worlds
@@ -84,6 +85,8 @@ def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dat
     """
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
+    if config.task == "typographic" and split == "test" and (attacks := named(config.data).attacks):
+        return {name: _drawn(config, data, n) for name, data in photographs(attacks).items()}
     if config.task == "typographic":
         words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
         return {name: world(config, "typographic", split, n, word=w) for name, w in words.items()}
@@ -97,12 +100,22 @@ def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dat
 
 def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: Any) -> Dataset:
     """Draw at most n images, by the seed, from a lab world or from the real data set in `config.data`."""
-    if not config.data:
+    where = named(config.data)
+    if where.attacks and config.task != "typographic":
+        raise ConfigError(
+            f"data={config.data[:80]!r}: photographed attacks are for task=typographic, not {config.task}."
+        )
+    if not where.folder:
         return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
     if name == "typographic":
-        whole = written(readers.imagenet(config.data, split), seed=config.seed, **more)
+        whole = written(readers.imagenet(where.folder, split), seed=config.seed, **more)
     else:
-        whole = readers.READERS[name](config.data, split)
+        whole = readers.READERS[name](where.folder, split)
+    return _drawn(config, whole, n, seed)
+
+
+def _drawn(config: Asked, whole: Dataset, n: int, seed: int = 0) -> Dataset:
+    """Draw at most n images of a data set by the seed."""
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(config.seed + seed))[:n]
     about = {**whole.about, "drawn": [config.seed + seed, len(order)]}
     return Dataset(whole.name, whole.split, whole.classes, len(order), about, lambda rows: whole.read(order[rows]))
@@ -197,19 +210,16 @@ def seal_labels(config: Asked, by: LabelSet, folder: Path) -> None:
 
 def outcomes(config: Asked, said: Mapping[str, Answers]) -> dict[str, Tensor]:
     """Return the per-image outcomes behind each metric: (n,) of 0 or 1; for steering also probabilities."""
-    clean = said["clean"]
-    right = clean.logits.argmax(1) == clean.label
     if config.task == "typographic":
         hit = said["attacked"]
         best = hit.logits.argmax(1)
         true, word = (hit.logits.gather(1, t[:, None])[:, 0] for t in (hit.label, hit.other))
+        kept = {k: said[k].logits.argmax(1) == said[k].label for k in ("clean", "blank") if k in said}
         return {
-            "clean": right,
-            "attacked": best == hit.label,
-            "says_word": best == hit.other,
-            "two_way": true > word,
-            "blank": said["blank"].logits.argmax(1) == said["blank"].label,
-        }
+            **kept, "attacked": best == hit.label, "says_word": best == hit.other, "two_way": true > word,
+        }  # fmt: skip
+    clean = said["clean"]
+    right = clean.logits.argmax(1) == clean.label
     if config.task == "steer":
         p = clean.logits.softmax(1).gather(1, clean.other[:, None])[:, 0]
         return {"probability": p, "says": clean.logits.argmax(1) == clean.other}
@@ -304,7 +314,7 @@ def evaluate(model: Subject, config: Asked, arm: str | None) -> dict[str, Measur
     for split in reported_splits(config):
         end = "" if split == "test" else f"_{split}"
         sets = pictures(config, split, config.test_images)
-        by = classifier(model.base, config, sets["clean"], folder=model.folder)
+        by = classifier(model.base, config, next(iter(sets.values())), folder=model.folder)
         with model.applied.rows([arm]):  # one name stands for all rows of every batch
             said = {k: ask(model.base, config, d, by) for k, d in sets.items()}
         for key, value in measured(config, said).items():
@@ -341,7 +351,7 @@ def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], fold
             draft.keep("arms", name, "about", value=dict(arm.about))
         for split, mine in sets.items():
             with arm.on(base):
-                by = classifier(base, config, mine["clean"], arm.templates, folder)
+                by = classifier(base, config, next(iter(mine.values())), arm.templates, folder)
                 said = {k: ask(base, config, d, by) for k, d in mine.items()}
             draft.keep("arms", name, split, value=measured(config, said))
 
