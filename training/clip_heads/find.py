@@ -16,8 +16,8 @@ from registry.errors import ConfigError
 from training.clip_heads import names as labels
 from training.clip_heads.config import Config
 from training.clip_heads.names import NONE, Model, Named
+from training.data import layouts
 from training.data.images import Dataset
-from training.data.layouts import named
 from training.lab import pool as lab_pool
 from training.lab import worlds
 from training.progress import tqdm
@@ -82,7 +82,7 @@ def scenes(config: Config, n: int, split: str = "train") -> Iterator[Dataset]:
     These are the real data set, or from the lab a quarter each of single objects, objects with words, crowds and
     people.
     """
-    if named(config.data).folder:
+    if layouts.named(config.data).folder:
         yield tasks.world(config, config.task, split, n)
         return
     quarter = max(2, n // 4)

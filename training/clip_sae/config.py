@@ -33,7 +33,7 @@ class Config:
     """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
     with the patch and served as its label set"""
     data: str = ""
-    """Real images: a folder, or `layout:folder` (training/data/layouts.py); empty: the rendered twin in the lab world"""
+    """Real images: a folder, or `layout:folder` (training/data/layouts.py); empty: their rendered twin in the lab"""
     layers: tuple[int, ...] = (4,)
     """Candidate layers, 0-based; a dictionary is trained for each"""
     hook: Hook = "block"

@@ -1,7 +1,7 @@
 """Real images that a config's `data` names: a folder in the task's own layout, `layout:folder`, or both with a comma.
 
     data=/folder                        the task's own layout (a folder per class; Waterbirds; CelebA)
-    data=rta:/folder                    attacks that people photographed are measured on; the lab's drawings are fitted on
+    data=rta:/folder                    fitted on the lab's drawings, measured on photographed attacks
     data=imagenet:/folder,scam:/folder  fitted on the first, measured on the second
 
 Photographed attacks have the split test alone, so nothing is fitted or chosen on them.
@@ -71,9 +71,8 @@ def named(data: str) -> Named:
             folder = path
         else:
             known = nearest(layout, [*OWN, *PHOTOGRAPHED])
-            raise ConfigError(
-                f"data={data[:80]!r}: {layout[:30]!r} is no layout, or the second of its kind. Layouts: {known}."
-            )
+            why = "is the second of its kind" if layout in known.split(", ") else "is no layout"
+            raise ConfigError(f"data={data[:80]!r}: {layout[:30]!r} {why}. Layouts: {known}.")
     return Named(folder, attacks)
 
 

@@ -33,7 +33,7 @@ class Config:
     """What tells classes apart: their names, or (waterbirds, celeba) a linear probe fitted on train, which is sealed
     with the patch and served as its label set"""
     data: str = ""
-    """Real images: a folder, or `layout:folder` (training/data/layouts.py); empty: the rendered twin in the lab world"""
+    """Real images: a folder, or `layout:folder` (training/data/layouts.py); empty: their rendered twin in the lab"""
     word: str = ""
     """Unused, since no task of this system steers; kept because sealed recipes hold it (docs/decisions/0010)"""
     layers: tuple[int, ...] = (4, 5, 6)

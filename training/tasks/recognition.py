@@ -102,9 +102,7 @@ def world(config: Asked, name: str, split: str, n: int, seed: int = 0, **more: A
     """Draw at most n images, by the seed, from a lab world or from the real data set in `config.data`."""
     where = named(config.data)
     if where.attacks and config.task != "typographic":
-        raise ConfigError(
-            f"data={config.data[:80]!r}: photographed attacks are for task=typographic, not {config.task}."
-        )
+        raise ConfigError(f"data={config.data[:80]!r}: attacks are for task=typographic, not {config.task}.")
     if not where.folder:
         return worlds.WORLDS[name](split, n, config.seed + seed, device=config.device, **more)
     if name == "typographic":

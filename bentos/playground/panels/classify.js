@@ -40,7 +40,7 @@ const CLASSIFY = {
         const got = await json("POST /v1/explain/encode", { body: { image: { data }, model: readerOf(arm), top: 12 } });
         const card = h("div", { class: "stack" });
         const buttons = got.features.map((f) => h("button", { type: "button", "aria-pressed": "false", onclick: (event) => open(f.feature, event.currentTarget) },
-          `${f.feature} `, h("span", { class: "quiet small" }, (f.words ?? []).join(", ")), " ", f.edited && h("span", { class: "chip warn" }, "edited")));
+          `${f.feature} `, h("span", { class: "quiet small" }, (f.words ?? []).join(", ")), " ", f.edited && h("span", { class: "chip warn" }, f.about ? `${f.about}, edited` : "edited")));
         const open = async (feature, button) => {
           for (const b of buttons) b.setAttribute("aria-pressed", String(b === button));
           try {
@@ -84,10 +84,14 @@ const CLASSIFY = {
           patchbay: { strength: strength.valueAsNumber, compare: true },
         };
         const response = await call("POST /v1/classify", { body: look });
-        const { results: [one] } = await response.json();
+        const { results: [one], warnings } = await response.json();
         show(columns[0], "base", "base", one.base.scores);
         show(columns[1], one.arm, one.patch, one.scores);
         says.textContent = one.base.label === one.label ? `Both say ${one.label}.` : `The base says ${one.base.label}, the patched model ${one.label}.`;
+        if (warnings?.length) {  // words the base never learned
+          failed.replaceChildren(...warnings.map((text) => h("p", { class: "small" }, text)));
+          failed.hidden = false;
+        }
         experiment = response.headers.get("x-patchbay-experiment");
         if (experiment) service.tell("answered", { side: "Patched", experiment, unit: response.headers.get("x-patchbay-unit"), request: response.headers.get("x-patchbay-request") });
         await features(data);

@@ -40,6 +40,10 @@ Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Index = Annotated[int, Field(ge=0, lt=1 << 24)]
 
 
+ABOUT = {"typographic": "writing"}
+"""Task of an artifact -> what its edited features are about"""
+
+
 class Encode(Read):
     """Encode an image into features of the dictionary sealed with a patch (POST /v1/explain/encode)."""
 
@@ -82,6 +86,8 @@ class Dictionary:
     chosen: frozenset[int]
     """Features that the artifact's patch edits"""
     kept: Cards | None
+    about: str = ""
+    """Common meaning of the edited features, where the artifact's task gives one; their nearest words mislead then"""
 
     @property
     def cards(self) -> Cards:
@@ -123,6 +129,8 @@ class Service(Explainer):
             fires = f[:, j] > 0
             entry = {"feature": j, "activation": a, "token": int(where[j]), "tokens": int(fires.sum())}
             entry |= {"mean": float(f[:, j].mean()), "edited": j in one.chosen}
+            if one.about and j in one.chosen:
+                entry["about"] = one.about
             if one.kept is not None:
                 entry["words"] = [w["word"] for w in one.cards.card(j)["words"][:3]]
             seen.append(entry | ({"map": f[:, j].tolist()} if ask.maps else {}))
@@ -205,7 +213,9 @@ class Service(Explainer):
         except NotFound:
             cards = None
         c = patch.config
-        return Dictionary(load_sae(folder / "sae", str(self.runtime.base.device)), c.site, frozenset(c.features), cards)
+        about = ABOUT.get(str(read_evidence(folder).get("task", "")), "")
+        sae = load_sae(folder / "sae", str(self.runtime.base.device))
+        return Dictionary(sae, c.site, frozenset(c.features), cards, about)
 
     @staticmethod
     def _value(ask: Steer, one: Dictionary) -> Tensor | float:

@@ -97,7 +97,7 @@ def test_what_is_no_layout_is_refused(data, error, says):
 
 def test_groups_have_no_photographed_attacks(folders):
     config = replace(RECIPES["tiny"], task="waterbirds", data=f"rta:{folders / 'rta'}")
-    with pytest.raises(ConfigError, match="task=typographic, not waterbirds"):
+    with pytest.raises(ConfigError, match="attacks are for task=typographic, not waterbirds"):
         recognition.pictures(config, "test", 2)
 
 
