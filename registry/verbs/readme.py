@@ -26,7 +26,10 @@ def write_readme() -> Says:
 
 def readme_table() -> str:
     """The table of systems as README shows it: one claim a row, with its control and n."""
-    lines = ["| system | claim | base | patched | control | n | artifact, and how to measure it again |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| system | claim | base | patched | control | n | artifact, and how to measure it again |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in SYSTEMS.values():
         name = f"`{row.name}` ([{row.paper}](https://arxiv.org/abs/{row.paper}))<br>{row.title}"
         if (c := row.claim) is None:

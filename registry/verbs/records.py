@@ -18,6 +18,7 @@ from registry.home import home
 from registry.systems import SYSTEMS
 from registry.verbs.said import (
     Says,
+    artifact,
     check_served,
     compared,
     free,
@@ -91,7 +92,7 @@ def ui(args: argparse.Namespace) -> Says:
 
 def pull(args: argparse.Namespace) -> Says:
     """bring an artifact here, verified"""
-    folder = the_store().pull(resolve(args.ref))
+    folder = the_store().pull(artifact(args.ref))
     return Says(str(folder), folder=str(folder))
 
 
@@ -118,14 +119,14 @@ def show(args: argparse.Namespace) -> Says:
         ]
         shown = table(("when", "action", "champion", "challenger", "who", "why"), rows)
         return Says(shown, history=[asdict(e) for e in entries])
-    about = the_store().show(resolve(args.ref))
+    about = the_store().show(artifact(args.ref))
     return Says(json.dumps(about, indent=2, default=str), **about)
 
 
 def compare(args: argparse.Namespace) -> Says:
     """two artifacts by the same metrics, and MLflow's page for it"""
     store = the_store()
-    got = store.compare(resolve(args.a), resolve(args.b))
+    got = store.compare(resolve(args.a), artifact(args.b))
     rows = [compared(r.metric, r.a, r.b) for r in got.rows]
     head = ("metric", args.a, args.b, "difference", "n", "better")
     return Says(f"{table(head, rows)}\n{page(got.url)}", url=got.url, metrics=[r.plain() for r in got.rows])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from registry.errors import ConfigError, Conflict, PatchbayError
+from registry.errors import ConfigError, Conflict, NotFound, PatchbayError
 from registry.systems import SYSTEMS
 
 
@@ -39,6 +39,14 @@ def read_manifest(folder: Path | str) -> Any:
 
 def resolve(ref: str) -> str:
     digest: str = the_store().resolve(ref, the_ledger().Ledger())
+    return digest
+
+
+def artifact(ref: str) -> str:
+    """The digest that a reference means. Raises NotFound for the base, which is no artifact."""
+    digest = resolve(ref)
+    if digest == "base":
+        raise NotFound(f"{ref[:80]} is the base itself, which is no artifact. Name one: SYSTEM@challenger")
     return digest
 
 

@@ -13,7 +13,19 @@ from pathlib import Path
 from registry.errors import NotFound, PatchbayError
 from registry.systems import SYSTEMS, system
 from registry.verbs.readme import write_readme
-from registry.verbs.said import Says, columns, compared, free, name_of, page, read_manifest, resolve, table, the_store
+from registry.verbs.said import (
+    Says,
+    artifact,
+    columns,
+    compared,
+    free,
+    name_of,
+    page,
+    read_manifest,
+    resolve,
+    table,
+    the_store,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +51,7 @@ def fit(args: argparse.Namespace) -> Says:
 def evaluate(args: argparse.Namespace) -> Says:
     """measure an artifact and its base, keep both in the store"""
     run, store = importlib.import_module("training.run"), the_store()
-    folder = store.pull(resolve(args.ref))
+    folder = store.pull(artifact(args.ref))
     got = run.evaluate(folder, args.words, args.device)
     pushed = store.push(
         folder, metrics=got.sides, dataset=got.dataset, figures=got.figures["patched"], base_figures=got.figures["base"]

@@ -110,7 +110,6 @@ rollback nonsense
 serve
 serve nonsense
 serve clip_sae
-serve clip_sae --base nonsense
 serve clip_sae --port x
 serve clip_sae --port 99999 --base lab:clip
 serve clip_sae --device nonsense --base lab:clip
