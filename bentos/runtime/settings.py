@@ -29,6 +29,8 @@ class Settings:
     """Reference of the base; None: the one in the artifact's manifest"""
     device: str = "cpu"
     """torch device of the base"""
+    dtype: str = ""
+    """dtype of the weights: fp32, bf16 or fp16; empty: as the reference says, else the device's own"""
     slots: int = 32
     """Largest number of rows in one batch"""
     context: int = 4096
@@ -51,6 +53,7 @@ class Settings:
             system=system(name).name,
             base=env.get("PATCHBAY_BASE") or None,
             device=env.get("PATCHBAY_DEVICE") or "cpu",
+            dtype=env.get("PATCHBAY_DTYPE", ""),
             slots=_count(env, "PATCHBAY_SLOTS", 32, 4096),
             context=_count(env, "PATCHBAY_CONTEXT", 4096, 1 << 20),
             kv_gib=_gibibytes(env, "PATCHBAY_KV_GIB"),
@@ -120,6 +123,8 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
         importlib.import_module(engine).check_provider(s.provider)
     refs = _named(s, head)
     refs |= dict(zip(row.bases, (s.base or "").split(","), strict=False)) if s.base else {}
+    if s.dtype:
+        refs = {role: f"{manifest.split_dtype(ref)[0]}?dtype={s.dtype}" for role, ref in refs.items()}
     for role, kind in row.bases.items():
         if not refs.get(role):
             one = ",".join(family(kind).example for kind in row.bases.values())

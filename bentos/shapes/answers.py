@@ -125,7 +125,7 @@ class About:
             else:
                 one["text"] = (self.echoed(line, pieces) if echo else "") + text
             if scores is not None:
-                one["logprobs"] = self.logprobs(*self.scored(line, 0, line.seen, echo), pieces)
+                one["logprobs"] = self.logprobs(*self.scored(line, 0, self.scores_of(line), echo), pieces)
             if len({entry.arm for entry in lines}) > 1:
                 one["arm"] = line.arm
             if line.row.told:
@@ -133,6 +133,10 @@ class About:
             choices.append(one)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {**self.head(name), "choices": choices, "usage": self.usage(lines)}
+
+    def scores_of(self, line: Line) -> int:
+        """Tokens of an answer whose scores are told so far: of a completion the end token, too, which is no text."""
+        return len(line.row.out) if self.kind == "text" and line.row.finished == "stop" else line.seen
 
     @staticmethod
     def echoed(line: Line, pieces: Pieces) -> str:

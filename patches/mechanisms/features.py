@@ -16,22 +16,18 @@ are read without pickle; ours are written in SAELens' layout.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patches.engine.edits import Act, Edit, Inputs
 from patches.engine.patch import Patch
 from registry.config import STRICT
-from registry.errors import BadArtifact, NotFound, PatchError
+from registry.errors import BadArtifact, PatchError
 
 Activation = Literal["relu", "topk", "jumprelu"]
 Normalise = Literal["none", "layer_norm", "norm"]
@@ -40,11 +36,8 @@ Op = Literal["zero", "clamp", "cap", "scale", "add"]
 Tokens = Literal["all", "cls", "patches", "mask"]
 EPS = 1e-5
 
-WEIGHTS, ABOUT = "sae_weights.safetensors", "cfg.json"
 ROWS = 256
 """Tokens encoded at once on a CPU; pre-activations of more exceed its cache"""
-MAX_NUMBERS = 1 << 31
-"""Largest number of parameters in a dictionary; the largest published for CLIP has 2 * 49,152 * 768 = 75 million"""
 
 
 # ---- the dictionary ----------------------------------------------------------------------------------------------
@@ -348,130 +341,3 @@ def describe(config: FeatureConfig) -> dict[str, Any]:
     """Summarise the patch for people and tags."""
     few = ", ".join(map(str, config.features[:8])) + (", ..." if len(config.features) > 8 else "")
     return {"op": config.op, "site": config.site, "features": f"{len(config.features)}: {few}", "tokens": config.tokens}
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-_NORMALISE: dict[str, Normalise] = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "norm"}
-_ARCHITECTURE: dict[Activation, str] = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
-
-
-def save_sae(sae: SAE, folder: Path) -> None:
-    """Write `sae` in SAELens' layout: cfg.json and sae_weights.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"W_enc": sae.encoder.T, "b_enc": sae.bias, "W_dec": sae.decoder, "b_dec": sae.decoder_bias}
-    if sae.threshold is not None:
-        tensors["threshold"] = sae.threshold
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
-    F, D = sae.decoder.shape
-    about: dict[str, Any] = {
-        "architecture": _ARCHITECTURE[sae.activation],
-        "d_in": D,
-        "d_sae": F,
-        "dtype": str(sae.decoder.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": next(k for k, v in _NORMALISE.items() if v == sae.normalise),
-        "reshape_activations": "none",
-        "metadata": {"hook_name": sae.site},
-    }
-    if sae.activation == "topk":
-        about |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    (folder / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True))
-
-
-def load_sae(folder: Path | str, device: str = "cpu") -> SAE:
-    """Load a dictionary in SAELens' layout, of any version, or in Prisma's with safetensors.
-
-    SAELens: cfg.json, sae_weights.safetensors. Raises NotFound naming the missing file, BadArtifact for an unsupported
-    architecture.
-    """
-    folder = Path(folder)
-    about = next((folder / n for n in (ABOUT, "config.json") if (folder / n).is_file()), None)
-    weights = next((folder / n for n in (WEIGHTS, "weights.safetensors") if (folder / n).is_file()), None)
-    if weights is None and any(folder.glob("*.pt")):
-        raise NotFound(f"{folder} holds a pickle (.pt) and no safetensors. Convert it once with `convert_sae`.")
-    if about is None or weights is None:
-        raise NotFound(f"{folder} needs {ABOUT} (or config.json) and {WEIGHTS} to be a sparse autoencoder.")
-    return _canonical(_json(about), load_file(weights), folder).to(device)
-
-
-def convert_sae(weights: Path | str, folder: Path | str) -> SAE:
-    """Convert Prisma's or SAELens' `.pt` file, with its config.json beside it, into SAELens' layout in `folder`.
-
-    Only tensors are unpickled. Raises BadArtifact for a file that holds code, NotFound without a config.
-    """
-    weights = Path(weights)
-    about = next((weights.parent / n for n in ("config.json", ABOUT) if (weights.parent / n).is_file()), None)
-    if about is None:
-        raise NotFound(f"{weights} needs its config.json beside it.")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many exception types for broken pickles
-        raise BadArtifact(
-            f"{weights} is not a file of tensors alone, so it is not loaded ({str(e).splitlines()[0][:80]}). "
-            "Use the release that keeps its config in config.json."
-        ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BadArtifact(f"{weights} holds no dictionary of tensors.")
-    sae = _canonical(_json(about), state, weights.parent)
-    save_sae(sae, Path(folder))
-    return sae
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(file.read_text())
-    except (ValueError, OSError):
-        raise BadArtifact(f"{file} is not JSON.") from None
-    if not isinstance(about, dict):
-        raise BadArtifact(f"{file} is not an object.")
-    return about
-
-
-def _canonical(about: dict[str, Any], t: dict[str, Tensor], where: Path) -> SAE:
-    """Convert a library's config and state into the canonical form, folding its conventions into the weights."""
-    if missing := {"W_enc", "W_dec", "b_dec", "b_enc"} - t.keys():
-        raise BadArtifact(f"{where} has no {', '.join(sorted(missing))}; a gated or other autoencoder is not covered.")
-    if sum(v.numel() for v in t.values()) > MAX_NUMBERS:
-        raise BadArtifact(f"{where} holds more than {MAX_NUMBERS} numbers; no dictionary does.")
-    act = str(about.get("activation_fn", about.get("activation_fn_str", "relu")))
-    name = str(about.get("architecture", "standard"))
-    if name == "standard" and act == "topk":
-        name = "topk"
-    activation = next((a for a, n in _ARCHITECTURE.items() if n == name), None)
-    if activation is None or (name == "standard" and act != "relu") or about.get("is_transcoder"):
-        raise BadArtifact(f"{where} is {name!r} with {act!r}; covered are {', '.join(_ARCHITECTURE.values())}.")
-    how = about.get("normalize_activations", "none")
-    if how not in _NORMALISE:
-        raise BadArtifact(f"{where} has normalize_activations={how!r}; fold its factor into the weights first.")
-    if about.get("finetuning_scaling_factor") or about.get("reshape_activations", "none") not in ("none", None):
-        raise BadArtifact(f"{where} rescales or reshapes its input, which is not covered.")
-    kwargs = about.get("activation_fn_kwargs") or {}
-    k = int(about.get("k", kwargs.get("k", 0))) if activation == "topk" else 0
-    W = {n: t[n].float() for n in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    if [W["W_enc"].ndim, W["W_dec"].ndim] != [2, 2] or W["W_enc"].T.shape != W["W_dec"].shape:
-        raise BadArtifact(f"{where}: W_enc {list(W['W_enc'].shape)} is not W_dec {list(W['W_dec'].shape)} transposed.")
-    encoder, bias, decoder = W["W_enc"].T, W["b_enc"], W["W_dec"]
-    if about.get("apply_b_dec_to_input", True):
-        bias = bias - encoder @ W["b_dec"]
-    if about.get("rescale_acts_by_decoder_norm"):
-        norm = decoder.norm(dim=1)
-        encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]
-    threshold = None
-    if activation == "jumprelu":
-        threshold = t["threshold"] if "threshold" in t else t["log_threshold"].exp() if "log_threshold" in t else None
-        threshold = threshold.float().relu() if threshold is not None else None
-    meta = about.get("metadata") if isinstance(about.get("metadata"), dict) else {}
-    site = str(next((d[n] for d in (meta, about) for n in ("hook_name", "hook_point") if d and d.get(n)), ""))
-    return SAE(
-        encoder.contiguous(), bias, decoder.contiguous(), W["b_dec"], activation, k, threshold, _NORMALISE[how], site
-    )
-
-
-def hook_layer(site: str) -> tuple[int, str] | None:
-    """Parse a TransformerLens hook name such as "blocks.9.hook_resid_post" into (layer, hook); None for other names."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", site)
-    return (int(found[1]), found[2]) if found else None

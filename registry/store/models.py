@@ -290,7 +290,7 @@ def base_of(about: Manifest) -> tuple[str, str]:
 def model_name(about: Manifest) -> str:
     """`pypi:smollm2` and `hf-hub:org/SmolLM2@rev` are `smollm2`; `lab:clip` is `lab-clip`; no base, or several: the
     system."""
-    ref = about.base.rpartition("@")[0].partition("@")[0] if len(about.bases) == 1 else ""
+    ref = manifest.split_dtype(about.base.rpartition("@")[0])[0].partition("@")[0] if len(about.bases) == 1 else ""
     scheme, _, rest = ref.rpartition(":")
     if scheme in ("pypi", "hf-hub", "local", "local-dir", "gguf"):
         ref = rest

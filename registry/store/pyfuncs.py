@@ -13,7 +13,7 @@ import mlflow
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from registry import sources
+from registry import manifest, sources
 from registry.manifest import Manifest
 from registry.systems import System, system
 
@@ -72,7 +72,8 @@ def requirements(row: System, about: Manifest) -> list[str]:
 
 def _wheels(row: System, about: Manifest) -> list[str]:
     """The distributions of bases that come in wheels."""
-    keys = {label.rpartition("@")[0][5:] for label in about.bases.values() if label.startswith("pypi:")}
+    refs = (manifest.split_dtype(label.rpartition("@")[0])[0] for label in about.bases.values())
+    keys = {ref[5:] for ref in refs if ref.startswith("pypi:")}
     table = importlib.import_module("patches.families.table")
     wheels = {k: v for kind in row.bases.values() for k, v in table.wheels(kind).items()}
     names = sorted({name for key in keys for name in wheels.get(key, ())})

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from registry.errors import NotFound, PatchbayError
+from registry.home import home
 from registry.systems import SYSTEMS, system
 from registry.verbs.readme import write_readme
 from registry.verbs.said import (
@@ -71,8 +72,8 @@ def evaluate(args: argparse.Namespace) -> Says:
 
 def serve(args: argparse.Namespace) -> Says:
     """serve a system: base and every patch in one process, OpenAI-compatible where it generates"""
-    flags = {"base": args.base, "device": args.device, "provider": args.provider, "slots": args.slots,
-             "context": args.context, "tokens": args.tokens}  # fmt: skip
+    flags = {"base": args.base, "device": args.device, "dtype": args.dtype, "provider": args.provider,
+             "slots": args.slots, "context": args.context, "tokens": args.tokens}  # fmt: skip
     given = {f"PATCHBAY_{flag.upper()}": str(value) for flag, value in flags.items() if value is not None}
     name, app = system(args.system).name, importlib.import_module("bentos.app")
     free(args.host, args.port)
@@ -107,8 +108,12 @@ def bench(args: argparse.Namespace) -> Says:
 
 
 def export(args: argparse.Namespace) -> Says:
-    """fold a patch into a hook-free checkpoint"""
+    """fold a patch into a hook-free checkpoint, or write it as other libraries read it (--as others)"""
     digest = resolve(args.ref)
+    if args.layout == "others" and digest != "base":
+        place = args.out or home() / "exports" / f"others-{digest[:16]}"
+        what = importlib.import_module("patches.imports").send(the_store().pull(digest), place)
+        return Says(f"{place}: {what}", folder=str(place), what=what)
     if digest == "base":
         raise NotFound(f"{args.ref} is the base itself, so there is nothing to fold. Name a patch: SYSTEM@challenger")
     base = os.environ.get("PATCHBAY_BASE") or None  # where a base fitted from a folder lies on this machine

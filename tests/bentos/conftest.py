@@ -117,7 +117,8 @@ def seal_features(base, features, seed: int = 0, cards: bool = True, width: int 
     from patches.evidence.feature_cards import save_cards
     from patches.evidence.label_set import save_label_set
     from patches.families import clip
-    from patches.mechanisms.features import edit, save_sae
+    from patches.mechanisms.features import edit
+    from patches.sae_files import save_sae
     from training.clip_sae import cards as making
     from training.lab import worlds
 

@@ -18,6 +18,7 @@ from patches.engine.edits import Act, Side, Weight
 from patches.engine.patch import Patch
 from patches.families import clip
 from patches.families.family import family
+from patches.mechanisms.added import AddedConfig, AddedEdit
 from patches.mechanisms.direction import DirectionConfig, DirectionEdit
 from patches.mechanisms.features import SAE, edit
 from patches.mechanisms.heads import HeadConfig, HeadEdit
@@ -134,6 +135,8 @@ LLM: dict[str, Callable[[], Patch]] = {
         SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), mode="mean"), {"value": torch.tensor([0.5, -0.5, 0.3])}
     ),
     "sink-everywhere": lambda: SinkEdit(SinkConfig(neurons=((0, 1), (0, 7), (1, 3)), keep_first=False), {}),
+    "added-factors": lambda: _added(),
+    "added-vectors": lambda: _added(True),
     "sink-damp": lambda: SinkEdit(SinkConfig(damp_layers=(0, 2), damp_limit=2.0), {}),
     "sink-repeats": lambda: SinkEdit(SinkConfig(neurons=((1, 5), (2, 6)), only_repeats=True), {}),
     "sink-all": lambda: SinkEdit(
@@ -160,7 +163,7 @@ LLM: dict[str, Callable[[], Patch]] = {
     "weights": lambda: Scale(NoConfig(), {"scale": torch.tensor(1.3)}),
 }
 FOLDS = ("sink-everywhere", "neurons-zero", "neurons-gain", "heads-zero", "heads-scale", "low-rank", "weights",
-         "subspace")  # fmt: skip
+         "subspace", "added-factors")  # fmt: skip
 """Names of LLM that have a form in weights; the others are refused with what to do instead. A mean needs a bias to go
 to,
 and the tiny Llama has none"""
@@ -187,6 +190,17 @@ def _denoising() -> dict[str, torch.Tensor]:
     pipe = _denoiser()
     told = {name: _seeded(4, *shape) for name, shape in pipe.conditions.items()}
     return {"sample": _seeded(4, *pipe.shape), "timestep": torch.tensor([20.0, 300.0, 700.0, 950.0]), **told}
+
+
+def _added(vectors: bool = False) -> AddedEdit:
+    """Factors at two projections, or a vector after a block."""
+    if vectors:
+        return AddedEdit(AddedConfig(vectors=("model.layers.1",), amount=2.0), {"v.model.layers.1": _seeded(D)})
+    sites = ("model.layers.0.self_attn.o_proj", "model.layers.2.mlp.up_proj")
+    tensors = {f"a.{s}": _seeded(2, D) for s in sites}
+    return AddedEdit(
+        AddedConfig(factors=sites), tensors | {f"b.{s}": _seeded(n, 2) for s, n in zip(sites, (D, M), strict=True)}
+    )
 
 
 MEMBERS: dict[str, Member] = {

@@ -18,7 +18,8 @@ from patches.evidence.feature_cards import save_cards
 from patches.evidence.label_set import LabelSet
 from patches.families import clip
 from patches.families.base import Base, load_base, slug
-from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae, save_sae
+from patches.mechanisms.features import SAE, FeatureEdit, Op, edit
+from patches.sae_files import load_sae, save_sae
 from registry import manifest
 from registry.errors import ConfigError
 from registry.home import home

@@ -11,7 +11,8 @@ from typing import Any
 
 from patches.families import clip
 from patches.families.base import Base
-from patches.mechanisms.features import FeatureEdit, edit, load_sae
+from patches.mechanisms.features import FeatureEdit, edit
+from patches.sae_files import load_sae
 from training import choose
 from training.clip_sae.config import Config
 from training.clip_sae.defences import DEFENCES, accuracies, pairs

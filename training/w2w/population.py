@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
+from patches.adapters import read_adapter
 from patches.engine.patch import ONLY, apply
-from patches.families.diffusion.adapters import read_adapter
 from patches.families.diffusion.identity import denoising_target, spread
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, Layer, size, split, start
 from registry.errors import BadArtifact, ConfigError, NotFound

@@ -29,7 +29,8 @@ from patches.evidence import read_evidence, tensors
 from patches.evidence.feature_cards import Cards, load_cards
 from patches.families import clip
 from patches.families.clip import maps
-from patches.mechanisms.features import SAE, FeatureEdit, Op, edit, load_sae
+from patches.mechanisms.features import SAE, FeatureEdit, Op, edit
+from patches.sae_files import load_sae
 from registry.errors import BadRequest, NotFound, PatchError
 
 KEPT = 3

@@ -2,6 +2,7 @@
 
 from patches.families.clip.attention import Attention, explicit_attention
 from patches.families.clip.base import Processor, load, new, save, tiny
+from patches.families.clip.convert import knows
 from patches.families.clip.embeddings import (
     TEMPLATES,
     check_told_apart,
@@ -36,4 +37,5 @@ FAMILY = Family(
     sites=SITES,
     fold=fold,
     engine="patches.families.clip.towers",
+    knows=knows,
 )

@@ -207,7 +207,7 @@ def _base(
         try:
             model.load_state_dict(state)
         except RuntimeError as e:
-            raise NotFound(f"{name}: the weights do not fit the config. {str(e)[:400]}") from None
+            raise NotFound(f"{name}: the weights do not fit the config. {' '.join(str(e).split())[:400]}") from None
     explicit_attention(model).eval()
     size = model.visual.image_size
     known = merge_preprocess_dict(PreprocessCfg(), {**config.get("preprocess_cfg", {}), "size": size})

@@ -52,6 +52,16 @@ def _folder(ref: str) -> tuple[Path, str, dict[str, Any] | None]:
     )
 
 
+def knows(folder: Path) -> str:
+    """What a folder is, if it is a CLIP in open_clip's layout or transformers'."""
+    if (folder / CONFIG).is_file():
+        _check_config(_json(folder / CONFIG).get("model_cfg"))
+        return "a CLIP in open_clip's layout"
+    if (folder / "config.json").is_file() and _json(folder / "config.json").get("model_type") == "clip":
+        return "a CLIP in transformers' layout"
+    return ""
+
+
 def _hub(rest: str) -> Path:
     folder = hub_folder(rest, HUB_FILES)
     return folder if any(folder.glob("open_clip*.safetensors")) else hub_folder(rest, HUB_FILES_TRANSFORMERS)

@@ -5,10 +5,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from patches.adapters import Adapter, read_adapter, truncated, write_adapter
 from patches.families.base import Base
-from patches.families.diffusion.adapters import Adapter, read_adapter, truncated, write_adapter
 from patches.families.diffusion.asked import LEVELS, changed, drawn, levels, png, predict, prepare
-from patches.families.diffusion.base import LAYOUTS, SITES, Condition, Pipe, Processor, dtype_of, load, parts, wrap
+from patches.families.diffusion.base import (
+    LAYOUTS,
+    SITES,
+    Condition,
+    Pipe,
+    Processor,
+    dtype_of,
+    knows,
+    load,
+    parts,
+    wrap,
+)
 from patches.families.diffusion.inversion import METHODS
 from patches.families.diffusion.schedule import SOLVERS, Schedule
 from patches.families.diffusion.table import TABLE
@@ -56,4 +67,5 @@ FAMILY = Family(
     sites=SITES,
     dtype=dtype_of,
     parts=parts,
+    knows=knows,
 )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patches.checkpoints import json_object
 from patches.families.base import Base, check_device, hub_folder, slug
 from patches.families.diffusion.schedule import Schedule
 from registry import manifest
@@ -166,6 +167,14 @@ def read(folder: Path, encoder: Path | None = None) -> Pipe:
         raise NotFound(f"{folder} holds a {str(kind)[:60]}; read are {', '.join(LAYOUTS)}.")
     pipe: Pipe = importlib.import_module(LAYOUTS[kind]).read(folder, *([encoder] if encoder else []))
     return pipe
+
+
+def knows(folder: Path) -> str:
+    """What a folder of diffusers' layout is, if its pipeline is read."""
+    if not (folder / INDEX).is_file():
+        return ""
+    kind = json_object(folder / INDEX).get("_class_name")
+    return f"a diffusion pipeline, {kind}" if kind in LAYOUTS else ""
 
 
 def parts(ref: str) -> tuple[str, ...]:

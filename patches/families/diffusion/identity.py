@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from patches.adapters import Adapter
 from patches.engine.patch import ONLY, Applied, apply
-from patches.families.diffusion.adapters import Adapter
 from patches.families.diffusion.schedule import Schedule
 from patches.mechanisms.subspace import AdapterSet, AdapterSetConfig, SubspaceEdit
 from registry.errors import Invalid

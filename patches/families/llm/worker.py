@@ -100,6 +100,8 @@ class Decoder(Worker[Row]):
         """Gemma 2's soft cap on logits; read once, because config attributes are slow"""
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         """Factor of the logits: Cohere's logit_scale, or the inverse of Granite's logits_scaling"""
+        self.adds = getattr(config, "_attn_implementation", "") == "eager"
+        """Whether masks are numbers added to attention scores (eager attention), not booleans"""
         self.filling: Row | None = None
         """Row whose prompt is being prefilled in parts"""
         self.filled = False
@@ -347,16 +349,22 @@ class Decoder(Worker[Row]):
     def _mask(self, positions: Tensor) -> Any:
         """Build the causal mask (B, 1, T, K) bool: position p sees key k if k <= p and k is in the layer's window.
 
-        A dict for models whose layers differ.
-
-        A dict for models whose layers differ.
+        A dict for models whose layers differ; numbers to add for eager attention.
         """
         k = torch.arange(self.cache.columns, device=positions.device)
         full = (k <= positions[:, :, None])[:, None]
         if self.window is None:
-            return full
+            return self._added(full)
         near = (k > positions[:, :, None] - self.window)[:, None]
-        return {"full_attention": full, "sliding_attention": full & near} if self.mixed else full & near
+        if not self.mixed:
+            return self._added(full & near)
+        return {"full_attention": self._added(full), "sliding_attention": self._added(full & near)}
+
+    def _added(self, mask: Tensor) -> Tensor:
+        if not self.adds:
+            return mask
+        dtype: torch.dtype = self.base.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> list[int | None]:
         """Choose a token for each row; None for one that fails alone (logits not finite, or the draw failed)."""

@@ -21,7 +21,7 @@ from patches.families.base import Base, check_device, hub_folder, slug
 from patches.families.search.scorers import BATCH, Scorer, Target
 from patches.families.search.wav import resampled
 from registry import manifest
-from registry.errors import Invalid, NotFound
+from registry.errors import ConfigError, Invalid, NotFound
 
 FILES = ("*.safetensors", "*.json", "merges.txt")
 CONTEXT = 40
@@ -57,8 +57,10 @@ class Ears:
         return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
 
 
-def load(ref: str, device: str = "cpu") -> Base:
-    """The CLAP that `ref` names, in eval mode. Raises NotFound with what to put where."""
+def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
+    """The CLAP that `ref` names, in eval mode. Raises NotFound with what to put where, ConfigError for a dtype."""
+    if dtype not in (None, torch.float32):
+        raise ConfigError(f"{ref[:80]}: audio models are held in fp32 alone. Leave ?dtype= out.")
     from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
     check_device(device)

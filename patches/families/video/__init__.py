@@ -1,7 +1,7 @@
 """Video: VideoMAE (transformers' classes) and Toto (a Llama over visual tokens), clips in, one interface out."""
 
 from patches.families.family import Family
-from patches.families.video.base import SITES, load, load_folder, read, save, tiny, tiny_masked, tiny_tokens
+from patches.families.video.base import SITES, knows, load, load_folder, read, save, tiny, tiny_masked, tiny_tokens
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.planted import PURPOSES
 from patches.families.video.predict import predict
@@ -27,4 +27,5 @@ FAMILY = Family(
     sites=SITES,
     load_folder=load_folder,
     engine="patches.families.video.onnx",
+    knows=knows,
 )

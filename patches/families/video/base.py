@@ -34,7 +34,7 @@ from patches.families.video.probe import Probe
 from patches.families.video.tokens import RESERVED, Codebook, TokenVideo
 from patches.families.video.untrained import llama, untrained
 from registry import manifest
-from registry.errors import BadArtifact, NotFound
+from registry.errors import BadArtifact, ConfigError, NotFound
 
 CONFIG, WEIGHTS, PROCESSOR, ABOUT = "config.json", "model.safetensors", "preprocessor_config.json", "video.json"
 PROBE, CODEBOOK, CLASSIFIER = "probe.safetensors", "codebook.safetensors", "classifier"
@@ -44,20 +44,33 @@ SITES = {"block": "blocks.{i}"}
 TINY_CLASSES = ("still", "left", "right")
 
 
-def load(ref: str, device: str = "cpu") -> Base:
-    """The checkpoint `ref` names, in eval mode. Raises NotFound with what there is, BadArtifact for a broken folder."""
+def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
+    """The checkpoint `ref` names, in eval mode. Raises NotFound with what there is, BadArtifact for a broken folder,
+    ConfigError for a model of tokens in half precision: its codes are distances, which that is too coarse for."""
     check_device(device)
     kind, _, which = ref.partition(":")
     if kind == "untrained":
         model = untrained(which)
         return Base(ref, slug(f"untrained-{which}"), digest_of(model), model.to(device), None, "")
     folder, name = _folder(ref)
-    return _base(folder, ref, name, device)
+    base = _base(folder, ref, name, device)
+    if dtype is not None and dtype != torch.float32 and isinstance(base.model, TokenVideo):
+        raise ConfigError(f"{name} is a video model of tokens, which is held in fp32 alone. Leave ?dtype= out.")
+    base.model.to(dtype or torch.float32)
+    return base
 
 
 def load_folder(folder: Path, device: str = "cpu") -> Base:
     """A sealed folder's checkpoint as a base: what an arm of kind `model` is."""
     return _base(Path(folder), f"local-dir:{folder}", slug(Path(folder).name), device)
+
+
+def knows(folder: Path) -> str:
+    """What a folder is, if it is a video model of ours or one that transformers' VideoMAE was saved to."""
+    if not (folder / CONFIG).is_file():
+        return ""
+    kind = str((_json(folder / CONFIG).get("architectures") or [""])[0])
+    return f"a video model, {kind}" if kind.startswith("VideoMAE") or (folder / ABOUT).is_file() else ""
 
 
 def tiny(seed: int = 0, kind: Literal["videomae", "toto"] = "videomae") -> Base:

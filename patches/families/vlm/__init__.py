@@ -2,7 +2,7 @@
 the lab's own: what stands in an image token, and the decoder that reads it."""
 
 from patches.families.family import Family
-from patches.families.vlm.base import depth, load, parts, site, tiny
+from patches.families.vlm.base import depth, knows, load, parts, site, tiny
 from patches.families.vlm.chat import encode, generate, maker, predict, row
 from patches.families.vlm.layouts import LAYOUTS, image_token, image_tokens, layout
 from patches.families.vlm.table import TABLE
@@ -32,4 +32,5 @@ FAMILY = Family(
     sees=True,
     parts=parts,
     sites={"block": "model.language_model.layers.{i}"},
+    knows=knows,
 )

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from patches.checkpoints import check_config, check_folder, check_loaded, check_tokenizer, json_object, reading
 from patches.families.base import SHIPPED, Base, check_device, hub_folder, load_base, slug
-from patches.families.llm.base import _digest
+from patches.families.llm.base import digests
 from patches.families.llm.planted import weights_digest
 from patches.families.llm.references import _quiet
 from patches.families.vlm.layouts import image_token, layout
@@ -47,22 +48,37 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
     check_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     folder, name = _folder(ref)
-    about = json.loads((folder / "config.json").read_text())
+    about = json_object(folder / "config.json")
     if about.get("architecture") == "LabVLM":
         return _lab(ref, name, folder, device, dtype)
     kind = about.get("model_type", "")
     if kind not in CLASSES:
         raise NotFound(f"{folder} holds a {str(kind)[:40]!r}. Supported: {', '.join(CLASSES)}, and lab:vlm.")
+    check_folder(folder)
     import transformers
 
-    with _quiet():
-        model = getattr(transformers, CLASSES[kind]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa", dtype=dtype
-        )
+    check_tokenizer(folder)
+    with _quiet(), reading(str(folder)):
+        model, info = getattr(transformers, CLASSES[kind]).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa", dtype=dtype,
+            device_map={"": device}, output_loading_info=True,
+        )  # fmt: skip
         # SmolVLM's own processor wants one more package, for videos; for pictures it is Idefics3's
         made = transformers.Idefics3Processor if kind == "smolvlm" else transformers.AutoProcessor
         hub = made.from_pretrained(folder, local_files_only=True)
-    return of_hub(ref, name, _digest(folder), model.to(device), hub)
+    check_loaded(name, info)
+    digest, former = digests(folder)
+    return replace(of_hub(ref, name, digest, model, hub), former=former)
+
+
+def knows(folder: Path) -> str:
+    """What a folder of transformers' layout is, if it is a vision-language model that is read."""
+    if not (folder / "config.json").is_file():
+        return ""
+    if (kind := str(json_object(folder / "config.json").get("model_type", ""))) not in CLASSES:
+        return ""
+    check_folder(folder)
+    return f"a vision-language model of type {kind}, digest {digests(folder)[0][:16]}"
 
 
 def of_hub(ref: str, name: str, digest: str, model: Any, hub: Any) -> Base:
@@ -84,8 +100,10 @@ def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> 
     tiles, normal = about["tiles"], (clip.processor.mean, clip.processor.std)
     parts = {f: manifest.sha256(folder / f) for f in (lab.WEIGHTS, lab.CONFIG)} | {"tower": clip.digest}
     hub: LabProcessor
+    former: tuple[str, ...] = ()
     if about.get("decoder"):
         reader = load_base(about["decoder"], "llm")
+        former = tuple(manifest.digest_of(parts | {"decoder": old}) for old in reader.former)
         tokenizer, parts = reader.processor, parts | {"decoder": reader.digest}
         mark = tokenizer.convert_ids_to_tokens(about["image_token"])
         hub = ChatProcessor(tokenizer, tiles["side"], tiles["tile"], *normal, mark)
@@ -95,7 +113,7 @@ def _lab(ref: str, name: str, folder: Path, device: str, dtype: torch.dtype) -> 
     processor = Processor(hub, tokenizer, image_token(model), layout("LabVLM").keys)
     digest = manifest.digest_of(parts)
     model.to(device=device, dtype=dtype)
-    return Base(ref, name, digest, model.eval(), processor, layout("LabVLM").root, "vlm")
+    return Base(ref, name, digest, model.eval(), processor, layout("LabVLM").root, "vlm", former)
 
 
 def tiny(seed: int = 0) -> Base:
@@ -145,8 +163,7 @@ def _folder(ref: str) -> tuple[Path, str]:
     if scheme == "lab" and (SHIPPED / slug(rest) / "config.json").is_file():
         return SHIPPED / slug(rest), f"lab-{slug(rest)}"
     if scheme == "local-dir":
-        if not (Path(rest) / "config.json").is_file():
-            raise NotFound(f"{rest} has no config.json. Give local-dir: a folder that save_pretrained wrote.")
+        check_config(Path(rest))
         return Path(rest), slug(Path(rest).resolve().name)
     if scheme == "hf-hub":
         return hub_folder(rest, HUB_FILES), slug(rest.partition("@")[0].rpartition("/")[2])

@@ -179,6 +179,26 @@ def test_echo_with_logprobs_scores_the_prompt(service, tiny_llm, arm):
     asyncio.run(work())
 
 
+def test_an_end_token_is_scored_with_a_completion(service):
+    """lm-eval leaves out the last score as that of the one token it had to ask for, whatever that is."""
+
+    async def work():
+        async with service() as s:
+            for stream in (False, True):
+                got = await s.http.post("/v1/completions", json={
+                    "prompt": "abc", "model": "base", "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0,
+                    "logit_bias": {"2": 100}, "stream": stream,
+                })  # fmt: skip
+                lines = [x.removeprefix("data: ") for x in got.text.split("\n\n")]
+                said = [json.loads(x) for x in lines if x.startswith("{")]
+                scores = [p["choices"][0]["logprobs"] for p in said if p["choices"][0]["logprobs"]]
+                assert [t for c in scores for t in c["tokens"]] == ["a", "b", "c", "<eos>"]
+                assert said[-1]["choices"][0]["finish_reason"] == "stop"
+                assert "".join(p["choices"][0]["text"] for p in said) == "a b c"
+
+    asyncio.run(work())
+
+
 def tokenizer(kind):
     """Small tokenizers of the two kinds that language models have, trained on a few words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

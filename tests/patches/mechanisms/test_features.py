@@ -13,15 +13,12 @@ from patches.mechanisms.features import (
     SAE,
     FeatureConfig,
     FeatureEdit,
-    convert_sae,
     edit,
-    hook_layer,
     kth_largest,
-    load_sae,
     normalised,
-    save_sae,
     thresholded,
 )
+from patches.sae_files import convert_sae, hook_layer, load_sae, save_sae
 from registry.errors import BadArtifact, NotFound, PatchError
 
 D, F, S = 32, 96, (3, 17, 40, 41, 95)
@@ -341,7 +338,7 @@ def test_missing_files_and_shapes_are_named(tmp_path):
         load_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("[]")
     save_file({k: v for k, v in published().items() if k != "b_enc"}, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(BadArtifact, match="not an object"):
+    with pytest.raises(BadArtifact, match="not a JSON object"):
         load_sae(tmp_path)
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(BadArtifact, match="no b_enc"):

@@ -14,7 +14,7 @@ from patches.engine.patch import ONLY
 from patches.evidence import read_evidence
 from patches.evidence.label_set import LabelSet, load_label_set, save_label_set
 from patches.families import clip
-from patches.mechanisms.features import load_sae, save_sae
+from patches.sae_files import load_sae, save_sae
 from patches.subject import Subject
 from registry import manifest
 from registry.errors import ConfigError, Tampered, WrongBase

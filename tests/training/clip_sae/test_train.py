@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patches.mechanisms.features import load_sae
+from patches.sae_files import load_sae
 from registry.errors import ConfigError
 from tests.training.clip_sae.planted import ACTIVE, ATOMS, METHODS, SMALL, D, planted
 from training.clip_sae import train as training

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patches.families import diffusion
-from patches.families.diffusion.adapters import (
+from patches.adapters import (
     DIFFUSERS,
     PEFT,
     PEFT_CONFIG,
@@ -18,6 +17,7 @@ from patches.families.diffusion.adapters import (
     truncated,
     write_adapter,
 )
+from patches.families import diffusion
 from registry.errors import BadArtifact, NotFound
 
 

@@ -1,10 +1,10 @@
-"""LoRA adapters of a denoiser, in and out: a peft folder, a file in diffusers' layout, and the factors between them.
+"""LoRA adapters, in and out: a peft folder, a file in diffusers' layout, and the factors between them.
 
-An `Adapter` holds, per module of the denoiser, A (r, in) and B (out, r) with the scale alpha / r already inside B,
+An `Adapter` holds, per module of a model, A (r, in) and B (out, r) with the scale alpha / r already inside B,
 so nothing is lost on the way: a bare state dict given to diffusers sets alpha = r without a word, and the picture is
 another one.
 
-What is read is checked: every key must name a linear module of this denoiser with fitting shapes, and every A needs
+What is read is checked: every key must name a linear module of its model with fitting shapes, and every A needs
 its B; a key that would be skipped in silence is refused. Only safetensors.
 """
 
@@ -47,7 +47,7 @@ class Adapter:
             weight = getattr(modules.get(name), "weight", None)
             if weight is None:
                 raise BadArtifact(
-                    f"{where} changes {name[:80]!r}, which this denoiser does not have; it is another base's."
+                    f"{where} changes {name[:80]!r}, which this base does not have; it is another base's."
                 )
             if weight.ndim != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
                 raise BadArtifact(
