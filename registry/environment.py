@@ -24,6 +24,8 @@ VARIABLES = {
     "PATCHBAY_GENERATOR_URL": "OpenAI-compatible endpoint that proposes texts to a search",
     "PATCHBAY_GENERATOR_MODEL": "model to ask for there",
     "PATCHBAY_GENERATOR_KEY": "key to send there",
+    "PATCHBAY_STREAM": "`fp32` (default) or `bf16`: how clip_sae keeps recorded activations",
+    "PATCHBAY_STREAM_FOLDER": "folder for recorded activations, a file per site; default: memory",
     "PATCHBAY_SYSTEM": "system of a service's process; `patchbay serve SYSTEM` sets it",
     "PATCHBAY_URL": "address that a service says it answers at; `patchbay serve` sets it",
     "PATCHBAY_BENCH": "digest that `patchbay bench` measures; it sets it",

@@ -87,7 +87,7 @@ def lessons(
         ]
 
     hard, clean = seen["attacked" if paired else "clean"], seen["clean"]
-    weight = torch.ones(len(hard), device=hard.x.device)
+    weight = torch.ones(len(hard), device=hard.here)
     said = answers(base, layer, clean, by, lambda x: x).logits.argmax(1)
     right = said.to(clean.label) == clean.label
     if not paired:  # weight groups by the number of the base's errors, whatever their size
@@ -96,7 +96,7 @@ def lessons(
         weight = (wrong / size.clamp_min(1) ** 2)[group]
         weight = weight / weight.mean() if bool(weight.any()) else torch.ones_like(weight)
     kept = clean.rows(right.nonzero()[:, 0]) if bool(right.any()) else clean
-    return some(hard, weight, paired), some(kept, torch.ones(len(kept), device=kept.x.device))
+    return some(hard, weight, paired), some(kept, torch.ones(len(kept), device=kept.here))
 
 
 def matched_control(sae: SAE, stream: Stream, chosen: Sequence[int], seed: int) -> list[int]:
@@ -108,9 +108,9 @@ def mean_direction(config: Config, site: str, seen: Mapping[str, Stream]) -> Fea
     """Build a control without a dictionary: project out the difference of mean activations with and without the cue."""
     clean = seen["clean"]
     if config.task == "typographic":
-        one, two = seen["attacked"].x.mean((0, 1)), clean.x.mean((0, 1))
+        one, two = seen["attacked"].mean(), clean.mean()
     else:
-        one, two = (clean.x[clean.other == p].mean((0, 1)) for p in (1, 0))
+        one, two = (clean.rows((clean.other == p).nonzero()[:, 0]).mean() for p in (1, 0))
     way = nnf.normalize(one - two, dim=0)[None]
     rank_one = SAE(way, -(way @ two), way, torch.zeros_like(two))
     return edit(rank_one, site, [0], "zero", tokens=config.tokens)

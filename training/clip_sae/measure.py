@@ -59,9 +59,9 @@ def steerable(
     alive = (largest(sae, stream) > 0).nonzero()[:, 0]
     F = alive[torch.randperm(len(alive), generator=g)[: config.steer_features]]
     n, width = config.steer_features, stream.x.shape[-1]
-    neurons = torch.eye(width)[torch.randperm(width, generator=g)[:n]].to(stream.x)
-    drawn = nnf.normalize(torch.randn(n, width, generator=g), dim=1).to(stream.x)
-    norm = float(stream.x.norm(dim=-1).mean())
+    neurons = torch.eye(width)[torch.randperm(width, generator=g)[:n]].to(few.x)
+    drawn = nnf.normalize(torch.randn(n, width, generator=g), dim=1).to(few.x)
+    norm = stream.size()
     kinds: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
         "features": (sae.decoder[F], lambda x: sae.encode(x)[..., F]),
         "neurons": (neurons, lambda x: x @ neurons.T),
@@ -90,7 +90,7 @@ def quality(base: Base, layer: int, sae: SAE, stream: Stream, by: LabelSet) -> d
     for part in stream.parts():
         seen.add(part.x)
     out = seen.result()
-    flat = stream.x.flatten(0, 1)[:: max(1, stream.x[..., 0].numel() // 8192)]
+    flat = stream.x.flatten(0, 1)[:: max(1, stream.x[..., 0].numel() // 8192)].to(stream.here, torch.float32)
     out["principal_variance"] = principal_variance(flat, max(1, round(out["all"]["l0_mean"])))
 
     def loss(change: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
