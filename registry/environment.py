@@ -29,6 +29,7 @@ VARIABLES = {
     "PATCHBAY_SYSTEM": "system of a service's process; `patchbay serve SYSTEM` sets it",
     "PATCHBAY_URL": "address that a service says it answers at; `patchbay serve` sets it",
     "PATCHBAY_BENCH": "digest that `patchbay bench` measures; it sets it",
+    "PATCHBAY_LM_EVAL": "questions that the bench asks of lm-eval's task; default 360, which is all of them",
     "PATCHBAY_BENCH_LLM": "reference of the language model that `make bench` measures",
 }
 OTHERS = {

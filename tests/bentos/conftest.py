@@ -128,7 +128,7 @@ def seal_features(base, features, seed: int = 0, cards: bool = True, width: int 
     save_sae(sae, part / "sae")
     if cards:
         data = worlds.WORLDS["imagenet"]("train", 12, 0)
-        save_cards(making.make(base, sae, site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
+        save_cards(making.make_cards(base, sae, site, data, ["cat", "dog", "sun", "ink", "sea"]), part)
     if labels is not None:
         save_label_set(labels, part)
     about = artifact.save(edit(sae, site, features), PICTURES, part, base=base.label)

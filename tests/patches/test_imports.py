@@ -90,7 +90,8 @@ def test_an_imported_adapter_is_pushed_served_and_compared_like_any_other(peft_a
     assert cli.main(["import", str(place), "base=tiny", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert cli.main(["push", said["folder"]]) == 0
-    assert cli.main(["promote", "added_llm@challenger"]) == 0
+    assert cli.main(["promote", "added_llm@challenger"]) == 1  # no recipe here promises anything of it
+    assert cli.main(["promote", "added_llm@challenger", "--force", "made and measured elsewhere"]) == 0
     runtime = Runtime(Settings("added_llm"))
     runtime.start()
     try:
