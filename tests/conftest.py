@@ -23,6 +23,7 @@ def home(tmp_path, monkeypatch):
     """The folder where this test's patchbay keeps things."""
     monkeypatch.setenv("PATCHBAY_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PATCHBAY_DB", raising=False)
     return tmp_path / "home"
 
 
@@ -37,6 +38,15 @@ def loopback_only(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", checked)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A real PostgreSQL, started once; skips with the reason where there is none."""
+    from tests.postgres import running
+
+    with running() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

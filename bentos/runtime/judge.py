@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
-import os
-import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +11,6 @@ from typing import TYPE_CHECKING
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.errors import Conflict, PatchbayError
-from registry.home import home
 
 if TYPE_CHECKING:
     from bentos.runtime import Runtime
@@ -24,6 +20,7 @@ log = logging.getLogger("patchbay")
 JUDGE_S = 1.0
 JUDGE_AGAIN_S = 5.0
 """Interval in seconds at which a process that does not judge tries to become the judge"""
+HERE = "this process"
 WINDOW_S = 10.0
 """Interval in seconds at which the live experiment's estimates go to MLflow, which only displays them"""
 
@@ -34,39 +31,34 @@ class Judge:
     def __init__(self, runtime: Runtime) -> None:
         self.r = runtime
         self.who = ""
-        """The process that judges this system's experiments: "this process", or another's number"""
+        """The process that judges this system's experiments: HERE, or another one's number and machine"""
 
     def run(self) -> None:
-        """Wait for the system's lock, write this process into it, then judge until the service stops."""
-        file = home() / f"judge-{self.r.settings.system}.lock"
-        with file.open("a+") as lock:
-            while not self.r.watch.stopping.is_set():
+        """Judge while this process has the system's turn; ask for it while another one has it."""
+        assert self.r.ledger is not None
+        turn = self.r.ledger.database.turn(f"judge-{self.r.settings.system}")
+        shown = 0.0
+        try:
+            while not self.r.watch.stopping.wait(JUDGE_S if self.who == HERE else self._again()):
                 self.r.watch.beat("judge")
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    lock.seek(0)
-                    self.who = f"process {lock.read(80).strip() or 'unknown'}"
-                self.r.watch.stopping.wait(JUDGE_AGAIN_S)
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            self.who = "this process"
-            self._on()
+                    if not turn.mine():
+                        self.who = turn.holder
+                        continue
+                    self.who = HERE
+                    decision = self.once()
+                    self.r.calm("judge")
+                    if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
+                        self._show(decision)
+                        shown = time.monotonic()
+                except Exception as e:
+                    self.r.warn("judge", f"cannot judge: {e}")
+        finally:
+            turn.close()
 
-    def _on(self) -> None:
-        shown = 0.0
-        while not self.r.watch.stopping.wait(JUDGE_S):
-            self.r.watch.beat("judge")
-            try:
-                decision = self.once()
-                self.r.calm("judge")
-                if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
-                    self._show(decision)
-                    shown = time.monotonic()
-            except Exception as e:
-                self.r.warn("judge", f"cannot judge: {e}")
+    def _again(self) -> float:
+        """Seconds until the next question for the turn; none before the first."""
+        return JUDGE_AGAIN_S if self.who else 0.0
 
     def _show(self, decision: experiments.Decision) -> None:
         """Show the experiment's estimates, and after a decision the new champion, in MLflow.

@@ -1,8 +1,8 @@
-"""The event log of experiments: who was shown which arm, and how it went. Append-only, on this machine.
+"""The event log of experiments: who was shown which arm, and how it went. Append-only.
 
-A call returns (or its future resolves) only when the event is on the disk: sqlite in WAL with synchronous=FULL, one
-writer thread that commits everything waiting in one transaction, so that an fsync is shared by all who wait. What was
-acknowledged survives kill -9. `summary` folds only events it has not seen yet into running totals.
+A call returns (or its future resolves) only when the event is on the disk (registry/ab/database.py): one writer thread
+commits everything waiting in one transaction, so that an fsync is shared by all who wait. What was acknowledged
+survives kill -9. `summary` folds only events it has not seen yet into running totals.
 
 Nothing that happens to one event or to one who waits for it ends the writer: an event that cannot be stored fails
 alone, a disk that is full or locked is tried again for GIVE_UP_S and then counted in `lost`, and nobody can cancel what
@@ -15,20 +15,36 @@ import bisect
 import logging
 import math
 import queue
-import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    func,
+    select,
+    text,
+)
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError, TimeoutError
+
+from registry.ab.database import Database
 from registry.ab.experiment import CONTROL, OWNER, P99_BETS, TREATMENT, Arm, ArmStats, Experiment, Summary, bet_p99
 from registry.errors import NotFound, NotReady
-from registry.home import home
 
 log = logging.getLogger("patchbay")
 
@@ -38,6 +54,8 @@ MAX_WAITING = 50_000
 """events that may wait for the disk; more are refused"""
 GIVE_UP_S = 10.0
 """how long a disk that is full or locked is tried again before what waits is given up"""
+BUSY_S = 2.0
+"""how long one try waits for other writers"""
 HUNG_S = 60.0
 """a writer that has work and has done none of it for so long is not well"""
 CLOSE_S = 5.0
@@ -46,21 +64,34 @@ TOKEN_UNITS, UNIT_CALLS = 20, 20
 P99_FROM = 100
 """control calls before its p99 means anything"""
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS events (
-  id INTEGER PRIMARY KEY, kind TEXT NOT NULL, experiment TEXT NOT NULL, unit TEXT NOT NULL, arm TEXT, digest TEXT,
-  share REAL, request TEXT, at REAL NOT NULL, status INTEGER, latency_ms REAL, value REAL, key TEXT
-);
-CREATE INDEX IF NOT EXISTS by_experiment ON events (experiment, id);
-CREATE UNIQUE INDEX IF NOT EXISTS once ON events (experiment, key) WHERE key IS NOT NULL;
-CREATE INDEX IF NOT EXISTS exposed ON events (experiment, unit) WHERE kind = 'exposure';
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'append only'); END;
-"""
-_COLUMNS = (
-    "kind", "experiment", "unit", "arm", "digest", "share", "request", "at", "status", "latency_ms", "value", "key",
+_TABLES = MetaData()
+_EVENTS = Table(
+    "events", _TABLES,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("kind", Text, nullable=False), Column("experiment", Text, nullable=False),
+    Column("unit", Text, nullable=False), Column("arm", Text), Column("digest", Text), Column("share", Double),
+    Column("request", Text), Column("at", Double, nullable=False), Column("status", Integer),
+    Column("latency_ms", Double), Column("value", Double), Column("key", Text),
 )  # fmt: skip
-_INSERT = f"INSERT OR IGNORE INTO events ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_E = _EVENTS.c
+Index("by_experiment", _E.experiment, _E.id)
+Index(
+    "once", _E.experiment, _E.key, unique=True,
+    sqlite_where=_E.key.is_not(None), postgresql_where=_E.key.is_not(None),
+)  # fmt: skip
+Index(
+    "exposed",
+    _E.experiment,
+    _E.unit,
+    sqlite_where=text("kind = 'exposure'"),
+    postgresql_where=text("kind = 'exposure'"),
+)
+_COLUMNS = tuple(c.name for c in _E if c.name != "id")
+_INSERT = text(
+    f"INSERT INTO events ({', '.join(_COLUMNS)}) VALUES ({', '.join(':' + c for c in _COLUMNS)}) ON CONFLICT DO NOTHING"
+)
+_FOLDED = (_E.id, _E.kind, _E.unit, _E.arm, _E.share, _E.status, _E.latency_ms, _E.value)
+"""What `_Totals.fold` is told of an event"""
 
 
 class Kept(Future[bool]):
@@ -78,16 +109,16 @@ class Kept(Future[bool]):
                 self.set_exception(error)
 
 
-Item = tuple[tuple[Any, ...], Kept]
+Item = tuple[dict[str, Any], Kept]
 
 
 class Events:
     """The log of one deployment. Any number of processes may write; each has its own writer thread."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = Path(path or home() / "events.db")
-        with closing(self._open()) as db:
-            db.executescript(_TABLES)
+    def __init__(self, where: Path | str | None = None) -> None:
+        """where: a sqlite file or a PostgreSQL's URL; by default what PATCHBAY_DB names, else a file of the home."""
+        self.database = Database.of("events.db", where, timeout=BUSY_S, keep=True)
+        self.database.create(_TABLES)
         self.lost: Counter[str] = Counter()
         """experiment -> exposures and outcomes of this process that could not be written"""
         self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
@@ -123,11 +154,9 @@ class Events:
 
     def arm_of(self, experiment: str, unit: str) -> Arm:
         """The arm a unit saw first. Raises NotFound for a unit that never saw any."""
+        exposed = select(_E.arm).where(_E.experiment == experiment, _E.unit == unit, _E.kind == "exposure")
         with self._reading() as db:
-            row = db.execute(
-                "SELECT arm FROM events WHERE experiment = ? AND unit = ? AND kind = 'exposure' ORDER BY id LIMIT 1",
-                (experiment, unit),
-            ).fetchone()
+            row = db.execute(exposed.order_by(_E.id).limit(1)).first()
         if row is None:
             raise NotFound(f"Unit {unit[:60]!r} was never answered in experiment {experiment}; send its request first.")
         arm: Arm = row[0]
@@ -138,23 +167,14 @@ class Events:
         with self._folding:
             totals = self._totals.setdefault(experiment.name, _Totals())
             with self._reading() as db:
-                rows = db.execute(
-                    "SELECT id, kind, unit, arm, share, status, latency_ms, value FROM events "
-                    "WHERE experiment = ? AND id > ? ORDER BY id",
-                    (experiment.name, totals.seen),
-                )
-                for row in rows:
+                for row in db.execute(_of(experiment).where(_E.id > totals.seen)):
                     totals.fold(experiment, *row)
             return totals.summary()
 
     def trajectory(self, experiment: Experiment, points: int = 100) -> list[Summary]:
         """The summaries one would have seen after every so many events; the last one is of all of them."""
         with self._reading() as db:
-            rows = db.execute(
-                "SELECT id, kind, unit, arm, share, status, latency_ms, value FROM events "
-                "WHERE experiment = ? ORDER BY id",
-                (experiment.name,),
-            ).fetchall()
+            rows = db.execute(_of(experiment)).all()
         totals, seen = _Totals(), []
         every = max(1, len(rows) // points)
         for n, row in enumerate(rows, 1):
@@ -166,7 +186,7 @@ class Events:
     def count(self) -> int:
         """Events on the disk."""
         with self._reading() as db:
-            return int(db.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+            return int(db.execute(select(func.count()).select_from(_EVENTS)).scalar_one())
 
     def problem(self) -> str:
         """Why nothing may be written now; empty if all is well."""
@@ -191,7 +211,7 @@ class Events:
     def _put(self, **event: Any) -> Kept:
         future = Kept()
         event["at"] = time.time()
-        item = (tuple(event.get(c) for c in _COLUMNS), future)
+        item = ({c: event.get(c) for c in _COLUMNS}, future)
         if self._closed.is_set() or self._waiting.qsize() >= MAX_WAITING:
             self._give_up([item], NotReady("The event log takes no more events; try again in a few seconds."))
             return future
@@ -227,10 +247,7 @@ class Events:
             self._moved = time.monotonic()
             if last:
                 break
-        self._drop_connection()
-
-    _db: sqlite3.Connection | None = None
-    """Connection of the writer's thread"""
+        self.database.close()
 
     def _keep(self, batch: list[Item]) -> None:
         """On the disk, or given up after GIVE_UP_S; an event that cannot be stored at all is given up alone."""
@@ -238,8 +255,12 @@ class Events:
         while True:
             try:
                 written = self._commit([row for row, _ in batch])
-            except sqlite3.OperationalError as e:  # locked, full, gone: the place, not the events
-                self._drop_connection()
+            except (
+                OperationalError,
+                InterfaceError,
+                TimeoutError,
+            ) as e:  # locked, full, gone: the place, not the events
+                self.database.close()
                 if self._closed.is_set() or time.monotonic() - start > GIVE_UP_S:
                     log.error("the event log gives up %d events: %s", len(batch), e)
                     self._give_up(batch, NotReady("The event log cannot be written; it is in the log. Try again."))
@@ -247,7 +268,7 @@ class Events:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.5)
             except Exception as e:
-                self._drop_connection()
+                self.database.close()
                 if len(batch) == 1:
                     log.exception("an event cannot be stored")
                     self._give_up(batch, e)
@@ -260,42 +281,30 @@ class Events:
                     future.settle(new)
                 return
 
-    def _commit(self, rows: list[tuple[Any, ...]]) -> list[bool]:
-        if self._db is None:
-            self._db = self._open(timeout=2.0)
-        self._db.execute("BEGIN IMMEDIATE")
-        written = [self._db.execute(_INSERT, row).rowcount == 1 for row in rows]
-        self._db.execute("COMMIT")
-        return written
-
-    def _drop_connection(self) -> None:
-        """Whatever was begun is undone; the next commit opens the file anew."""
-        if self._db is not None:
-            with suppress(sqlite3.Error):
-                self._db.close()
-            self._db = None
+    def _commit(self, rows: list[dict[str, Any]]) -> list[bool]:
+        with self.database.writing() as db:
+            return [db.execute(_INSERT, row).rowcount == 1 for row in rows]
 
     def _give_up(self, batch: list[Item], error: BaseException) -> None:
         for row, future in batch:
             if not future.done():
-                self.lost[row[_COLUMNS.index("experiment")]] += 1
+                self.lost[row["experiment"]] += 1
                 future.settle(None, error)
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read with. Raises NotReady for what goes wrong with the file."""
+    def _reading(self) -> Iterator[Connection]:
+        """A connection to read with. Raises NotReady for what goes wrong with the database."""
         try:
-            with closing(self._open(timeout=2.0)) as db:
+            with self.database.reading() as db:
                 yield db
-        except sqlite3.Error as e:
+        except SQLAlchemyError as e:
             log.warning("the event log cannot be read: %s", e)
             raise NotReady("The event log cannot be read now; try again in a few seconds.") from None
 
-    def _open(self, timeout: float = 30.0) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        return db
+
+def _of(experiment: Experiment) -> Select[Any]:
+    """Its events in the order they were written."""
+    return select(*_FOLDED).where(_E.experiment == experiment.name).order_by(_E.id)
 
 
 @dataclass

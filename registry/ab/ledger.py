@@ -2,38 +2,56 @@
 
 Append-only, one hash chain per system, compare-and-set on the hash of the entry one has read: of two who promote at
 once, one wins and the other gets a Conflict. MLflow's aliases only show what stands here; rollback and "what was live
-at time T" are read from here. sqlite in WAL with synchronous=FULL: an entry that was returned is on the disk.
+at time T" are read from here. An entry that was returned is on the disk (registry/ab/database.py).
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from sqlalchemy import (
+    Column,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    select,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from registry.ab.database import Database
 from registry.errors import Conflict, NotFound, NotReady, Tampered
-from registry.home import home
 from registry.manifest import canonical, digest_of, is_digest
 
 Action = Literal["challenge", "gate", "split", "ramp", "promote", "rollback", "stop"]
 BASE = "base"
 """the unpatched base, as champion or as an arm"""
 
-_TABLE = """
-CREATE TABLE IF NOT EXISTS entries (
-  seq INTEGER PRIMARY KEY, at REAL NOT NULL, who TEXT NOT NULL, system TEXT NOT NULL, action TEXT NOT NULL,
-  champion TEXT NOT NULL, challenger TEXT, experiment TEXT, evidence TEXT, previous TEXT NOT NULL, hash TEXT NOT NULL,
-  UNIQUE (system, previous)
-);
-CREATE INDEX IF NOT EXISTS by_system ON entries (system, seq);
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
-"""
+_TABLES = MetaData()
+_ENTRIES = Table(
+    "entries", _TABLES,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False), Column("who", Text, nullable=False), Column("system", Text, nullable=False),
+    Column("action", Text, nullable=False), Column("champion", Text, nullable=False), Column("challenger", Text),
+    Column("experiment", Text), Column("evidence", Text), Column("previous", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+    UniqueConstraint("system", "previous"),
+    Index("by_system", "system", "seq"),
+)  # fmt: skip
+_E = _ENTRIES.c
 
 
 @dataclass(frozen=True)
@@ -61,12 +79,13 @@ class Entry:
 class Ledger:
     """The ledger of one deployment; any number of processes may read and append."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = Path(path or home() / "ledger.db")
+    def __init__(self, where: Path | str | None = None) -> None:
+        """where: a sqlite file or a PostgreSQL's URL; by default what PATCHBAY_DB names, else a file of the home."""
         self._sound: dict[str, tuple[int, str]] = {}
         """system -> number and hash of the last entry whose chain was recomputed here"""
-        with self._db() as db:
-            db.executescript(_TABLE)
+        self.database = Database.of("ledger.db", where)
+        with self._guarded():
+            self.database.create(_TABLES)
 
     def head(self, system: str) -> Entry | None:
         """The newest entry: what holds now. None for a system nobody decided on: its champion is the base."""
@@ -74,16 +93,17 @@ class Ledger:
 
     def history(self, system: str, limit: int = 100) -> list[Entry]:
         """Newest first."""
-        return self._read("system = ? ORDER BY seq DESC LIMIT ?", system, limit)
+        return self._read(select(_ENTRIES).where(_E.system == system).order_by(_E.seq.desc()).limit(limit))
 
     def live_at(self, system: str, at: float) -> Entry | None:
         """What held at unix time `at`; None before the first entry."""
-        return next(iter(self._read("system = ? AND at <= ? ORDER BY seq DESC LIMIT 1", system, at)), None)
+        found = select(_ENTRIES).where(_E.system == system, _E.at <= at).order_by(_E.seq.desc()).limit(1)
+        return next(iter(self._read(found)), None)
 
     def version(self) -> int:
-        """Grows with every entry of any system; microseconds, so that a service may ask often."""
-        with self._db() as db:
-            return int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0])
+        """Grows with every entry of any system; cheap, so that a service may ask often."""
+        with self._guarded(), self.database.reading() as db:
+            return _last(db)
 
     def gate(self, system: str, digest: str) -> dict[str, Any] | None:
         """What the newest gate said of an artifact (`registry.gate.Gated.evidence`); None if it was never gated."""
@@ -107,21 +127,14 @@ class Ledger:
         for digest in (champion, challenger):
             if digest is not None and digest != BASE and not is_digest(digest):
                 raise NotFound(f"{str(digest)[:80]!r} is neither a digest nor {BASE!r}; resolve the reference first.")
-        with self._db() as db:
-            db.execute("BEGIN IMMEDIATE")  # one writer from here to the commit, in any process
-            row = db.execute(
-                "SELECT hash, at FROM entries WHERE system = ? ORDER BY seq DESC LIMIT 1", (system,)
-            ).fetchone()
+        newest = select(_E.hash, _E.at).where(_E.system == system).order_by(_E.seq.desc()).limit(1)
+        with self._guarded(), self.database.writing() as db:
+            row = db.execute(newest).first()
             head, before = row or ("", 0.0)
             if head != expect:
-                db.execute("ROLLBACK")
-                raise Conflict(
-                    f"{system}: somebody else decided first (the ledger is at {head[:12] or 'its start'}, you read "
-                    f"{expect[:12] or 'an empty one'}). Look again with `patchbay show {system}`, then decide again."
-                )
-            seq = int(db.execute("SELECT COALESCE(MAX(seq), 0) FROM entries").fetchone()[0]) + 1
+                raise _conflict(system, head, expect)
             body = {
-                "seq": seq,
+                "seq": _last(db) + 1,
                 "at": max(time.time(), before),  # a clock that steps back must not reorder what was live when
                 "who": who,
                 "system": system,
@@ -133,17 +146,20 @@ class Ledger:
                 "previous": head,
             }
             entry = Entry(**body, hash=digest_of(body))  # type: ignore[arg-type]
-            db.execute("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", _row(entry))
-            db.execute("COMMIT")
+            try:
+                db.execute(_ENTRIES.insert(), _row(entry))
+            except IntegrityError:  # a writer that does not ask for the lock
+                raise _conflict(system, "", expect) from None
         return entry
 
     def verify(self, system: str | None = None) -> int:
         """Entries whose chain was recomputed. Raises Tampered naming the first that does not hold."""
         last: dict[str, str] = {}
-        entries = self._read("(?1 IS NULL OR system = ?1) ORDER BY seq", system)
+        found = select(_ENTRIES).order_by(_E.seq)
+        entries = self._read(found if system is None else found.where(_E.system == system))
         for e in entries:
             if e.previous != last.get(e.system, "") or _hash(e) != e.hash:
-                raise Tampered(f"Entry {e.seq} of {self.path} ({e.system}, {e.action}) is not what was written.")
+                raise Tampered(f"Entry {e.seq} of {self.database} ({e.system}, {e.action}) is not what was written.")
             last[e.system] = e.hash
         return len(entries)
 
@@ -151,56 +167,61 @@ class Ledger:
         """The head, after recomputing the chain of what is new since the last time. Raises Tampered as `verify`."""
         seq, last = self._sound.get(system, (0, ""))
         head = None
-        for e in self._read("system = ? AND seq >= ? ORDER BY seq", system, seq):
+        for e in self._read(select(_ENTRIES).where(_E.system == system, _E.seq >= seq).order_by(_E.seq)):
             if (e.seq == seq and e.hash != last) or (e.seq > seq and e.previous != last) or _hash(e) != e.hash:
-                raise Tampered(f"Entry {e.seq} of {self.path} ({e.system}, {e.action}) is not what was written.")
+                raise Tampered(f"Entry {e.seq} of {self.database} ({e.system}, {e.action}) is not what was written.")
             seq, last, head = e.seq, e.hash, e
         if head is None and seq:
-            raise Tampered(f"Entries of {self.path} ({system}) are gone. Restore the ledger.")
+            raise Tampered(f"Entries of {self.database} ({system}) are gone. Restore the ledger.")
         self._sound[system] = (seq, last)
         return head
 
-    def _read(self, where: str, *values: Any) -> list[Entry]:
-        with self._db() as db:
-            rows = db.execute(f"SELECT * FROM entries WHERE {where}", values).fetchall()
+    def _read(self, found: Select[Any]) -> list[Entry]:
+        with self._guarded(), self.database.reading() as db:
+            rows = db.execute(found).all()
         try:
             return [_entry(row) for row in rows]
         except (ValueError, TypeError) as e:
-            raise Tampered(f"An entry of {self.path} cannot be read ({e}). Restore the ledger.") from None
+            raise Tampered(f"An entry of {self.database} cannot be read ({e}). Restore the ledger.") from None
 
     @contextmanager
-    def _db(self) -> Iterator[sqlite3.Connection]:
-        """A connection for a while. Raises NotReady for what goes wrong with the file."""
+    def _guarded(self) -> Iterator[None]:
+        """Raises NotReady for what goes wrong with the database."""
         try:
-            with closing(self._open()) as db:
-                yield db
-        except sqlite3.Error as e:
-            raise NotReady(f"The ledger {self.path} cannot be used: {e}. Try again, or look who has it open.") from None
+            yield
+        except SQLAlchemyError as e:
+            why = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:200]
+            raise NotReady(
+                f"The ledger {self.database} cannot be used: {why}. Try again, or look who has it open."
+            ) from None
 
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=5, isolation_level=None)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        return db
+
+def _last(db: Connection) -> int:
+    return int(db.execute(select(func.coalesce(func.max(_E.seq), 0))).scalar_one())
+
+
+def _conflict(system: str, head: str, expect: str) -> Conflict:
+    return Conflict(
+        f"{system}: somebody else decided first (the ledger is at {head[:12] or 'its start'}, you read "
+        f"{expect[:12] or 'an empty one'}). Look again with `patchbay show {system}`, then decide again."
+    )
 
 
 def _hash(e: Entry) -> str:
     return digest_of({k: v for k, v in asdict(e).items() if k != "hash"})
 
 
-def _row(e: Entry) -> tuple[Any, ...]:
-    def text(value: dict[str, Any] | None) -> str | None:
-        return None if value is None else canonical(value).decode()
-
-    return (
-        e.seq, e.at, e.who, e.system, e.action, e.champion, e.challenger,
-        text(e.experiment), text(e.evidence), e.previous, e.hash,
-    )  # fmt: skip
+def _row(e: Entry) -> dict[str, Any]:
+    said = {k: canonical(v).decode() for k, v in asdict(e).items() if k in _JSON and v is not None}
+    return {**asdict(e), **dict.fromkeys(_JSON), **said}
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    loaded = [json.loads(v) if i in (7, 8) and v is not None else v for i, v in enumerate(row)]
-    return Entry(*loaded)
+def _entry(row: Row[Any]) -> Entry:
+    values = dict(row._mapping)
+    return Entry(**{k: json.loads(v) if k in _JSON and v is not None else v for k, v in values.items()})
+
+
+_JSON = ("experiment", "evidence")
 
 
 # ---- the decisions ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
+from sqlalchemy import event
 
 from patches.families import llm
 from registry.ab import events
@@ -40,16 +41,14 @@ def full_disk(home: Path, night: bool, seed: int) -> Row:
             for i in range(20):
                 got = await s.chat(headers={"x-patchbay-unit": f"u{i}"})
                 acked += got.status_code == 200
-            opened = s.runtime.events._open
+            database = s.runtime.events.database
 
-            def full(timeout: float = 30.0) -> sqlite3.Connection:
-                db = opened(timeout)
+            def full(db: sqlite3.Connection, _: Any) -> None:
                 db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
-                return db
 
             give_up, events.GIVE_UP_S = events.GIVE_UP_S, 2.0
-            s.runtime.events._open = full  # type: ignore[method-assign]
-            s.runtime.events._drop_connection()
+            event.listen(database._engine, "connect", full)
+            database.close()
             slowest = failed = 0.0
             n = 0
             while s.runtime.table.experiment and n < 200:
@@ -59,7 +58,8 @@ def full_disk(home: Path, night: bool, seed: int) -> Row:
                 failed += sum(g.status_code != 200 for g in got)
                 n += 1
             stopped = s.ledger.head(SYSTEM).action
-            s.runtime.events._open = opened  # type: ignore[method-assign]
+            event.remove(database._engine, "connect", full)
+            database.close()
             events.GIVE_UP_S = give_up
             after = await place.recovered(s)
             lost = acked - sum(1 for i in range(20) if _there(home, x.name, f"u{i}"))

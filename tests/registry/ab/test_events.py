@@ -1,6 +1,5 @@
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -8,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from registry.ab import events
+from registry.ab.database import Database
 from registry.ab.events import Events
 from registry.ab.experiment import CONTROL, TREATMENT, assign, begin, judge
 from registry.errors import NotFound, NotReady
@@ -18,8 +20,8 @@ A = "a" * 64
 
 
 @pytest.fixture
-def log(tmp_path):
-    with Events(tmp_path / "events.db") as log:
+def log(where):
+    with Events(where("events.db")) as log:
         yield log
 
 
@@ -66,7 +68,7 @@ def test_the_same_key_in_another_experiment_is_another_outcome(log):
         assert log.outcome(e, "u", 1, key="k").result() is True
 
 
-def test_folding_bit_by_bit_equals_folding_at_once(log, tmp_path):
+def test_folding_bit_by_bit_equals_folding_at_once(log, where):
     x = trial()
     for i in range(400):
         unit = str(i % 150)
@@ -76,7 +78,7 @@ def test_folding_bit_by_bit_equals_folding_at_once(log, tmp_path):
         if i % 50 == 0:
             log.summary(x)
     log.outcome(x, "0", 1).result()
-    with Events(tmp_path / "events.db") as fresh:
+    with Events(where("events.db")) as fresh:
         assert fresh.summary(x) == log.summary(x)
 
 
@@ -118,7 +120,7 @@ def test_many_writers_share_a_commit(log):
     print(f"{count / seconds:.0f} durable events/s")
 
 
-def test_what_was_acknowledged_survives_kill_9(tmp_path):
+def test_what_was_acknowledged_survives_kill_9(where):
     """A writer is killed in the middle of its work; every event it was told is durable is there."""
     code = (
         "import sys; from registry.ab.events import Events; from registry.ab.experiment import CONTROL, begin\n"
@@ -131,7 +133,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
         "            f.result(); print(j, flush=True)\n"
         "        waiting = []\n"
     )
-    file = tmp_path / "events.db"
+    file = where("events.db")
     writer = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True)
     said = [int(writer.stdout.readline()) for _ in range(300)]
     os.kill(writer.pid, signal.SIGKILL)
@@ -139,9 +141,8 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
     writer.wait()
     with Events(file) as log:
         assert log.count() >= len(said)
-        import sqlite3
-
-        there = {int(u) for (u,) in sqlite3.connect(file).execute("SELECT unit FROM events")}
+        with log.database.reading() as db:
+            there = {int(u) for (u,) in db.execute(text("SELECT unit FROM events"))}
     assert set(said) <= there
 
 
@@ -203,7 +204,7 @@ def test_a_future_that_is_settled_already_does_not_end_the_writer(log):
 def test_an_event_that_cannot_be_stored_fails_alone(log):
     x = trial()
     waits = [log.expose(x, str(i), CONTROL) for i in range(20)]
-    bad = [log.expose(x, "lone \ud800", CONTROL), log.outcome(x, "0", 2**70), log.expose(x, object(), CONTROL)]
+    bad = [log.expose(x, "lone \ud800", CONTROL), log.outcome(x, "0", {}), log.expose(x, object(), CONTROL)]
     waits += [log.expose(x, str(i), CONTROL) for i in range(20, 40)]
     assert all(w.result(5) for w in waits)
     assert all(b.exception(5) is not None for b in bad)
@@ -214,12 +215,10 @@ def test_an_event_that_cannot_be_stored_fails_alone(log):
 def test_a_lock_that_goes_away_loses_nothing(log):
     x = trial()
     log.expose(x, "first", CONTROL).result(5)
-    other = sqlite3.connect(log.path, isolation_level=None)
-    other.execute("BEGIN EXCLUSIVE")
-    waits = [log.expose(x, str(i), CONTROL) for i in range(10)]
-    time.sleep(0.3)
-    assert not any(w.done() for w in waits)
-    other.execute("ROLLBACK")
+    with Database(str(log.database)).writing():
+        waits = [log.expose(x, str(i), CONTROL) for i in range(10)]
+        time.sleep(0.3)
+        assert not any(w.done() for w in waits)
     assert all(w.result(5) for w in waits)
     assert not log.lost
 
@@ -229,7 +228,7 @@ def test_a_disk_that_stays_full_is_given_up_and_counted(log, monkeypatch):
     x = trial()
 
     def full(rows):
-        raise sqlite3.OperationalError("database or disk is full")
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
 
     monkeypatch.setattr(log, "_commit", full)
     waits = [log.expose(x, str(i), CONTROL) for i in range(5)]
@@ -262,14 +261,14 @@ def test_a_full_queue_refuses_at_once(log, monkeypatch):
         log.expose(trial(), "u", CONTROL).result(0)
 
 
-def test_closing_ends_though_the_disk_hangs(tmp_path):
-    log, x = Events(tmp_path / "e.db"), trial()
-    other = sqlite3.connect(log.path, isolation_level=None)
-    other.execute("BEGIN EXCLUSIVE")
+def test_closing_ends_though_the_disk_hangs(where):
+    log, x = Events(where("e.db")), trial()
+    other = Database(where("e.db")).writing()
+    other.__enter__()
     waits = [log.expose(x, "u", CONTROL), log.expose(x, "v", CONTROL)]
     start = time.monotonic()
     log.close()
     assert time.monotonic() - start < 5.5
     assert all(isinstance(w.exception(5), NotReady) for w in waits)
     assert isinstance(log.expose(x, "w", CONTROL).exception(0), NotReady)
-    other.close()
+    other.__exit__(None, None, None)

@@ -1,23 +1,25 @@
 import json
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import BASE, Ledger
-from registry.errors import Conflict, NotFound, Tampered
+from registry.errors import Conflict, NotFound, NotReady, Tampered
+
+from .conftest import meddle
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    return Ledger(tmp_path / "ledger.db")
+def ledger(where):
+    return Ledger(where("ledger.db"))
 
 
 def trial(treatment, control=BASE):
@@ -120,7 +122,7 @@ def test_of_two_processes_exactly_one_wins(ledger):
     )
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(ledger.path), digest, head.hash],
+            [sys.executable, "-c", code, str(ledger.database), digest, head.hash],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for digest in (B, C)
@@ -134,20 +136,16 @@ def test_of_two_processes_exactly_one_wins(ledger):
 
 def test_the_file_refuses_to_be_rewritten(ledger):
     ledgers.promote(ledger, "clip_sae", A)
-    db = sqlite3.connect(ledger.path)
     for statement in ("UPDATE entries SET champion = 'x'", "DELETE FROM entries"):
-        with pytest.raises(sqlite3.IntegrityError, match="append only"):
-            db.execute(statement)
+        with pytest.raises(DBAPIError, match="append only"):
+            meddle(ledger.database, statement)
 
 
 def test_tampering_around_the_triggers_is_found(ledger):
     ledgers.promote(ledger, "clip_sae", A)
     ledgers.promote(ledger, "clip_sae", B)
     assert ledger.verify() == 2
-    db = sqlite3.connect(ledger.path)
-    db.execute("DROP TRIGGER no_update")
-    db.execute("UPDATE entries SET champion = ? WHERE seq = 1", (C,))
-    db.commit()
+    meddle(ledger.database, "DROP TRIGGER no_update", f"UPDATE entries SET champion = '{C}' WHERE seq = 1")
     with pytest.raises(Tampered, match="Entry 1"):
         ledger.verify("clip_sae")
 
@@ -164,20 +162,17 @@ def test_an_experiment_survives_the_ledger(ledger):
     assert json.dumps(ledger.head("clip_sae").experiment)
 
 
-def test_a_forged_entry_is_seen_by_who_follows(tmp_path):
+def test_a_forged_entry_is_seen_by_who_follows(ledger):
     """Inserted, changed or cut off: `sound` says so, and again until it is mended."""
-    import sqlite3
-
-    from registry.errors import NotReady
-
-    ledger = Ledger(tmp_path / "l.db")
     for i in range(3):
         ledgers.promote(ledger, "clip_sae", f"{i:064x}")
     assert ledger.sound("clip_sae").champion == f"{2:064x}"
-    db = sqlite3.connect(ledger.path, isolation_level=None)
-    for trigger in ("no_update", "no_delete"):
-        db.execute(f"DROP TRIGGER {trigger}")
-    rows = db.execute("SELECT * FROM entries").fetchall()
+    meddle(
+        ledger.database,
+        "DROP TRIGGER no_update",
+        "DROP TRIGGER no_delete",
+        "CREATE TABLE good AS SELECT * FROM entries",
+    )
     for forgery in (
         f"UPDATE entries SET champion = '{'f' * 64}' WHERE seq = 3",
         "DELETE FROM entries WHERE seq = 3",
@@ -185,13 +180,12 @@ def test_a_forged_entry_is_seen_by_who_follows(tmp_path):
         "FROM entries WHERE seq = 3",
         "UPDATE entries SET evidence = '{' WHERE seq = 3",
     ):
-        db.execute(forgery)
+        meddle(ledger.database, forgery)
         for _ in range(2):
             with pytest.raises(Tampered):
                 ledger.sound("clip_sae")
-        db.execute("DELETE FROM entries")
-        db.executemany("INSERT INTO entries VALUES (?,?,?,?,?,?,?,?,?,?,?)", rows)
+        meddle(ledger.database, "DELETE FROM entries", "INSERT INTO entries SELECT * FROM good")
         assert ledger.sound("clip_sae").seq == 3
-    db.execute("DROP TABLE entries")
+    meddle(ledger.database, "DROP TABLE entries")
     with pytest.raises(NotReady, match="cannot be used"):
         ledger.head("clip_sae")
