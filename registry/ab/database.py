@@ -118,7 +118,7 @@ def _url(where: Path | str) -> URL:
         return URL.create("sqlite", database=str(where))
     try:
         url = make_url(where)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ConfigError(f"{ENV} is no database URL. Write postgresql://user:password@host:5432/name.") from None
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise ConfigError(f"{ENV} names {url.get_backend_name()!r}; ledger and events lie in sqlite or postgresql.")
@@ -229,6 +229,8 @@ class SharedTurn(Turn):
         """Give the role up."""
         if self._session is not None:
             with suppress(SQLAlchemyError):
-                self._session.invalidate()
+                self._session.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": self._key})
+            with suppress(SQLAlchemyError):
+                self._session.invalidate()  # a pool must not keep what may still have the lock
                 self._session.close()
             self._session = None

@@ -65,7 +65,7 @@ P99_FROM = 100
 """control calls before its p99 means anything"""
 
 _TABLES = MetaData()
-_EVENTS = Table(
+EVENTS = Table(
     "events", _TABLES,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
     Column("kind", Text, nullable=False), Column("experiment", Text, nullable=False),
@@ -73,7 +73,7 @@ _EVENTS = Table(
     Column("request", Text), Column("at", Double, nullable=False), Column("status", Integer),
     Column("latency_ms", Double), Column("value", Double), Column("key", Text),
 )  # fmt: skip
-_E = _EVENTS.c
+_E = EVENTS.c
 Index("by_experiment", _E.experiment, _E.id)
 Index(
     "once", _E.experiment, _E.key, unique=True,
@@ -186,7 +186,7 @@ class Events:
     def count(self) -> int:
         """Events on the disk."""
         with self._reading() as db:
-            return int(db.execute(select(func.count()).select_from(_EVENTS)).scalar_one())
+            return int(db.execute(select(func.count()).select_from(EVENTS)).scalar_one())
 
     def problem(self) -> str:
         """Why nothing may be written now; empty if all is well."""

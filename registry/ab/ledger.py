@@ -41,7 +41,7 @@ BASE = "base"
 """the unpatched base, as champion or as an arm"""
 
 _TABLES = MetaData()
-_ENTRIES = Table(
+ENTRIES = Table(
     "entries", _TABLES,
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("at", Double, nullable=False), Column("who", Text, nullable=False), Column("system", Text, nullable=False),
@@ -51,7 +51,7 @@ _ENTRIES = Table(
     UniqueConstraint("system", "previous"),
     Index("by_system", "system", "seq"),
 )  # fmt: skip
-_E = _ENTRIES.c
+_E = ENTRIES.c
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Ledger:
 
     def history(self, system: str, limit: int = 100) -> list[Entry]:
         """Newest first."""
-        return self._read(select(_ENTRIES).where(_E.system == system).order_by(_E.seq.desc()).limit(limit))
+        return self._read(select(ENTRIES).where(_E.system == system).order_by(_E.seq.desc()).limit(limit))
 
     def live_at(self, system: str, at: float) -> Entry | None:
         """What held at unix time `at`; None before the first entry."""
-        found = select(_ENTRIES).where(_E.system == system, _E.at <= at).order_by(_E.seq.desc()).limit(1)
+        found = select(ENTRIES).where(_E.system == system, _E.at <= at).order_by(_E.seq.desc()).limit(1)
         return next(iter(self._read(found)), None)
 
     def version(self) -> int:
@@ -147,7 +147,7 @@ class Ledger:
             }
             entry = Entry(**body, hash=digest_of(body))  # type: ignore[arg-type]
             try:
-                db.execute(_ENTRIES.insert(), _row(entry))
+                db.execute(ENTRIES.insert(), _row(entry))
             except IntegrityError:  # a writer that does not ask for the lock
                 raise _conflict(system, "", expect) from None
         return entry
@@ -155,7 +155,7 @@ class Ledger:
     def verify(self, system: str | None = None) -> int:
         """Entries whose chain was recomputed. Raises Tampered naming the first that does not hold."""
         last: dict[str, str] = {}
-        found = select(_ENTRIES).order_by(_E.seq)
+        found = select(ENTRIES).order_by(_E.seq)
         entries = self._read(found if system is None else found.where(_E.system == system))
         for e in entries:
             if e.previous != last.get(e.system, "") or _hash(e) != e.hash:
@@ -167,7 +167,7 @@ class Ledger:
         """The head, after recomputing the chain of what is new since the last time. Raises Tampered as `verify`."""
         seq, last = self._sound.get(system, (0, ""))
         head = None
-        for e in self._read(select(_ENTRIES).where(_E.system == system, _E.seq >= seq).order_by(_E.seq)):
+        for e in self._read(select(ENTRIES).where(_E.system == system, _E.seq >= seq).order_by(_E.seq)):
             if (e.seq == seq and e.hash != last) or (e.seq > seq and e.previous != last) or _hash(e) != e.hash:
                 raise Tampered(f"Entry {e.seq} of {self.database} ({e.system}, {e.action}) is not what was written.")
             seq, last, head = e.seq, e.hash, e
