@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from registry.errors import ConfigError
+from registry.errors import ConfigError, NotReady
 from registry.home import home
 
 ENV = "PATCHBAY_DB"
@@ -154,6 +154,12 @@ def _postgres(url: URL, timeout: float) -> Engine:
         raise ConfigError(f"{ENV} names a PostgreSQL and its driver is not installed: {EXTRA}") from None
 
 
+def reason(e: SQLAlchemyError) -> str:
+    """What the driver says went wrong, in a line."""
+    lines = str(getattr(e, "orig", None) or e).strip().splitlines()
+    return lines[0][:200] if lines else type(e).__name__
+
+
 def _key(name: str) -> int:
     """A number for an advisory lock: the same for a name on every machine."""
     return zlib.crc32(name.encode()) | 1 << 32
@@ -198,7 +204,7 @@ class SharedTurn(Turn):
         self._session: Connection | None = None
 
     def mine(self) -> bool:
-        """Whether this process has the role; takes it if it is free. Raises SQLAlchemyError if the database is away."""
+        """Whether this process has the role; takes it if it is free. Raises NotReady if the database is away."""
         try:
             if self._session is not None:
                 self._session.execute(text("SELECT 1"))  # a session that ended has let the lock go
@@ -209,9 +215,9 @@ class SharedTurn(Turn):
                 return True
             self.holder = self._who(session)
             session.close()
-        except SQLAlchemyError:
+        except SQLAlchemyError as e:
             self.close()
-            raise
+            raise NotReady(f"The database cannot be asked whose turn it is: {reason(e)}") from None
         return False
 
     def _who(self, session: Connection) -> str:

@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from registry.ab.database import Database
+from registry.ab.database import Database, reason
 from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.manifest import canonical, digest_of, is_digest
 
@@ -190,9 +190,8 @@ class Ledger:
         try:
             yield
         except SQLAlchemyError as e:
-            why = str(getattr(e, "orig", None) or e).strip().splitlines()[0][:200]
             raise NotReady(
-                f"The ledger {self.database} cannot be used: {why}. Try again, or look who has it open."
+                f"The ledger {self.database} cannot be used: {reason(e)}. Try again, or look who has it open."
             ) from None
 
 

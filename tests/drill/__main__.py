@@ -24,7 +24,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.drill import attacks, storage
+from tests.drill import attacks, replicas, storage
 from tests.drill.place import own_home
 from tests.drill.table import PAGE, Row, page
 
@@ -49,7 +49,7 @@ def main() -> int:
     shown = tempfile.mkdtemp(prefix="drill-mlflow-")
     atexit.register(shutil.rmtree, shown, ignore_errors=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{shown}/mlflow.db")
-    for attack in (*attacks.ALL, *storage.ALL):
+    for attack in (*attacks.ALL, *storage.ALL, *replicas.ALL):
         if args.only not in attack.__name__:
             continue
         if attack.__name__ in kept:

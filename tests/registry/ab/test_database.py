@@ -7,7 +7,6 @@ import time
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
@@ -48,7 +47,7 @@ def test_a_judge_whose_session_ends_has_lost_its_turn(postgres):
     with Database(url).reading() as db:
         db.execute(text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"))
     assert second.mine()
-    with pytest.raises(SQLAlchemyError):
+    with pytest.raises(NotReady, match="whose turn"):
         first.mine()
     assert not first.mine(), "asked again, it asks the database"
     second.close()
@@ -131,7 +130,11 @@ def test_a_chain_that_does_not_hold_is_not_copied(home, postgres):
 
 
 def test_wrong_places_are_refused_in_words(home, tmp_path, monkeypatch):
-    for url, words in (("mysql://h/x", "mysql"), ("postgresql://h:port/x", "no database URL"), ("://x", "no database URL")):
+    for url, words in (
+        ("mysql://h/x", "mysql"),
+        ("postgresql://h:port/x", "no database URL"),
+        ("://x", "no database URL"),
+    ):
         monkeypatch.setenv("PATCHBAY_DB", url)
         with pytest.raises(ConfigError, match=words):
             Ledger()
