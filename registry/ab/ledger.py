@@ -107,9 +107,9 @@ class Ledger:
 
     def gate(self, system: str, digest: str) -> dict[str, Any] | None:
         """What the newest gate said of an artifact (`registry.gate.Gated.evidence`); None if it was never gated."""
-        which = "system = ? AND action = 'gate' AND json_extract(evidence, '$.gate.digest') = ?"
-        found = self._read(f"{which} ORDER BY seq DESC LIMIT 1", system, digest)
-        return found[0].evidence["gate"] if found and found[0].evidence else None
+        gates = select(ENTRIES).where(_E.system == system, _E.action == "gate").order_by(_E.seq.desc())
+        said = (e.evidence["gate"] for e in self._read(gates) if e.evidence)
+        return next((gate for gate in said if gate.get("digest") == digest), None)
 
     def append(
         self,

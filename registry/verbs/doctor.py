@@ -110,7 +110,7 @@ def _disk() -> Iterator[Finding]:
 
 def _ledger() -> Iterator[Finding]:
     ledger = the_ledger().Ledger()
-    yield Finding("ok", "ledger", f"{ledger.verify()} entries, every chain holds ({ledger.path})")
+    yield Finding("ok", "ledger", f"{ledger.verify()} entries, every chain holds ({ledger.database})")
     for name in SYSTEMS:
         head = ledger.head(name)
         if head is None:
