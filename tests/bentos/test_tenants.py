@@ -2,6 +2,8 @@
 
 import asyncio
 
+from sqlalchemy import text
+
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 
@@ -99,9 +101,8 @@ def test_latency_does_not_grow_with_the_answer(service):
             for tokens in (4, 100):
                 await s.chat(max_tokens=tokens, headers={"x-patchbay-unit": str(tokens)}, ignore_eos=True)
             with s.runtime.events._reading() as db:
-                rows = dict(
-                    db.execute("SELECT unit, latency_ms FROM events WHERE experiment = ?", (x.name,)).fetchall()
-                )
+                found = text("SELECT unit, latency_ms FROM events WHERE experiment = :x")
+                rows = dict(db.execute(found, {"x": x.name}).tuples().all())
             assert rows["100"] < 8 * rows["4"]  # 25 times the tokens
 
     asyncio.run(work())
