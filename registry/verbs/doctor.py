@@ -137,6 +137,11 @@ def _artifacts() -> Iterator[Finding]:
 
 
 def _events() -> Iterator[Finding]:
+    if os.environ.get("PATCHBAY_DB"):
+        log = importlib.import_module("registry.ab.events").Events()
+        yield Finding("ok", "events", f"{log.count()} ({log.database})")
+        log.close()
+        return
     file = home() / "events.db"
     if not file.is_file():
         yield Finding("ok", "events", "none yet")
