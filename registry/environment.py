@@ -7,8 +7,8 @@ VARIABLES = {
     "PATCHBAY_HOME": "folder of this deployment: artifacts, ledger, events, MLflow's store; default `.patchbay` in the "
     "working folder",
     "PATCHBAY_CACHE": "folder of converted bases, which are the same for everybody; default `~/.cache/patchbay`",
-    "PATCHBAY_DB": "PostgreSQL with ledger and events of all replicas, `postgresql://user:password@host/name`; default: files "
-    "of the home",
+    "PATCHBAY_DB": "PostgreSQL for ledger and events of all replicas: `postgresql://user:password@host/name`; default: "
+    "files in the home",
     "PATCHBAY_WHO": "who decides, as the ledger writes it down; default `$USER`",
     "PATCHBAY_BASE": "reference of the base (`--base`): of several roles in the system's order, with commas; default: "
     "what the artifact names",
