@@ -51,7 +51,7 @@ def candidates(config: Config, base: Base, objects: tuple[str, ...]) -> Iterator
         if not depths:
             continue
         for text in config.text_depths:
-            if text == 0 and depths == (0,) and -1 in config.text_depths:
+            if (text,) == depths and -1 in config.text_depths:
                 continue  # the same setting
             where = depths if text < 0 else (text,) * len(depths)
             for own in config.own:

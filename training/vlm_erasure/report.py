@@ -133,13 +133,17 @@ def controls(subject: Subject, seen: Seen, said: Tensor, patch: EraseEdit) -> di
 
 
 def by_depth(subject: Subject, seen: Seen, said: Tensor, found: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Per set of depths, the best setting of the sweep on val, measured here."""
-    table: dict[str, tuple[float, str]] = {}
+    """Per set of depths two settings of the sweep on val, measured here: the best by `score`, and the one that takes
+    most away while it keeps what should be kept."""
+    best: dict[str, tuple[float, str]] = {}
+    most: dict[str, tuple[float, str]] = {}
     for name, values in found["sweep"].items():
         depths = name[: name.index("]") + 1]
         worth = score({k: Measure(v) for k, v in values.items()}, config.kept)
-        table[depths] = max(table.get(depths, (-9.0, "")), (worth, name))
-    wanted = {name for _, name in table.values()}
+        best[depths] = max(best.get(depths, (-9.0, "")), (worth, name))
+        if values["kept"] >= config.kept:
+            most[depths] = max(most.get(depths, (-9.0, "")), (values["gone"], name))
+    wanted = {name for _, name in (*best.values(), *most.values())}
     wrong = said & ~seen.scenes.there
     made = {k: p for k, p in candidates(config, subject.base, seen.scenes.objects) if k in wanted}
     rows: dict[str, Any] = {}
