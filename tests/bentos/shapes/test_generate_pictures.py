@@ -15,6 +15,9 @@ from PIL import Image
 from patches import artifact
 from patches.families.base import load_base
 from patches.mechanisms import erase
+from registry.ab import experiment as experiments
+from registry.ab import ledger as ledgers
+from registry.ab.experiment import CONTROL, TREATMENT
 from registry.home import home
 from tests.bentos.conftest import serving
 
@@ -119,6 +122,8 @@ async def automatic(s):
     async with s.http.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = [line async for line in answer.aiter_lines()]
     assert '"patchbay":{"base"' in lines[0]
+    three = (await ask(s, show(data_url()), patchbay=auto, model="champion", n=3))["choices"]
+    assert [c["patchbay"]["erased"] == got["erased"] for c in three] == [True] * 3
 
 
 async def refusals(s):
@@ -164,6 +169,34 @@ def test_a_caller_who_leaves_in_mid_stream_frees_the_row(seeing):
                     break
             await s.until(lambda: s.runtime.queued == 0)
             assert (await ask(s, show(data_url())))["choices"]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("mode", ["live", "shadow"])
+def test_an_experiment_splits_requests_that_erase(seeing, mode):
+    async def work():
+        async with seeing() as s:
+            words = [] if mode == "live" else ["mode=shadow"]
+            x = experiments.begin(SYSTEM, control=s.digests[0], treatment=s.digests[1], share=0.5, words=words)
+            ledgers.split(s.ledger, SYSTEM, experiments.plain(x))
+            await s.until(lambda: s.runtime.table.experiment)
+            body = {"messages": show(data_url()), "max_tokens": 6, "temperature": 0, "ignore_eos": True,
+                    "patchbay": {"ask": {"erase": "auto"}}}  # fmt: skip
+            sides = {}
+            for unit in [f"user-{i}" for i in range(8 if mode == "live" else 1)]:
+                got = await s.http.post("/v1/chat/completions", json=body, headers={"x-patchbay-unit": unit})
+                side = got.headers["x-patchbay-arm"]
+                assert side == (experiments.assign(x, unit) if mode == "live" else CONTROL)
+                sides[side] = got.json()["choices"][0]
+            if mode == "shadow":
+                await s.until(lambda: s.app.state.desk.shadows)
+                shadow = (await s.http.get("/v1/shadows")).json()["shadows"][0]
+                want = (await ask(s, show(data_url()), patchbay=body["patchbay"], model="challenger"))["choices"][0]
+                assert shadow[TREATMENT] == [want["message"]["content"]]
+                return
+            assert sides[CONTROL]["patchbay"]["erased"]  # believes nothing
+            assert not sides[TREATMENT]["patchbay"]["erased"]  # believes all
 
     asyncio.run(work())
 

@@ -79,6 +79,22 @@ def test_the_last_depth_of_the_lens_is_the_models_own_output(tiny):
     assert sure.tolist() == pytest.approx([float(want[at][:, 7].max()), float(want[at][:, 8:10].max())], abs=1e-5)
 
 
+def test_the_lens_reads_the_whole_vocabulary_at_every_depth(tiny):
+    one = row(tiny, max_tokens=1, watch=(0, 1, 2, 3))
+    PictureDecoder(tiny).run([one])
+    p = lens.probabilities(tiny, one.seen)
+    assert p.shape == (4, 16, tiny.model.config.get_text_config().vocab_size)
+    torch.testing.assert_close(p.sum(-1), torch.ones(4, 16), atol=1e-4, rtol=0)
+    said = lens.top(tiny, one.seen, k=2)
+    best = p.max(-1)
+    for depth in range(4):
+        for token in range(16):
+            (word, sure), (_, less) = said[depth][token]
+            assert word == tiny.processor.decode([int(best.indices[depth, token])]).strip()
+            assert sure == pytest.approx(float(best.values[depth, token]), abs=1e-5)
+            assert sure >= less
+
+
 def test_a_heat_map_is_hot_where_its_token_is(tiny):
     heat = torch.zeros(16)
     heat[6] = 0.9  # row 1, column 2 of 4 x 4
