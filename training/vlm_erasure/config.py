@@ -29,7 +29,7 @@ class Config:
     max_tokens: int = 24
     depths: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,), (0, 1), (0, 1, 2, 3))
     """where erasing is tried; 0 is the projector's output. (-1,) stands for every depth but the last"""
-    text_depths: tuple[int, ...] = (-1, 0, 1)
+    text_depths: tuple[int, ...] = (-1, 0)
     """depths a word's direction is taken from; -1: the one it is erased at"""
     weights: tuple[float, ...] = (1.0, 1.5, 2.0)
     own: tuple[bool, ...] = (False, True)
