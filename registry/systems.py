@@ -127,8 +127,9 @@ _ROWS = (
            Claim("things lab:vlm invents (bias in its decoder) that are gone when the request erases them", .0, .747,
                  .264, "as much taken along a random direction", 174, "81a68a6bd92cc715",
                  beside="a random absent thing erased: 4.6 %; true mentions kept 93 %; automatic: CHAIR_i 13.9 % -> "
-                 "9.2 %, recall 82.6 % -> 85.4 % (n 600); at four depths gone 82.8 %, kept "
-                 "90 %; bias in the projector: gone 99.4 %, kept 100 %, CHAIR_i 13.5 % -> 6.6 %; AUROC of the lens .982, of the word's own probability .640; simpler, and lower in "
+                 "9.2 %, recall 82.6 % -> 85.4 % (n 600); at four depths gone 82.8 %, kept 90 %; bias in the "
+                 "projector: gone 99.4 %, kept 100 %, CHAIR_i 13.5 % -> 6.6 %; AUROC of the lens .982, of the word's "
+                 "own probability .640; simpler, and lower in "
                  "CHAIR_i (3.5 %) without the recall: deleting the flagged words")),
     System("mils", "Caption and prompt without training: a language model proposes, a scorer decides",
            "2501.18096", "search", None, ("caption",),
