@@ -1,4 +1,5 @@
-"""The shape `caption`: a picture, a clip or a sound in; a text that is searched for out, as a job.
+"""The shape `caption`: a picture, clip, sound, sum or prompt in (`described`); a text that is searched for out, as a
+job.
 
     POST /v1/captions      202 and a job (bentos.jobs): its events show the best text and its score after every round
     POST /v1/mils/score    scores of given texts, at once: a plain CLIPScore
@@ -12,59 +13,32 @@ trace after a restart. Generators and their endpoints are named at deploy time, 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
-from torch import Tensor
 
 from bentos import jobs
 from bentos.desk import Desk, Extra, Strict, facts, headers
 from bentos.http import Call, answer
 from bentos.runtime.arms import Choice
-from bentos.shapes.films import stacked, unpacked
+from bentos.shapes.described import KINDS, Media, Text, decoded, packed, restored
 from bentos.tokens import ANY
-from patches.families.pictures import MAX_BYTES, read
-from patches.families.search import wav
 from patches.families.search.config import Budget
 from patches.families.search.track import digest
 from patches.families.search.worker import Searching
-from patches.families.video.decode import Limits
-from patches.families.video.decode import read as read_film
 from registry.ab.experiment import TREATMENT
 from registry.ab.ledger import BASE
 from registry.errors import BadRequest
 
 MAX_BODY_BYTES = 96 << 20
-FRAMES = 8
-"""Frames of a clip that the scorer looks at, spread evenly over it"""
-MAX_FRAMES = 64
-MAX_TEXTS, MAX_TEXT = 1000, 500
-"""texts of one call to be scored, and their length"""
-FILM = Limits()
-
-Base64 = Annotated[str, Field(min_length=1, max_length=MAX_BYTES * 4 // 3 + 128)]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=r"\S")]
-
-
-class Media(BaseModel):
-    """What is described: exactly one of them, base64 (the prefix of a `data:` URI is left out)."""
-
-    model_config = Strict
-    image: Base64 | None = None
-    clip: Annotated[str, Field(min_length=1, max_length=FILM.max_bytes * 4 // 3 + 128)] | None = None
-    """a video, an animated GIF or WebP, or a zip file of pictures"""
-    frames: Annotated[list[Base64], Field(min_length=2, max_length=MAX_FRAMES)] | None = None
-    """a clip as pictures of one size"""
-    sound: Annotated[str, Field(min_length=1, max_length=wav.MAX_BYTES * 4 // 3 + 128)] | None = None
-    """a RIFF/WAVE file"""
+MAX_TEXTS = 1000
+"""texts of one call to be scored"""
 
 
 class Spend(BaseModel):
@@ -118,15 +92,15 @@ class Service(jobs.Service):
             raise BadRequest("patchbay.ask: a search takes nothing from a request but its budget; leave it out.")
         table, choice = self.desk.choice(request, ask.model, ask.user, ask.patchbay.compare)
         inputs = await self._inputs(ask)
-        job = self._job(choice.arm, inputs, ask.model_dump())
-        self.runtime.worker.check([job])
+        arms = [choice.arm, *([None] if ask.patchbay.compare else [])]
+        self.runtime.worker.check([self._job(arm, inputs, ask.model_dump()) for arm in arms])
         twin = self.desk.twin(choice)
         plain = {
-            "ask": ask.model_dump(exclude={"image", "clip", "frames", "sound"}), "arm": choice.arm,
+            "ask": ask.model_dump(exclude=set(KINDS)), "arm": choice.arm,
             "label": choice.label, "unit": choice.unit, "owner": choice.owner, "side": choice.side,
             "number": request.state.number,
             "experiment": choice.experiment.name if choice.experiment else None,
-            "twin": twin.digest if twin else None, "inputs": _packed(inputs),
+            "twin": twin.digest if twin else None, "inputs": packed(inputs),
         }  # fmt: skip
         about = {**facts(table, choice), "model": self.desk.model(choice)}
         response = await self.jobs.submit(request, "caption", plain, about, ask.wait)
@@ -139,7 +113,7 @@ class Service(jobs.Service):
         inputs = await self._inputs(ask)
         worker: Any = self.runtime.worker
         worker.check([Searching(arm=choice.arm, inputs=inputs)])
-        scorer = await asyncio.to_thread(self.runtime.call, lambda: worker.scorer(worker.parts(choice.arm)))
+        scorer = await asyncio.to_thread(self.runtime.call, lambda: worker.plain(choice.arm))
         target = await asyncio.to_thread(self.runtime.call, lambda: scorer.target(inputs))
         scores: list[float] = []
         for i in range(0, len(ask.texts), 32):  # other jobs' slices come in between
@@ -170,7 +144,7 @@ class Service(jobs.Service):
     async def _work(self, running: jobs.Running) -> Any:
         """A search, and the base's beside it if both are wanted; the trace is kept round by round."""
         ask, start = running.ask, time.perf_counter()
-        inputs = _unpacked(ask["inputs"])
+        inputs = restored(ask["inputs"])
         sides = {"caption": ask["arm"]} | ({"base": None} if ask["ask"]["patchbay"]["compare"] else {})
         if ask["twin"]:
             sides["twin"] = None if ask["twin"] == BASE else ask["twin"]
@@ -219,8 +193,8 @@ class Service(jobs.Service):
                     top = [{"text": c.text, "score": c.score, "step": c.step} for c in track.kept()[:5]]
                     step = job.told.get("step", 0)
                     done = step / max(1, job.told.get("steps", 1))
-                    best = {"text": job.best[0], "score": job.best[1]}
-                    running.tell(min(1.0, done), best=best, top=top, **job.told)
+                    best = {"text": job.best[0], "score": job.best[1], "candidates": top}
+                    running.tell(min(1.0, done), best=best, **job.told)
             if all(j.finished for j in made.values()):
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(over.set)
@@ -232,7 +206,11 @@ class Service(jobs.Service):
             seconds=ask["budget"]["seconds"], calls=ask["budget"]["calls"]
         )  # fmt: skip
         strength = ask["patchbay"]["strength"]
-        return Searching(arm=arm, strength=strength, inputs=inputs, budget=budget, key=str(ask["seed"]))
+        goal = str(inputs.get("goal", ""))
+        start = (goal,) if goal else ()
+        return Searching(
+            arm=arm, strength=strength, inputs=inputs, budget=budget, key=str(ask["seed"]), goal=goal, start=start
+        )
 
     async def _expose(self, ask: dict[str, Any], status: int, start: float) -> None:
         """The exposure of a job's unit, if it was made for the live experiment."""
@@ -246,25 +224,9 @@ class Service(jobs.Service):
         await self.desk.expose(request, choice, status, start)
 
     async def _inputs(self, media: Media) -> dict[str, Any]:
-        """What the scorer looks at or listens to. Raises Invalid unless exactly one thing is given."""
-        given = [k for k in ("image", "clip", "frames", "sound") if getattr(media, k) is not None]
-        if len(given) != 1:
-            what = "nothing was sent" if not given else f"{' and '.join(given)} were sent"
-            raise BadRequest(f"Send one of image, clip, frames or sound; {what}.")
+        """What the scorer looks at or listens to. Raises as `described.decoded`."""
         async with self.decoding:
-            return await asyncio.to_thread(self._decoded, given[0], getattr(media, given[0]))
-
-    def _decoded(self, kind: str, value: Any) -> dict[str, Any]:
-        process = self.runtime.base.processor
-        if kind == "sound":
-            samples, rate = wav.decode(unpacked(value, "sound"))
-            return {"sound": (samples, rate)}
-        if kind == "image":
-            return {"pixels": process.image(read(value))}
-        film = stacked(value, FILM) if kind == "frames" else read_film(unpacked(value), FILM)
-        frames: Tensor = film.frames
-        at = torch.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().long()
-        return {"pixels": process.image(frames[at])}
+            return await asyncio.to_thread(decoded, media, self.runtime.base.processor)
 
 
 def _result(job: Searching) -> dict[str, Any]:
@@ -279,28 +241,6 @@ def _result(job: Searching) -> dict[str, Any]:
         "curve": track.curve(), "candidates": top, "trace": f"sha256:{digest(track.trace)[:16]}",
         "bank": f"sha256:{track.bank.digest[:16]}", **job.told,
     }  # fmt: skip
-
-
-def _packed(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Decoded inputs as JSON has them, so that a resumed job sees what the first run saw."""
-
-    def packed(x: Tensor) -> dict[str, Any]:
-        return {"shape": list(x.shape), "data": base64.b64encode(x.contiguous().numpy().tobytes()).decode()}
-
-    if "sound" in inputs:
-        samples, rate = inputs["sound"]
-        return {"sound": packed(samples), "rate": rate}
-    return {"pixels": packed(inputs["pixels"].float())}
-
-
-def _unpacked(packed: dict[str, Any]) -> dict[str, Any]:
-    def unpacked_tensor(x: dict[str, Any]) -> Tensor:
-        raw = bytearray(base64.b64decode(x["data"]))
-        return torch.frombuffer(raw, dtype=torch.float32).reshape(x["shape"])
-
-    if "sound" in packed:
-        return {"sound": (unpacked_tensor(packed["sound"]), packed["rate"])}
-    return {"pixels": unpacked_tensor(packed["pixels"])}
 
 
 ROUTES: tuple[Call, ...] = (

@@ -8,7 +8,9 @@ bank, for random lines at as many scorer calls, for mutation without a language 
     patchbay eval runs/mils-...            # base (the best line of the bank) beside the search, 100 test scenes
     patchbay eval runs/mils-... --full     # baselines at equal calls, typographic pictures, how=official
     patchbay fit mils/typographic patch=clip_sae@champion      # the scorer carries a patch
+    patchbay fit mils/crops                # the scorer looks for each thing a text says in crops of the picture
     patchbay fit mils/video | audio | prompt | style | arithmetic | minus | both | smollm
+    patchbay fit mils/company              # on the scenes lab:vlm captions, its captions and vlm_erasure's beside
 
 What a fit finds is how long to search: scores rise for as long as one looks, right objects do not, because a scorer has
 blind spots; the rounds with the best F1 on val are sealed. docs/log/mils.md has what was tried.

@@ -14,8 +14,10 @@ from functools import cache
 import torch
 
 from training.lab import atlas, pool, worlds
+from training.lab.company import company_classes
 from training.lab.renderer import GROUNDS, generator
 from training.mils.scenes import pairs
+from training.tasks.captions import named
 
 LINES = 3400
 """so many, of which the pairs are drawn at random"""
@@ -42,6 +44,42 @@ def lines() -> tuple[str, ...]:
             where = f" on {GROUNDS[at]}" if at < len(GROUNDS) else ""
             out[f"a picture of a {classes[a]} and a {classes[b]}{where}"] = None
     return tuple(out)
+
+
+@cache
+def company(apart: tuple[frozenset[str], ...]) -> tuple[str, ...]:
+    """Lines about one to three of the 80 things of lab:vlm's scenes; none says just the things of one of `apart`."""
+    classes = company_classes()
+    out = {f"a picture of a {name}": None for name in classes}
+    out |= {f"a picture of a {name} on {ground}": None for name in classes for ground in GROUNDS}
+    g = generator("mils/company", 0)
+    while len(out) < LINES:
+        some = [classes[i] for i in torch.randperm(len(classes), generator=g)[: 2 + len(out) % 2].tolist()]
+        if frozenset(some) not in apart:
+            out["a picture of a " + " and a ".join(some)] = None
+    return tuple(line for line in out if frozenset(named(line, classes)) not in apart)
+
+
+HEADS = ("a picture", "a drawing", "an icon", "a cartoon", "a painting", "a large picture", "a simple drawing")
+TAILS = ("", " on plain paper", " in the middle", " on snow", " with a white background", " in bright colours")
+
+
+@cache
+def drawable(split: str) -> tuple[str, ...]:
+    """Names of animals, plants and food that lab:diffusion was trained on; a third of them each split's."""
+    lab = atlas.load()
+    names = [n for n, g in zip(lab.names, lab.groups, strict=True)
+             if g in ("animals-nature", "food-drink") and len(n) <= 20]  # fmt: skip
+    order = torch.randperm(len(names), generator=generator("mils/drawable", 0)).tolist()
+    return tuple(names[i] for i in order[("test", "val", "train").index(split) :: 3])
+
+
+@cache
+def prompts() -> tuple[str, ...]:
+    """Lines that prompts are rewritten with: ways to say it, about names of train; no line says a name of test."""
+    return tuple(
+        f"{HEADS[i % len(HEADS)]} of a {name}{TAILS[i % len(TAILS)]}" for i, name in enumerate(drawable("train"))
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A stand-in for a diffusion base that is as quick as the search around it: it knows the 100 classes and the nine grounds
 by their names, draws the first two things a text says, at fixed places, in one style, and nothing it does not know. As
-an editor it keeps the things of a scene and changes the ground. `patches.families.search.draw` has the diffusion base.
+an editor it keeps the things of a scene and changes the ground. `patches.families.search.draw` has the diffusion base,
+which `mils/prompt` names.
 """
 
 from __future__ import annotations

@@ -27,13 +27,14 @@ SOUND = "sound"
 WITHIN = 0.005
 """fewer rounds are taken if F1 on val is at most so much below the best"""
 TASKS: dict[str, Task] = {
-    "scenes": "image", "typographic": "image", "sounds": "audio", "clips": "video", "prompts": "prompt",
-    "styles": "style", "plus": "arithmetic", "minus": "arithmetic", "both": "arithmetic",
+    "scenes": "image", "typographic": "image", "company": "image", "sounds": "audio", "clips": "video",
+    "prompts": "prompt", "styles": "style", "plus": "arithmetic", "minus": "arithmetic", "both": "arithmetic",
 }  # fmt: skip
 
 
 def fit(config: Config, folder: Path) -> Manifest:
-    """Search for val items, choose the number of rounds by F1 on val, seal what was found."""
+    """Search for val items, choose the number of rounds by F1 (of drawing tasks: by the judge) on val, seal what was
+    found."""
     bases = {
         "scorer": load_base(config.scorer, "clip", config.device),
         "generator": load_base(config.language, "llm", config.device),
@@ -48,7 +49,7 @@ def fit(config: Config, folder: Path) -> Manifest:
     finally:
         subject.close()
     write_trace(done, folder / TRACE)
-    curve = [measure.metrics(done, done.texts_at(k))["target/f1"].value for k in range(search.steps + 1)]
+    curve = [sum(v) / len(v) for v in (measure.worth(done, done.texts_at(k)) for k in range(search.steps + 1))]
     chosen = next((k for k, f in enumerate(curve) if f >= max(curve) - WITHIN and k > 0), search.steps)
     found = {
         "val_items": config.fit_items, "val_f1_by_round": [round(f, 4) for f in curve], "rounds": chosen,
@@ -73,6 +74,8 @@ def configured(config: Config, folder: Path, scorer: Base) -> tuple[SearchConfig
         search, parents = replace(search, patched=("scorer",)), [about.digest]
     if config.data in ("sounds", "both"):
         search = replace(search, sound=ears(config, folder))
+    if config.renderer:
+        search = replace(search, renderer=load_base(config.renderer, "diffusion", config.device).label)
     return search, parents
 
 

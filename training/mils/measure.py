@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from patches.engine.patch import ONLY
 from patches.families.base import Base
-from patches.families.search.scorers import Renderer
+from patches.families.search.scorers import Drawn, Renderer
 from patches.families.search.track import digest
 from patches.families.search.worker import Searching, SearchWorker
 from patches.families.worker import WorkerSettings
@@ -33,6 +35,8 @@ class Run:
     jobs: list[Searching]
     seconds: float
     """wall time of all of them together"""
+    draws: Renderer | None = None
+    """what drew the candidates, of tasks that draw"""
 
     @property
     def texts(self) -> list[str]:
@@ -86,7 +90,8 @@ def run(
 ) -> Run:
     """Search for all items together. on_round: called after every round of any of them."""
     at_work = worker(subject)
-    made = Run(task, jobs_of(task, arm, strength), 0.0)
+    scorer = at_work.scorer(at_work.parts(arm))
+    made = Run(task, jobs_of(task, arm, strength), 0.0, scorer.renderer if isinstance(scorer, Drawn) else None)
     began = time.monotonic()
     at_work.add(made.jobs)
     while not at_work.idle:
@@ -95,13 +100,31 @@ def run(
     for job in made.jobs:
         if job.error is not None:
             raise job.error
-    return Run(task, made.jobs, time.monotonic() - began)
+    return replace(made, seconds=time.monotonic() - began)
+
+
+def worth(done: Run, texts: Sequence[str]) -> list[float]:
+    """What every text is worth: F1 of the things it says, or whether the judge calls what it draws what was asked."""
+    task = done.task
+    if task.drawn:
+        assert done.draws is not None
+        n = done.draws.batch
+        drawn = torch.cat([done.draws.draw(texts[i : i + n]) for i in range(0, len(texts), n)])
+        return [float(x) for x in judge.right(drawn, [true[0] for true in task.true])]
+    return [objects(t, true, task.names).f1 for t, true in zip(texts, task.true, strict=True)]
 
 
 def metrics(done: Run, texts: Sequence[str] | None = None) -> dict[str, Measure]:
     """What the best texts are worth, with 95 % intervals over items."""
     task = done.task
     texts = list(texts if texts is not None else done.texts)
+    if task.drawn:
+        return {"target/drawn_right": share([bool(x) for x in worth(done, texts)], "higher")}
+    return judged(task, texts)
+
+
+def judged(task: Task, texts: Sequence[str]) -> dict[str, Measure]:
+    """What texts are worth by what is true of the items they describe, and by the judge."""
     found = [objects(t, true, task.names) for t, true in zip(texts, task.true, strict=True)]
     out = {
         "target/f1": mean([o.f1 for o in found]),
@@ -111,8 +134,8 @@ def metrics(done: Run, texts: Sequence[str] | None = None) -> dict[str, Measure]
     if task.references:
         out["quality/bleu4"] = Measure(bleu(texts, task.references), n=len(texts), better="higher")
         out["quality/cider_d"] = mean(cider_d(texts, task.references))
-    if task.pictures is not None and judge.SHIPPED.is_file() and not task.words:
-        out["quality/judge_clipscore"] = mean(judge.load().score(task.pictures, texts))
+    if task.judged is not None:
+        out["quality/judge"] = mean(judge.score(task.judged, texts))
     if task.words:
         says = [bool(named(t, [w])) for t, w in zip(texts, task.words, strict=True)]
         out["target/says_word"] = share(says, "lower")

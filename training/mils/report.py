@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from patches.engine.patch import ONLY
 from patches.families.search.config import SearchConfig
 from patches.subject import Search, Subject
@@ -16,7 +18,7 @@ from registry.measure import Measure
 from training.evidence import Draft
 from training.mils import measure
 from training.mils.config import Config
-from training.tasks.captions import objects
+from training.mils.fit import sealed
 from training.tasks.intervals import mean
 
 OFFICIAL_ITEMS = 1
@@ -39,7 +41,7 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
             subject.add(name, Search(asdict(other), folder))
     draft = Draft(about)
     task = measure.task_of(config, subject.bases["scorer"], "test", config.items)
-    f1: dict[str, list[float]] = {}
+    worth: dict[str, list[float]] = {}
     for name in ("bank", *arms):
         arm, strength = (ONLY, 0.0) if name == "bank" else (name, 1.0)
         done = measure.run(subject, task, arm, strength)
@@ -52,16 +54,35 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
                 "seconds_an_item": Measure(done.seconds / len(task.inputs), n=len(task.inputs)),
             },
         )
-        f1[name] = [objects(t, true, task.names).f1 for t, true in zip(done.texts, task.true, strict=True)]
+        worth[name] = measure.worth(done, done.texts)
         if name == ONLY:
-            by_round = {k: measure.metrics(done, done.texts_at(k))["target/f1"] for k in range(search.steps + 1)}
-            draft.keep("f1_by_round", value=by_round)
+            by_round = {k: mean(measure.worth(done, done.texts_at(k))) for k in range(search.steps + 1)}
+            draft.keep("worth_by_round", value=by_round)
             draft.keep("examples", value=[list(pair) for pair in zip(done.texts[:8], task.true[:8], strict=True)])
         if name != "bank":
-            draft.keep("f1_minus_bank", name, value=mean([a - b for a, b in zip(f1[name], f1["bank"], strict=True)]))
+            less = [a - b for a, b in zip(worth[name], worth["bank"], strict=True)]
+            draft.keep("minus_bank", name, value=mean(less))
     subject.close()
-    draft.keep("pace", value=pace(folder, config))
+    if config.captioner and task.pictures is not None:
+        for name, texts in captioned(config, task.pictures).items():
+            draft.keep("test", name, value=measure.judged(task, texts))
+    if config.pace:
+        draft.keep("pace", value=pace(folder, config))
     return draft
+
+
+def captioned(config: Config, pictures: Tensor) -> dict[str, list[str]]:
+    """Captions of a vision-language model and of its patch for uint8 pictures (n, 3, H, W)."""
+    import pandas as pd
+    from torchvision.transforms.functional import to_pil_image
+
+    from patches.families.pictures import png
+
+    subject = Subject.load(sealed(config.captioner), device=config.device)
+    frame = pd.DataFrame({"image": [png(to_pil_image(x)) for x in pictures]})
+    out = {name: list(subject.predict(frame, {"strength": s})) for name, s in (("vlm", 0.0), ("vlm patched", 1.0))}
+    subject.close()
+    return out
 
 
 def pace(folder: Path, config: Config, n: int = OFFICIAL_ITEMS) -> dict[str, Measure]:

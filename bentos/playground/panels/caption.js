@@ -38,7 +38,8 @@ const CAPTION = {
       const sides = [h("p", {}, h("strong", {}, text), score === undefined ? "" : ` ${score.toFixed(3)}`)];
       if (result?.base) sides.push(h("p", { class: "small quiet" }, `The base, the best line of the bank: ${result.base.text} ${result.base.score.toFixed(3)}`));
       if (curve.length > 1) sides.push(climbing(curve));
-      if (result) sides.push(ladder(result.candidates));
+      const candidates = result?.candidates ?? best?.candidates;
+      if (candidates) sides.push(ladder(candidates));
       return [...sides, h("p", { class: "small quiet" }, result ? `${result.calls} texts scored, ended by ${result.why}` : state)];
     }
     async function search() {

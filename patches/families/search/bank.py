@@ -20,6 +20,8 @@ JOINTS = frozenset(
     ["and", "on", "with", "in", "of", "under", "above", "beside", "behind", "over", "near", "at", "inside"]
 )
 """words that begin a phrase: lines are cut before them and put together again there"""
+BESIDE = frozenset(["and", "with", "beside", "near", "under", "above", "behind", "over"])
+"""joints that bring one more thing"""
 SHIPPED = Path(__file__).parent.parent.parent / "lab" / "mils" / FILE
 
 
@@ -67,6 +69,22 @@ def joint(phrase: str) -> str:
     """The joint a phrase begins with, or ""."""
     first = phrase.partition(" ")[0]
     return first if first in JOINTS else ""
+
+
+def things(line: str) -> tuple[str, ...]:
+    """A line's parts, each a line about one thing, without what is behind them: "a picture of a cat and a dog on sand"
+    -> ("a picture of a cat", "a picture of a dog"). Never empty."""
+    first, *rest = phrases(line)
+    opening = ""
+    if rest and joint(rest[0]) == "of":
+        opening, first = f"{first} of ", f"{first} {rest.pop(0)}"
+    made = [first]
+    for p in rest:
+        if joint(p) == "of":
+            made[-1] += f" {p}"  # a pot of food
+        elif joint(p) in BESIDE and " " in p:
+            made.append(opening + p.partition(" ")[2])
+    return tuple(dict.fromkeys(made))
 
 
 def shape(line: str) -> tuple[str, ...]:

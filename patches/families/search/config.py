@@ -58,8 +58,16 @@ class SearchConfig:
     how: Literal["shared", "official"] = "shared"
     """official: the published loop; one item at a time, the bank and all kept texts encoded again in every round, all
     candidates of a round in one stream of the language model. Kept to measure against"""
+    crops: int = 0
+    """crops in a row and a column of the picture in which a text's things are looked for (`Cropped`); 0: the whole
+    picture alone"""
     sound: str = ""
     """name@digest of the audio-text model, for tasks with sounds"""
+    renderer: str = ""
+    """name@digest of the diffusion base that draws what prompts say, for tasks that make pictures; empty: what whoever
+    runs the search put there"""
+    drawn: int = 10
+    """denoiser steps of one picture of it"""
     patched: tuple[str, ...] = ()
     """roles whose base carries the patch that is sealed in the folder <role>/ of the artifact"""
     seed: int = 0
@@ -70,7 +78,7 @@ class SearchConfig:
             ("patience", self.patience, 0, MAX_STEPS), ("epsilon", self.epsilon, 0.0, 1.0),
             ("seconds", self.seconds, 0.0, MAX_SECONDS), ("calls", self.calls, 0, MAX_CALLS),
             ("tokens", self.tokens, 0, 10_000_000), ("words", self.words, 1, MAX_WORDS),
-            ("shown", self.shown, 1, 50),
+            ("shown", self.shown, 1, 50), ("crops", self.crops, 0, 6), ("drawn", self.drawn, 1, 100),
             ("wait", self.wait, 0.1, 600.0), ("temperature", self.temperature, 0.0, 2.0),
             ("top_p", self.top_p, 1e-3, 1.0),
         ):  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 from patches.families.search.bank import Bank
 from patches.families.search.config import SearchConfig
 from patches.families.search.generators import Asked, Generator, Proposal, Proposing
-from patches.families.search.scorers import BATCH, Scorer, Target
+from patches.families.search.scorers import Scorer, Target
 from patches.families.search.track import Candidate, Track
 from registry.errors import NotReady, PatchbayError
 
@@ -239,13 +239,13 @@ class Searcher:
         if item.target is not None or item.ended:
             return
         try:
+            yield from self.scorer.aiming(item.inputs)
             item.target = self.scorer.target(item.inputs)
         except PatchbayError as e:
             item.ended, item.error = "failed", e
-        yield
 
     def _encode(self, wanted: Sequence[tuple[Item, Sequence[str]]]) -> Slices[None, None, None]:
-        """Encode what is missing, BATCH texts a slice, whichever items want them."""
+        """Encode what is missing, in the scorer's slices, whichever items want it."""
         if self.config.how == "official" and any(i.track is not None and i.track.step == 0 for i, _ in wanted):
             self.scorer.kept.clear()
         by_scope: dict[str, tuple[Target, dict[str, None]]] = {}
@@ -254,7 +254,4 @@ class Searcher:
             _, all_texts = by_scope.setdefault(item.target.scope, (item.target, {}))
             all_texts.update(dict.fromkeys(texts))
         for target, scoped in by_scope.values():
-            missing = self.scorer.missing(target, list(scoped))
-            for i in range(0, len(missing), BATCH):
-                self.scorer.fill(target, missing[i : i + BATCH])
-                yield
+            yield from self.scorer.filling(target, self.scorer.missing(target, list(scoped)))

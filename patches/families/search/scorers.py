@@ -1,6 +1,7 @@
 """Scorers: how well texts fit an item. One contract; features of texts are kept, so that a text is encoded once.
 
     CLIP on a picture, or over the frames of a clip      Clip, inputs {"pixels": (T, 3, H, W)}
+    CLIP on a picture and, part by part, on its crops    Cropped, the same
     sums of pictures and words in CLIP's space           Clip, inputs {"plus": [...], "minus": [...]}
     CLAP on a sound                                      Clap, inputs {"sound": (samples,)}
     a picture and a sound together                       Both
@@ -13,9 +14,11 @@ came with it; products with targets are formed in float64. Both make a trace ind
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator as Slices
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,13 @@ from torch import Tensor
 
 from patches.engine.patch import Applied
 from patches.families.base import Base
+from patches.families.search.bank import things
 from registry.errors import Invalid
 
 BATCH = 32
 """texts in one forward, always"""
+MAX_PICTURES = 4096
+"""pictures whose embeddings are kept; a base beside a challenger, and the arms of an evaluation, see the same ones"""
 MAX_TEXTS = 200_000
 """texts whose features are kept; beyond that the older half is forgotten"""
 
@@ -43,6 +49,8 @@ class Target:
     """features of texts belong to this item alone (edits of its picture); "" if they are everybody's"""
     content: Tensor | None = None
     """Style: what is edited"""
+    crops: Tensor | None = None
+    """(n, k) float32: Cropped, the picture's crops"""
 
 
 class Features:
@@ -89,6 +97,10 @@ class Scorer(ABC):
     def target(self, inputs: Mapping[str, Any]) -> Target:
         """What an item's texts are scored against. Raises Invalid for inputs of another kind, naming them."""
 
+    def aiming(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Slices of work after which `target` is quick. Raises as `target`."""
+        yield
+
     @abstractmethod
     def encode(self, texts: Sequence[str], target: Target) -> Tensor:
         """Features (n, k) float32, on the CPU, of at most BATCH texts."""
@@ -102,10 +114,18 @@ class Scorer(ABC):
         self.kept.add(target.scope, texts, self.encode(texts, target))
         self.encoded += len(texts)
 
+    def filling(self, target: Target, texts: Sequence[str]) -> Iterator[None]:
+        """`fill` for any number of texts, in bounded slices."""
+        for i in range(0, len(texts), BATCH):
+            self.fill(target, texts[i : i + BATCH])
+            yield
+
     def score(self, target: Target, texts: Sequence[str]) -> list[float]:
-        """Scores of texts whose features are kept."""
+        """Scores of texts whose features are kept; what was forgotten meanwhile is encoded again."""
         if not texts:
             return []
+        for _ in self.filling(target, self.missing(target, texts)):
+            pass
         made: list[float] = self.compare(self.kept.get(target.scope, texts).double(), target).tolist()
         return made
 
@@ -114,11 +134,12 @@ class Scorer(ABC):
         return features @ target.vector.double()
 
     def __call__(self, target: Target, texts: Sequence[str]) -> list[float]:
-        """Scores of any texts, encoding what is missing."""
-        missing = self.missing(target, texts)
-        for i in range(0, len(missing), BATCH):
-            self.fill(target, missing[i : i + BATCH])
+        """`score`, for those who do not cut their work into slices."""
         return self.score(target, texts)
+
+
+def _tensors(found: Any) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else ()
 
 
 class Clip(Scorer):
@@ -127,6 +148,8 @@ class Clip(Scorer):
     def __init__(self, base: Base, applied: Applied | None = None, arm: str | None = None) -> None:
         super().__init__()
         self.base, self.applied, self.arm = base, applied, arm
+        self.looked: dict[bytes, Tensor] = {}
+        """hash of one frame or crop -> its embedding (1, k)"""
 
     def target(self, inputs: Mapping[str, Any]) -> Target:
         if "pixels" in inputs:
@@ -143,15 +166,33 @@ class Clip(Scorer):
     def _part(self, part: Any) -> Tensor:
         return self.encode([part], Target(torch.zeros(0)))[0] if isinstance(part, str) else self.images(part)
 
-    @torch.inference_mode()
+    def aiming(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        for part in (*_tensors(inputs.get("pixels")), *inputs.get("plus", ()), *inputs.get("minus", ())):
+            for x in () if isinstance(part, str) else self._checked(part):
+                self._look(x)
+                yield
+        yield
+
     def images(self, pixels: Tensor) -> Tensor:
         """(k,) of unit norm: the mean of the embeddings of frames (T, 3, H, W), one at a time."""
+        return F.normalize(torch.cat([self._look(x) for x in self._checked(pixels)]).mean(0), dim=0)
+
+    def _checked(self, pixels: Tensor) -> Tensor:
         want = (3, *self.base.processor.size)
         if pixels.ndim != 4 or not len(pixels) or tuple(pixels.shape[1:]) != want or not bool(pixels.isfinite().all()):
             raise Invalid(f"Frames must be finite numbers of shape (T, {want[0]}, {want[1]}, {want[2]}), "
                           f"not {tuple(pixels.shape)}.")  # fmt: skip
-        each = [self._forward(image=x[None].to(self.base.device, self.base.model.visual.proj.dtype)) for x in pixels]
-        return F.normalize(torch.cat(each).mean(0), dim=0)
+        return pixels
+
+    @torch.inference_mode()
+    def _look(self, x: Tensor) -> Tensor:
+        """(1, k) of unit norm, of one picture (3, H, W), embedded alone."""
+        key = hashlib.sha256(x.contiguous().cpu().numpy().tobytes()).digest()
+        if key not in self.looked:
+            while len(self.looked) >= MAX_PICTURES:
+                self.looked.pop(next(iter(self.looked)))
+            self.looked[key] = self._forward(image=x[None].to(self.base.device, self.base.model.visual.proj.dtype))
+        return self.looked[key]
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], target: Target) -> Tensor:
@@ -169,6 +210,58 @@ class Clip(Scorer):
         return features
 
 
+class Cropped(Clip):
+    """The mean of two cosines: the whole text and the whole picture, and the text's parts with the crop each fits best.
+
+    A CLIP that was trained on pictures of one thing ranks texts about two by what stands out; cut apart, "a picture of
+    a cat and a dog" is "a picture of a cat" and "a picture of a dog" (`bank.things`), each looked for where it may be.
+    The part's maximum over crops is the late interaction of Khattab and Zaharia (2020), with crops for tokens.
+    """
+
+    SIDE = 7 / 12
+    """Side of a crop, as a share of the picture's"""
+
+    def __init__(self, base: Base, applied: Applied | None = None, arm: str | None = None, grid: int = 3) -> None:
+        """grid: crops in a row and in a column, spread evenly."""
+        super().__init__(base, applied, arm)
+        self.grid = grid
+
+    def target(self, inputs: Mapping[str, Any]) -> Target:
+        whole = super().target(inputs)
+        if "pixels" not in inputs:
+            raise Invalid("Crops are of one picture or clip; sums are scored by crops=0.")
+        return replace(whole, crops=torch.cat([self._look(x) for x in self.cut(inputs["pixels"])]))
+
+    def aiming(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        yield from super().aiming(inputs)
+        for x in self.cut(inputs["pixels"]) if "pixels" in inputs else ():
+            self._look(x)
+            yield
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """(grid^2 * T, 3, H, W): the crops of frames (T, 3, H, W), at the size of the whole."""
+        size = tuple(self.base.processor.size)
+        high, wide = (round(self.SIDE * s) for s in size)
+        ys, xs = (torch.linspace(0, s - c, self.grid).round().long().tolist() for s, c in zip(size, (high, wide),
+                                                                                           strict=True))  # fmt: skip
+        cut = torch.cat([pixels[:, :, y : y + high, x : x + wide] for y in ys for x in xs])
+        return F.interpolate(cut.float(), size, mode="bilinear", antialias=True)
+
+    def missing(self, target: Target, texts: Sequence[str]) -> list[str]:
+        return super().missing(target, [x for text in texts for x in (text, *things(text))])
+
+    def score(self, target: Target, texts: Sequence[str]) -> list[float]:
+        if not texts:
+            return []
+        whole = super().score(target, texts)
+        assert target.crops is not None
+        parts = [things(text) for text in texts]
+        each = list(dict.fromkeys(p for some in parts for p in some))
+        best = (self.kept.get(target.scope, each).double() @ target.crops.double().T).amax(1).tolist()
+        of = dict(zip(each, best, strict=True))
+        return [(w + sum(of[p] for p in some) / len(some)) / 2 for w, some in zip(whole, parts, strict=True)]
+
+
 class Both(Scorer):
     """The sum of two scorers' cosines for one item, weighted; such as a picture and a sound."""
 
@@ -182,6 +275,11 @@ class Both(Scorer):
             raise Invalid("This scorer wants two inputs, such as a picture and a sound.")
         made = [w * p.target(x).vector for w, p, x in zip(self.weights, self.parts, inputs["both"], strict=True)]
         return Target(torch.cat(made))
+
+    def aiming(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        for part, given in zip(self.parts, inputs.get("both", ()), strict=False):
+            yield from part.aiming(given)
+        yield
 
     def encode(self, texts: Sequence[str], target: Target) -> Tensor:
         return torch.cat([part.encode(texts, target) for part in self.parts], 1)
@@ -198,29 +296,55 @@ class Renderer(ABC):
         """(n, 3, H, W) uint8 of at most `batch` texts. picture (3, H, W) uint8: what is changed, for editors. Every
         text is drawn from the same noise, so that scores compare texts."""
 
+    def drawing(self, texts: Sequence[str], picture: Tensor | None = None) -> Slices[None, None, Tensor]:
+        """`draw` in slices that end within a second."""
+        yield
+        return self.draw(texts, picture)
 
-class Preference(Clip):
+
+class Drawn(Scorer):
+    """A scorer of what candidates draw: features of a text are features of its picture, made in the renderer's
+    slices."""
+
+    renderer: Renderer
+
+    @abstractmethod
+    def described(self, pictures: Tensor, target: Target) -> Tensor:
+        """Features (n, k) float32 of uint8 pictures (n, 3, H, W)."""
+
+    def filling(self, target: Target, texts: Sequence[str]) -> Iterator[None]:
+        n = self.renderer.batch
+        for some in (texts[i : i + n] for i in range(0, len(texts), n)):
+            pictures = yield from self.renderer.drawing(some, target.content)
+            self.kept.add(target.scope, some, self.described(pictures, target))
+            self.encoded += len(some)
+            yield
+
+    def encode(self, texts: Sequence[str], target: Target) -> Tensor:
+        n = self.renderer.batch
+        drawn = [self.renderer.draw(texts[i : i + n], target.content) for i in range(0, len(texts), n)]
+        return torch.cat([self.described(x, target) for x in drawn])
+
+
+class Preference(Drawn):
     """How well the picture drawn from a candidate fits the prompt that is being rewritten (CLIP cosine)."""
 
     def __init__(
         self, base: Base, renderer: Renderer, applied: Applied | None = None, arm: str | None = None
     ) -> None:  # fmt: skip
-        super().__init__(base, applied, arm)
-        self.renderer = renderer
+        super().__init__()
+        self.sees, self.renderer = Clip(base, applied, arm), renderer
 
     def target(self, inputs: Mapping[str, Any]) -> Target:
         if not str(inputs.get("goal", "")).strip():
             raise Invalid("Say the prompt that is to be rewritten: goal.")
-        return Target(super().encode([inputs["goal"]], Target(torch.zeros(0)))[0])
+        return Target(self.sees.encode([inputs["goal"]], Target(torch.zeros(0)))[0])
 
-    def encode(self, texts: Sequence[str], target: Target) -> Tensor:
-        drawn = [
-            self.renderer.draw(texts[i : i + self.renderer.batch]) for i in range(0, len(texts), self.renderer.batch)
-        ]
-        return torch.stack([self.images(self.base.processor.image(x[None])) for x in torch.cat(drawn)])
+    def described(self, pictures: Tensor, target: Target) -> Tensor:
+        return torch.stack([self.sees.images(x[None]) for x in self.sees.base.processor.image(pictures)])
 
 
-class Style(Scorer):
+class Style(Drawn):
     """Minus (1000 x the sum over blocks of the MSE of Gram matrices, plus the MSE of the content's features).
 
     Gram = F^T F / (tokens x width) of the patch tokens of an image tower's blocks, the content the tokens of one deep
@@ -266,16 +390,11 @@ class Style(Scorer):
         content = seen[at[-1]].flatten(1)
         return torch.cat(grams, 1), content / content.shape[1] ** 0.5
 
-    def encode(self, texts: Sequence[str], target: Target) -> Tensor:
+    def described(self, pictures: Tensor, target: Target) -> Tensor:
         """(n, 2): both losses, so that little is kept of a text."""
-        made, n = [], self.renderer.batch
-        for i in range(0, len(texts), n):
-            grams, content = self.describe(self.renderer.draw(texts[i : i + n], target.content))
-            wanted = target.vector.split([grams.shape[1], content.shape[1]])
-            made.append(
-                torch.stack([(a - b).square().sum(1) for a, b in zip((grams, content), wanted, strict=True)], 1)
-            )
-        return torch.cat(made)
+        grams, content = self.describe(pictures)
+        wanted = target.vector.split([grams.shape[1], content.shape[1]])
+        return torch.stack([(a - b).square().sum(1) for a, b in zip((grams, content), wanted, strict=True)], 1)
 
     def compare(self, features: Tensor, target: Target) -> Tensor:
         return -features.sum(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from patches import artifact
 from patches.engine.isolate import fail
 from patches.engine.patch import Applied, apply
-from patches.families.base import load_base
+from patches.families.base import Base, load_base
 from patches.families.search import bank as banks
 from patches.families.search.bank import Bank
 from patches.families.search.config import Budget, SearchConfig
 from patches.families.search.generators import Generator, Mutation, Random
 from patches.families.search.loop import Item, Searcher
-from patches.families.search.scorers import BATCH, Both, Clip, Renderer, Scorer, Target
+from patches.families.search.scorers import BATCH, Both, Clip, Cropped, Features, Renderer, Scorer, Target
 from patches.families.search.sound import Clap
 from patches.families.worker import Job, Worker, WorkerSettings
 from registry import config as configs
@@ -36,10 +36,23 @@ if TYPE_CHECKING:
 
 SCORER, GENERATOR = "scorer", "generator"
 """roles of the bases"""
+RENDERER = "renderer"
+"""folder of a patch on the diffusion base that draws"""
 RETRIEVAL = SearchConfig(steps=0)
 """the bare base: the best line of the bank"""
 PROBE_CALLS = 34
 """texts that a probe or a proof scores"""
+DRAWN_CALLS = 3
+"""the same where every text is drawn"""
+TAKES: dict[str, tuple[str, ...]] = {
+    "image": ("pixels",), "video": ("pixels",), "audio": ("sound",), "prompt": ("goal",), "style": ("content",),
+    "arithmetic": ("plus", "pixels"),
+}  # fmt: skip
+"""inputs that a task takes"""
+GIVEN = {
+    "pixels": "a picture or a clip", "sound": "a sound", "goal": "a goal, the prompt to rewrite", "plus": "a sum",
+    "content": "a picture and a style", "both": "a picture with a sound",
+}  # fmt: skip
 FINISHED = {"cancelled": "cancelled", "failed": "failed", "seconds": "length", "calls": "length", "tokens": "length"}
 
 
@@ -85,6 +98,8 @@ class SearchWorker(Worker[Searching]):
         self.running: list[Searching] = []
         self.searchers: dict[str | None, Searcher] = {}
         self.scorers: dict[tuple[str, ...], Scorer] = {}
+        self.texts = Features()
+        """Features of texts, for all scorers that read them as the unpatched base does"""
         self.generators: dict[tuple[str, ...], Generator] = {}
         self.renderers: dict[str, Renderer] = {}
         """task -> what draws for scorers of pictures that are made; put here by whoever has one"""
@@ -100,15 +115,17 @@ class SearchWorker(Worker[Searching]):
         for job in jobs:
             config = self.parts(job.arm).config
             job.budget.within(config)
-            wanted = {"audio": "sound", "prompt": "goal", "style": "style"}.get(config.task)
-            if job.arm is None:  # retrieval takes what a CLIP can look at
-                wanted = None
-            if wanted is not None and wanted not in job.inputs:
-                given = {"pixels": "a picture or a clip", "sound": "a sound", "plus": "a sum"}
-                what = ", ".join(given.get(k, k) for k in sorted(job.inputs)) or "nothing"
-                raise Invalid(f"The task {config.task} wants {given.get(wanted, wanted)}; it was given {what}.")
-            if "sound" in job.inputs and config.task not in ("audio", "arithmetic"):
-                raise Invalid(f"The task {config.task} looks at pictures; it was given a sound. Ask an arm for audio.")
+            takes = TAKES[config.task] if job.arm is not None else ("pixels", "plus")
+            if job.arm is not None and config.task == "arithmetic" and config.sound:
+                takes = ("both",)
+            if any(k in job.inputs for k in takes):
+                continue
+            what = " and ".join(GIVEN.get(k, k) for k in job.inputs) or "nothing"
+            wants = " or ".join(GIVEN[k] for k in takes)
+            if job.arm is None:
+                raise Invalid(f"The base looks at pictures ({wants}); it was given {what}. Name an arm of that task.")
+            looks = "looks at pictures and wants" if "pixels" in takes else "wants"
+            raise Invalid(f"The task {config.task} {looks} {wants}; it was given {what}. Ask an arm of that task.")
 
     @torch.inference_mode()
     def step(self) -> list[Searching]:
@@ -201,10 +218,18 @@ class SearchWorker(Worker[Searching]):
         for arm in [a for a, s in self.searchers.items() if a is not None and s.idle and a not in self.subject.arms]:
             del self.searchers[arm]
 
+    def plain(self, arm: str | None) -> Scorer:
+        """The scorer of an arm as a plain cosine: without crops."""
+        p = self.parts(arm)
+        return self.scorer(replace(p, config=replace(p.config, crops=0)))
+
     def scorer(self, p: Parts) -> Scorer:
         """The scorer of a configuration; configurations that score alike share one."""
         patch = self._patch(SCORER, p)
-        key = (p.config.task if p.config.task in ("prompt", "style") else "", p.config.sound, patch or "")
+        key: tuple[str, ...] = ("", f"{p.config.sound} {p.config.crops}", patch or "")
+        if p.config.task in ("prompt", "style"):
+            made_by = p.folder if RENDERER in p.config.patched else ""
+            key = (p.config.task, f"{p.config.renderer} {p.config.drawn} {made_by}", patch or "")
         if key not in self.scorers:
             self.scorers[key] = self._scorer(p, patch)
         return self.scorers[key]
@@ -216,25 +241,50 @@ class SearchWorker(Worker[Searching]):
         if base.family == "search":  # a subject of one CLAP
             return Clap(base)
         if p.config.task in ("prompt", "style"):
-            renderer = self.renderers.get(p.config.task)
-            if renderer is None:
-                raise NotReady(f"The task {p.config.task} needs something that draws, and there is none here.")
-            return Style(base, renderer) if p.config.task == "style" else Preference(base, renderer)
-        sees = Clip(base, self._applied(SCORER), patch)
-        if patch is not None and self._blind(SCORER, patch):  # texts are the base's, so their features are shared
-            plain = self.scorers.setdefault(("", "", ""), Clip(base, self._applied(SCORER), None))
-            sees.kept = plain.kept
+            renderer = self._renderer(p)
+            if p.config.task == "style":
+                return Style(base, renderer)
+            return Preference(base, renderer, self._applied(SCORER), patch)
+        applied, crops = self._applied(SCORER), p.config.crops
+        sees = Cropped(base, applied, patch, crops) if crops else Clip(base, applied, patch)
+        if patch is None or self._blind(SCORER, patch):  # texts are the base's, so their features are shared
+            sees.kept = self.texts
         if not p.config.sound:
             return sees
-        ref, _, digest = p.config.sound.rpartition("@")
+        ref, _, _ = p.config.sound.rpartition("@")
         if ref.startswith("sealed:"):
             if p.folder is None:
                 raise BadArtifact("The configuration says its sound model is sealed with it, and there is no folder.")
             ref = f"local-dir:{p.folder / ref.removeprefix('sealed:')}"
-        ears = load_base(ref, "search", str(base.device))
-        if ears.digest != digest:
-            raise WrongBase(f"The sound model {ref} is {ears.digest[:16]}, not {digest[:16]} as when this was sealed.")
+        ears = self._named(ref, p.config.sound, "search")
         return Clap(ears) if p.config.task == "audio" else Both(sees, Clap(ears))
+
+    def _renderer(self, p: Parts) -> Renderer:
+        """What draws: the diffusion base that the configuration names, else what was put here for the task."""
+        if not p.config.renderer:
+            if p.config.task not in self.renderers:
+                raise NotReady(
+                    f"The task {p.config.task} needs something that draws, and this configuration names none. Fit it "
+                    "with renderer=lab:diffusion, or another diffusion base."
+                )
+            return self.renderers[p.config.task]
+        from patches.families.search.draw import Diffusion
+
+        base = self._named(p.config.renderer.rpartition("@")[0], p.config.renderer, "diffusion")
+        patch = None
+        if RENDERER in p.config.patched:
+            if p.folder is None:
+                raise BadArtifact("The configuration says its renderer is patched, and no patch was sealed with it.")
+            _, patch = artifact.load(p.folder / RENDERER, base=base.digest, device=base.device)
+        return Diffusion(base, patch, p.config.drawn)
+
+    def _named(self, ref: str, label: str, kind: str) -> Base:
+        """A base that a configuration names beside the roles. Raises WrongBase if it is no longer the one."""
+        device = str(self.subject.bases.get(SCORER, self.subject.base).device)
+        found, digest = load_base(ref, kind, device), label.rpartition("@")[2]
+        if found.digest != digest:
+            raise WrongBase(f"{ref} is {found.digest[:16]}, not {digest[:16]} as when this was sealed.")
+        return found
 
     def generator(self, p: Parts) -> Generator:
         """The generator of a configuration; those of one bank, or of one model, share it."""
@@ -309,7 +359,8 @@ class SearchWorker(Worker[Searching]):
         """A few lines of the bank; of generators in this process also a round of two candidates."""
         config = self.parts(arm).config
         steps = min(config.steps, 0 if config.generator == "endpoint" else 1)
-        budget = Budget(steps=steps, calls=min(config.calls or PROBE_CALLS, PROBE_CALLS), ask=min(2, config.ask))
+        calls = DRAWN_CALLS if config.task in ("prompt", "style") else PROBE_CALLS
+        budget = Budget(steps=steps, calls=min(config.calls or calls, calls), ask=min(2, config.ask))
         return Searching(arm=arm, inputs=self.inputs(arm), budget=budget)
 
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
@@ -317,7 +368,7 @@ class SearchWorker(Worker[Searching]):
         del strength
         p = self.parts(arm)
         scorer = self.scorer(p)
-        texts = p.bank.lines[:BATCH]
+        texts = p.bank.lines[: DRAWN_CALLS if p.config.task in ("prompt", "style") else BATCH]
         with torch.inference_mode():
             target: Target = scorer.target(self.inputs(arm))
             scores = scorer(target, texts)

@@ -18,6 +18,7 @@ from bentos.app import application
 from bentos.runtime import Settings
 from bentos.tokens import Tokens
 from patches.families import clip, llm
+from patches.families.base import load_base
 from patches.families.search import wav
 from patches.families.search.bank import FILE
 from patches.families.search.config import SearchConfig
@@ -80,6 +81,11 @@ def test_a_caption_is_searched_for_followed_and_compared():
             scores = [e["best"]["score"] for e in events[:-1] if e.get("best")]
             assert scores == sorted(scores)
             assert len(scores) == 4
+            for e in events[:-1]:
+                if e.get("best"):
+                    ranked = [c["score"] for c in e["best"]["candidates"]]
+                    assert ranked == sorted(ranked, reverse=True)
+                    assert e["best"]["candidates"][0]["text"] == e["best"]["text"]
             result = events[-1]["result"]
             assert result["curve"] == sorted(result["curve"])
             assert result["score"] >= result["base"]["score"]
@@ -160,8 +166,13 @@ def test_scores_of_given_texts_are_a_clipscore():
 SOUND = base64.b64encode(wav.encode(torch.zeros(800) + 0.1, 8000)).decode()
 BAD = [
     ({}, "nothing was sent"),
-    ({"image": IMAGE, "sound": SOUND}, "image and sound were sent"),
-    ({"sound": SOUND}, "looks at pictures; it was given a sound"),
+    ({"image": IMAGE, "sound": SOUND}, "given a picture with a sound"),
+    ({"image": IMAGE, "clip": IMAGE}, "image and clip were sent"),
+    ({"sound": SOUND}, "looks at pictures and wants a picture or a clip; it was given a sound"),
+    ({"goal": "a cat"}, "it was given a goal"),
+    ({"minus": ["a cat"]}, "minus was sent"),
+    ({"style": IMAGE}, "style was sent"),
+    ({"plus": [IMAGE] * 9}, "plus"),
     ({"sound": IMAGE}, "no WAVE file"),
     ({"image": SOUND}, "none of PNG"),
     ({"image": "???"}, "base64"),
@@ -185,6 +196,89 @@ def test_what_cannot_be_searched_for_is_refused_and_leaves_no_job():
             assert (await s.http.get("/v1/jobs")).json()["data"] == []
 
     asyncio.run(go())
+
+
+def test_sums_and_prompts_are_asked_of_arms_that_take_them():
+    """picture + picture - word over HTTP; the inputs that a job keeps are those it began with."""
+    from bentos.shapes.described import Media, decoded, packed, restored
+
+    made = decoded(Media(plus=[IMAGE, IMAGE], minus=["a cat"]), clip.FAMILY.tiny(0).processor)
+    again = restored(json.loads(json.dumps(packed(made))))
+    assert again["minus"] == ["a cat"]
+    assert all(torch.equal(a, b) for a, b in zip(again["plus"], made["plus"], strict=True))
+    sound = restored(packed(decoded(Media(sound=SOUND), None)))["sound"]
+    assert sound[1] == 8000
+
+    async def go():
+        sums = SearchConfig(task="arithmetic", keep=6, ask=6, steps=2)
+        draws = load_base("tiny:0", "diffusion").label
+        prompts = SearchConfig(task="prompt", keep=2, ask=2, steps=1, calls=6, renderer=draws, drawn=1)
+        async with serving(sums, prompts) as s:
+            body = {"plus": [IMAGE, picture(1)["data"]], "minus": ["a cat"], "wait": 30}
+            got = (await s.http.post("/v1/captions", json=body)).json()
+            assert got["state"] == "done", got
+            assert got["result"]["curve"] == sorted(got["result"]["curve"])
+            body = {"goal": "a cat", "model": "challenger", "wait": 60}
+            drawn = (await s.http.post("/v1/captions", json=body)).json()
+            assert drawn["state"] == "done", drawn
+            assert drawn["result"]["calls"] == 6
+            unfit = await s.http.post("/v1/captions", json={"image": IMAGE, "model": "challenger"})
+            assert "it was given a picture or a clip" in unfit.json()["error"]["message"]
+            both = {"goal": "a cat", "model": "challenger", "patchbay": {"compare": True}}
+            refused = await s.http.post("/v1/captions", json=both)
+            assert refused.status_code == 400
+            assert "The base looks at pictures" in refused.json()["error"]["message"]
+
+    asyncio.run(go())
+
+
+def test_our_own_generate_with_an_arm_proposes(monkeypatch, tmp_path):
+    """A patched language model behind another service of ours, over a real port: the arm is asked, its tokens count."""
+    import threading
+
+    import uvicorn
+
+    from patches import artifact
+    from patches.mechanisms.sink import SinkConfig, SinkEdit
+
+    tiny = llm.FAMILY.tiny(0)
+    edit = SinkEdit(SinkConfig(neurons=((0, 3), (0, 9), (1, 2)), keep_first=False), {})
+    about = artifact.save(edit, "attention_sink", tmp_path / "arm", base=tiny.label)
+    (home() / "artifacts").mkdir(exist_ok=True, parents=True)
+    (tmp_path / "arm").rename(home() / "artifacts" / about.digest)
+    ledgers.promote(Ledger(), "attention_sink", about.digest)
+    app = application(Settings("attention_sink", base="tiny"), Tokens(None))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        monkeypatch.setenv("PATCHBAY_GENERATOR_URL", f"http://127.0.0.1:{port}/v1")
+        from patches.families.search.endpoint import Endpoint, Where
+
+        short = SearchConfig(generator="endpoint", keep=3, ask=2, steps=1)
+        made = {}
+        for model in ("base", f"sha256:{about.digest[:16]}", "nobody"):
+            monkeypatch.setenv("PATCHBAY_GENERATOR_MODEL", model)
+            made[model] = Endpoint(Where.from_environment()).call("Write lines.", 2, 0, short)
+        patched = made[f"sha256:{about.digest[:16]}"]
+        assert patched.tokens > 0
+        assert not patched.down
+        assert made["nobody"].down
+        monkeypatch.setenv("PATCHBAY_GENERATOR_MODEL", "champion")
+
+        async def go():
+            async with serving(short) as s:
+                got = (await s.http.post("/v1/captions", json={"image": IMAGE, "wait": 60})).json()
+                assert got["state"] == "done", got
+                assert got["result"]["tokens"] > 0
+
+        asyncio.run(go())
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def test_an_endpoint_that_is_down_fails_the_job_which_can_be_resumed(monkeypatch):

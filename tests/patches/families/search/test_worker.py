@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -113,7 +113,9 @@ def test_a_cancelled_job_stops_and_its_neighbour_ends(worker):
 @pytest.mark.parametrize(
     ("job", "says"),
     [
-        ({"inputs": {"sound": (torch.zeros(100), 8000)}}, "looks at pictures; it was given a sound"),
+        ({"inputs": {"sound": (torch.zeros(100), 8000)}}, "looks at pictures and .*; it was given a sound"),
+        ({"inputs": {"goal": "a cat"}}, "given a goal"),
+        ({"inputs": {}}, "given nothing"),
         ({"inputs": picture(), "budget": Budget(seconds=-1.0)}, "budget.seconds"),
         ({"inputs": picture(), "budget": Budget(ask=10_000)}, "budget.ask=10000"),
         ({"inputs": picture(), "budget": Budget(steps=99)}, "budget.steps"),
@@ -170,5 +172,28 @@ def test_a_sealed_patch_changes_the_scorer_and_leaves_texts_alone(tmp_path, subj
     worker = SearchWorker(subject, WorkerSettings())
     plain, patched = (Searching(arm=arm, inputs=picture(3), strength=0.0) for arm in ("plain", "patched"))
     worker.run([plain, patched])
-    assert worker.scorers["", "", ""].kept is worker.scorers["", "", next(k for *_, k in worker.scorers if k)].kept
+    assert len(worker.scorers) == 2
+    assert all(s.kept is worker.texts for s in worker.scorers.values())
     assert plain.item.track.trace[0]["scores"] != patched.item.track.trace[0]["scores"]
+
+
+def test_a_patched_language_model_proposes_other_lines(tmp_path, subject):
+    """The patch is sealed in generator/ and goes on the model of this process; without it the lines are others."""
+    from patches.mechanisms.sink import SinkConfig, SinkEdit
+
+    base = subject.bases["generator"]
+    edit = SinkEdit(SinkConfig(neurons=tuple((layer, i) for layer in (0, 1) for i in range(8)), keep_first=False), {})
+    artifact.save(edit, "attention_sink", tmp_path / "generator", base=base.label)
+    (tmp_path / FILE).write_text("\n".join(bank(LINES).lines))
+    config = SearchConfig(generator="llm", keep=4, ask=4, steps=1, patched=("generator",))
+    subject.add("patched llm", Search(asdict(config), tmp_path))
+    subject.add("same llm", Search(asdict(replace(config, patched=())), tmp_path))
+    worker = SearchWorker(subject, WorkerSettings())
+    jobs = [Searching(arm=arm, inputs=picture(3)) for arm in ("same llm", "patched llm", "same llm", "patched llm")]
+    worker.run(jobs)
+    lines = [[text for text, _ in job.item.track.trace[1]["new"]] for job in jobs]
+    tokens = [job.item.track.tokens for job in jobs]
+    assert lines[0] == lines[2]
+    assert lines[1] == lines[3]
+    assert (lines[0], tokens[0]) != (lines[1], tokens[1])
+    assert len(worker.generators) == 2
