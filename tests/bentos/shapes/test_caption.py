@@ -73,7 +73,8 @@ SHORT, LONG = SearchConfig(keep=6, ask=6, steps=3), SearchConfig(keep=6, ask=6, 
 def test_a_caption_is_searched_for_followed_and_compared():
     async def go():
         async with serving(SHORT, LONG) as s:
-            made = await s.http.post("/v1/captions", json={"image": IMAGE, "patchbay": {"compare": True}})
+            body = {"image": IMAGE, "model": "champion", "patchbay": {"compare": True}}
+            made = await s.http.post("/v1/captions", json=body)
             assert made.status_code == 202, made.text
             assert made.headers["x-patchbay-patch"] == s.digests[0]
             stream = (await s.http.get(f"/v1/jobs/{made.json()['id']}/events")).text
