@@ -205,7 +205,7 @@ def _save(
     folder.mkdir(parents=True, exist_ok=True)
     out = {f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}
     inner = getattr(optimiser, "optimizer", optimiser)
-    for i, state in enumerate(inner.state_dict()["state"].values()):
+    for i, state in inner.state_dict()["state"].items():  # by key: after a resume they come in another order
         out |= {f"opt.{i}.{k}": torch.as_tensor(v).contiguous() for k, v in state.items()}
     name = f"state-{step}.safetensors"
     save_file(out, folder / f".{name}")

@@ -171,6 +171,27 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(tmp_path: Path) -> Non
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
+def test_a_run_that_is_stopped_thrice_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """More than ten weights: "10" comes before "2" in a file, and each weight must get its own moments back."""
+    pool = stages.draw("moving_circles", 8, frames=4, size=16, objects=8)
+    plan = Plan(steps=200, batch=4, save_every=5)
+    whole, _ = pretrain(pool, SMALL, plan)
+
+    class Stopped(Exception):
+        pass
+
+    for stop in (50, 100, 150):
+
+        def say(step: int, loss: float, stop: int = stop) -> None:
+            if step >= stop:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            pretrain(pool, SMALL, plan, tmp_path, say=say)
+    cut, _ = pretrain(pool, SMALL, plan, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), cut.state_dict().values(), strict=True))
+
+
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     pool = stages.draw("moving_circles", 8, frames=4, size=16, objects=8)
     pretrain(pool, SMALL, Plan(steps=3, batch=4, save_every=2), tmp_path)
