@@ -151,16 +151,18 @@ def table(folder: Path, described: Mapping[str, Mapping[str, float]] | None = No
         about: dict[str, Any] = {}
         for row in rows:
             key = (row, protocol, labels)
-            if row not in (SCRATCH, NATURAL) and all(e in found and len(found[e]) == len(found[key]) for e in ends):
-                values = (numbers[key].value, numbers[ends[0]].value, numbers[ends[1]].value)
-                about[row] = closed(drawn[key], drawn[ends[0]], drawn[ends[1]], values)
+            if row not in (SCRATCH, NATURAL) and all(e in found for e in ends):
+                together = _together(found, [key, *ends])
+                if together:
+                    (a, b, c), values = together
+                    about[row] = closed(a, b, c, (values[0], values[1], values[2]))
         there = [(s, r) for s in stages.STAGES if (r := row_of(s, rows))]
         if len(there) >= 3:
             keys = [(r, protocol, labels) for _, r in there]
             values_ = [numbers[k].value for k in keys]
             parts = [drawn[k] for k in keys]
             about["progression"] = correlated([stages.STAGES.index(s) for s, _ in there], values_, parts)
-            about["steps"] = _steps(there, keys, numbers, drawn)
+            about["steps"] = _steps(there, keys, found)
             about["statistics"] = {
                 name: correlated([described[s][name] for s, _ in there], values_, parts)
                 for name in (described[there[0][0]] if described else ())
@@ -169,16 +171,29 @@ def table(folder: Path, described: Mapping[str, Mapping[str, float]] | None = No
     return out
 
 
+def _together(
+    found: Mapping[Key, Mapping[int, Tensor]], keys: Sequence[Key]
+) -> tuple[list[Tensor], list[float]] | None:  # fmt: skip
+    """Draw means of several rows on the seeds that all of them have, and their means there; None without any."""
+    seeds = set.intersection(*(set(found[k]) for k in keys))
+    if not seeds:
+        return None
+    part = {k: {s: found[k][s] for s in seeds} for k in keys}
+    drawn = draws(part)
+    return [drawn[k] for k in keys], [float(torch.stack(list(part[k].values())).mean()) for k in keys]
+
+
 def _steps(
-    there: Sequence[tuple[str, str]], keys: Sequence[Key], numbers: Mapping[Key, Number], drawn: Mapping[Key, Tensor]
+    there: Sequence[tuple[str, str]], keys: Sequence[Key], found: Mapping[Key, Mapping[int, Tensor]]
 ) -> dict[str, list[float]]:
-    """stage -> what it adds to the stage before it, with its interval where both have as many seeds."""
+    """Compute what each stage adds to the one before it, with its interval, on the seeds that both have."""
     out = {}
-    for (_, _), (stage, _), a, b in zip(there, there[1:], keys, keys[1:], strict=False):
-        if numbers[a].seeds == numbers[b].seeds:
-            d = drawn[b] - drawn[a]
-            out[stage] = [round(x, 4) for x in (numbers[b].value - numbers[a].value, float(d.quantile(0.025)),
-                                                float(d.quantile(0.975)))]  # fmt: skip
+    for (stage, _), a, b in zip(there[1:], keys, keys[1:], strict=False):
+        together = _together(found, [a, b])
+        if together:
+            (x, y), (u, v) = together
+            d = y - x
+            out[stage] = [round(n, 4) for n in (v - u, float(d.quantile(0.025)), float(d.quantile(0.975)))]
     return out
 
 
@@ -258,7 +273,7 @@ def figure(whole: Mapping[str, Any]) -> Any:
                 ax.axhline(g["value"], ls=style, color=colour, label=end)
                 ax.axhspan(g["low"], g["high"], color=colour, alpha=0.12, lw=0)
         ax.set(title=f"{protocol}, {labels} labels", ylabel="accuracy on test")
-        ax.set_xticks(range(len(stages.STAGES)), [s.replace("_", "\n") for s in stages.STAGES], fontsize=6)
+        ax.set_xticks(range(len(stages.STAGES)), [s.replace("_", "\n") for s in stages.STAGES], fontsize=6, rotation=40)
         ax.legend(frameon=False, fontsize=7)
     return f
 

@@ -61,7 +61,7 @@ const VIDEO = {
       const parts = [];
       if (one.scores) parts.push(h("div", { class: "scores" }, one.scores.map((s, i) => scored(s.label, s.probability, 1, `${(100 * s.probability).toFixed(1)} %`, i ? "" : "best"))));
       if (one.reconstruction) parts.push(still(one.reconstruction.strip, `The clip, what the model saw, what it made of it; squared error ${one.reconstruction.error.toFixed(4)}. Borrowed from the clip: ${one.reconstruction.borrows}.`));
-      if (one.rollout) parts.push(film(one.rollout.animation, `Left what happened, right what the model went on with after ${one.rollout.given} frames (red line).`));
+      if (one.rollout) parts.push(film(one.rollout.animation, `Left what happened, right what the model expects after ${one.rollout.given} frames (red line).`));
       if (one.surprise) {
         const most = Math.max(...one.surprise.by_frame);
         parts.push(h("p", { class: "small quiet" }, `Surprise by frame, in ${one.surprise.unit}:`),
@@ -73,7 +73,7 @@ const VIDEO = {
     /** Ask for all that this arm can do: a model of tokens rolls out, a masked one reconstructs. */
     async function ask(one, model) {
       for (const wants of [["scores", "surprise", "reconstruction"], ["scores", "surprise", "rollout"], ["scores"]]) {
-        const body = { clips: [one], wants, model, ratio: ratio.valueAsNumber };
+        const body = { clips: [one], wants, model, ratio: ratio.valueAsNumber, expected: true };
         try {
           return await call("POST /v1/video", { body });
         } catch (error) {
