@@ -125,7 +125,7 @@ _ROWS = (
     System("vlm_erasure", "Erase hallucinated objects from a vision-language model's image features",
            "2410.02762", "vlm", "patches.mechanisms.erase:EraseEdit", ("generate",),
            Claim("things lab:vlm invents (bias in its decoder) that are gone when the request erases them", .0, .747,
-                 .264, "as much taken along a random direction", 174, "81a68a6bd92cc715",
+                 .264, "as much taken along a random direction", 174, "9086b37e85373727",
                  beside="a random absent thing erased: 4.6 %; true mentions kept 93 %; automatic: CHAIR_i 13.9 % -> "
                  "9.2 %, recall 82.6 % -> 85.4 % (n 600); at four depths gone 82.8 %, kept 90 %; bias in the "
                  "projector: gone 99.4 %, kept 100 %, CHAIR_i 13.5 % -> 6.6 %; AUROC of the lens .982, of the word's "
