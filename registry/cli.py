@@ -113,6 +113,18 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     return out
 
 
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The words of a command; settings may stand behind flags, too (`eval REF --full seed=1`)."""
+    reader = parser(words)
+    args, rest = reader.parse_known_args(words)
+    # argparse gives `nargs="*"` nothing as soon as a flag follows what stands before it
+    if rest and ("words" not in args or any(w.startswith("-") or "=" not in w for w in rest)):
+        reader.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.words = [*args.words, *rest]
+    return args
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit status. Without words: those of the process, which then ends."""
     if words is None:
@@ -120,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
         # the end, is a quarter of a small fit
         gc.set_threshold(10_000, 50)
         atexit.register(gc.freeze)
-    args = parser(list(words if words is not None else sys.argv[1:])).parse_args(words)
+    args = parsed(list(words if words is not None else sys.argv[1:]))
     if "system" in args and args.system and args.verb != "list":
         try:
             system(args.system)

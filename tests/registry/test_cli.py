@@ -165,3 +165,23 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(caps
         _, good = sealed(tmp_path / f"good-{name}", ours, None)
         assert good == digest
         assert run(capsys, "promote", f"sha256:{digest}", "--force", "it was there before")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["eval mils --full seed=1", "eval mils seed=1 --full", "eval --full mils seed=1", "eval --json mils --full seed=1"],
+)
+def test_settings_may_stand_before_and_behind_flags(words):
+    args = cli.parsed(words.split())
+    assert (args.ref, args.full, args.words) == ("mils", True, ["seed=1"])
+    assert cli.parsed(["fit", "mils/tiny", "--json", "seed=1", "items=2"]).words == ["seed=1", "items=2"]
+    assert cli.parsed(["split", "mils", "0.1", "--force", "why", "margin=0.2"]).words == ["0.1", "margin=0.2"]
+
+
+@pytest.mark.parametrize(
+    "words", ["eval mils --full seed", "push folder seed=1", "eval mils --ful seed=1 --odd", "ui a=1"]
+)
+def test_words_that_mean_nothing_are_still_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        cli.parsed(words.split())
+    assert "usage" in capsys.readouterr().err
