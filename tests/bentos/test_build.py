@@ -138,7 +138,10 @@ def test_every_requirement_is_pinned_to_what_is_installed_here(digest):
 
 def test_what_is_packed_follows_the_imports(tmp_path):
     files, others = sources(["bentos.tokens"])
-    assert files == ["bentos/__init__.py", "bentos/tokens.py", "registry/__init__.py", "registry/errors.py"]
+    assert files == [
+        "bentos/__init__.py", "bentos/shapes/__init__.py", "bentos/tokens.py", "registry/__init__.py",
+        "registry/errors.py",
+    ]  # fmt: skip
     assert others == {"starlette"}
     assert "anyio" in {p.partition("==")[0] for p in pins(others)}
     with pytest.raises(NotFound, match="no_such_library is imported but not installed"):

@@ -22,7 +22,7 @@ ASKED = {
         ("explain/steer", {"image": ONE, "features": [0, 3], "labels": WORDS, "op": "zero", "strengths": [0.0, 1.0]}),
     ],
     "neurons": [
-        ("explain/attributes", {**BOTH, "top": 3, "patched": True}),
+        ("explain/attributes", {**BOTH, "model": "champion", "top": 3, "compare": True}),
         ("explain/segment", {"image": ONE, "text": "cat", "against": "dog"}),
         ("explain/mine", {"true": "cat", "wrong": "dog"}),
     ],

@@ -67,8 +67,10 @@ def zero_shot(
 ) -> Tensor:  # fmt: skip
     """Build zero-shot classifier weights (k, C): logits are logit_scale(base) * features @ weights.
 
-    Raises Invalid for duplicate labels, and for two that the tokenizer maps to the same tokens.
+    Raises Invalid for no labels, for duplicates, and for two that the tokenizer maps to the same tokens.
     """
+    if not labels:
+        raise Invalid("A classifier needs labels; name at least one.")
     if double := next((x for x, n in Counter(labels).items() if n > 1), None):
         raise Invalid(f"Label {double[:60]!r} occurs twice; labels must differ.")
     check_told_apart(base, labels)

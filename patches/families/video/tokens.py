@@ -59,8 +59,8 @@ class Codebook(nn.Module):
         return out.reshape(*x.shape[:2], *out.shape[1:])
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Codes (b, T, n) int64 below V."""
-        x = self.patches(clips)
+        """Codes (b, T, n) int64 below V, where the codebook lies."""
+        x = self.patches(clips.to(self.codes.device))
         near = [
             (self.codes.square().sum(1) - 2 * part @ self.codes.T).argmin(1) for part in x.flatten(0, 2).split(65536)
         ]

@@ -137,7 +137,7 @@ def test_arms_are_models_and_base_stands_beside_checkpoint(home) -> None:
         return digests, both, alone, mixed.json()["results"]
 
     digests, both, alone, mixed = served(MASKED, work, 2)
-    assert both["patch"] == digests[0]
+    assert both["patch"] == digests[1], "of a comparison that names nobody, the challenger"
     assert both["base"]["scores"] == alone["base"]["scores"]
     assert both["scores"] != both["base"]["scores"]
     assert alone["challenger"]["patch"] == digests[1]

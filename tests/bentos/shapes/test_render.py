@@ -151,7 +151,7 @@ async def test_base_stands_beside_patched_and_progress_is_told(service):
     async with service() as s:
         body = {"prompt": "cat", "patchbay": {"compare": True, "steps": 4, "seed": 1}}
         got = (await post(s, "/v1/images/generations", **body)).json()
-        assert [x["arm"] for x in got["data"]] == ["base", "champion"]
+        assert [x["arm"] for x in got["data"]] == ["base", "challenger"]
         assert (
             pixels(got["data"][0]["b64_json"]).tolist() == pixels(got["data"][1]["b64_json"]).tolist()
         )  # no image told
@@ -175,7 +175,7 @@ async def test_a_counterfactual_begins_at_the_picture_and_grows_with_the_sweep(s
         )
         assert Pillow.open(io.BytesIO(strip.content)).size == (16 * 4 + 4 * 3, 16)
         pair = (await post(s, "/v1/render/edit", **body)).json()["data"]
-        assert [x["arm"] for x in pair] == ["base", "champion"]
+        assert [x["arm"] for x in pair] == ["base", "challenger"]
         assert (await post(s, "/v1/render/counterfactual", ask={"target": "dog"})).status_code == 400
         far = {"name": "strength", "values": [9.0]}
         assert (await post(s, "/v1/render/counterfactual", **body, sweep=far)).status_code == 400

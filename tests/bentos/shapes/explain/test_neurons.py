@@ -55,7 +55,9 @@ def test_a_card_shows_texts_carriers_and_pictures(neurons, tiny_clip):
 def test_attributes_are_the_readers_and_change_with_the_patch(neurons, tiny_clip):
     async def work():
         async with neurons() as s:
-            got = (await s.http.post("/v1/explain/attributes", json=asked(top=3, compare=True))).json()["results"]
+            got = (
+                await s.http.post("/v1/explain/attributes", json=asked(top=3, compare=True, model="champion"))
+            ).json()["results"]
             want, count = attributes(reader(s, tiny_clip), pixels(tiny_clip), 3)
             for row, said, n in zip(got, want, count, strict=True):
                 assert row["base"]["neurons_that_count"] == n
@@ -75,7 +77,7 @@ def test_maps_are_the_readers_in_every_format(neurons, tiny_clip, vote, against)
         async with neurons() as s:
             body = {
                 "image": {"data": coded(picture(0))}, "text": "cat", "against": against, "neurons": 20, "vote": vote,
-                "side": 32, "format": ["floats", "rle", "png"], "compare": True,
+                "side": 32, "format": ["floats", "rle", "png"], "compare": True, "model": "champion",
             }  # fmt: skip
             texts = clip.embed_texts(tiny_clip, ["cat", "dog"], clip.TEMPLATES)
             maps = text_maps(reader(s, tiny_clip), pixels(tiny_clip, 1), texts, 20, vote)[0]
@@ -186,8 +188,11 @@ def test_both_sides_are_told_to_the_scope_compare_alone(neurons, tokens):
             for token, status in (("one", 403), ("both", 200)):
                 head = {"authorization": f"Bearer {token}"}
                 for path, ask in (
-                    ("attributes", asked(1, compare=True)),
-                    ("segment", {"image": {"data": coded(picture(0))}, "text": "cat", "compare": True}),
+                    ("attributes", asked(1, compare=True, model="champion")),
+                    (
+                        "segment",
+                        {"image": {"data": coded(picture(0))}, "text": "cat", "compare": True, "model": "champion"},
+                    ),
                 ):
                     got = await s.http.post(f"/v1/explain/{path}", json=ask, headers=head)
                     assert got.status_code == status, got.text

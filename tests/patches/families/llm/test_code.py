@@ -29,7 +29,7 @@ def test_a_folder_that_brings_code_runs_none_and_asks_nothing(tiny_llm, tmp_path
     if known:
         assert llm.load(f"local-dir:{folder}").name == "m"
     else:
-        with pytest.raises(NotFound, match="without code of its own"):
+        with pytest.raises(NotFound, match="of type 'evil'|contains custom code"):
             llm.load(f"local-dir:{folder}")
     assert not list(tmp_path.rglob("RAN"))
     assert asked == []
