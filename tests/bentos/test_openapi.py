@@ -119,6 +119,7 @@ def test_no_body_brings_a_5xx(schemas, monkeypatch, name, method, path, mode):
         assert set(seen) == {404}
     elif path not in (
         "/v1/outcomes",
+        "/v1/models/{model}",
         "/v1/explain/features/{feature}",
         "/v1/explain/neurons/{layer}/{neuron}",
         "/v1/explain/heads/{head}",
