@@ -141,7 +141,7 @@ def read(folder: Path, *, digest: str | None = None, base: str | None = None) ->
     for name, want in manifest.files.items():
         file = folder / name
         if name not in present:
-            kind = "is a folder now" if file.is_dir() else "is missing"
+            kind = "is a folder now" if os.path.isdir(file) else "is missing"  # Path.is_dir raises for a name too long
             raise Tampered(f"{file} was sealed and {kind}. Pull the artifact again.")
         if (have := sha256(file)) != want:
             size = file.stat().st_size

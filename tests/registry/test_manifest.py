@@ -103,6 +103,12 @@ def test_every_way_of_tampering_is_refused_in_words_of_its_own(tmp_path):
     assert wrong == []
     assert words == n >= 78
 
+    def still(place):
+        if manifest.read(place).digest != digest:
+            raise errors.BadArtifact("another, sound artifact")
+
+    assert tampering.attack(folder, still, tmp_path)[1] == [], "without a digest to hold it to, nothing escapes either"
+
 
 def test_the_wrong_base_is_refused(sealed):
     manifest.read(sealed, base="0" * 64)
