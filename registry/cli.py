@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import importlib
 import json
 import sqlite3
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from registry import recipes
 from registry.errors import ConfigError, Invalid, NotFound, PatchbayError, unsecret
 from registry.home import home
 from registry.systems import SYSTEMS, system
@@ -66,7 +66,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     made["fit"].formatter_class = argparse.RawDescriptionHelpFormatter
     if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
         named = [w.partition("/")[0] for w in words if w.partition("/")[0] in SYSTEMS]
-        made["fit"].epilog = recipes.listed(named[0] if named else "")
+        made["fit"].epilog = importlib.import_module("registry.recipes").listed(named[0] if named else "")
     made["push"].add_argument("folder", type=Path)
     for name in ("eval", "gate", "pull", "show", "promote", "build", "bench", "export"):
         made[name].add_argument("ref", **ref)

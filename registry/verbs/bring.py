@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from registry import manifest
 from registry.errors import ConfigError
 from registry.home import home
 from registry.verbs.said import Says
@@ -35,7 +34,7 @@ def bring(args: argparse.Namespace) -> Says:
         folder = args.out or runs / f"{about.system}-{about.digest[:16]}"
         if not folder.exists():
             shutil.move(part / "made", folder)
-        manifest.read(folder, digest=about.digest)
+        importlib.import_module("registry.manifest").read(folder, digest=about.digest)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     on = about.base.rpartition("@")[0]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from registry import gate as rules
 from registry.errors import ConfigError, NotFound
 from registry.systems import SYSTEMS
 from registry.verbs.said import Says, check_digest, mirror, name_of, resolve, short, the_ledger, the_store, who
@@ -88,6 +87,7 @@ def rollback(args: argparse.Namespace) -> Says:
 def gate(args: argparse.Namespace) -> Says:
     """hold an artifact to what its recipe promises; what has not passed is not promoted"""
     store, ledgers, measuring = the_store(), the_ledger(), importlib.import_module("training.gate")
+    rules = importlib.import_module("registry.gate")
     ref = f"{args.ref}@challenger" if args.ref in SYSTEMS else args.ref
     digest = resolve(ref)
     if digest == "base":
@@ -95,7 +95,7 @@ def gate(args: argparse.Namespace) -> Says:
     folder = store.pull(digest)
     name = name_of(ref, folder)
     recipe, promises, dataset = measuring.promises(folder)
-    sides = {} if args.again else _known(store, digest, dataset, promises)
+    sides = {} if args.again else _known(store, digest, dataset, {p.metric for p in promises} - {rules.LATENCY})
     if not sides:
         got = importlib.import_module("training.run").evaluate(folder, (), args.device)
         sides = got.sides
@@ -111,13 +111,12 @@ def gate(args: argparse.Namespace) -> Says:
     return said
 
 
-def _known(store: Any, digest: str, dataset: tuple[str, str], promises: Sequence[rules.Promise]) -> Any:
-    """What the store has of an artifact on the very data that its recipe names, if every promise is in it; else {}."""
+def _known(store: Any, digest: str, dataset: tuple[str, str], wanted: set[str]) -> Any:
+    """What the store has of an artifact on the data that its recipe names, if all wanted metrics are in it; else {}."""
     try:
         data, sides = store.measured(digest)
     except NotFound:
         return {}
-    wanted = {p.metric for p in promises} - {rules.LATENCY}
     whole = data == dataset[1] and all(wanted <= sides.get(side, {}).keys() for side in ("base", "patched"))
     return sides if whole else {}
 

@@ -6,12 +6,10 @@ import argparse
 import contextlib
 import importlib
 import os
-import platform
 import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -57,6 +55,8 @@ def doctor(args: argparse.Namespace) -> Says:
 
 
 def _program() -> Iterator[Finding]:
+    from importlib import metadata  # brings the e-mail parser, which no other verb needs
+
     versions = []
     for name in ENDPOINTS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -66,7 +66,7 @@ def _program() -> Iterator[Finding]:
             "wrong", "program", f"{name} is not installed in {sys.prefix}. Run: make test, or pip install -e ."
         )
     at = shutil.which("patchbay")
-    yield Finding("ok", "program", f"{ROOT}, Python {platform.python_version()}, {', '.join(versions)}")
+    yield Finding("ok", "program", f"{ROOT}, Python {sys.version.split()[0]}, {', '.join(versions)}")
     if at is None:
         activate = Path(sys.prefix) / "bin" / "activate"
         yield Finding("note", "program", f"patchbay is not on the path. In this shell: source {activate}")
