@@ -13,7 +13,6 @@ import importlib
 import json
 import sqlite3
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +155,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _fault(e: Exception) -> str:
     """What nobody foresaw, in one line; where it happened is kept in a file, for whoever mends it."""
+    import traceback
+
     what = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:300]}"
     try:
         file = home() / "fault.txt"

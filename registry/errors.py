@@ -30,7 +30,6 @@ The command line prints the message alone; the services map `status` in one plac
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import ClassVar
@@ -174,6 +173,8 @@ def unsecret(text: str) -> str:
 def nearest(word: str, among: Iterable[str], most: int = 40) -> str:
     """Names as an error lists them, those that look most like `word` first."""
     names = list(among)
+    import difflib  # only who mistypes waits for it
+
     like = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     ordered = [*like, *(n for n in names if n not in like)]
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""

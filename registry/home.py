@@ -15,8 +15,6 @@ Converted bases are large and the same for everyone, so they live in the user's 
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -42,12 +40,14 @@ def cache() -> Path:
 
 def part_prefix() -> str:
     """How the name of a folder begins that this process is writing, so that others can tell when it is left over."""
-    return f"{PART}{socket.gethostname()[:40].replace('-', '_')}-{os.getpid()}-"
+    return f"{PART}{_machine()}-{os.getpid()}-"
 
 
 def swept(folder: Path) -> Path:
     """The folder, made if missing, without half-written ones in it whose process is gone (on this machine) or that
     nobody touched for a day."""
+    import shutil
+
     folder.mkdir(parents=True, exist_ok=True)
     for part in stale(folder):
         shutil.rmtree(part, ignore_errors=True)
@@ -60,7 +60,7 @@ def stale(folder: Path) -> list[Path]:
 
 
 def _left_over(part: Path) -> bool:
-    here = socket.gethostname()[:40].replace("-", "_")
+    here = _machine()
     host, _, rest = part.name.removeprefix(PART).partition("-")
     number = rest.partition("-")[0]
     if host == here and number.isdigit():
@@ -75,3 +75,8 @@ def _left_over(part: Path) -> bool:
         return time.time() - part.stat().st_mtime > STALE_S
     except OSError:
         return False
+
+
+def _machine() -> str:
+    """This machine's name as it may stand in a folder's."""
+    return os.uname().nodename[:40].replace("-", "_")

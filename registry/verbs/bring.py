@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shutil
-import tempfile
 from pathlib import Path
 
 from registry.errors import ConfigError
@@ -26,6 +24,9 @@ def bring(args: argparse.Namespace) -> Says:
         amount = float(said.get("amount", "1"))
     except ValueError:
         raise ConfigError(f"amount={said['amount'][:40]!r} is no number.") from None
+    import shutil
+    import tempfile
+
     runs = home() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=runs, prefix=".part-"))

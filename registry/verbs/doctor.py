@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -55,6 +54,7 @@ def doctor(args: argparse.Namespace) -> Says:
 
 
 def _program() -> Iterator[Finding]:
+    import shutil
     from importlib import metadata  # brings the e-mail parser, which no other verb needs
 
     versions = []
@@ -100,6 +100,8 @@ def _home() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
+    import shutil
+
     for what, place in (("home", home()), ("cache", cache())):
         left = shutil.disk_usage(place).free
         text = f"{left / 2**30:.1f} GiB free for the {what} {place}"

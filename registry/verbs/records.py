@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -71,6 +69,9 @@ def ui(args: argparse.Namespace) -> Says:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     url, said = f"http://{args.host}:{args.port}", place / store.UI
     log = (place / "ui.log").open("wb")
+    import signal
+    import subprocess
+
     with log, subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=log, stderr=log) as server:
         signal.signal(signal.SIGTERM, lambda *_: server.terminate())
         try:

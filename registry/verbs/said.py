@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,6 +110,8 @@ def free(host: str, port: int) -> None:
     """Raises Conflict if somebody listens there already."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port} is none; a port is a number from 1 to 65535.")
+    import socket
+
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

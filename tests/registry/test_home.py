@@ -20,7 +20,7 @@ def gone():
 def named(tmp_path, monkeypatch):
     def named(number, host=None):
         if host is not None:
-            monkeypatch.setattr(home.socket, "gethostname", lambda: host)
+            monkeypatch.setattr(home, "_machine", lambda: host)
         monkeypatch.setattr(home.os, "getpid", lambda: number)
         made = tmp_path / f"{home.part_prefix()}x1"
         made.mkdir()
