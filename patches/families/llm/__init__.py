@@ -8,7 +8,6 @@ from patches.families.llm.table import TABLE, WHEELS
 from patches.families.llm.text import encode, generate, maker, predict
 from patches.families.llm.tokens import first_token, query_columns, real_tokens, repeated_token, runs
 from patches.families.llm.worker import Decoder
-from patches.families.worker import spare_bytes
 
 __all__ = [
     "FAMILY", "SITES", "TINIES", "encode", "first_token", "generate", "load", "maker", "planted", "query_columns",
@@ -19,13 +18,7 @@ FAMILY = Family(
     name="llm",
     load=load,
     tiny=tiny,
-    worker=lambda subject, settings: Decoder(
-        subject.base,
-        subject.applied,
-        settings.slots,
-        settings.context,
-        settings.kv_bytes or spare_bytes(subject.base.device),
-    ),
+    worker=Decoder.of,
     table=TABLE,
     predict=predict,
     example="pypi:smollm2",

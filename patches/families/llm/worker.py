@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from patches.engine.isolate import fail, isolate, not_finite, usable
 from patches.engine.patch import Applied
 from patches.families.base import Base
 from patches.families.llm.cache import SlotCache
-from patches.families.worker import Job, Worker
+from patches.families.worker import Job, Worker, spare_bytes
 from registry.errors import Failed, Invalid, TooLong
 
 # transformers renames this argument in 5.40, which pyproject.toml excludes; before that it warns at every call
@@ -77,6 +77,12 @@ class Row(Job):
 
 class Decoder(Worker[Row]):
     """Running batch of sequences: `add` them, then call `step` until `idle`."""
+
+    @classmethod
+    def of(cls, subject: Any, settings: Any) -> Self:
+        """Create the worker of a subject, as `Family.worker` wants it."""
+        room = settings.kv_bytes or spare_bytes(subject.base.device)
+        return cls(subject.base, subject.applied, settings.slots, settings.context, room)
 
     def __init__(
         self, base: Base, applied: Applied | None = None, slots: int = 32, context: int | None = None,

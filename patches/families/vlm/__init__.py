@@ -7,7 +7,6 @@ from patches.families.vlm.chat import encode, generate, maker, predict, row
 from patches.families.vlm.layouts import LAYOUTS, image_token, image_tokens, layout
 from patches.families.vlm.table import TABLE
 from patches.families.vlm.worker import Picture, PictureDecoder
-from patches.families.worker import spare_bytes
 
 __all__ = [
     "FAMILY", "LAYOUTS", "Picture", "PictureDecoder", "depth", "encode", "generate", "image_token", "image_tokens",
@@ -18,13 +17,7 @@ FAMILY = Family(
     name="vlm",
     load=load,
     tiny=tiny,
-    worker=lambda subject, settings: PictureDecoder(
-        subject.base,
-        subject.applied,
-        settings.slots,
-        settings.context,
-        settings.kv_bytes or spare_bytes(subject.base.device),
-    ),
+    worker=PictureDecoder.of,
     table=TABLE,
     predict=predict,
     example="lab:vlm",
