@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -176,8 +176,14 @@ class Subject:
                 return self.base.model(**inputs)
 
     def close(self) -> None:
-        """Take every patch off; the base is bit for bit what it was."""
+        """Take every patch off; the base is bit for bit what it was. `with Subject(...)` does it at the end."""
         self.applied.revert()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _man(self, name: str, arm: Model) -> None:
         """A worker of its own for a model, whose rows bear the arm's name there, too."""

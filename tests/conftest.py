@@ -13,6 +13,9 @@ os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="patchbay-tests-")  # read 
 
 import pytest
 
+SHARED = []
+"""The bases that all tests of a process share"""
+
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["BENTOML_HOME"], ignore_errors=True)
@@ -54,7 +57,8 @@ def tiny_llm():
     """A random Llama with a tokenizer; tests must leave it bit for bit as it was."""
     from patches.families import llm
 
-    return llm.tiny()
+    SHARED.append(llm.tiny())
+    return SHARED[-1]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +66,21 @@ def tiny_clip():
     """A random CLIP with both towers and a tokenizer; tests must leave it bit for bit as it was."""
     from patches.families import clip
 
-    return clip.tiny()
+    SHARED.append(clip.tiny())
+    return SHARED[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bases_left_as_they_were():
+    """The tests of a module revert what they apply; who forgets fails here, not as a riddle in another module.
+
+    At the end of a module, since services that a module's fixture keeps open have patches applied between tests.
+    """
+    yield
+    for base in SHARED:
+        hooked = [at for at, m in base.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooked, f"{base.name}: hooks were left at {hooked}"
+        assert not vars(base.model).get("_applied"), f"{base.name}: a patch was left applied"
 
 
 @pytest.fixture

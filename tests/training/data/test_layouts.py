@@ -62,7 +62,8 @@ def test_eval_measures_on_the_layout_that_data_names(layout, sets, folders, tiny
     assert all(len(d) == 3 for d in found.values())
     assert set(found["attacked"].classes) == set(WORDS)
     assert all((b.extras["word_label"] >= 0).all() for b in found["attacked"].batches())
-    got = recognition.evaluate(Subject(tiny_clip), config, None)
+    with Subject(tiny_clip) as subject:
+        got = recognition.evaluate(subject, config, None)
     wanted = {"target/attacked", "target/says_word", "target/two_way"} | (
         {"quality/clean"} if "clean" in sets else set()
     )
