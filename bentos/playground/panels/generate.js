@@ -15,7 +15,7 @@ const GENERATE = {
     const heat = h("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0 });
     const strength = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 1 });
     const strengthSays = h("output", { class: "small" });
-    const run = h("button", { class: "main" }, "Run both");
+    const run = h("button", { class: "main", disabled: true }, "Run both"); // until it is known what fits
     const stop = h("button", { type: "button", hidden: true }, "Stop");
     const says = h("output", { class: "quiet", "aria-live": "polite" });
 
@@ -78,6 +78,7 @@ const GENERATE = {
       if (user.dataset.fits) return;
       user.dataset.fits = "asked";
       const about = await json("GET /v1/generate").catch(() => null);
+      run.disabled = false;
       if (!about) return delete user.dataset.fits;
       context = about.context;
       if (!about.start) return choose("A question");
