@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bentos import traces
 from bentos.desk import ROUTES, Desk
 from bentos.http import Call, Handler, elsewhere, endpoint, preflight
 from bentos.runtime import Runtime, Settings, check
@@ -57,6 +58,7 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        traces.tracer()  # what cannot trace says so before it loads anything
         runtime = Runtime(settings)
         desk = Desk(runtime, routes, " + ".join(row.services))
         app.state.desk = desk

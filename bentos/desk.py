@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from bentos import playground
+from bentos import playground, traces
 from bentos.http import Call, answer, parse
 from bentos.openapi import openapi
 from bentos.runtime import SHADOW_QUEUE, Runtime
@@ -160,13 +160,16 @@ class Desk:
     # ---- experiments ---------------------------------------------------------------------------------------------
 
     async def expose(
-        self, request: Request, choice: Choice, status: int, start: float, latency_ms: float | None = None
-    ) -> None:
+        self, request: Request, choice: Choice, status: int, start: float, latency_ms: float | None = None,
+        first_s: float | None = None,
+    ) -> None:  # fmt: skip
         """Record an exposure, durably before the answer is finished.
 
         latency_ms: latency that does not depend on the length of the answer; by default the time since `start`.
+        first_s: seconds from `start` to the first token, where an answer has tokens.
         """
-        self.runtime.counts.answers[choice.label, status] += 1
+        self.runtime.counts.answered(choice.label, choice.digest, status, time.perf_counter() - start, first_s)
+        traces.note(request, choice, status)
         x, events = choice.experiment, self.runtime.events
         if x is None or events is None or choice.unit is None or choice.side is None:
             return
@@ -329,23 +332,16 @@ class Desk:
         return PlainTextResponse(f"{why}\n" if why else "ok\n", 503 if why else 200)
 
     async def metrics(self, request: Request, _: None) -> Response:
-        """Return counters and gauges in Prometheus' text format."""
-        del request
-        c = self.runtime.counts
-        lines = ["# TYPE patchbay_answers_total counter"]
-        lines += [f'patchbay_answers_total{{arm="{a}",status="{s}"}} {n}' for (a, s), n in sorted(c.answers.items())]
-        lines += ["# TYPE patchbay_tokens_total counter"]
-        lines += [f'patchbay_tokens_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.tokens.items())]
-        lines += ["# TYPE patchbay_failed_total counter"]
-        lines += [f'patchbay_failed_total{{patch="{a[:16]}"}} {n}' for a, n in sorted(c.failed.items())]
-        for name, kind, value in (
-            ("steps_total", "counter", c.steps), ("rows_total", "counter", c.rows),
-            ("decoding_seconds_total", "counter", round(c.seconds, 3)), ("queue_rows", "gauge", self.runtime.queued),
-            ("shadows_dropped_total", "counter", c.shadows_dropped), ("unwritten_total", "counter", c.unwritten),
-            ("warnings", "gauge", len(self.runtime.warnings)), ("ill", "gauge", int(bool(self.runtime.ill()))),
-        ):  # fmt: skip
-            lines += [f"# TYPE patchbay_{name} {kind}", f"patchbay_{name} {value}"]
-        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+        """Return counters, histograms and gauges in the format of Prometheus that the caller accepts."""
+        r, table = self.runtime, self.runtime.table
+        r.counts.gauges = {"queue_rows": r.queued, "warnings": len(r.warnings), "ill": int(bool(r.ill()))}
+        if table is not None:
+            roles = {BASE: BASE, "champion": table.champion, "challenger": table.challenger}
+            if (x := table.experiment) is not None:
+                roles |= {CONTROL: x.control, TREATMENT: x.treatment}
+            r.counts.roles = {role: digest for role, digest in roles.items() if digest}
+        body, kind = r.counts.text(request.headers.get("accept", ""))
+        return Response(body, media_type=kind)
 
     async def playground(self, request: Request, _: None) -> Response:
         del request

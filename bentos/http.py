@@ -13,6 +13,7 @@ import logging
 import re
 import reprlib
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
+from bentos import logs, traces
 from bentos.tokens import OPEN, Tokens, check_browser, near
 from registry.errors import (
     BadRequest,
@@ -105,7 +107,8 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
         request.state.number = number
-        allowed = None
+        start, allowed = time.perf_counter(), None
+        traces.begin(request, call.path)
         try:
             allowed = check_browser(tokens, request)
             header = request.headers.get("authorization")
@@ -123,6 +126,10 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
         if allowed is not None:
             response.headers["access-control-allow-origin"] = allowed
             response.headers["vary"] = "origin"
+        traces.end(request, response)
+        if logs.access.isEnabledFor(logging.INFO):
+            arm = response.headers.get("x-patchbay-arm")
+            logs.answered(request, call.path, response.status_code, time.perf_counter() - start, arm)
         return response
 
     return route

@@ -30,10 +30,12 @@ three to end after it"""
 
 @contextlib.asynccontextmanager
 async def _lifespan(outer: Starlette) -> AsyncIterator[None]:
+    from bentos import logs
     from bentos.app import application
 
     async with contextlib.AsyncExitStack() as stack:
         try:
+            logs.install()
             _share_cores()
             inner = application()
             outer.router.routes.extend(inner.router.routes)

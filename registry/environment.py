@@ -21,6 +21,7 @@ VARIABLES = {
     "PATCHBAY_ARM_GIB": "GiB that arms which are models of their own may take; default: what is free",
     "PATCHBAY_TOKENS": "file of callers' tokens (`--tokens`); without it this machine alone may call",
     "PATCHBAY_ORIGINS": "pages elsewhere whose scripts may call, with commas: `https://a.example`",
+    "PATCHBAY_LOG": "`json`: a service writes its logs as JSON lines, one for every request too; default `text`",
     "PATCHBAY_PINNED": "sealed folder of the one artifact to serve, without ledger and store; a Bento carries its own",
     "PATCHBAY_PICTURES": "folder of labelled pictures for which heads and neurons are shown",
     "PATCHBAY_GENERATOR_URL": "OpenAI-compatible endpoint that proposes texts to a search",
@@ -36,6 +37,7 @@ VARIABLES = {
 }
 OTHERS = {
     "MLFLOW_TRACKING_URI": "your own MLflow; default: sqlite in `$PATCHBAY_HOME`",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "address of an OpenTelemetry collector: requests are traced there (extra `tracing`)",
     "HF_HOME": "cache of the hub's models and data sets",
     "OMP_NUM_THREADS": "threads of torch; a service takes all cores but one",
 }

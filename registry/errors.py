@@ -157,6 +157,10 @@ class WrongBase(BadArtifact):
 
 
 _SECRET = re.compile(r"(?<=://)[^/@\s]+@")
+_NAMED_SECRET = re.compile(
+    r"(?i)(\bbearer\s+|\b(?:password|passwd|secret|api[_-]?key|access[_-]?token|authorization)[\"']?\s*[=:]\s*[\"']?)"
+    r"(?!bearer\b)[^\s\"',;&]+"
+)
 _PLACE = re.compile(r"(?<![\w.:/])/(?!v1/)(?:[\w.@+~-]+/)+(?=[\w.@+~-])")
 
 
@@ -166,8 +170,8 @@ def plain(text: str) -> str:
 
 
 def unsecret(text: str) -> str:
-    """A message without the passwords in addresses."""
-    return _SECRET.sub("***@", text)
+    """A message without the passwords in addresses, without bearer tokens and what is named a key or a password."""
+    return _NAMED_SECRET.sub(r"\1***", _SECRET.sub("***@", text))
 
 
 def nearest(word: str, among: Iterable[str], most: int = 40) -> str:

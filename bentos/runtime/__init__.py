@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
+from bentos.metrics import Counts
 from bentos.runtime.arms import Table
 from bentos.runtime.judge import Judge
 from bentos.runtime.settings import CARRIED, Settings, check
 from bentos.runtime.threads import Watch
-from bentos.runtime.worker import CALL_S, Counts, Loop
+from bentos.runtime.worker import CALL_S, Loop
 from patches.engine.isolate import named
 from patches.engine.patch import Patch
 from patches.families.base import Base, load_base

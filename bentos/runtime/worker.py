@@ -7,11 +7,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from bentos.metrics import Counts
 from bentos.runtime.threads import Watch
 from patches.engine.isolate import fail, named
 from patches.families.worker import Job, Worker
@@ -26,27 +26,6 @@ CALL_S = 120.0
 """Longest wait in seconds for a command that runs between two steps"""
 
 
-@dataclass
-class Counts:
-    """Counters that /metrics shows."""
-
-    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(arm label, HTTP status) -> answers"""
-    tokens: Counter[str] = field(default_factory=Counter)
-    """Arm -> row steps (a token of text, an image, a denoising step)"""
-    steps: int = 0
-    """Number of steps of the worker"""
-    rows: int = 0
-    """Number of rows over all steps"""
-    seconds: float = 0.0
-    """Seconds spent in steps"""
-    shadows_dropped: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    """Arm -> jobs that failed alone"""
-    unwritten: int = 0
-    """Answers sent before their exposure was durable"""
-
-
 class Loop:
     """Steps a worker on its own thread (`work`), and accepts jobs and commands from other threads."""
 
@@ -56,6 +35,8 @@ class Loop:
         """Why the base itself no longer works, such as a lost device; empty while it does"""
         self.inflight: Counter[str] = Counter()
         """Arm -> number of jobs waiting or running"""
+        self._since: dict[Any, float] = {}
+        """Job that has had no step yet -> when it was queued"""
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._counting = threading.Lock()
@@ -74,9 +55,11 @@ class Loop:
         if sum(self.inflight.values()) + len(rows) > QUEUE:
             raise TooMany(f"{QUEUE} rows are waiting or running; try again in a few seconds.")
         self.worker.check(rows)
+        now = time.perf_counter()
         with self._counting:
             for row in rows:
                 self.inflight[row.arm or BASE] += 1
+                self._since[row] = now
         self.tell(lambda: self._join(rows))
 
     def _join(self, rows: Sequence[Any]) -> None:
@@ -143,11 +126,9 @@ class Loop:
         """Run one step of the worker; update counters and call back."""
         start = time.perf_counter()
         touched: Sequence[Job] = self.worker.advance()
-        self.counts.steps += 1
-        self.counts.rows += len(touched)
-        self.counts.seconds += time.perf_counter() - start
+        waits = [(r.arm or BASE, start - at) for r in touched if (at := self._since.pop(r, None)) is not None]
+        self.counts.stepped(Counter(r.arm or BASE for r in touched), time.perf_counter() - start, waits)
         for row in touched:
-            self.counts.tokens[row.arm or BASE] += 1
             if row.finished:
                 self._done(row)
                 if row.finished == "failed":
@@ -174,6 +155,7 @@ class Loop:
             log.exception("the base itself fails")
 
     def _done(self, row: Job) -> None:
+        self._since.pop(row, None)
         with self._counting:
             self.inflight[row.arm or BASE] -= 1
 

@@ -16,6 +16,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from bentos import traces
 from bentos.desk import DEADLINE_S, Desk, facts, headers
 from bentos.http import MAX_BODY_BYTES, Call, answer, error, refuse
 from bentos.runtime.arms import Choice
@@ -63,6 +64,10 @@ class News(asyncio.Event):
             return None
         tokens = max(len(line.row.out) for line in lines)
         return 1e3 * ((self.first - start) + (time.perf_counter() - self.first) / max(1, tokens - 1))
+
+    def times(self, start: float, lines: Sequence[Line]) -> tuple[float | None, float | None]:
+        """Return `latency_ms`, and the seconds to the first token."""
+        return self.latency_ms(start, lines), None if self.first is None else self.first - start
 
 
 class Service:
@@ -251,11 +256,12 @@ class Service:
         except (TimeoutError, asyncio.CancelledError, PatchbayError) as e:
             self._cancel(lines)
             status = getattr(e, "status", 504)
-            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
+            await self.desk.expose(request, choice, status, start, *news.times(start, lines))
             if isinstance(e, TimeoutError):
                 raise NotReady(f"No answer within {DEADLINE_S:g} s; it was given up.") from None
             raise
-        await self.desk.expose(request, choice, 200, start, news.latency_ms(start, lines))
+        traces.used(request, about.usage(lines))
+        await self.desk.expose(request, choice, 200, start, *news.times(start, lines))
         del shadow
         out = about.whole(lines, scores, _echoes(ask), self.pieces)
         out["patchbay"] = facts(table, choice)
@@ -384,9 +390,9 @@ class Service:
                     if done:
                         yield about.part(line, "", finish=line.finish)
                         open_lines.remove(line)
-            status = 200
-            await self.desk.expose(request, choice, status, start, news.latency_ms(start, lines))
-            choice = Choice(choice.label, choice.digest)  # exposed once
+            status = 200  # exposed here, and nowhere else
+            traces.used(request, about.usage(lines))
+            await self.desk.expose(request, choice, status, start, *news.times(start, lines))
             if ask.stream_options and ask.stream_options.include_usage:
                 yield about.usage_part(lines)
             yield b"data: [DONE]\n\n"
@@ -399,9 +405,9 @@ class Service:
             yield b"data: " + bytes(late.body) + b"\n\n"
         finally:
             self._cancel(lines)
-            if choice.experiment is not None:
+            if status != 200:
                 # the caller left or it failed: an exposure all the same, or slow answers would look better
-                self.desk.later(self.desk.expose(request, choice, status, start, news.latency_ms(start, lines)))
+                self.desk.later(self.desk.expose(request, choice, status, start, *news.times(start, lines)))
 
     def _shadow(
         self, request: Request, ask: Ask, prompts: list[Make], tokens: int, twin: Choice, lines: list[Line]
@@ -430,7 +436,7 @@ class Service:
             control, treatment = ([line.text.text for line in side] for side in (lines, shadows))
             self.desk.keep(number, twin, control, treatment)
             status = max([line.row.error.status for line in shadows if line.row.error], default=200)
-            await self.desk.expose(request, twin, status, start, news.latency_ms(start, shadows))
+            await self.desk.expose(request, twin, status, start, *news.times(start, shadows))
 
         return self.desk.later(follow())
 
