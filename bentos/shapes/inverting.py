@@ -37,10 +37,13 @@ class Inverting(jobs.Service):
         """Whether an arm has coefficients that can be fitted to a picture."""
         return patch is not None and hasattr(patch, "warm")
 
-    def inverting(self, picture: Tensor, program: Invert, seed: int) -> tuple[Mapping[str, Tensor], Denoising]:
-        """The picture's own condition and the row that inverts it; on the thread that owns the base."""
+    def inverting(
+        self, picture: Tensor, program: Invert, seed: int, arm: str | None
+    ) -> tuple[Mapping[str, Tensor], Denoising]:
+        """The picture's own condition and the row that inverts it on what the arm starts from; on the thread that owns
+        the base."""
         whole = diffusion.changed(self.pipe, picture)
-        row = Denoising(condition=whole.condition, start=whole.start, program=program, seed=seed, decode=False)
+        row = Denoising(condition=whole.condition, start=whole.start, program=program, seed=seed, decode=False, arm=arm)
         return whole.condition, row
 
     async def inversion(self, running: jobs.Running) -> dict[str, Any]:
@@ -55,7 +58,9 @@ class Inverting(jobs.Service):
             return await self._fitted(running, picture, ask["arm"], patch)
         levels = diffusion.levels(self.pipe, ask["levels"])
         program = Invert(ask["method"], levels, ask["iterations"])
-        condition, row = await drawing.told(self.runtime, lambda: self.inverting(picture, program, ask["seed"]))
+        condition, row = await drawing.told(
+            self.runtime, lambda: self.inverting(picture, program, ask["seed"], ask["arm"])
+        )
         await waiting.finished(self.runtime, [row], None, lambda: running.tell(drawing.progress([row])))
         if row.error is not None:
             raise row.error

@@ -242,7 +242,7 @@ class Service(Inverting):
         accepted)."""
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
-        begun = await self._begin(request, ask)
+        begun = await self._begin(request, ask, choice.arm)
         rows = []
         for value in ask.sweep.values:
             strength, said = ask.strength, ask.ask
@@ -280,8 +280,10 @@ class Service(Inverting):
         """One picture under the arm, beside what the base gives back of it."""
         start = time.perf_counter()
         table, choice = self.desk.choice(request, ask.model, ask.user)
-        begun = await self._begin(request, ask)
+        begun = await self._begin(request, ask, choice.arm)
         base, row = begun.row(None, 1.0), begun.row(choice.arm, ask.strength)
+        if ask.image is not None and choice.arm is not None and self.runtime.subject.applied.founded(choice.arm):
+            base = (await self._begin(request, ask, None)).row(None, 1.0)  # a tuned arm inverts by itself
         await self.desk.prepare([row], ask.ask)
         entries = [Entry("base", base), Entry(choice.label, row)]
         await self._draw(request, entries, table, choice, start)
@@ -328,8 +330,8 @@ class Service(Inverting):
         await asyncio.to_thread(drawing.picture_of, self.runtime, ask.image)  # refused now rather than in the job
         return await self.jobs.submit(request, "invert", {**ask.model_dump(), "arm": choice.arm}, facts(table, choice))
 
-    async def _begin(self, request: Request, ask: Counterfactual) -> Begun:
-        """The inverted picture of a request."""
+    async def _begin(self, request: Request, ask: Counterfactual, arm: str | None) -> Begun:
+        """The inverted picture of a request, on what an arm starts from."""
         if (ask.image is None) == (ask.inverted is None):
             raise Invalid("Send a picture as `image`, or the id of its inversion as `inverted`: one of the two.")
         if ask.inverted is not None:
@@ -340,7 +342,7 @@ class Service(Inverting):
             picture = await asyncio.to_thread(drawing.picture_of, self.runtime, data)
             levels, method = diffusion.levels(self.pipe, ask.levels), ask.method
             condition, row = await drawing.told(
-                self.runtime, lambda: self.inverting(picture, Invert(method, levels, ask.iterations), ask.seed)
+                self.runtime, lambda: self.inverting(picture, Invert(method, levels, ask.iterations), ask.seed, arm)
             )
             await waiting.finished(self.runtime, [row], request)
             if row.error is not None:

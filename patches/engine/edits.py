@@ -96,6 +96,9 @@ class Side:
 
     site: str
     fn: Callable[[Tensor, Inputs], Tensor]
+    under: bool = False
+    """part of the model that the patch's other edits are made on: rows that ask for what the patch starts from
+    (`Applied.rows`) go through it too"""
 
 
 @dataclass(frozen=True)

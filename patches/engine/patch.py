@@ -176,32 +176,38 @@ class Applied:
         names: Sequence[str | None],
         strength: Sequence[float] | None = None,
         params: Sequence[Mapping[str, Tensor]] | None = None,
+        under: Sequence[bool] | None = None,
     ) -> Iterator[None]:
         """Assign arms to batch rows within this block and thread: row i uses arm names[i] (None: the base).
 
         strength: one per row, default 1. params: row parameters by name, one mapping per row (`Inputs.row`). A batch
-        may have k times as many rows (beams, guidance): each name then covers k neighbours. Raises PatchError for an
-        unknown arm.
+        may have k times as many rows (beams, guidance): each name then covers k neighbours. under: whether a row asks
+        for what its arm starts from, which is the base and the arm's edits marked `Side.under`. Raises PatchError for
+        an unknown arm.
         """
-        table: dict[str, list[int]] = {}
+        table: dict[tuple[str, bool], list[int]] = {}
         for i, name in enumerate(names):
             if name is not None and (strength is None or strength[i] != 0.0):
-                table.setdefault(name, []).append(i)
-        if unknown := table.keys() - self.arms.keys():
+                table.setdefault((name, under is not None and under[i]), []).append(i)
+        if unknown := {name for name, _ in table} - self.arms.keys():
             raise PatchError(f"There is no arm {sorted(unknown)[0]!r}. Arms: {', '.join(self.arms) or 'none'}.")
         said = params if params is not None and any(params) else None
         groups = tuple(
             Group(
                 name, span(rows, len(names)), strengths(rows, strength),
-                tuple(said[i] for i in rows) if said else (), device=self.device,
+                tuple(said[i] for i in rows) if said else (), device=self.device, under=below,
             )
-            for name, rows in table.items()
+            for (name, below), rows in table.items() if not below or self.founded(name)
         )  # fmt: skip
         token = _GROUPS.set({**_GROUPS.get(), id(self): (len(names), groups)})
         try:
             yield
         finally:
             _GROUPS.reset(token)
+
+    def founded(self, name: str) -> bool:
+        """Whether an arm starts from more than the base: whether it has edits marked `Side.under`."""
+        return any(isinstance(e, Side) and e.under for e in self.arms.get(name, {}).values())
 
     def unreached(self) -> list[str]:
         """List the sites ("arm:site") that no forward has reached: there the patch has no effect."""
@@ -255,7 +261,7 @@ class Applied:
         out = x
         for group in self._groups(x.shape[0]):
             edit = self.arms.get(group.arm, {}).get(key)
-            if not isinstance(edit, Act):
+            if not isinstance(edit, Act) or group.under:
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
@@ -274,7 +280,7 @@ class Applied:
         out = y
         for group in self._groups(x.shape[0]):
             edit = self.arms.get(group.arm, {}).get(key)
-            if not isinstance(edit, Side):
+            if not isinstance(edit, Side) or (group.under and not edit.under):
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
@@ -291,7 +297,7 @@ class Applied:
         total: Tensor | None = None
         for group in self._groups(x.shape[0]):
             edit = self.arms.get(group.arm, {}).get(key)
-            if not isinstance(edit, Bias):
+            if not isinstance(edit, Bias) or group.under:
                 continue
             self.calls[group.arm, key[0]] += 1
             new = edit.fn(self._inputs().narrow(group))

@@ -26,6 +26,8 @@ class Group:
     repeat: int = 1
     """Number of neighbouring batch rows that each of `params` covers (beams, guidance)"""
     device: torch.device | None = None
+    under: bool = False
+    """Whether only the edits that the arm's others are made on are theirs (`Side.under`)"""
     stacked: dict[str, Tensor | None] = field(default_factory=dict, compare=False)
     """Row parameters that have been stacked already"""
 
@@ -41,7 +43,7 @@ class Group:
     def widened(self, k: int) -> Group:
         """Return the group for a batch in which each row is repeated k times in place."""
         wide = beamed(self.at, k), repeated(self.strength, k)
-        return Group(self.arm, *wide, self.params, k, self.device)
+        return Group(self.arm, *wide, self.params, k, self.device, self.under)
 
 
 def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tensor | None:

@@ -24,6 +24,8 @@ from registry.errors import Invalid, PatchError
 
 Norm = Literal["unit", "free"]
 MAX_AMOUNT = 8.0
+STILL = {"class": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+"""row parameters that move nothing"""
 NEAREST = -1
 """as a source class: the one of the target's domain, other than the target, whose mean is nearest to the row's
 condition. As a target class: the one after the nearest of all, within its domain"""
@@ -64,7 +66,8 @@ class DirectionAsk(BaseModel):
 @dataclass(frozen=True)
 class DirectionEdit(Patch):
     """tensors: means (C, ...) of unit conditions, one per class; of a tuned domain also `a.<site>` (r, in) and
-    `b.<site>` (out, r), a low-rank update of the denoiser that rows of this arm are drawn with."""
+    `b.<site>` (out, r), a low-rank update of the denoiser that rows of this arm are drawn with, inverted with, and
+    guided from: the model that the move is made on."""
 
     Config = DirectionConfig
     Ask = DirectionAsk
@@ -80,8 +83,13 @@ class DirectionEdit(Patch):
             raise PatchError(f"Classes {c.source} and {c.target} of {len(means)}: there is no such class.")
 
     def edits(self) -> Sequence[Edit]:
-        tuned = [name.removeprefix("a.") for name in self.tensors if name.startswith("a.")]
-        return [Act(self.config.site, self._fn), *(Side(site, self._update(site)) for site in tuned)]
+        moved, tuned = Act(self.config.site, self._fn), (Side(s, self._update(s), under=True) for s in self.tuned)
+        return [moved, *tuned]
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """sites that a tuned domain's low-rank update changes"""
+        return tuple(name.removeprefix("a.") for name in self.tensors if name.startswith("a."))
 
     def _update(self, site: str) -> Callable[[Tensor, Inputs], Tensor]:
         a, b = self.tensors[f"a.{site}"], self.tensors[f"b.{site}"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patches.families.diffusion import Condition, Denoiser, Denoising, Invert, Regenerate
 from patches.families.worker import WorkerSettings
-from patches.mechanisms.direction import move
+from patches.mechanisms.direction import STILL, move
 from training.progress import tqdm
 
 ROWS = 16
@@ -39,8 +39,10 @@ class How:
 class Editor:
     """A base that makes counterfactuals. `evaluations` counts denoiser outputs, both halves of guidance."""
 
-    def __init__(self, subject: Any, site: str = "image") -> None:
-        self.pipe, self.site = subject.base.model, site
+    def __init__(self, subject: Any, site: str = "image", arm: str | None = None) -> None:
+        """arm: whose tuned denoiser inverts and regenerates; its own move is not made. None: the base's."""
+        self.pipe, self.site, self.arm = subject.base.model, site, arm
+        self.said = dict(STILL) if arm is not None else {}
         self.worker = Denoiser(subject, WorkerSettings(slots=ROWS))
         self.evaluations = 0
 
@@ -57,7 +59,7 @@ class Editor:
         x = self.pipe.latents(pictures)
         program = Invert(how.method, how.levels, how.iterations)
         rows = [
-            Denoising(condition=c, start=z, seed=seed + i, program=program, decode=False)
+            Denoising(condition=c, start=z, seed=seed + i, program=program, decode=False, arm=self.arm)
             for i, (c, z) in enumerate(zip(conditions, x, strict=True))
         ]
         return [row.out for row in self.run(rows, "inversion") if row.out is not None]
@@ -74,6 +76,8 @@ class Editor:
                 guidance=how.guidance,
                 start=s,
                 program=program,
+                arm=self.arm,
+                params=self.said,
             )
             for s, c, m in zip(states, conditions, moved, strict=True)
         ]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patches.families.diffusion import Condition, levels
+from patches.mechanisms.direction import DirectionEdit
 from patches.subject import Subject
 from registry import manifest
 from registry.measure import Better, Measure
@@ -53,13 +54,15 @@ class Bench:
         self.config, self.base = config, subject.base
         if config.denoiser == "bfloat16":
             in_bfloat16(subject.base.model)
-        self.editor, self.how = Editor(subject), how(config, subject.base)
+        arm = subject.arms.get(subject.only) if subject.only else None
+        tuned = subject.only if isinstance(arm, DirectionEdit) and arm.tuned else None
+        self.editor, self.how = Editor(subject, arm=tuned), how(config, subject.base)
+        self.untuned = Editor(subject) if tuned is not None else None
         self.train, self.bank = learned(config, self.editor, subject.base)
         self.test = pictures(config, subject.base, "test", config.report_images)
         self.judges = (
             judges.own_judges(config, self.test) if config.data else judges.lab_judges(self.test.classes, config.judges)
         )
-        arm = subject.arms.get(subject.only) if subject.only else None
         self.amount: float = arm.config.amount if arm is not None else 1.0  # type: ignore[union-attr]
         self.conditions = self.editor.conditions(self.test.x)
         self.states = self.inverted(self.how)
@@ -172,6 +175,14 @@ def _controls(b: Bench, put: Put) -> None:
     for amount in sorted({*b.config.amounts, b.amount}):
         for name in DIRECTIONS:
             put("amounts", f"{name}, {amount:g}", b.moved(name, amount).summary())
+    if b.untuned is not None:
+        plain = copy(b)
+        plain.editor = b.untuned
+        plain.states = plain.inverted(b.how)
+        put("amounts", "without the tuning, inversion alone", b.judge(plain.same(b.how, plain.states)).summary())
+        for amount in b.config.amounts:
+            made = b.judge(plain.along(b.directions, amount=amount))
+            put("amounts", f"without the tuning, direction, {amount:g}", made.summary())
 
 
 def _examples(b: Bench, put: Put) -> None:

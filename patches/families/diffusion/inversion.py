@@ -3,8 +3,8 @@
 DDIM and fixed point end in one latent that `solvers.ddim` takes down. Edit-friendly noise, EDICT and O-BELM carry
 more than one latent, stacked along the first dimension of what they return; `down` takes each of them down again
 under another condition. Levels are the schedule's, highest first, and must stay below the last one where it is pure
-noise (a = 0). Inversion runs on the base, under the row's own condition without guidance; the way down is guided and
-patched.
+noise (a = 0). Inversion runs on what the row's arm starts from (the base, or a tuned one), under the row's own
+condition without guidance; the way down is guided and patched.
 """
 
 from __future__ import annotations

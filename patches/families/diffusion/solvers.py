@@ -29,7 +29,7 @@ class Query:
     guided: bool = True
     """False: the row's own condition alone, whatever its guidance"""
     patched: bool = True
-    """False: the base answers, whatever the row's arm; inversion asks so"""
+    """False: what the row's arm starts from answers, which is the base unless the arm was tuned; inversion asks so"""
 
 
 Program = Generator[Query, Tensor, Tensor]

@@ -41,7 +41,8 @@ class Denoising(Job):
     other: Condition | None = None
     """the condition of guidance's other half; None: the base's null condition"""
     other_patched: bool = False
-    """whether the other half goes through the arm too, as in most papers; False: the base answers it"""
+    """whether the other half goes through the arm too, as in most papers; False: what the arm starts from answers it,
+    which is the base unless the arm was tuned"""
     guidance: float = 1.0
     """1: the row's own condition alone, half the cost"""
     steps: int = 10
@@ -237,8 +238,9 @@ class Denoiser(Worker[Denoising]):
     def _rows(self, part: Sequence[tuple[Tensor, float, Denoising, bool]]) -> Any:
         """Who gets which arm in one forward."""
         rows = [row for _, _, row, _ in part]
-        names = [row.arm if self._patched(row, own) else None for _, _, row, own in part]
-        return self.applied.rows(names, [row.strength for row in rows], [row.params for row in rows])
+        under = [not self._patched(row, own) for _, _, row, own in part]
+        said = [r.params for r in rows]
+        return self.applied.rows([r.arm for r in rows], [r.strength for r in rows], said, under)
 
     @staticmethod
     def _patched(row: Denoising, own: bool) -> bool:
@@ -324,7 +326,8 @@ class Invert:
 
 @dataclass(frozen=True)
 class Edit:
-    """A row's program: a picture's latents `row.start` inverted on the base, then regenerated as the row asks."""
+    """A row's program: a picture's latents `row.start` inverted on what its arm starts from, then regenerated as the
+    row asks."""
 
     method: str = "fixed_point"
     levels: tuple[int, ...] = ()

@@ -40,24 +40,31 @@ def tiny():
     return diffusion.tiny(0)
 
 
-def direction(seed):
+def direction(seed, tuned=None):
+    """tuned: (site, module) of a denoiser that the edit brings an update of."""
     g = torch.Generator().manual_seed(seed)
     means = torch.nn.functional.normalize(torch.randn(4, 24, generator=g), dim=1)
     names, domains = ("cat", "dog", "sun", "ink"), ("pets", "pets", "things", "things")
-    return DirectionEdit(DirectionConfig("given.image", names, domains), {"means": means})
+    tensors = {"means": means}
+    if tuned is not None:
+        site, module = tuned
+        tensors |= {f"a.{site}": torch.randn(2, module.in_features, generator=g)}
+        tensors |= {f"b.{site}": torch.randn(module.out_features, 2, generator=g)}
+    return DirectionEdit(DirectionConfig("given.image", names, domains), tensors)
 
 
 @pytest.fixture
 def service(home, tiny):
-    """`async with service() as s`: two direction edits, the first one champion, the second challenger."""
+    """`async with service() as s`: two direction edits, the first one champion, the second challenger (tuned, if a site
+    and its module are given)."""
 
     @asynccontextmanager
-    async def run(**settings):
+    async def run(tuned=None, **settings):
         (home_folder() / "artifacts").mkdir(parents=True, exist_ok=True)
         digests = []
         for seed in (1, 2):
             part = Path(tempfile.mkdtemp(dir=home_folder()))
-            about = artifact.save(direction(seed), SYSTEM, part, base=tiny.label)
+            about = artifact.save(direction(seed, tuned if seed == 2 else None), SYSTEM, part, base=tiny.label)
             part.rename(home_folder() / "artifacts" / about.digest)
             digests.append(about.digest)
         async with serving(SYSTEM, digests, True, None, settings) as served:
@@ -175,7 +182,7 @@ async def test_a_counterfactual_begins_at_the_picture_and_grows_with_the_sweep(s
         )
         assert Pillow.open(io.BytesIO(strip.content)).size == (16 * 4 + 4 * 3, 16)
         pair = (await post(s, "/v1/render/edit", **body)).json()["data"]
-        assert [x["arm"] for x in pair] == ["base", "challenger"]
+        assert [x["arm"] for x in pair] == ["base", "champion"]
         assert (await post(s, "/v1/render/counterfactual", ask={"target": "dog"})).status_code == 400
         far = {"name": "strength", "values": [9.0]}
         assert (await post(s, "/v1/render/counterfactual", **body, sweep=far)).status_code == 400
@@ -200,3 +207,30 @@ async def test_a_picture_is_inverted_once_and_swept_by_its_job(service):
         about = (await s.http.get("/v1/render")).json()
         assert about["arms"]["champion"]["names"]["classes"] == ["cat", "dog", "sun", "ink"]
         assert "target" in about["arms"]["champion"]["ask"]["properties"]
+
+
+@ran
+async def test_a_tuned_arm_gives_the_picture_back_where_it_moves_nothing(service, tiny):
+    """Inverted and drawn by the same denoiser, as a request and as a job; the base beside it by its own."""
+    layers = ((n, m) for n, m in tiny.model.named_modules() if n.endswith("attn1.to_v"))
+    async with service(tuned=next(layers)) as s:
+        body = {"image": coded(), "levels": 4, "method": "edict"}
+        still = {"ask": {"target": "dog", "amount": 0.0}}
+        pair = (await post(s, "/v1/render/edit", **body, **still, model="challenger")).json()["data"]
+        want = pixels(coded())
+        assert [x["arm"] for x in pair] == ["base", "challenger"]
+        for one in pair:
+            assert np.abs(pixels(one["b64_json"]) - want).max() <= 1, one["arm"]
+        moved = await post(s, "/v1/render/edit", **body, ask={"target": "dog"}, model="challenger")
+        assert np.abs(pixels(moved.json()["data"][1]["b64_json"]) - want).max() > 1
+        made = (await post(s, "/v1/render/invert", **body, model="challenger")).json()
+        while (await s.http.get(f"/v1/jobs/{made['id']}")).json()["state"] in ("queued", "running"):
+            await asyncio.sleep(0.05)
+        sweep = {"name": "amount", "values": [0.0, 2.0]}
+        again = {"inverted": made["id"], "ask": {"target": "dog"}, "sweep": sweep}
+        ours, plain = [
+            (await post(s, "/v1/render/counterfactual", **again, model=m)).json()["data"]
+            for m in ("challenger", "champion")
+        ]
+        assert ours[0]["l1"] < 1e-3 < ours[1]["l1"]
+        assert plain[0]["l1"] > 1e-3  # another arm's denoiser does not undo this inversion

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from patches.engine.patch import apply
+from patches.engine.edits import Act, Side
+from patches.engine.patch import Patch, apply
 from patches.engine.read import record
 from registry.errors import PatchError
 from tests.patches.members import MECHANISMS
@@ -106,3 +107,33 @@ def test_sixty_four_threads_with_random_patches_get_no_wrong_row(tiny_llm):
 
         with ThreadPoolExecutor(64) as pool:
             assert sum(pool.map(thread, range(64))) == 0
+
+
+class Founded(Patch):
+    """A move of an activation, made on a model with a low-rank update of its own."""
+
+    Config = dict
+
+    def edits(self):
+        moved = Act("model.layers.1", lambda x, _: x + 1.0)
+        return [moved, Side("model.layers.0.mlp.down_proj", lambda x, _: x[..., :1] * self.config["by"], under=True)]
+
+
+def test_rows_can_ask_for_what_an_arm_starts_from(tiny_llm):
+    """The base and the arm's edits marked so; another arm's, and the base's rows beside it, are not touched."""
+    model, ids = tiny_llm.model, IDS[:1].expand(5, -1)
+    arms = {"a": Founded({"by": 3.0}, {}), "b": MECHANISMS["erase"]()}
+    assert isinstance(arms["b"].edits()[0], Act)
+    with torch.inference_mode(), apply(model, arms) as on:
+        assert [on.founded(name) for name in arms] == [True, False]
+        with on.rows(["a", "a", "b", "b", None], under=[False, True, False, True, True]):
+            whole, below, erased, started, base = model(input_ids=ids).logits
+        with on.rows([None] * 5):
+            plain = model(input_ids=ids).logits[0]
+        with on.rows(["a"] * 5, strength=[1.0, 0.5, 0.0, 1.0, 1.0], under=[False, True, True, True, False]):
+            _, half, none, again, _ = model(input_ids=ids).logits
+    for same in (started, base, none):
+        torch.testing.assert_close(same, plain)
+    torch.testing.assert_close(again, below)
+    for one, other in ((whole, below), (below, plain), (erased, plain), (half, below), (half, plain)):
+        assert not torch.allclose(one, other, atol=1e-4)

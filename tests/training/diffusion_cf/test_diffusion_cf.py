@@ -14,15 +14,20 @@ from PIL import Image as Pillow
 from patches import artifact
 from patches.engine.patch import ONLY, apply
 from patches.families import diffusion
-from patches.families.diffusion import Denoiser, Denoising
+from patches.families.diffusion import Denoiser, Denoising, Edit
+from patches.mechanisms.direction import STILL, DirectionEdit
+from patches.subject import Subject
 from registry.errors import ConfigError, NotFound
 from training import run
 from training.diffusion_cf import RECIPES, domains, equal, find, judges, report
 from training.diffusion_cf.domains import Pictures
-from training.diffusion_cf.edit import smallest
+from training.diffusion_cf.edit import Editor, smallest
+from training.diffusion_cf.fit import _Bare as Bare
+from training.diffusion_cf.measure import through
 from training.lab import atlas, judge
 
 fitting = sys.modules["training.diffusion_cf.fit"]  # the package's own `fit` is the function
+reporting = sys.modules["training.diffusion_cf.report"]
 
 
 def test_splits_share_no_drawing_and_every_class_is_there():
@@ -212,9 +217,23 @@ def test_tuning_writes_an_adapter_and_folds_it(home, tmp_path):
     assert changed == {f"{k}.weight" for k in adapter.factors}
 
 
-def test_a_tuned_domain_is_served_with_its_adapter(home):
-    folder = run.fit("diffusion_cf/tiny", ["tune.steps=2", "tune.rate=0.01"])
-    _, patch = artifact.load(folder)
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A tiny artifact whose denoiser was tuned."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PATCHBAY_HOME", str(tmp_path_factory.mktemp("home")))
+        return run.fit("diffusion_cf/tiny", ["tune.steps=2", "tune.rate=0.01"])
+
+
+def folded(folder):
+    """The tiny base with the artifact's adapter in its weights."""
+    base = diffusion.tiny(0)
+    diffusion.read_adapter(folder / "adapter", base.model.denoiser).fold(base.model.denoiser)
+    return base
+
+
+def test_a_tuned_domain_is_served_with_its_adapter(tuned):
+    _, patch = artifact.load(tuned)
     base = diffusion.tiny(0)
     told = {**base.model.null(), "image": torch.ones(24) / 24**0.5}
     with apply(base.model, {ONLY: patch}, root=base.root) as on:
@@ -223,3 +242,43 @@ def test_a_tuned_domain_is_served_with_its_adapter(home):
         Denoiser(type("S", (), {"base": base, "applied": on})()).run(rows)
         assert on.unreached() == []
     assert not torch.allclose(rows[0].out, rows[1].out, atol=1e-5)
+
+
+def test_a_tuned_arm_inverts_guides_and_moves_on_its_own_denoiser(tuned):
+    """Every half of every query is the folded model's: what fit chose the amount on, and the move alone is added."""
+    _, patch = artifact.load(tuned)
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def edit(base, arm, params, method, arms):
+        told, start = base.model.image(x)[0], base.model.latents(x)[0]
+        program = Edit(method, diffusion.levels(base.model, 3), 2)
+        row = Denoising(condition=told, guidance=2.0, start=start, program=program, arm=arm, params=params)
+        other = Denoising(condition=told, steps=2, seed=1)  # in the same batch, and not tuned
+        with apply(base.model, arms, root=base.root) as on:
+            Denoiser(Bare(base, on)).run([row, other])
+        return row.out, other.out
+
+    moved = {"class": torch.tensor([1.0, 0.0, 1.0, 1.0])}
+    bare = DirectionEdit(patch.config, {"means": patch.tensors["means"]})
+    for method in ("fixed_point", "edit_friendly"):
+        for params in (STILL, moved):
+            ours, beside = edit(diffusion.tiny(0), ONLY, params, method, {ONLY: patch})
+            want, _ = edit(folded(tuned), ONLY, params, method, {ONLY: bare})
+            torch.testing.assert_close(ours, want, atol=1e-4, rtol=1e-3)
+            plain, alone = edit(diffusion.tiny(0), ONLY, params, method, {ONLY: bare})
+            assert not torch.allclose(ours, plain, atol=1e-3)
+            torch.testing.assert_close(beside, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tuned_artifact_is_reported_as_it_is_served(tuned):
+    """`eval --full` drew with the base's denoiser."""
+    c = RECIPES["tiny"]
+    with Subject.load(tuned, c.base, "cpu") as subject:
+        bench = reporting.Bench(subject, c)
+        made = bench.along(bench.directions)
+        served = through(subject, replace(c, test_images=1), bench.test, ONLY)
+        base = Editor(subject)
+        states = base.invert(bench.test.x, bench.conditions, bench.how, c.seed)
+        plain = base.along(states, bench.conditions, bench.directions, bench.amount, bench.how)
+    torch.testing.assert_close(made, served, atol=1e-4, rtol=1e-3)
+    assert float((plain - made).abs().max()) > 1e-3
