@@ -58,7 +58,7 @@ class Served:
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **more}
         return await self.http.post("/v1/chat/completions", json=body, headers=headers)
 
-    async def until(self, what, seconds: float = 10.0) -> None:
+    async def until(self, what, seconds: float = 30.0) -> None:
         """Wait until `what()` holds."""
         for _ in range(int(seconds / 0.05)):
             if what():
