@@ -242,3 +242,24 @@ def test_a_bento_of_it_is_built(name, pushed):
     shapes = [f"bentos/shapes/{s.replace('.', '/')}.py" for s in SYSTEMS[name].services]
     assert set(shapes) <= made.contents.keys()
     assert not any(f.startswith("training/") for f in made.contents)
+
+
+def test_its_bench_times_base_and_artifact_and_knows_what_else_measures_it(name, pushed, monkeypatch):
+    from patches.subject import Subject
+    from registry import store
+    from tests.bench import bench_jobs
+    from tests.bench import conftest as benches
+
+    made, row = pushed(name), SYSTEMS[name]
+    with Subject.load(store.pull(made["digest"])) as subject:
+        took = bench_jobs.times(bench_jobs.runner(subject, 2), subject.only, seconds=0)
+    assert took.keys() == {"base", "base again", "patched"}
+    assert all(len(t) == 1 and t[0] > 0 for t in took.values())
+    monkeypatch.setenv("PATCHBAY_BENCH", made["digest"])
+    for family in ("llm", "clip"):
+        if row.family == family:
+            base, _, who = benches.pushed(family)
+            assert (base.family, who) == (family, name)
+        else:
+            with pytest.raises(pytest.skip.Exception, match="no system of the family"):
+                benches.pushed(family)

@@ -74,7 +74,7 @@ class Eyes:
 @pytest.fixture(scope="module")
 def eyes() -> Eyes:
     torch.set_num_threads(THREADS)
-    if found := pushed("classify"):
+    if found := pushed("clip"):
         return Eyes(found[0], {"patched": found[1].to(DEVICE)}, found[2])
     base = load_base("lab:clip", "clip", DEVICE)
     site = clip.site("block", 4)

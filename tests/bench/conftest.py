@@ -1,9 +1,14 @@
-"""What `make bench` measures: SmolLM2 with the sink patch, the tiny model without its wheel, or a pushed artifact."""
+"""What `make bench` measures: SmolLM2 with the sink patch, the tiny model without its wheel, or a pushed artifact.
+
+`patchbay bench REF` names one in PATCHBAY_BENCH. Whatever its system, its family's probe job is timed (`bench_jobs`);
+of a language model or a CLIP, the benchmarks of its family as well.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -16,7 +21,8 @@ from patches.engine.patch import Patch
 from patches.families.base import Base, load_base
 from patches.families.llm import tiny
 from patches.mechanisms.sink import SinkConfig, SinkEdit
-from registry import store
+from patches.subject import Subject
+from registry import manifest, store
 from registry.errors import NotFound, PatchError
 from registry.systems import system
 
@@ -49,31 +55,41 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a version, only what measures that version: the benchmarks that take `subject` or `eyes`."""
+    """Of a version, only what measures that version: the benchmarks that take `subject`, `eyes` or `worked`."""
     if os.environ.get("PATCHBAY_BENCH"):
-        mine = [i for i in items if {"subject", "eyes"} & set(getattr(i, "fixturenames", ()))]
+        mine = [i for i in items if {"subject", "eyes", "worked"} & set(getattr(i, "fixturenames", ()))]
         config.hook.pytest_deselected(items=[i for i in items if i not in mine])
         items[:] = mine
 
 
-def pushed(shape: str) -> tuple[Base, Patch, str] | None:
+def pushed(family: str) -> tuple[Base, Patch, str] | None:
     """The artifact that PATCHBAY_BENCH names: its base, its patch, its system; None if it names none.
 
-    Skips the benchmark if that system is not served by `shape`.
+    Skips the benchmark if that system is of another family than `family`.
     """
     if not (digest := os.environ.get("PATCHBAY_BENCH")):
         return None
-    about, patch = artifact.load(store.pull(digest))
-    row = system(about.system)
-    if shape not in row.services:
-        pytest.skip(f"{row.name} is not served by `{shape}`.")
-    return load_base(about.base.rpartition("@")[0], row.families[0], DEVICE), patch, row.name
+    folder = store.pull(digest)
+    row = system(manifest.read(folder).system)
+    if row.family != family:
+        pytest.skip(f"{row.name} is no system of the family {family}.")
+    about, patch = artifact.load(folder)
+    return load_base(about.base.rpartition("@")[0], row.family, DEVICE), patch, row.name
+
+
+@pytest.fixture(scope="session")
+def worked() -> Iterator[Subject]:
+    """The artifact that PATCHBAY_BENCH names as a subject, whatever its kind: a patch, a model or a search."""
+    if not (digest := os.environ.get("PATCHBAY_BENCH")):
+        pytest.skip("There is no artifact: name one by `patchbay bench REF`.")
+    with Subject.load(store.pull(digest), device=DEVICE) as subject:
+        yield subject
 
 
 @pytest.fixture(scope="session")
 def subject() -> Benched:
     torch.set_num_threads(2)
-    if found := pushed("generate"):
+    if found := pushed("llm"):
         return Benched(found[0], found[1], foldable(found[1]), found[2])
     try:
         base, config = load_base("pypi:smollm2", "llm", DEVICE), SMOLLM
