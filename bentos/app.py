@@ -92,11 +92,12 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
 def serve(
     name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False,
-    given: Mapping[str, str] | None = None,
+    given: Mapping[str, str] | None = None, log: int | None = None,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
 
-    given: variables of the environment as flags set them. Raises as `check`, before anything is started.
+    given: variables of the environment as flags set them. log: descriptor of the file it writes on. Raises as `check`,
+    before anything is started.
     """
     settings = {
         **os.environ, **(given or {}), "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()),
@@ -117,4 +118,4 @@ def serve(
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(command[0], command, settings)
-    return subprocess.Popen(command, env=settings, cwd=root)
+    return subprocess.Popen(command, env=settings, cwd=root, stdout=log, stderr=log)

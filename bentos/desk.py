@@ -7,7 +7,7 @@ can any ASGI server. BentoML's own routes for methods are not used: their (de)se
 model.
 
 Routes: `/v1/models`, `/v1/outcomes`, `/v1/experiments/live`, `/v1/shadows`, `/health`, `/livez`, `/readyz`, `/metrics`,
-`/openapi.json`, the playground at `/`.
+`/openapi.json`, the playground at `/`, Open Inference Protocol's health and metadata under `/v2`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from bentos import playground, traces
+from bentos import oip, playground, traces
 from bentos.http import Call, answer, parse
 from bentos.openapi import openapi
 from bentos.runtime import SHADOW_QUEUE, Runtime
@@ -388,4 +388,5 @@ ROUTES: tuple[Call, ...] = (
     Call("GET", "/openapi.json", Desk.openapi),
     Call("GET", "/docs.json", Desk.openapi),
     Call("GET", "/", Desk.playground),
+    *oip.ROUTES,
 )

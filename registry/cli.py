@@ -20,7 +20,7 @@ from typing import Any
 from registry.errors import ConfigError, Invalid, NotFound, PatchbayError, unsecret
 from registry.home import home
 from registry.systems import SYSTEMS, system
-from registry.verbs import bring, decide, doctor, records, work
+from registry.verbs import bring, decide, doctor, records, up, work
 from registry.verbs.readme import readme_table
 from registry.verbs.said import Says
 
@@ -42,6 +42,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], Says]] = {
     "rollback": decide.rollback,
     "serve": work.serve,
     "ui": records.ui,
+    "up": up.up,
     "doctor": doctor.doctor,
     "build": work.build,
     "bench": work.bench,
@@ -100,6 +101,10 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         "tokens": "file of callers' tokens; without it this machine alone may call",
     }.items():
         made["serve"].add_argument(f"--{flag}", help=text)
+    made["up"].add_argument("systems", nargs="+", metavar="SYSTEM")
+    made["up"].add_argument("--host", default="127.0.0.1")
+    made["up"].add_argument("--port", type=int, default=8080)
+    made["up"].add_argument("--replicas", type=int, default=1, help="processes per system; default: 1")
     made["ui"].add_argument("--host", default="127.0.0.1")
     made["ui"].add_argument("--port", type=int, default=5000)
     made["import"].add_argument("place", type=Path, metavar="FOLDER")

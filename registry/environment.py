@@ -9,6 +9,8 @@ VARIABLES = {
     "PATCHBAY_CACHE": "folder of converted bases, which are the same for everybody; default `~/.cache/patchbay`",
     "PATCHBAY_DB": "PostgreSQL for ledger and events of all replicas: `postgresql://user:password@host/name`; default: "
     "files in the home",
+    "PATCHBAY_STORE": "S3-compatible store that artifacts are put in and pulled from: `s3://bucket/prefix`; default: "
+    "none",
     "PATCHBAY_WHO": "who decides, as the ledger writes it down; default `$USER`",
     "PATCHBAY_BASE": "reference of the base (`--base`): of several roles in the system's order, with commas; default: "
     "what the artifact names",

@@ -23,6 +23,7 @@ FILES = [f for p in MAY_IMPORT for f in (ROOT / p).rglob("*.py")]
 OWNERS = {
     "mlflow": {"registry/store", "patches/pyfunc.py"},
     "bentoml": {"bentos"},
+    "boto3": {"registry/bucket.py"},
     "diffusers": {"patches/families/diffusion"},
 }
 """library -> the only places that may import it"""

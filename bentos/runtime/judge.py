@@ -65,8 +65,10 @@ class Judge:
 
         The ledger does not depend on it.
         """
-        from registry import store
-
+        try:
+            from registry import store
+        except ImportError:  # a Bento has no MLflow; `patchbay report` shows the same from the events
+            return
         try:
             r, s = decision.result, decision.summary
             units = s.control.units + s.treatment.units

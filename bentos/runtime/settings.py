@@ -10,14 +10,38 @@ from pathlib import Path
 
 from patches.families.base import check_device
 from patches.families.family import family
-from registry import manifest
+from registry import kept, manifest
 from registry.ab import ledger as ledgers
+from registry.ab.database import ENV
 from registry.ab.ledger import BASE
-from registry.errors import ConfigError, NotReady
+from registry.errors import ConfigError, NotFound, NotReady
 from registry.systems import system
 
 CARRIED = Path(__file__).parents[2] / "carried"
 """Sealed folder inside a Bento that it was built to serve; absent in a checkout"""
+BESIDE = CARRIED.with_name("beside")
+"""Folder inside a Bento with more sealed folders, by digest: the challenger that was built in beside the champion"""
+
+
+def carried() -> list[Path]:
+    """The sealed folders of this Bento, the one that names it first; none in a checkout."""
+    more = sorted(f for f in BESIDE.iterdir() if f.is_dir()) if BESIDE.is_dir() else []
+    return [CARRIED, *more] if CARRIED.is_dir() else []
+
+
+def sealed(digest: str) -> Path:
+    """The verified sealed folder of an artifact: carried, on this host, from the bucket, or from MLflow if it is
+    installed (a Bento has none). Raises NotFound."""
+    if (found := kept.find(digest, carried())) is not None:
+        return found
+    try:
+        from registry import store
+    except ImportError:
+        raise NotFound(
+            f"sha256:{digest[:16]} is neither in this Bento nor in a store it may ask. Build it in (patchbay build), "
+            "or push it with PATCHBAY_STORE=s3://bucket/prefix and set the same here."
+        ) from None
+    return store.pull(digest)
 
 
 @dataclass(frozen=True)
@@ -43,12 +67,21 @@ class Settings:
     """Provider of ONNX Runtime (cpu or cuda) for families that it can run; empty: torch"""
     pinned: Path | None = None
     """Sealed folder of the only patch to serve, or of the bare base; then neither ledger nor store is used"""
+    beside: tuple[Path, ...] = ()
+    """More sealed folders that a pinned deployment serves; the first is its challenger"""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> Settings:
-        """Read the settings from PATCHBAY_* environment variables. Raises NotFound for an unknown system."""
-        pinned = env.get("PATCHBAY_PINNED") or (CARRIED if CARRIED.is_dir() else None)
-        name = manifest.read(Path(pinned)).system if pinned else env.get("PATCHBAY_SYSTEM", "")
+        """Read the settings from PATCHBAY_* environment variables.
+
+        A Bento serves what it carries; with PATCHBAY_DB it follows the ledger there instead, and what it carries is
+        what it need not pull. Raises NotFound for an unknown system.
+        """
+        given, inside = env.get("PATCHBAY_PINNED"), carried()
+        alone = not given and bool(inside) and not env.get(ENV)
+        pinned = Path(given) if given else inside[0] if alone else None
+        named = pinned or (inside[0] if inside else None)
+        name = manifest.read(named).system if named else env.get("PATCHBAY_SYSTEM", "")
         return cls(
             system=system(name).name,
             base=env.get("PATCHBAY_BASE") or None,
@@ -59,7 +92,8 @@ class Settings:
             kv_gib=_gibibytes(env, "PATCHBAY_KV_GIB"),
             arm_gib=_gibibytes(env, "PATCHBAY_ARM_GIB"),
             provider=env.get("PATCHBAY_PROVIDER", ""),
-            pinned=Path(pinned) if pinned else None,
+            pinned=pinned,
+            beside=tuple(inside[1:]) if alone else (),
         )
 
 
@@ -143,12 +177,10 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
 
 def _named(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
     """Return role -> reference, as named by the pinned artifact, the champion or the challenger."""
-    folder = s.pinned
+    folder = s.pinned or next(iter(carried()), None)
     for digest in (head.champion, head.challenger) if head and folder is None else ():
         if digest and digest != BASE:
-            from registry import store
-
-            folder = store.pull(digest)
+            folder = sealed(digest)
             break
     if folder is None:
         return {}

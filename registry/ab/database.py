@@ -127,6 +127,11 @@ def _url(where: Path | str) -> URL:
     return url
 
 
+def driven(where: str) -> str:
+    """A database's URL as other libraries take it, with its driver and password."""
+    return _url(where).render_as_string(hide_password=False)
+
+
 def _sqlite(url: URL, timeout: float, keep: bool) -> Engine:
     pool = QueuePool if keep else NullPool
     engine = create_engine(url, poolclass=pool, connect_args={"timeout": timeout, "check_same_thread": False})

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric
 
 from registry.errors import ConfigError
+from registry.kept import part_folder
 from registry.measure import Measure, Metrics, flat, measures, unflat
-from registry.store.kept import part_folder
 from registry.store.mlflow_client import (
     BASE,
     BETTER,

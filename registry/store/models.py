@@ -15,13 +15,13 @@ from mlflow.entities import LoggedModelOutput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from registry import manifest, systems
-from registry.errors import BadArtifact, ConfigError, NotFound, Tampered
+from registry import bucket, manifest, systems
+from registry.errors import BadArtifact, NotFound, Tampered
 from registry.home import home
+from registry.kept import find, keep, part_folder
 from registry.manifest import Manifest
 from registry.sources import ROOT, sources
 from registry.store import notes
-from registry.store.kept import keep, part_folder, sealed_digest, verified
 from registry.store.measured import Sides, check_sides, log_images, log_metrics
 from registry.store.mlflow_client import (
     BASE,
@@ -84,7 +84,7 @@ def push(
     """
     about = manifest.read(Path(folder))
     check_sides(metrics or {})
-    keep(Path(folder), about.digest)
+    bucket.put(keep(Path(folder), about.digest), about.digest)
     with connected() as client, locked():
         version = find_version(about.digest) or _create(client, about, dataset, params)
         _restore(client, version, about)
@@ -106,15 +106,10 @@ def push(
 
 
 def pull(digest: str) -> Path:
-    """home()/artifacts/<digest>, every byte verified. MLflow is asked only if the artifact is on this host nowhere."""
-    if not manifest.is_digest(digest):
-        raise ConfigError(f"{digest[:80]!r} is not a digest of 64 hex digits; resolve the reference first.")
-    folder = home() / "artifacts" / digest
-    if folder.is_dir():
-        return verified(folder, digest)
-    for run in (home() / "runs").glob(f"*-{digest[:16]}"):
-        if sealed_digest(run) == digest:
-            return keep(run, digest)
+    """home()/artifacts/<digest>, every byte verified. MLflow is asked only if this host and the bucket lack it."""
+    found = find(digest)
+    if found is not None:
+        return found
     with connected():
         version = find_version(digest)
         if version is None:

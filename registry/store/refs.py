@@ -13,7 +13,7 @@ from registry.home import home
 
 if TYPE_CHECKING:
     from registry.ab.ledger import Ledger
-from registry.store.kept import sealed_digest
+from registry.kept import sealed_digest
 from registry.store.mlflow_client import BASE, number_of, versions
 
 

@@ -25,6 +25,7 @@ from registry.verbs.said import (
     read_manifest,
     resolve,
     table,
+    the_ledger,
     the_store,
 )
 
@@ -82,10 +83,13 @@ def serve(args: argparse.Namespace) -> Says:
 
 
 def build(args: argparse.Namespace) -> Says:
-    """a Bento of an artifact, its Dockerfile and Kubernetes manifests"""
-    digest = resolve(args.ref)
-    made = importlib.import_module("bentos.build").build(name_of(args.ref), digest, args.out, args.image)
-    return Says(f"{made.tag}\n{made.folder}", tag=made.tag, folder=str(made.folder))
+    """a Bento of an artifact, or of a system's champion and challenger; its Dockerfile and Kubernetes manifests"""
+    digest, name = resolve(args.ref), name_of(args.ref)
+    head = the_ledger().Ledger().head(name) if args.ref == name else None
+    tried = head.experiment["treatment"] if head and head.experiment else None
+    beside = [d for d in (head.challenger, tried) if d not in (None, "base", digest)] if head else []
+    made = importlib.import_module("bentos.build").build(name, digest, args.out, args.image, beside)
+    return Says(f"{made.tag}\n{made.folder}", tag=made.tag, folder=str(made.folder), carried=[digest, *beside])
 
 
 def bench(args: argparse.Namespace) -> Says:

@@ -172,20 +172,24 @@ def test_the_dockerfile_is_bentomls_and_names_no_place_of_this_machine(digest):
 
 def test_the_manifests_probe_limit_and_guard_what_they_run(digest):
     built = build(SYSTEM, digest, image="registry.example/sink:1")
-    deployment, service = documents(built, "kubernetes.yaml")
+    deployment, service, *_ = documents(built, "kubernetes.yaml")
     (inference,) = documents(built, "kserve.yaml")
     pod = deployment["spec"]["template"]["spec"]
     ready, alive = {"path": "/readyz", "port": 3000}, {"path": "/livez", "port": 3000}
-    for container in (pod["containers"][0], inference["spec"]["predictor"]["containers"][0]):
+    for container, asked in (
+        (pod["containers"][0], (ready, alive)),
+        (inference["spec"]["predictor"]["containers"][0], ({"path": "/v2/health/ready", "port": 3000},
+                                                           {"path": "/v2/health/live", "port": 3000})),
+    ):  # fmt: skip
         assert container["image"] == "registry.example/sink:1"
-        assert container["readinessProbe"]["httpGet"] == ready
-        assert container["livenessProbe"]["httpGet"] == alive
+        assert (container["readinessProbe"]["httpGet"], container["livenessProbe"]["httpGet"]) == asked
         assert set(container["resources"]["requests"]) == {"cpu", "memory"}
         assert container["securityContext"]["runAsNonRoot"]
         assert {"name": "PATCHBAY_TOKENS", "value": "/etc/patchbay/tokens.json"} in container["env"]
         assert container["volumeMounts"][0]["mountPath"] == "/etc/patchbay"
     assert pod["containers"][0]["startupProbe"]["httpGet"] == ready
-    assert pod["volumes"] == [{"name": "tokens", "secret": {"secretName": "attention-sink-tokens"}}]
+    tokens = {"name": "tokens", "secret": {"secretName": "attention-sink-tokens"}}
+    assert pod["volumes"] == [tokens, {"name": "home", "emptyDir": {}}]
     assert inference["spec"]["predictor"]["canaryTrafficPercent"] == 10
     assert service["spec"]["ports"][0]["targetPort"] == pod["containers"][0]["ports"][0]["containerPort"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
@@ -209,7 +213,7 @@ def test_a_base_from_a_folder_is_mounted_and_a_gpu_is_asked_for_if_declared(home
         env = {e["name"]: e["value"] for e in pod["containers"][0]["env"]}
         assert (env["PATCHBAY_BASE"], env["PATCHBAY_DEVICE"]) == ("local-dir:/base", "cuda")
         assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 1}
-        assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == "attention-sink-base"
+        assert pod["volumes"][2]["persistentVolumeClaim"]["claimName"] == "attention-sink-base"
         assert "attention-sink-base" in (built.folder / file).read_text().partition("apiVersion")[0]
 
 

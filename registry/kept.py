@@ -1,17 +1,37 @@
-"""Sealed folders on this host: home()/artifacts/<digest>, every byte verified."""
+"""Sealed folders on this host, home()/artifacts/<digest>, and where else they are looked for; every byte verified."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from registry import manifest
-from registry.errors import BadArtifact
+from registry import bucket, manifest
+from registry.errors import BadArtifact, ConfigError
 from registry.home import home, part_prefix, swept
+
+
+def find(digest: str, carried: Sequence[Path] = ()) -> Path | None:
+    """The verified sealed folder of an artifact: one that a Bento carries, else this host's, else the bucket's (then
+    it is kept here); None if none of them has it. Raises Tampered for a copy that is not what was sealed."""
+    if not manifest.is_digest(digest):
+        raise ConfigError(f"{digest[:80]!r} is not a digest of 64 hex digits; resolve the reference first.")
+    for folder in carried:
+        if manifest.parse(folder).digest == digest:
+            return verified(folder, digest)
+    folder = home() / "artifacts" / digest
+    if folder.is_dir():
+        return verified(folder, digest)
+    for run in (home() / "runs").glob(f"*-{digest[:16]}"):
+        if sealed_digest(run) == digest:
+            return keep(run, digest)
+    if bucket.address() is None:
+        return None
+    with part_folder() as part:
+        return keep(part / digest, digest) if bucket.get(digest, part / digest) else None
 
 
 def keep(folder: Path, digest: str) -> Path:
