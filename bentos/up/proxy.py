@@ -74,7 +74,7 @@ _UPSTREAM = """\
 _PLACES = """\
     location {at}/ {{ proxy_pass http://{name}/; {told} }}
     location = {at}/v1/outcomes {{ proxy_pass http://{name}/v1/outcomes; proxy_next_upstream off; {told} }}
-    location ~ ^{at}(/v1/(jobs|render|images|captions|mils|explain)(/.*)?)$ {{
+    location ~ ^{at}(/v1/(jobs|render|images|captions|explain)(/.*)?)$ {{
       proxy_pass http://{name}_jobs$1$is_args$args; {told}
     }}"""
 _MLFLOW = """\
