@@ -92,6 +92,7 @@ def bento(tag, folder, **env):
         process.wait(timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_bento_process_splits_counts_and_decides_on_postgresql(
     home, tiny_llm, postgres, tmp_path, monkeypatch, capsys
