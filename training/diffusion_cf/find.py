@@ -96,8 +96,45 @@ def isotropic(directions: Tensor, seed: int) -> Tensor:
 
 def shrunk(b: Bank, source: int, target: int, weight: float = 0.1) -> Tensor:
     """(k,) the normal of a shrunk linear discriminant between two classes, of unit norm: decides, rather than moves."""
-    xs = [b.e[b.label == c] for c in (source, target)]
-    centred = torch.cat([x - x.mean(0) for x in xs])
+    centred = _within(b, source, target)
     cov = centred.T @ centred / len(centred)
     cov = (1 - weight) * cov + weight * cov.trace() / len(cov) * torch.eye(len(cov))
-    return F.normalize(torch.linalg.solve(cov, xs[1].mean(0) - xs[0].mean(0)), dim=0)
+    ends = [b.e[b.label == c].mean(0) for c in (source, target)]
+    return F.normalize(torch.linalg.solve(cov, ends[1] - ends[0]), dim=0)
+
+
+def needed(b: Bank, vectors: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """(m,) steps in class gaps that bring conditions (m, k) of classes (m,) to the target's mean along the shrunk
+    discriminant: 1 for a picture like its class's mean, less for one that lies nearer to the border; 0 to 2."""
+    e, means, out = F.normalize(vectors.flatten(1), dim=-1), b.means(), []
+    normals: dict[tuple[int, int], Tensor] = {}
+    for x, a, c in zip(e, source.tolist(), target.tolist(), strict=True):
+        if (a, c) not in normals:
+            normals[a, c] = shrunk(b, a, c)
+        w = normals[a, c]
+        out.append((means[c] - x) @ w / ((means[c] - means[a]) @ w).clamp_min(1e-9))
+    return torch.stack(out).clamp(0.0, 2.0)
+
+
+def decided(b: Bank, directions: Tensor, source: Tensor, target: Tensor, count: int = 10, seed: int = 0) -> Tensor:
+    """Directions (m, k) of classes (m,) without what varies within classes and not between them: the first `count`
+    components of the variation within both, as far as the means lie no further apart along them than those of
+    shuffled labels do in one of 20 draws."""
+    g, kept = torch.Generator().manual_seed(seed), {}
+    for a, c in sorted(set(zip(source.tolist(), target.tolist(), strict=True))):
+        within = _within(b, a, c)
+        v = torch.linalg.svd(within, full_matrices=False).Vh[:count]
+        x = torch.cat([b.e[b.label == a], b.e[b.label == c]]) @ v.T
+        n = int((b.label == a).sum())
+        apart = (x[n:].mean(0) - x[:n].mean(0)).abs()
+        drawn = [x[torch.randperm(len(x), generator=g)] for _ in range(200)]
+        limit = torch.stack([(y[n:].mean(0) - y[:n].mean(0)).abs() for y in drawn]).quantile(0.95, dim=0)
+        kept[a, c] = v[apart <= limit]
+    taken = (kept[pair] for pair in zip(source.tolist(), target.tolist(), strict=True))
+    return torch.stack([d - d @ v.T @ v for d, v in zip(directions, taken, strict=True)])
+
+
+def _within(b: Bank, source: int, target: int) -> Tensor:
+    """(n, k) conditions of two classes, each less its class's mean."""
+    xs = [b.e[b.label == c] for c in (source, target)]
+    return torch.cat([x - x.mean(0) for x in xs])

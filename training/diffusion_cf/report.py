@@ -36,6 +36,8 @@ WAYS = {
 TOP = 3.0
 """class gaps up to which the smallest change is looked for"""
 ROUNDS = 3
+NEIGHBOURS = 5
+"""pictures of each class behind the paper's neighbour means"""
 EQUAL = (0.3, 0.5, 0.7)
 """shares of flips at which changes are compared"""
 CONTROL = "control: another class"
@@ -143,7 +145,7 @@ def report(folder: Path, config: Config, say: Say | None = None) -> dict[str, An
         bench = Bench(subject, config)
         shown = _main(bench, put)
         few = bench.few(config.report_few)
-        for part in (_controls, _baselines, _equal, _inversions, _smallest, _examples):
+        for part in (_controls, _directions, _baselines, _equal, _inversions, _smallest, _examples):
             part(few, put)
         _held(bench, put)
     finally:
@@ -183,6 +185,24 @@ def _controls(b: Bench, put: Put) -> None:
         for amount in b.config.amounts:
             made = b.judge(plain.along(b.directions, amount=amount))
             put("amounts", f"without the tuning, direction, {amount:g}", made.summary())
+
+
+def _directions(b: Bench, put: Put) -> None:
+    """The shipped direction beside finer ones, at the shipped amount: means of the pictures most like the edited one,
+    what decides between the classes alone, and each picture as far as it needs."""
+    source, e = b.test.label, F.normalize(b.editor.vectors(b.conditions).flatten(1), dim=-1)
+    near = b.bank.directions(source, b.target, k=NEIGHBOURS, near=e)
+    alone = find.decided(b.bank, b.directions, source, b.target)
+    far = find.needed(b.bank, e, source, b.target)
+    put("directions", "class means", b.moved("direction", b.amount).summary())
+    for name, d in {f"means of the {NEIGHBOURS} nearest": near, "less what varies within the classes": alone}.items():
+        row = b.judge(b.along(d)).summary()
+        row["cosine"] = judges.interval(F.cosine_similarity(d, b.directions), b.test.sprite)
+        row["length"] = judges.interval(d.norm(dim=1) / b.directions.norm(dim=1), b.test.sprite)
+        put("directions", name, row)
+    row = b.judge(b.editor.along(b.states, b.conditions, b.directions, b.amount * far, b.how)).summary()
+    row["amount"] = judges.interval(b.amount * far, b.test.sprite)
+    put("directions", "each as far as it needs", row)
 
 
 def _examples(b: Bench, put: Put) -> None:

@@ -107,6 +107,29 @@ def test_controls_have_equal_norm_and_another_end():
     assert float((b.e[b.label == 1] @ normal).mean()) > float((b.e[b.label == 0] @ normal).mean())
 
 
+def test_a_step_is_what_a_picture_needs_and_a_direction_what_decides():
+    """Planted: classes differ along the first axis and vary along the second, which few examples mix into the means."""
+    g = torch.Generator().manual_seed(0)
+    label = torch.tensor([0, 1]).repeat_interleave(12)
+    e = 0.05 * torch.randn(24, 8, generator=g)
+    e[:, 7] += 2.0
+    e[:, 0] += torch.where(label == 1, 0.5, -0.5)
+    e[:, 1] += 0.4 * torch.randn(24, generator=g)
+    b = find.Bank(F.normalize(e, dim=1), label, torch.arange(24), ("a", "b"), ("p", "p"))
+    source, target = torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1])
+    d = b.directions(source, target)
+    pure = find.decided(b, d, source, target)
+    assert bool((d[:, 1].abs() > 0.02).all())
+    assert float(pure[:, 1].abs().max()) < 0.3 * float(d[:, 1].abs().min())
+    assert float((pure[:, 0] / d[:, 0]).min()) > 0.9
+    means = b.means()
+    middle = (means[0] + means[1]) / 2
+    want = find.needed(b, torch.stack([means[0], means[1], middle]), source, target)
+    torch.testing.assert_close(want, torch.tensor([1.0, 1.0, 0.5]), atol=0.05, rtol=0)
+    further = find.needed(b, torch.stack([means[0] - means[1]] * 3), source, target)
+    assert float(further.max()) <= 2.0
+
+
 def test_the_smallest_flipping_amount_is_found_to_the_bisections_width():
     limits = torch.tensor([0.1, 0.7, 1.9, 5.0])
 
@@ -165,7 +188,7 @@ def test_the_tiny_recipe_reports_everything(home):
     assert evidence["classes"] == ["leopard", "tiger", "lemon", "tangerine"]
     rows = []
     got = report(folder, RECIPES["tiny"], lambda name, value: rows.append(name))
-    assert {"main", "amounts", "baselines", "examples a class", "inversions", "held style"} <= got.keys()
+    assert {"main", "amounts", "directions", "baselines", "examples a class", "inversions", "held style"} <= got.keys()
     assert {"direction", *(n for n in got["main"] if n.startswith("control"))} <= got["held style"].keys()
     assert got.pop("strips").axes
     assert len(rows) == sum(len(t) for t in got.values())
