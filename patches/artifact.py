@@ -12,6 +12,7 @@ from safetensors.torch import load as loads
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patches import devices
 from patches.engine.patch import Patch
 from registry import config, manifest
 from registry.errors import BadArtifact, ConfigError, NotFinite, Tampered
@@ -46,7 +47,7 @@ def load(
     tensors = loads(manifest.take(folder, about, TENSORS)) if TENSORS in about.files else {}
     check_finite(tensors, str(folder))
     try:
-        return about, cls(config.parse(cls.Config, about.config), tensors).to(device)
+        return about, cls(config.parse(cls.Config, about.config), tensors).to(devices.first(str(device)))
     except ConfigError as e:
         raise Tampered(f"{folder} holds no config of {about.system}: {e}") from None
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from patches import artifact
+from patches import artifact, devices
 from patches.engine.edits import Edit, Weight
 from patches.engine.patch import ONLY, Applied, Patch, apply
 from patches.families.base import Base, load_base
@@ -282,6 +282,7 @@ def check_memory(about: Manifest, device: str, limit: float = 0.0) -> None:
             f"sha256:{about.digest[:16]} needs {4 * numbers / 2**30:.3g} GiB beside the base; {limit:g} GiB are "
             "allowed for an arm here (PATCHBAY_ARM_GIB)."
         )
+    device = devices.first(device)
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
     if 4 * numbers > free:
         raise NotReady(

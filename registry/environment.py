@@ -14,7 +14,8 @@ VARIABLES = {
     "PATCHBAY_WHO": "who decides, as the ledger writes it down; default `$USER`",
     "PATCHBAY_BASE": "reference of the base (`--base`): of several roles in the system's order, with commas; default: "
     "what the artifact names",
-    "PATCHBAY_DEVICE": "where a service runs (`--device`): `cpu`, `cuda`, `cuda:1`; default `cpu`",
+    "PATCHBAY_DEVICE": "where a service runs (`--device`): `cpu`, `cuda`, `cuda:1`, "
+    "or `cuda:0,cuda:1` for a language model too large for one; default `cpu`",
     "PATCHBAY_DTYPE": "`fp32`, `bf16` or `fp16` for a base's weights (`--dtype`); default fp32 on a CPU, bf16 on a GPU",
     "PATCHBAY_PROVIDER": "`cpu` or `cuda`: serve with ONNX Runtime instead of torch (`--provider`)",
     "PATCHBAY_SLOTS": "rows of one batch (`--slots`); default 32",

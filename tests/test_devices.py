@@ -5,13 +5,16 @@ import torch
 from safetensors.torch import load_file
 
 from patches import artifact
+from patches.devices import shared_out
 from patches.engine.edits import Weight
 from patches.engine.patch import apply
 from patches.families import clip
 from patches.families.base import load_base
 from patches.families.clip.worker import Embedder, Picture
+from patches.families.llm.base import _map
 from patches.families.llm.worker import Decoder, Row
 from registry import manifest
+from registry.errors import ConfigError, NotReady
 from registry.systems import SYSTEMS
 from tests.patches.members import MECHANISMS
 from training import run
@@ -63,6 +66,76 @@ def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
     with torch.no_grad(), apply(base.model, {"a": moved}) as on, on.rows(["a", None, "a", "a"]):
         got = base.model(input_ids=ids).logits.cpu()
     torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], atol=1e-5, rtol=1e-5)
+
+
+SPLIT = f"cpu,{FAR}"
+"""two devices, with a decoder's first layers on one and its last on the other"""
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_every_mechanism_works_on_a_base_that_lies_on_two_devices(far, tiny_llm, name):
+    """The same answers as on one; FAR refuses what two GPUs would."""
+    patch = MECHANISMS[name]()
+    with torch.no_grad(), patch.apply(tiny_llm.model):
+        want = tiny_llm.model(input_ids=IDS).logits
+    base = load_base("tiny", "llm", SPLIT)
+    assert {p.device.type for p in base.model.parameters()} == {"cpu", FAR}
+    with torch.no_grad(), patch.apply(base.model):
+        torch.testing.assert_close(base.model(input_ids=IDS).logits.cpu(), want, atol=1e-5, rtol=1e-5)
+    if any(isinstance(e, Weight) for e in patch.edits()):
+        return
+    with torch.no_grad(), apply(base.model, {"a": patch}) as on, on.rows(["a", None, "a", "a"]):
+        got = base.model(input_ids=IDS).logits.cpu()
+    torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_running_batch_on_two_devices_says_what_one_does(far, tiny_llm):
+    patch = MECHANISMS["sink-all"]()
+    said = {}
+    for device in ("cpu", SPLIT):
+        base = load_base("tiny", "llm", device)
+        rows = [Row(ids.tolist()[: 8 + 2 * i], arm=("a", None)[i % 2], max_tokens=6) for i, ids in enumerate(IDS)]
+        with torch.no_grad(), apply(base.model, {"a": patch}, root=base.root) as on:
+            worker = Decoder(base, on)
+            worker.run(rows)
+            said[device] = [r.out for r in rows], worker.proof("a").cpu()
+        assert len({k.device.type for k in worker.cache.keys}) == len(device.split(","))
+    assert said["cpu"][0] == said[SPLIT][0]
+    torch.testing.assert_close(*(proof for _, proof in said.values()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_is_loaded_straight_onto_the_devices_of_its_layers(tmp_path, tiny_llm):
+    """`meta` holds no numbers, so what lies there was not put anywhere else first."""
+    tiny_llm.model.save_pretrained(tmp_path)
+    tiny_llm.processor.save_pretrained(tmp_path)
+    places = _map(tmp_path, ("cpu", "meta"))
+    layers = tiny_llm.model.config.num_hidden_layers
+    assert {places[f"model.layers.{i}"] for i in range(layers)} == {"cpu", "meta"}
+    assert (places["model.embed_tokens"], places["model.norm"]) == ("cpu", "meta")
+
+
+def test_layers_are_shared_out_in_order_and_as_evenly_as_whole_layers_allow():
+    for sizes in ([1.0] * 12, [8.0, *[1.0] * 6, 8.0], [1.0, 2.0]):
+        for count in (1, 2, 3, 5):
+            got = shared_out(sizes, count)
+            assert got == sorted(got)
+            assert set(got) <= set(range(count))
+            loads = [sum(s for s, at in zip(sizes, got, strict=True) if at == d) for d in range(count)]
+            assert max(loads) <= sum(sizes) / count + max(sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("cpu,cpu", "twice"), ("cpu,nowhere", "names no device"), ("cpu,cuda:7", "CUDA devices"), ("cpu,", "no device")],
+)
+def test_devices_that_are_none_are_named(device, says):
+    with pytest.raises((ConfigError, NotReady), match=says):
+        load_base("tiny", "llm", device)
+
+
+def test_a_family_that_lies_on_one_device_says_so():
+    with pytest.raises(ConfigError, match="one device"):
+        load_base("tiny", "clip", "cpu,cuda:0")
 
 
 def tensors_of(folder):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from patches.engine.rows import Group
@@ -23,9 +24,11 @@ class Inputs(Mapping[str, Any]):
         """Rows of the batch to which these inputs are narrowed; None: all"""
         self.group: Group | None = None
         """Strength and row parameters of these rows; None: no row parameters"""
+        self.device: torch.device | None = None
+        """Where what is read shall lie; None: where it does"""
 
     def __getitem__(self, key: str) -> Any:
-        return self.kwargs[key]
+        return self._placed(self.kwargs[key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kwargs)
@@ -40,11 +43,11 @@ class Inputs(Mapping[str, Any]):
             whole.memo = self.memo
             self.memo[derive] = derive(whole)
         value: Tensor = self.memo[derive]
-        return value if self.at is None else value[self.at]
+        return self._placed(value if self.at is None else value[self.at])
 
     def once_here(self, derive: Callable[[Inputs], V]) -> V:
         """Return derive(these inputs), computed once per forward and set of rows, for patches that edit many sites."""
-        key = (derive, id(self.at))
+        key = (derive, id(self.at), self.device)
         if key not in self.memo:
             self.memo[key] = derive(self)
         value: V = self.memo[key]
@@ -56,15 +59,24 @@ class Inputs(Mapping[str, Any]):
         Parameters are stacked once per call. Different lengths are padded with zeros to the longest, and a row without
         the parameter gets zeros. So a parameter is best a list in which zero means "none".
         """
-        return None if self.group is None else self.group.parameter(name)
+        return None if self.group is None else self._placed(self.group.parameter(name))
 
     def narrow(self, group: Group) -> Inputs:
         """Return these inputs narrowed to the rows of `group`."""
         if group.at is None and not group.params:
             return self
         out = Inputs(self.kwargs)
-        out.memo, out.at, out.group = self.memo, group.at, group
+        out.memo, out.at, out.group, out.device = self.memo, group.at, group, self.device
         return out
+
+    def on(self, device: torch.device) -> Inputs:
+        """Return these inputs as read on another device, for a base that lies on several."""
+        out = Inputs(self.kwargs)
+        out.memo, out.at, out.group, out.device = self.memo, self.at, self.group, device
+        return out
+
+    def _placed(self, value: Any) -> Any:
+        return value if self.device is None or not isinstance(value, Tensor) else value.to(self.device)
 
 
 @dataclass(frozen=True)

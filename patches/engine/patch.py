@@ -117,17 +117,27 @@ class Applied:
     undo: list[Callable[[], Any]] = field(default_factory=list)
     """What `revert` calls, last first"""
 
+    patches: dict[str, Patch] = field(default_factory=dict)
+    """Arm -> its patch"""
+    copies: dict[tuple[str, torch.device], dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
+    """(arm, device) -> its edits with tensors there, for a base that lies on several devices"""
+
     @cached_property
     def device(self) -> torch.device | None:
-        """Device of the model's parameters; row parameters are moved there."""
+        """Device of the model's first parameters; row parameters are moved there."""
         return next((p.device for p in self.model.parameters()), None)
+
+    @cached_property
+    def several(self) -> bool:
+        """Whether the model's parameters lie on more than one device."""
+        return len({p.device for p in self.model.parameters()}) > 1
 
     def revert(self) -> None:
         """Remove everything this application added, last first. Raises PatchError if a later patch depends on it."""
         while self.undo:
             self.undo[-1]()  # popped only after success, so that revert can be retried
             self.undo.pop()
-        self.arms, self.hooked = {}, set()
+        self.arms, self.hooked, self.patches, self.copies = {}, set(), {}, {}
 
     def __enter__(self) -> Applied:
         return self
@@ -164,11 +174,13 @@ class Applied:
             while len(self.undo) > depth:
                 self.undo.pop()()
             raise
-        self.arms = {**self.arms, name: table}
+        self.arms, self.patches = {**self.arms, name: table}, {**self.patches, name: patch}
 
     def remove(self, name: str) -> None:
         """Remove an arm. Its hooks stay until `revert` and cost nothing."""
         self.arms = {k: v for k, v in self.arms.items() if k != name}
+        self.patches = {k: v for k, v in self.patches.items() if k != name}
+        self.copies = {k: v for k, v in self.copies.items() if k[0] != name}
 
     @contextmanager
     def rows(
@@ -260,12 +272,12 @@ class Applied:
     def _act(self, key: tuple[str, str], x: Tensor) -> Tensor:
         out = x
         for group in self._groups(x.shape[0]):
-            edit = self.arms.get(group.arm, {}).get(key)
+            edit = self._edit(group.arm, key, x)
             if not isinstance(edit, Act) or group.under:
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
-            new = edit.fn(part, self._inputs().narrow(group))
+            new = edit.fn(part, self._inputs(x).narrow(group))
             if isinstance(group.strength, Tensor) or group.strength != 1.0:
                 new = part + shaped(group.strength, x) * (new - part)
             if group.at is None:
@@ -279,12 +291,12 @@ class Applied:
     def _side(self, key: tuple[str, str], x: Tensor, y: Tensor) -> Tensor:
         out = y
         for group in self._groups(x.shape[0]):
-            edit = self.arms.get(group.arm, {}).get(key)
+            edit = self._edit(group.arm, key, x)
             if not isinstance(edit, Side) or (group.under and not edit.under):
                 continue
             self.calls[group.arm, key[0]] += 1
             part = x if group.at is None else x[group.at]
-            more = shaped(group.strength, y) * edit.fn(part, self._inputs().narrow(group))
+            more = shaped(group.strength, y) * edit.fn(part, self._inputs(x).narrow(group))
             if group.at is None:
                 out = y + more
                 continue
@@ -296,11 +308,11 @@ class Applied:
     def _bias(self, key: tuple[str, str], x: Tensor) -> Tensor | None:
         total: Tensor | None = None
         for group in self._groups(x.shape[0]):
-            edit = self.arms.get(group.arm, {}).get(key)
+            edit = self._edit(group.arm, key, x)
             if not isinstance(edit, Bias) or group.under:
                 continue
             self.calls[group.arm, key[0]] += 1
-            new = edit.fn(self._inputs().narrow(group))
+            new = edit.fn(self._inputs(x).narrow(group))
             if new is None:
                 continue
             new = new.to(x.dtype) * shaped(group.strength, new)
@@ -311,12 +323,22 @@ class Applied:
             total[group.at] = new
         return total
 
-    @staticmethod
-    def _inputs() -> Inputs:
+    def _edit(self, arm: str, key: tuple[str, str], x: Tensor) -> Act | Bias | Side | None:
+        """Return an arm's edit of a site, with its tensors where x lies."""
+        edit = self.arms.get(arm, {}).get(key)
+        if edit is None or not self.several or x.device == self.device:
+            return edit
+        at = arm, x.device
+        if at not in self.copies:
+            edits = zip(self.arms[arm], self.patches[arm].to(x.device).edits(), strict=True)
+            self.copies = {**self.copies, at: {k: e for k, e in edits if not isinstance(e, Weight)}}
+        return self.copies[at][key]
+
+    def _inputs(self, x: Tensor) -> Inputs:
         inputs = _INPUTS.get()
         if inputs is None:
             raise PatchError("The base was called below its root, so its inputs are unknown; call the model itself.")
-        return inputs
+        return inputs if not self.several or x.device == self.device else inputs.on(x.device)
 
 
 def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, root: str = "") -> Applied:
@@ -354,8 +376,13 @@ def apply(model: nn.Module, arms: Mapping[str, Patch], strength: float = 1.0, ro
                     f"{type(patch).__name__} edits weights, and rows of one batch share the weights: "
                     "apply it alone, or fold it and serve the copy."
                 )
-            for e in weights:
-                on.undo.append(put_weight(module_at(model, e.site), e, strength))
+            for i, e in enumerate(weights):
+                module = module_at(model, e.site)
+                if on.several:  # an edit's tensors go where its site is
+                    placed = patch.to(next(module.parameters()).device).edits()[i]
+                    assert isinstance(placed, Weight)
+                    e = placed
+                on.undo.append(put_weight(module, e, strength))
     except BaseException:
         on.revert()
         raise

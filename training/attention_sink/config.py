@@ -21,6 +21,7 @@ class Config:
     base: str = "pypi:smollm2"
     """Reference of a decoder language model with Llama's layout"""
     device: str = "cpu"
+    """Where it runs; several with commas (cuda:0,cuda:1) for a model too large for one"""
     seed: int = 0
     method: Literal["auto", "paper", "damp"] = "auto"
     """Candidate patches. paper: silence the last stage's neurons away from the first token, or these and their echoes
@@ -62,8 +63,8 @@ RECIPES: dict[str, Config] = {
     ),
     "smollm": Config(),
     "demo": Config(
-        limits=(4.0,), run_limits=(), fit_words=3, fit_contexts=("prefix",), test_words=10, copies=(4, 64, 256, 512),
-        contexts=("prefix",), continue_tokens=16, documents=3, document_tokens=256,
+        limits=(4.0,), run_limits=(), fit_words=3, fit_contexts=("prefix",), test_words=6, copies=(4, 64, 320),
+        contexts=("prefix",), continue_tokens=8, documents=2, document_tokens=256,
     ),
     "gemma": Config(base="pypi:gemma3"),
     "paper": Config(
@@ -76,7 +77,7 @@ def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
     """More words repeated after the longest run, text predicted as before, hardly any time."""
     longest = f"quality/repeat_{config.contexts[0]}_{max(config.copies)}"
     dear = recipe == "tiny"
-    few = recipe in ("tiny", "demo")  # ten words cannot make a gain sure
+    few = recipe in ("tiny", "demo")  # six words cannot make a gain sure
     return (
         gate.gain(longest, sure=not few), gate.ratio("quality/perplexity_prose", 1.05 if dear else 1.01),
         gate.latency(20.0 if dear else 3.0 if few else 1.5),

@@ -48,7 +48,8 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
         sae = load_sae(folder / "sae", config.device)
         arms["random features"] = Arm(edit(sae, c.site, fitted["random"]["features"], c.op, value, c.tokens))
     draft = Draft(opened.about)
-    report_arms(opened.base, config, chain(arms.items(), others(opened.base, sealed)), folder, draft)
+    every = chain(arms.items(), others(opened.base, sealed))
+    report_arms(opened.base, config, every, folder, draft, by_hand=("clip_sae", "base", "prefix", "projection"))
     return draft
 
 

@@ -29,7 +29,7 @@ from training import choose
 from training.data import images as readers
 from training.data.images import Batch, Dataset
 from training.data.layouts import named, photographs
-from training.data.typographic import written
+from training.data.typographic import HANDS, written
 from training.evidence import Draft
 from training.lab import atlas, worlds
 from training.progress import tqdm
@@ -336,12 +336,33 @@ class Arm:
         return self.patch.apply(base.model, self.strength, base.root) if self.patch else nullcontext()
 
 
-def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], folder: Path, draft: Draft) -> None:
+HAND_IMAGES = 300
+"""Number of test images that are written on in each hand of the second renderer"""
+
+
+def other_hands(config: Asked, n: int = HAND_IMAGES) -> dict[str, dict[str, Dataset]]:
+    """Return, per hand of the second renderer, the typographic task's data sets, as `pictures` of the test split does.
+
+    Nothing is fitted or chosen on these hands. Without paper the blank control is the clean image.
+    """
+    clean = world(config, "typographic", "test", n, word="none")
+    words: dict[str, Literal["wrong", "blank"]] = {"attacked": "wrong", "blank": "blank"}
+    return {
+        name: {k: written(clean, w, config.seed, name) for k, w in words.items()} | {"clean": clean}
+        for name in HANDS
+        if name != "strip"
+    }
+
+
+def report_arms(
+    base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], folder: Path, draft: Draft, by_hand: Sequence[str] = ()
+) -> None:
     """Measure every arm on test and in the held-out style.
 
     Each metric goes with its interval into `draft` under "arms" as soon as it is known.
 
-    folder: that of the sealed patch, whose probe is the classifier if it has one.
+    folder: that of the sealed patch, whose probe is the classifier if it has one. by_hand: arms that are measured on
+    other hands' writing too (typographic task).
     """
     sets = {split: pictures(config, split, config.test_images) for split in reported_splits(config)}
     for name, arm in tqdm(arms, "arms", disable=None):
@@ -352,6 +373,12 @@ def report_arms(base: Base, config: Asked, arms: Iterable[tuple[str, Arm]], fold
                 by = classifier(base, config, next(iter(mine.values())), arm.templates, folder)
                 said = {k: ask(base, config, d, by) for k, d in mine.items()}
             draft.keep("arms", name, split, value=measured(config, said))
+        if config.task == "typographic" and name in by_hand:
+            for hand, mine in other_hands(config, min(HAND_IMAGES, config.test_images)).items():
+                with arm.on(base):
+                    by = classifier(base, config, mine["clean"], arm.templates, folder)
+                    said = {k: ask(base, config, d, by) for k, d in mine.items()}
+                draft.keep("arms", name, f"hand {hand}", value=measured(config, said))
 
 
 def examples(

