@@ -80,7 +80,7 @@ def written(
 
     def read(rows: Tensor) -> Batch:
         batch = data.read(rows)
-        image, said = batch.image.clone(), []
+        image, said = batch.image.cpu().clone(), []
         strip = torch.zeros(len(batch), *image.shape[-2:], dtype=torch.bool)
         for i, row in enumerate(rows.tolist()):
             g = np.random.default_rng([seed, row])
@@ -91,8 +91,13 @@ def written(
                 image[i], strip[i] = _write(image[i], classes[shown], g, HANDS[hand], letters=word != "blank")
             said.append(shown if word in ("own", "wrong") else -1)
         names = tuple(classes[j] if j >= 0 else "" for j in said)
-        extras = {**batch.extras, "word": names, "word_label": torch.tensor(said), "strip": strip}
-        return Batch(image, batch.label, extras)
+        extras = {
+            **batch.extras,
+            "word": names,
+            "word_label": torch.tensor(said, device=batch.label.device),
+            "strip": strip,
+        }
+        return Batch(image.to(batch.image.device), batch.label, extras)
 
     about = {**data.about, "written": word, "written_seed": seed} | ({"hand": hand} if hand != "strip" else {})
     return Dataset(data.name, data.split, classes, len(data), about, read)
