@@ -44,7 +44,7 @@ def film(frames: int = 8, size: int = 16) -> dict[str, str]:
 SHAPES = {
     "generate": Ask("/v1/completions", lambda: {"prompt": "a man walks", "max_tokens": 4, "temperature": 0}),
     "caption": Ask(
-        "/v1/captions", lambda: {"image": picture()["data"], "budget": {"steps": 1, "ask": 2, "calls": 40}, "wait": 60}
+        "/v1/captions", lambda: {"image": picture()["data"], "budget": {"steps": 1, "ask": 2, "lines": 38}, "wait": 60}
     ),
     "classify": Ask("/v1/classify", lambda: {"images": [picture()], "labels": ["cat", "dog"]}),
     "embed": Ask("/v1/video", lambda: {"clips": [film()], "wants": ["scores", "features", "surprise"]}),

@@ -49,10 +49,12 @@ class Spend(BaseModel):
     """rounds after the bank"""
     seconds: Annotated[float, Field(gt=0, le=3600)] | None = None
     calls: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """texts scored, the bank's included"""
+    """texts scored after the bank's, which cost nothing once they are encoded"""
     tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     ask: Annotated[int, Field(ge=1, le=1000)] | None = None
     """candidates a round"""
+    lines: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """lines of the bank, the first ones; default all that the arm has"""
 
 
 class Caption(Media):
@@ -203,7 +205,7 @@ class Service(jobs.Service):
 
     def _job(self, arm: str | None, inputs: dict[str, Any], ask: dict[str, Any]) -> Searching:
         budget = Budget(**ask["budget"]) if arm is not None else Budget(
-            seconds=ask["budget"]["seconds"], calls=ask["budget"]["calls"]
+            seconds=ask["budget"]["seconds"], lines=ask["budget"].get("lines")
         )  # fmt: skip
         strength = ask["patchbay"]["strength"]
         goal = str(inputs.get("goal", ""))

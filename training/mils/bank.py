@@ -16,6 +16,7 @@ import torch
 from training.lab import atlas, pool, worlds
 from training.lab.company import company_classes
 from training.lab.renderer import GROUNDS, generator
+from training.mils.draw import LIGHTS
 from training.mils.scenes import pairs
 from training.tasks.captions import named
 
@@ -77,8 +78,33 @@ def drawable(split: str) -> tuple[str, ...]:
 @cache
 def prompts() -> tuple[str, ...]:
     """Lines that prompts are rewritten with: ways to say it, about names of train; no line says a name of test."""
+    out = [f"{head} of a {name}{tail}" for head in HEADS for tail in TAILS for name in drawable("train")]
+    return tuple(out[i] for i in torch.randperm(len(out), generator=generator("mils/prompts", 0)).tolist())
+
+
+@cache
+def looks(split: str) -> dict[str, tuple[str, ...]]:
+    """The lights in which a split's styles show every ground: three of the eight each for test and train, two for
+    val."""
+    names, part = tuple(LIGHTS), {"test": slice(0, 3), "val": slice(3, 5), "train": slice(5, 8)}[split]
+    g = generator("mils/looks", 0)
+    order = {ground: torch.randperm(len(names), generator=g).tolist() for ground in GROUNDS}
+    return {ground: tuple(names[i] for i in order[ground][part]) for ground in GROUNDS}
+
+
+@cache
+def styles() -> tuple[str, ...]:
+    """Lines that say a ground, a light, or both as styles of train have them, of every class; the first ones say every
+    look once."""
+    both = [f"on {ground} in {light}" for ground, lights in looks("train").items() for light in lights]
+    said = [*(f"on {ground}" for ground in GROUNDS), *(f"in {light}" for light in LIGHTS), *both]
+    g = generator("mils/styles", 0)
+    classes = [c for c in worlds.imagenet_classes() if not named(c, (*GROUNDS, *LIGHTS))]  # a water wave is no water
+    order = [torch.randperm(len(classes), generator=g).tolist() for _ in said]
     return tuple(
-        f"{HEADS[i % len(HEADS)]} of a {name}{TAILS[i % len(TAILS)]}" for i, name in enumerate(drawable("train"))
+        f"a picture of a {classes[o[k]]} {look}"
+        for k in range(len(classes))
+        for look, o in zip(said, order, strict=True)
     )
 
 

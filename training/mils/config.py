@@ -32,8 +32,8 @@ class Config:
     sound: str = ""
     """audio-text model of tasks with sounds; empty: the small CLAP of the lab's sounds, trained by the fit"""
     renderer: str = ""
-    """diffusion base that draws, for prompts and styles; empty: the lab's renderer as a program (`training.mils.draw`),
-    which a service does not have"""
+    """diffusion base that draws, for prompts and styles; empty: of prompts the lab's renderer as a program, which a
+    service does not have, of styles the lab's grounds and lights, sealed by the fit (both `training.mils.draw`)"""
     sound_steps: int = 250
     """steps of that training"""
     bank: str = ""
@@ -59,7 +59,7 @@ def _search(**how: object) -> SearchConfig:
 
 RECIPES: dict[str, Config] = {
     "tiny": Config(
-        search=_search(keep=6, ask=6, steps=2, calls=200), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
+        search=_search(keep=6, ask=6, steps=2, lines=100), scorer="tiny:0", language="tiny:0", fit_items=2, items=3,
         sound_steps=2,
     ),
     "lab": Config(search=_search()),
@@ -76,10 +76,10 @@ RECIPES: dict[str, Config] = {
     "video": Config(search=_search(task="video"), data="clips"),
     "audio": Config(search=_search(task="audio"), data="sounds"),
     "prompt": Config(
-        search=_search(task="prompt", keep=4, ask=8, steps=2, calls=24), data="prompts", renderer="lab:diffusion",
-        fit_items=3, items=100,
+        search=_search(task="prompt", keep=4, ask=4, steps=2, lines=3, drawn=4), data="prompts",
+        renderer="lab:diffusion", fit_items=3, items=100,
     ),
-    "style": Config(search=_search(task="style", keep=8, ask=8, steps=4, calls=60), data="styles"),
+    "style": Config(search=_search(task="style", keep=8, ask=12, steps=3, lines=44), data="styles"),
     "arithmetic": Config(search=_search(task="arithmetic"), data="plus"),
     "minus": Config(search=_search(task="arithmetic"), data="minus"),
     "both": Config(search=_search(task="arithmetic"), data="both"),

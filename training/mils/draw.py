@@ -1,9 +1,9 @@
 """What draws for the tasks that make pictures: the lab's renderer as a program that draws the names a text says.
 
 A stand-in for a diffusion base that is as quick as the search around it: it knows the 100 classes and the nine grounds
-by their names, draws the first two things a text says, at fixed places, in one style, and nothing it does not know. As
-an editor it keeps the things of a scene and changes the ground. `patches.families.search.draw` has the diffusion base,
-which `mils/prompt` names.
+by their names, draws the first two things a text says, at fixed places, in one style, and nothing it does not know.
+`patches.families.search.draw` has the diffusion base, which `mils/prompt` names. The editor of `mils/style` is made
+here too: the nine grounds as backdrops, which the fit seals, and eight lights.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from patches.families.search.backdrops import Backdrops
 from patches.families.search.scorers import Renderer
 from training.lab import atlas, worlds
 from training.lab.renderer import GROUNDS, Grounds, Layout, Things, choose, generator, grounds, render, things
 from training.tasks.captions import named, words
 
 PLAIN = GROUNDS.index("plain paper")
+LIGHTS = {
+    "dim light": (0.55, 0.55, 0.55), "warm light": (1.2, 0.95, 0.65), "cold light": (0.7, 0.95, 1.25),
+    "red light": (1.3, 0.55, 0.55), "green light": (0.55, 1.2, 0.55), "blue light": (0.5, 0.6, 1.4),
+    "purple light": (1.1, 0.5, 1.2), "bright light": (1.45, 1.45, 1.45),
+}  # fmt: skip
+"""name -> gains of red, green and blue"""
 
 
 class Drawer(Renderer):
@@ -47,26 +54,11 @@ class Drawer(Renderer):
         return render(Layout(Grounds(**{**on, "kind": kind}), Things(**{**spread, "sprite": sprite}))).image
 
 
-class Grounder(Renderer):
-    """An editor that puts the ground a text names behind a scene: pixels near the scene's border colours are replaced.
-
-    A text that names no ground leaves the picture as it is."""
-
-    def draw(self, texts: Sequence[str], picture: Tensor | None = None) -> Tensor:
-        assert picture is not None
-        g = generator("mils/grounder", 0)
-        one = grounds(1, g, textures=(0, 1))
-        nothing = things(torch.full((1, 1), -1), g)
-        edge = torch.cat([picture[:, :4].flatten(1), picture[:, -4:].flatten(1)], 1).float()
-        centre, spread = edge.mean(1)[:, None, None], edge.std(1).clamp_min(12)[:, None, None]
-        behind = ((picture.float() - centre).abs() < 2.5 * spread).all(0)
-        out = []
-        for text in texts:
-            where = sorted(named(text, GROUNDS), key=" ".join(words(text)).find)
-            if not where:
-                out.append(picture)
-                continue
-            kind = torch.tensor([GROUNDS.index(where[0])])
-            made = render(Layout(replace(one, kind=kind), nothing)).image[0]
-            out.append(torch.where(behind, made, picture))
-        return torch.stack(out)
+def editor() -> Backdrops:
+    """The grounds as backdrops, of textures that scenes of val and test do not have, and the lights."""
+    g = generator("mils/grounder", 0)
+    one = grounds(1, g, textures=(0, 1))
+    nothing = things(torch.full((1, 1), -1), g)
+    made = {name: render(Layout(replace(one, kind=torch.tensor([k])), nothing)).image[0]
+            for k, name in enumerate(GROUNDS)}  # fmt: skip
+    return Backdrops(made, {name: torch.tensor(gains) for name, gains in LIGHTS.items()})

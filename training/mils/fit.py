@@ -19,6 +19,7 @@ from registry import manifest
 from registry.manifest import Manifest
 from training.mils import measure, sounds
 from training.mils.config import Config
+from training.mils.draw import editor
 from training.mils.items import lines
 
 TRACE = "trace.jsonl"
@@ -74,6 +75,8 @@ def configured(config: Config, folder: Path, scorer: Base) -> tuple[SearchConfig
         search, parents = replace(search, patched=("scorer",)), [about.digest]
     if config.data in ("sounds", "both"):
         search = replace(search, sound=ears(config, folder))
+    if config.data == "styles" and not config.renderer:
+        search = replace(search, renderer=editor().save(folder))
     if config.renderer:
         search = replace(search, renderer=load_base(config.renderer, "diffusion", config.device).label)
     return search, parents

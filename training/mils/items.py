@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patches.families.base import Base
+from patches.families.search.backdrops import lit
 from registry.errors import ConfigError
 from training.lab import atlas, worlds
 from training.lab.company import company_classes
+from training.lab.renderer import GROUNDS
 from training.lab.worlds import Split
 from training.mils import bank as captions
 from training.mils import judge, sounds
 from training.mils.config import Config
+from training.mils.draw import LIGHTS
 from training.mils.scenes import MOST, Scenes, clips, scenes
 from training.tasks.captions import named
 
@@ -71,6 +75,8 @@ def _lines(config: Config) -> tuple[str, ...]:
         return captions.company(tuple(map(frozenset, _company_of("test", min(config.items, MOST))[1])))
     if config.data == "prompts" and config.renderer:
         return captions.prompts()
+    if config.data == "styles":
+        return captions.styles()
     return captions.lines()
 
 
@@ -150,14 +156,16 @@ def _prompts(config: Config, base: Base, split: Split, n: int) -> Task:
 
 
 def _styles(config: Config, base: Base, split: Split, n: int) -> Task:
-    """Pairs of scenes: the things of one on the ground of the other."""
+    """Pairs of scenes: the things of one on the ground of the other, which is seen in a light."""
     data = scenes(split, 2 * n)
+    lights = captions.looks(split)
+    true = [(g, lights[g][i % len(lights[g])]) for i, g in enumerate(data.grounds[1::2])]
     inputs = [
-        {"content": data.images[2 * i], "style": data.images[2 * i + 1], "key": f"{split}/{i}"} for i in range(n)
+        {"content": data.images[2 * i], "key": f"{split}/{i}",
+         "style": lit(data.images[2 * i + 1], torch.tensor(LIGHTS[light]))}
+        for i, (_, light) in enumerate(true)
     ]  # fmt: skip
-    from training.lab.renderer import GROUNDS
-
-    return Task(inputs, [(g,) for g in data.grounds[1::2]], GROUNDS)
+    return Task(inputs, true, (*GROUNDS, *LIGHTS))
 
 
 def _singles(split: Split, n: int) -> tuple[Tensor, list[str]]:

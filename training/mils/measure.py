@@ -21,7 +21,7 @@ from registry.measure import Measure
 from training.lab.worlds import Split
 from training.mils import judge
 from training.mils.config import Config
-from training.mils.draw import Drawer, Grounder
+from training.mils.draw import Drawer
 from training.mils.items import Task, items
 from training.tasks.captions import bleu, cider_d, named, objects
 from training.tasks.intervals import mean, share
@@ -70,8 +70,7 @@ def worker(subject: Subject) -> SearchWorker:
     if subject in _workers:
         return _workers[subject]
     made = _workers[subject] = SearchWorker(subject, WorkerSettings())
-    draws: dict[str, Renderer] = {"prompt": Drawer(), "style": Grounder()}
-    made.renderers.update(draws)
+    made.renderers["prompt"] = Drawer()
     return made
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from patches.families.search.config import MAX_WORDS
+from patches.families.search.config import MAX_LINES, MAX_WORDS
 from registry.errors import Invalid, NotFound, TooLarge
 
 FILE = "bank.txt"
 """lies in every artifact of kind `search`"""
-MAX_LINES = 100_000
 MAX_LINE_CHARACTERS = 1000
 JOINTS = frozenset(
     ["and", "on", "with", "in", "of", "under", "above", "beside", "behind", "over", "near", "at", "inside"]

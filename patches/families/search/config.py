@@ -17,6 +17,8 @@ MAX_ASK, MAX_KEEP, MAX_STEPS = 1000, 1000, 100
 MAX_CALLS = 100_000
 MAX_SECONDS = 3600.0
 MAX_WORDS = 100
+MAX_LINES = 100_000
+"""lines of a bank"""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class SearchConfig:
     seconds: float = 0.0
     """budget of one item, 0: none; as calls and tokens"""
     calls: int = 0
-    """texts scored for one item, its bank included"""
+    """texts scored for one item after its bank, whose features all items share: no budget loses the bank's best"""
     tokens: int = 0
     """tokens generated for one item"""
+    lines: int = 0
+    """lines of the bank that are scored first, 0: all; for tasks that draw every line"""
     words: int = 16
     """words of the longest candidate; longer ones are cut"""
     shown: int = 6
@@ -64,8 +68,8 @@ class SearchConfig:
     sound: str = ""
     """name@digest of the audio-text model, for tasks with sounds"""
     renderer: str = ""
-    """name@digest of the diffusion base that draws what prompts say, for tasks that make pictures; empty: what whoever
-    runs the search put there"""
+    """name@digest of the diffusion base that draws what prompts say, for tasks that make pictures, or of the backdrops
+    that are sealed with the search (`backdrops`); empty: what whoever runs the search put there"""
     drawn: int = 10
     """denoiser steps of one picture of it"""
     patched: tuple[str, ...] = ()
@@ -77,7 +81,8 @@ class SearchConfig:
             ("keep", self.keep, 1, MAX_KEEP), ("ask", self.ask, 1, MAX_ASK), ("steps", self.steps, 0, MAX_STEPS),
             ("patience", self.patience, 0, MAX_STEPS), ("epsilon", self.epsilon, 0.0, 1.0),
             ("seconds", self.seconds, 0.0, MAX_SECONDS), ("calls", self.calls, 0, MAX_CALLS),
-            ("tokens", self.tokens, 0, 10_000_000), ("words", self.words, 1, MAX_WORDS),
+            ("tokens", self.tokens, 0, 10_000_000), ("lines", self.lines, 0, MAX_LINES),
+            ("words", self.words, 1, MAX_WORDS),
             ("shown", self.shown, 1, 50), ("crops", self.crops, 0, 6), ("drawn", self.drawn, 1, 100),
             ("wait", self.wait, 0.1, 600.0), ("temperature", self.temperature, 0.0, 2.0),
             ("top_p", self.top_p, 1e-3, 1.0),
@@ -96,16 +101,20 @@ class Budget:
     tokens: int | None = None
     ask: int | None = None
     """candidates a round"""
+    lines: int | None = None
+    """lines of the bank"""
 
     def within(self, config: SearchConfig) -> SearchConfig:
         """The configuration with its budgets lowered. Raises Invalid for a budget that is negative or beyond what the
         configuration allows."""
         new = {}
-        for name in ("steps", "seconds", "calls", "tokens", "ask"):
+        for name in ("steps", "seconds", "calls", "tokens", "ask", "lines"):
             value, most = getattr(self, name), getattr(config, name)
             if value is None:
                 continue
-            most = most or {"seconds": MAX_SECONDS, "calls": MAX_CALLS, "tokens": 10_000_000}.get(name, most)
+            most = most or {"seconds": MAX_SECONDS, "calls": MAX_CALLS, "tokens": 10_000_000, "lines": MAX_LINES}.get(
+                name, most
+            )
             least = 0 if name == "steps" else 1 if name != "seconds" else 0.01
             if not least <= value <= most:
                 raise Invalid(f"budget.{name}={value:g} must be between {least:g} and {most:g} here.")

@@ -24,6 +24,8 @@ SLOTS = 4
 """rows of one denoiser step"""
 CHANGED = 0.6
 """how much of a picture that is changed is noised away (SDEdit, arXiv 2108.01073)"""
+MAX_KEPT = 4096
+"""pictures drawn from a text alone that are kept, 12 kB each at 64 px: arms and judges ask for the same ones"""
 
 
 class Diffusion(Renderer):
@@ -33,6 +35,7 @@ class Diffusion(Renderer):
         from patches.subject import Subject
 
         self.base, self.steps, self.seed = base, steps, seed
+        self.kept: dict[str, Tensor] = {}
         subject = Subject({"base": base}, {} if patch is None else {ONLY: patch})
         self.arm = None if patch is None else ONLY
         self.worker = subject.family.worker(subject, WorkerSettings(slots=SLOTS))
@@ -49,6 +52,19 @@ class Diffusion(Renderer):
 
     def drawing(self, texts: Sequence[str], picture: Tensor | None = None) -> Slices[None, None, Tensor]:
         """Yields after every denoiser step. Raises what a row failed with; leaves nothing queued."""
+        if picture is not None:
+            return (yield from self._drawing(texts, picture))
+        made = {t: self.kept[t] for t in texts if t in self.kept}
+        new = [t for t in dict.fromkeys(texts) if t not in made]
+        if new:
+            drawn = yield from self._drawing(new, None)
+            made |= dict(zip(new, drawn, strict=True))
+            self.kept |= made
+            while len(self.kept) > MAX_KEPT:
+                self.kept.pop(next(iter(self.kept)))
+        return torch.stack([made[t] for t in texts])
+
+    def _drawing(self, texts: Sequence[str], picture: Tensor | None) -> Slices[None, None, Tensor]:
         from patches.families.diffusion import Denoising, drawn
 
         pipe = self.base.model

@@ -111,7 +111,8 @@ class Mutation(Generator):
 
 @dataclass
 class Random(Generator):
-    """New lines put together from the bank's phrases at random, whatever the scores say: the control of a search."""
+    """New lines put together from the bank's phrases at random, whatever the scores say: the control of a search. Of a
+    prompt that is rewritten, every line is an edit of the prompt itself."""
 
     bank: Bank
 
@@ -123,7 +124,7 @@ class Random(Generator):
         for _ in range(a.want * TRIES):
             if len(out) == a.want:
                 break
-            text = mutate(self.bank.lines, self.bank, a.rng, config.words)
+            text = mutate((a.goal,) if a.goal else self.bank.lines, self.bank, a.rng, config.words)
             if text and text not in a.seen:
                 out[text] = None
         return list(out)

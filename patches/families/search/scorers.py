@@ -345,14 +345,17 @@ class Preference(Drawn):
 
 
 class Style(Drawn):
-    """Minus (1000 x the sum over blocks of the MSE of Gram matrices, plus the MSE of the content's features).
+    """Minus (the mean over blocks of the relative squared error of Gram matrices, plus WEIGHT times that of the
+    content's features).
 
-    Gram = F^T F / (tokens x width) of the patch tokens of an image tower's blocks, the content the tokens of one deep
-    block: the measure of Gatys et al. on a transformer's features, for a CLIP has no VGG, which the paper uses.
+    Gram = F^T F of the patch tokens of an image tower's blocks, the content the tokens of one deep block: the measure
+    of Gatys et al. on a transformer's features, for a CLIP has no VGG, which the paper uses. Errors are relative
+    because the paper's 1000 is a number of VGG's scale: with it the content drowns the style here.
     """
 
-    GRAMS, CONTENT, WEIGHT = (0.0, 0.25, 0.5), 0.75, 1000.0
+    GRAMS, CONTENT = (0.0, 0.25, 0.5), 0.75
     """depths, as shares of the tower's blocks"""
+    WEIGHT = 0.1
 
     def __init__(self, base: Base, renderer: Renderer) -> None:
         super().__init__()
@@ -364,12 +367,11 @@ class Style(Drawn):
         grams, _ = self.describe(inputs["style"][None])
         _, content = self.describe(inputs["content"][None])
         scope = str(inputs.get("key", hash(inputs["content"].numpy().tobytes())))
-        return Target(torch.cat([grams[0], content[0]]), scope, inputs["content"])
+        return Target(torch.cat([grams[0].flatten(), content[0]]), scope, inputs["content"])
 
     @torch.inference_mode()
     def describe(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled Gram matrices (n, G) and content features (n, C) of uint8 pictures; a sum of squares of differences
-        of the first is 1000 times the sum of their MSEs, of the second the MSE."""
+        """Gram matrices (n, blocks, G) and content features (n, C) of uint8 pictures."""
         blocks = self.base.model.visual.transformer.resblocks
         at = [int(d * len(blocks)) for d in (*self.GRAMS, self.CONTENT)]
         seen: dict[int, Tensor] = {}
@@ -385,16 +387,16 @@ class Style(Drawn):
                 hook.remove()
         grams = []
         for i in at[:-1]:
-            gram = seen[i].mT @ seen[i] / seen[i].shape[1] / seen[i].shape[2]
-            grams.append(gram.flatten(1) * (self.WEIGHT / gram[0].numel()) ** 0.5)
-        content = seen[at[-1]].flatten(1)
-        return torch.cat(grams, 1), content / content.shape[1] ** 0.5
+            grams.append((seen[i].mT @ seen[i] / seen[i].shape[1]).flatten(1))
+        return torch.stack(grams, 1), seen[at[-1]].flatten(1)
 
     def described(self, pictures: Tensor, target: Target) -> Tensor:
-        """(n, 2): both losses, so that little is kept of a text."""
+        """(n, 2): both relative errors, so that little is kept of a text."""
         grams, content = self.describe(pictures)
-        wanted = target.vector.split([grams.shape[1], content.shape[1]])
-        return torch.stack([(a - b).square().sum(1) for a, b in zip((grams, content), wanted, strict=True)], 1)
+        style, same = target.vector.split([grams[0].numel(), content.shape[1]])
+        style = style.unflatten(0, grams.shape[1:])
+        far = ((grams - style).square().sum(2) / style.square().sum(1).clamp_min(1e-12)).mean(1)
+        return torch.stack([far, (content - same).square().sum(1) / same.square().sum().clamp_min(1e-12)], 1)
 
     def compare(self, features: Tensor, target: Target) -> Tensor:
-        return -features.sum(1)
+        return -(features[:, 0] + self.WEIGHT * features[:, 1])

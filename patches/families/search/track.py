@@ -68,11 +68,14 @@ class Track:
 
     @property
     def first(self) -> tuple[str, ...]:
-        """What round 0 scores: own lines, then the bank's. A budget of calls leaves room for the rounds, but at least
-        half of it is the bank's."""
-        c = self.config
-        lines = tuple(dict.fromkeys((*self.start, *self.bank.lines)))
-        return lines[: max(c.calls // 2, c.calls - c.steps * c.ask)] if c.calls else lines
+        """What round 0 scores: own lines, then the bank's; the same for every budget but that of lines, so that a
+        search ends no lower than the best of its bank."""
+        return tuple(dict.fromkeys((*self.start, *self.bank.lines[: self.config.lines or None])))
+
+    @property
+    def candidates(self) -> int:
+        """Texts scored after round 0, which the budget of calls bounds."""
+        return self.calls - len(self.first) if self.trace else 0
 
     @property
     def why(self) -> Why | None:
@@ -84,7 +87,7 @@ class Track:
             return "steps"
         if c.patience and self.stale >= c.patience:
             return "patience"
-        for name, used in (("seconds", self.seconds), ("calls", self.calls), ("tokens", self.tokens)):
+        for name, used in (("seconds", self.seconds), ("calls", self.candidates), ("tokens", self.tokens)):
             if getattr(c, name) and used >= getattr(c, name):
                 return name  # type: ignore[return-value]
         return "barren" if self.barren >= BARREN else None
@@ -93,7 +96,7 @@ class Track:
     def room(self) -> int:
         """Candidates the next round may have."""
         c = self.config
-        return min(c.ask, c.calls - self.calls) if c.calls else c.ask
+        return min(c.ask, c.calls - self.candidates) if c.calls else c.ask
 
     def rng(self, what: str = "") -> random.Random:
         """Random numbers of the coming round, for one purpose."""

@@ -20,12 +20,13 @@ from patches import artifact
 from patches.engine.isolate import fail
 from patches.engine.patch import Applied, apply
 from patches.families.base import Base, load_base
+from patches.families.search import backdrops
 from patches.families.search import bank as banks
 from patches.families.search.bank import Bank
 from patches.families.search.config import Budget, SearchConfig
 from patches.families.search.generators import Generator, Mutation, Random
 from patches.families.search.loop import Item, Searcher
-from patches.families.search.scorers import BATCH, Both, Clip, Cropped, Features, Renderer, Scorer, Target
+from patches.families.search.scorers import Both, Clip, Cropped, Features, Renderer, Scorer, Target
 from patches.families.search.sound import Clap
 from patches.families.worker import Job, Worker, WorkerSettings
 from registry import config as configs
@@ -40,9 +41,9 @@ RENDERER = "renderer"
 """folder of a patch on the diffusion base that draws"""
 RETRIEVAL = SearchConfig(steps=0)
 """the bare base: the best line of the bank"""
-PROBE_CALLS = 34
-"""texts that a probe or a proof scores"""
-DRAWN_CALLS = 3
+PROBE_LINES = 32
+"""lines of the bank that a probe or a proof scores"""
+DRAWN_LINES = 2
 """the same where every text is drawn"""
 TAKES: dict[str, tuple[str, ...]] = {
     "image": ("pixels",), "video": ("pixels",), "audio": ("sound",), "prompt": ("goal",), "style": ("content",),
@@ -268,6 +269,10 @@ class SearchWorker(Worker[Searching]):
                     "with renderer=lab:diffusion, or another diffusion base."
                 )
             return self.renderers[p.config.task]
+        if p.config.renderer.startswith(backdrops.PREFIX):
+            if p.folder is None:
+                raise BadArtifact("The configuration says what draws is sealed with it, and there is no folder.")
+            return backdrops.load(p.folder, p.config.renderer)
         from patches.families.search.draw import Diffusion
 
         base = self._named(p.config.renderer.rpartition("@")[0], p.config.renderer, "diffusion")
@@ -359,8 +364,8 @@ class SearchWorker(Worker[Searching]):
         """A few lines of the bank; of generators in this process also a round of two candidates."""
         config = self.parts(arm).config
         steps = min(config.steps, 0 if config.generator == "endpoint" else 1)
-        calls = DRAWN_CALLS if config.task in ("prompt", "style") else PROBE_CALLS
-        budget = Budget(steps=steps, calls=min(config.calls or calls, calls), ask=min(2, config.ask))
+        lines = DRAWN_LINES if config.task in ("prompt", "style") else PROBE_LINES
+        budget = Budget(steps=steps, lines=min(config.lines or lines, lines), ask=min(2, config.ask))
         return Searching(arm=arm, inputs=self.inputs(arm), budget=budget)
 
     def proof(self, arm: str | None, strength: float = 1.0) -> Tensor:
@@ -368,7 +373,7 @@ class SearchWorker(Worker[Searching]):
         del strength
         p = self.parts(arm)
         scorer = self.scorer(p)
-        texts = p.bank.lines[: DRAWN_CALLS if p.config.task in ("prompt", "style") else BATCH]
+        texts = p.bank.lines[: DRAWN_LINES if p.config.task in ("prompt", "style") else PROBE_LINES]
         with torch.inference_mode():
             target: Target = scorer.target(self.inputs(arm))
             scores = scorer(target, texts)

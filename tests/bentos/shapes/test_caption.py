@@ -213,7 +213,7 @@ def test_sums_and_prompts_are_asked_of_arms_that_take_them():
     async def go():
         sums = SearchConfig(task="arithmetic", keep=6, ask=6, steps=2)
         draws = load_base("tiny:0", "diffusion").label
-        prompts = SearchConfig(task="prompt", keep=2, ask=2, steps=1, calls=6, renderer=draws, drawn=1)
+        prompts = SearchConfig(task="prompt", keep=2, ask=2, steps=1, lines=3, renderer=draws, drawn=1)
         async with serving(sums, prompts) as s:
             body = {"plus": [IMAGE, picture(1)["data"]], "minus": ["a cat"], "wait": 30}
             got = (await s.http.post("/v1/captions", json=body)).json()

@@ -58,7 +58,7 @@ def test_tasks_that_make_or_hear_are_fitted_and_reported(kind, tmp_path):
     config = replace(
         RECIPES["tiny"], data=whole.data, renderer="tiny:0" if kind == "prompt" else "", items=2, fit_items=1,
         sound_steps=1, pace=False,
-        search=SearchConfig(keep=3, ask=1, steps=1, calls=4, drawn=1),
+        search=SearchConfig(keep=3, ask=1, steps=1, lines=2, drawn=1),
     )  # fmt: skip
     fit(config, tmp_path)
     about = manifest.read(tmp_path)

@@ -66,7 +66,7 @@ def subject(tmp_path, **configs):
 
 def test_a_search_rewrites_prompts_for_a_diffusion_base(base, tmp_path):
     """The configuration names the base, so whoever loads the artifact has what draws."""
-    how = {"task": "prompt", "keep": 3, "ask": 2, "steps": 2, "calls": 8, "drawn": 2}
+    how = {"task": "prompt", "keep": 3, "ask": 2, "steps": 2, "lines": 3, "drawn": 2}
     made = subject(
         tmp_path, draws=SearchConfig(renderer=base.label, **how), none=SearchConfig(**how),
         other=SearchConfig(renderer="tiny:0@" + 64 * "0", **how),

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from patches.families.search.bank import bank, shape
+from patches.families.search.bank import bank, phrases, shape
 from patches.families.search.config import Budget, SearchConfig
-from patches.families.search.generators import Mutation, Proposal, Random, Ready
+from patches.families.search.generators import Asked, Mutation, Proposal, Random, Ready
 from patches.families.search.loop import Item, Searcher
-from patches.families.search.track import digest
+from patches.families.search.track import Candidate, digest
 from registry.errors import BadArtifact, ConfigError, Invalid
 
-from .world import BANK, HIDDEN, Hidden, items, searcher
+from .world import BANK, HIDDEN, Hidden, config, items, searcher
 
 
 def traces(s, made):
@@ -164,7 +166,35 @@ def test_budgets_end_a_search(how, why):
     s.run(made)
     assert {i.ended for i in made} == {why}
     if "calls" in how:
-        assert all(i.track.calls <= 60 for i in made)
+        assert all(i.track.candidates == 60 for i in made)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(calls=1), Budget(calls=5, steps=3), Budget(seconds=0.01), Budget(steps=0), Budget(ask=1), Budget(tokens=1),
+     Budget(lines=4, calls=2)],
+)  # fmt: skip
+def test_no_budget_loses_the_best_line_of_the_bank(budget):
+    """A search ends no lower than the base, which is its bank with the same lines; calls count from there."""
+    s = searcher()
+    made = [replace(i, config=budget.within(s.config)) for i in items(s)]
+    base = [replace(i, config=replace(i.config, steps=0)) for i in made]
+    s.run(made)
+    s.run(base)
+    assert all(a.track.best.score >= b.track.best.score for a, b in zip(made, base, strict=True))
+    if budget.lines is None:
+        assert all(set(BANK.lines) <= set(i.track.found) for i in made)
+    if budget.calls is not None:
+        assert {i.track.candidates for i in made} == {budget.calls}
+
+
+def test_random_rewriting_begins_with_the_prompt_and_looks_at_no_score():
+    """The control of a prompt's search: its lines keep something of what was asked for."""
+    goal = "a picture of a cat on sand"
+    asked = [Asked([Candidate("a bee", 9.0, 0, "")], 12, random.Random(k), {}, goal) for k in range(4)]
+    for p in Random(BANK).propose(asked, config()).results():
+        assert len(p.texts) == 12
+        assert all(set(phrases(t)) & set(phrases(goal)) for t in p.texts)
 
 
 def test_exploration_keeps_some_that_are_not_the_best():
