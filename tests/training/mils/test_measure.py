@@ -64,7 +64,7 @@ def test_tasks_that_make_or_hear_are_fitted_and_reported(kind, tmp_path):
     about = manifest.read(tmp_path)
     search = configs.parse(SearchConfig, about.config)
     assert search.task == whole.search.task
-    assert bool(search.renderer) == (kind == "prompt")
+    assert bool(search.renderer) == (kind in ("prompt", "style"))
     assert bool(search.sound) == (kind == "both")
     found = read_evidence(tmp_path)
     assert found["val_score_by_round"] == sorted(found["val_score_by_round"])
