@@ -24,7 +24,7 @@ OWNERS = {
     "mlflow": {"registry/store", "patches/pyfunc.py"},
     "bentoml": {"bentos"},
     "boto3": {"registry/bucket.py"},
-    "diffusers": {"patches/families/diffusion"},
+    "diffusers": {"patches/families/diffusion", "patches/families/video/convolved.py"},
 }
 """library -> the only places that may import it"""
 

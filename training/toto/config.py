@@ -34,6 +34,9 @@ class Config:
     batch: int = 32
     peak: float = 3e-3
     bf16: bool = False
+    tokenizer: str = ""
+    """Folder of a trained tokenizer in place of k-means, whose are `codes`, `patch`, `shrink` and `residual`:
+    a VQModel (diffusers) or a flava_image_codebook, DALL-E's dVAE (transformers)"""
     codes: int = 256
     patch: int = 4
     shrink: int = 2

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from patches.evidence import write_evidence
 from patches.families.base import load_base
 from patches.families.video import base as checkpoints
-from patches.families.video.tokens import TokenVideo
+from patches.families.video import convolved
+from patches.families.video.convolved import Convolved
+from patches.families.video.tokens import Codebook, TokenVideo
 from registry import manifest
 from registry.errors import ConfigError
 from registry.manifest import Manifest
@@ -43,6 +45,17 @@ def fit(config: Config, folder: Path) -> Manifest:
     return manifest.write(folder, kind="model", system="toto", base=base.label, config=plain)
 
 
+def tokenizer(config: Config, video: Tensor) -> Codebook | Convolved:
+    """The tokenizer that the recipe names, or k-means over patches of clips (n, T, 3, R, R). Raises ConfigError if the
+    recipe's pictures do not divide into its cells."""
+    if not config.tokenizer:
+        return learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
+    found = convolved.read(Path(config.tokenizer).expanduser())
+    if config.image % found.cell:
+        raise ConfigError(f"image={config.image} is no multiple of the tokenizer's cells of {found.cell} px.")
+    return found
+
+
 def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, Any]]:
     """The checkpoint of a config, or the same network before training; both with a probe of the layer best on val. And
     a log: loss while training, accuracy on val by layer."""
@@ -50,7 +63,7 @@ def made(config: Config, trained: bool = True) -> tuple[TokenVideo, dict[str, An
         raise ConfigError(f"size={config.size!r:.30} must be one of {', '.join(SIZES)}.")
     log: dict[str, Any] = {"val": []}
     video = unlabelled(config)
-    codebook = learn.tokenizer(video[:1024], config.codes, config.patch, config.shrink, config.residual, config.seed)
+    codebook = tokenizer(config, video)
     model = learn.new(SIZES[config.size], codebook, config.frames, config.image, config.seed)
     if trained:
         g = Generator().manual_seed(config.seed)

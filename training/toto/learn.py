@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from patches.families.video.convolved import Convolved
 from patches.families.video.tokens import RESERVED, Codebook, TokenVideo, kmeans, sequence
 from patches.families.video.untrained import llama
 from training.lab.video import actions
@@ -63,12 +64,12 @@ def _some(x: Tensor, count: int, g: Generator) -> Tensor:
     return x[torch.randint(len(x), (min(count, len(x)),), generator=g)]
 
 
-def tokenise(video: Tensor, codebook: Codebook) -> Tensor:
+def tokenise(video: Tensor, codebook: Codebook | Convolved) -> Tensor:
     """Clips -> ids (n, 1 + T n + 1) int64."""
     return torch.cat([sequence(codebook.encode(part)) for part in video.split(128)])
 
 
-def tokenise_pictures(video: Tensor, codebook: Codebook, frames: int, g: Generator) -> Tensor:
+def tokenise_pictures(video: Tensor, codebook: Codebook | Convolved, frames: int, g: Generator) -> Tensor:
     """Frames of different clips, shuffled, packed by `frames` behind the mark for pictures."""
     stills = video[:, 0][torch.randperm(len(video), generator=g)]
     stills = stills[: len(stills) // frames * frames]
@@ -77,7 +78,7 @@ def tokenise_pictures(video: Tensor, codebook: Codebook, frames: int, g: Generat
     return sequence(codes.view(-1, frames, codes.shape[-1]), "pictures")
 
 
-def new(size: Size, codebook: Codebook, frames: int, image: int, seed: int = 0) -> TokenVideo:
+def new(size: Size, codebook: Codebook | Convolved, frames: int, image: int, seed: int = 0) -> TokenVideo:
     """A model of random weights."""
     torch.manual_seed(seed)
     positions = frames * (image // codebook.cell) ** 2 + 2

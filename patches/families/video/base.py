@@ -10,6 +10,7 @@ References: `lab:video-scratch`, `lab:video-natural` and others (ship here), `hf
 | `video.json`, `probe.safetensors` | optional: class names, and the probe of frozen features with its layer |
 | `classifier/config.json`, `classifier/model.safetensors` | optional: a fine-tuned copy with its own encoder |
 | `codebook.safetensors` | of Toto: the tokenizer's centres; `video.json` has its patch, shrink and frames |
+| `tokenizer/` | of Toto, in place of that: a convolutional tokenizer (`convolved`) |
 
 Only safetensors and JSON are read. Half precision on disk is widened to float32 on a CPU.
 """
@@ -28,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patches.families.base import SHIPPED, Base, check_device, hub_folder, slug
+from patches.families.video import convolved
+from patches.families.video.convolved import Convolved
 from patches.families.video.model import MaskedVideo, VideoModel
 from patches.families.video.pixels import IMAGENET_MEAN, IMAGENET_STD, STILLS
 from patches.families.video.probe import Probe
@@ -37,9 +40,12 @@ from registry import manifest
 from registry.errors import BadArtifact, ConfigError, NotFound
 
 CONFIG, WEIGHTS, PROCESSOR, ABOUT = "config.json", "model.safetensors", "preprocessor_config.json", "video.json"
-PROBE, CODEBOOK, CLASSIFIER = "probe.safetensors", "codebook.safetensors", "classifier"
+PROBE, CODEBOOK, CLASSIFIER, TOKENIZER = "probe.safetensors", "codebook.safetensors", "classifier", "tokenizer"
 SEALED = "manifest.json"
-HUB_FILES = (CONFIG, "*.safetensors", PROCESSOR, ABOUT, f"{CLASSIFIER}/*.json", f"{CLASSIFIER}/*.safetensors")
+HUB_FILES = (
+    CONFIG, "*.safetensors", PROCESSOR, ABOUT,
+    *(f"{inner}/*.{kind}" for inner in (CLASSIFIER, TOKENIZER) for kind in ("json", "safetensors")),
+)  # fmt: skip
 SITES = {"block": "blocks.{i}"}
 TINY_CLASSES = ("still", "left", "right")
 
@@ -155,17 +161,26 @@ def read(folder: Path) -> VideoModel:
             classes = tuple(_labels(_json(folder / CLASSIFIER / CONFIG)))
         return MaskedVideo(_transformers(folder), classes, probe, layer, second, still, mean, std)
     if kind == "llama":
-        if not (folder / CODEBOOK).is_file():
-            raise BadArtifact(f"{folder} has a Llama and no {CODEBOOK}: without a tokenizer it reads no clips.")
+        lm = _transformers(folder)
         try:
-            shape = about["codebook"]
-            codebook = Codebook(
-                _tensors(folder / CODEBOOK)["codes"], shape["patch"], shape["shrink"], shape["residual"]
-            )
-            return TokenVideo(_transformers(folder), codebook, about["frames"], about["size"], classes, probe, layer)
+            codebook = _tokenizer(folder, about)
+            frames, size = about["frames"], about["size"]
         except KeyError as e:
             raise BadArtifact(f"{folder / ABOUT} lacks {e}.") from None
+        if (count := RESERVED + len(codebook.codes)) != lm.config.vocab_size:
+            raise BadArtifact(f"{folder}: its Llama has {lm.config.vocab_size} ids, its tokenizer {count}.")
+        return TokenVideo(lm, codebook, frames, size, classes, probe, layer)
     raise BadArtifact(f"{folder / CONFIG}: model_type={kind!r:.40} must be videomae or llama.")
+
+
+def _tokenizer(folder: Path, about: Mapping[str, Any]) -> Codebook | Convolved:
+    """A Toto's tokenizer. Raises KeyError for what `about` lacks."""
+    if (folder / TOKENIZER).is_dir():
+        return convolved.read(folder / TOKENIZER)
+    if not (folder / CODEBOOK).is_file():
+        raise BadArtifact(f"{folder} has a Llama and no {CODEBOOK}: without a tokenizer it reads no clips.")
+    shape = about["codebook"]
+    return Codebook(_tensors(folder / CODEBOOK)["codes"], shape["patch"], shape["shrink"], shape["residual"])
 
 
 def _transformers(folder: Path) -> Any:
@@ -295,9 +310,12 @@ def save(model: VideoModel, folder: Path, dtype: torch.dtype = torch.float32) ->
     elif isinstance(model, TokenVideo):
         _write(model.lm, folder, dtype)
         book = model.codebook
-        save_file({"codes": book.codes.to(dtype).contiguous()}, folder / CODEBOOK)
-        about |= {"frames": model.frames, "size": model.size,
-                  "codebook": {"patch": book.patch, "shrink": book.shrink, "residual": book.residual}}  # fmt: skip
+        about |= {"frames": model.frames, "size": model.size}
+        if isinstance(book, Convolved):
+            convolved.save(book, folder / TOKENIZER)
+        else:
+            save_file({"codes": book.codes.to(dtype).contiguous()}, folder / CODEBOOK)
+            about["codebook"] = {"patch": book.patch, "shrink": book.shrink, "residual": book.residual}
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 

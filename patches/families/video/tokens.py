@@ -2,7 +2,8 @@
 
 A clip becomes `start, frame 0's tokens in raster order, frame 1's, ..., end`. The paper tokenises with a dVAE and marks
 sequences with the tokens 1 (a video starts), 3 (pictures start) and 2 (the end), so those ids are reserved and codes
-begin at 4. Here the tokenizer is k-means over patches; a folder may bring any codebook of patches.
+begin at 4. Here the tokenizer is k-means over patches; a folder may bring any codebook of patches, or a convolutional
+tokenizer (`convolved`).
 
 residual: frame 0 is tokenised as it is, every later frame as its difference from the frame before, both causal. On
 still grounds this is what makes a token say how things move; without it every frame is tokenised by itself, as in the
@@ -19,6 +20,7 @@ import torch.nn.functional as nnf
 from torch import Generator, Tensor, nn
 from transformers import DynamicCache
 
+from patches.families.video.convolved import Convolved
 from patches.families.video.model import VideoModel
 from patches.families.video.probe import Probe
 from registry.errors import Invalid
@@ -32,6 +34,8 @@ class Codebook(nn.Module):
     """Patches of frames <-> codes, by the nearest of V centres."""
 
     codes: Tensor
+    paints = True
+    """Whether codes become pictures again"""
 
     def __init__(self, codes: Tensor, patch: int, shrink: int, residual: bool) -> None:
         """codes (V, 3 patch^2); shrink: frames are averaged down this much first."""
@@ -114,7 +118,7 @@ class TokenVideo(VideoModel):
     unit = "nats a token"
 
     def __init__(
-        self, lm: Any, codebook: Codebook, frames: int, size: int, classes: Sequence[str] = (),
+        self, lm: Any, codebook: Codebook | Convolved, frames: int, size: int, classes: Sequence[str] = (),
         probe: Probe | None = None, probe_layer: int = 0,
     ) -> None:  # fmt: skip
         """lm: transformers' LlamaForCausalLM with a vocabulary of RESERVED + V."""
@@ -189,6 +193,10 @@ class TokenVideo(VideoModel):
         """
         if not 1 <= given < self.frames:
             raise Invalid(f"given={given}: from 1 to {self.frames - 1} of this model's {self.frames} frames.")
+        if not self.codebook.paints:
+            raise Invalid(
+                "This model's tokenizer has no decoder, so a rollout cannot be painted; ask for its surprise."
+            )
         n, g = self.per_frame, Generator().manual_seed(seed)
         ids = sequence(self.codebook.encode(clips[:, :given]))[:, :-1]
         cache = DynamicCache() if cached else None

@@ -108,6 +108,8 @@ class VideoWorker(Worker[Clip]):
         if "rollout" in job.wants:
             if not isinstance(m, TokenVideo):
                 raise Invalid(f"{self.base.name} is a masked model and predicts no future; ask for a reconstruction.")
+            if not m.codebook.paints:
+                raise Invalid(f"{self.base.name}'s tokenizer has no decoder: no rollout. Ask for surprise.")
             if job.given and not 1 <= job.given < m.frames:
                 raise Invalid(f"given={job.given}: from 1 to {m.frames - 1} of this model's {m.frames} frames.")
         if "reconstruction" in job.wants or "surprise" in job.wants:
