@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from starlette.routing import Route
 
 from bentos import traces
 from bentos.desk import ROUTES, Desk
+from bentos.hosted import device_of, workers
 from bentos.http import Call, Handler, elsewhere, endpoint, preflight
 from bentos.runtime import Runtime, Settings, check
 from bentos.runtime.settings import placed
 from bentos.tokens import Tokens
 from registry.ab.ledger import Ledger
-from registry.errors import NotFound
+from registry.errors import ConfigError, NotFound
 from registry.home import home
 from registry.systems import System, system
 
@@ -92,12 +94,14 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
 def serve(
     name: str, host: str = "127.0.0.1", port: int = 3000, background: bool = False,
-    given: Mapping[str, str] | None = None, log: int | None = None,
+    given: Mapping[str, str] | None = None, log: int | None = None, watched: bool = False,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """Run the service for system `name` under BentoML: this process becomes it, or, in the background, starts it.
+    """Run the service for system `name`: this process becomes it, or, in the background, starts it. One worker
+    is a process under uvicorn (`bentos.alone`), several are BentoML's.
 
-    given: variables of the environment as flags set them. log: descriptor of the file it writes on. Raises as `check`,
-    before anything is started.
+    given: variables of the environment as flags set them. log: descriptor of the file it writes on. watched:
+    whoever starts it starts it again, too; it then listens only while it is ready. Raises as `check`, before anything
+    is started.
     """
     settings = {
         **os.environ, **(given or {}), "PATCHBAY_SYSTEM": name, "PATCHBAY_HOME": str(home()),
@@ -106,11 +110,19 @@ def serve(
     settings = placed(settings)
     Tokens.from_environment(settings).check_host(host)
     declared = Settings.from_environment(settings)
-    check(declared, None if declared.pinned else Ledger().head(declared.system))
-    command = [
-        sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
-        "--timeout-keep-alive", str(KEEP_ALIVE_S),
-    ]  # fmt: skip
+    head = None if declared.pinned else Ledger().head(declared.system)
+    try:
+        several = workers(settings)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    for number in range(1, several + 1):
+        check(replace(declared, device=device_of(number, settings)), head)
+    command = [sys.executable, "-m", "bentos.alone", *(["--once"] if watched else []), host, str(port)]
+    if several > 1:
+        command = [
+            sys.executable, "-m", "bentoml", "serve", "bentos.service:Patchbay", "--host", host, "--port", str(port),
+            "--timeout-keep-alive", str(KEEP_ALIVE_S),
+        ]  # fmt: skip
     root = Path(__file__).parent.parent
     if not background:
         # whoever ends this process means the service, and a parent that only waits would hold torch in its memory

@@ -95,6 +95,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         "base": "reference of the base (several with commas); default: what the patch names",
         "device": "cpu, cuda, cuda:1, ...; default: cpu",
         "dtype": "fp32, bf16 or fp16 for its weights; default: fp32 on a CPU, bf16 on a GPU",
+        "workers": "processes with a copy of the base each, on GPUs one each; default: 1",
         "provider": "ONNX Runtime instead of torch: cpu or cuda",
         "slots": "rows of one batch; default: 32",
         "context": "tokens of a row, prompt and answer; default: 4096",

@@ -25,6 +25,7 @@ OWNERS = {
     "bentoml": {"bentos"},
     "boto3": {"registry/bucket.py"},
     "diffusers": {"patches/families/diffusion", "patches/families/video/convolved.py"},
+    "ray": {"bentos/ray_serve.py", "training/sweep.py"},
 }
 """library -> the only places that may import it"""
 

@@ -49,8 +49,11 @@ SERVICES = "bentos.service"
 """module that holds BentoML's object"""
 LEFT_OUT = frozenset({"registry.store"})
 """imported by the runtime where it is there; it would bring MLflow"""
-OPTIONAL = {"sqlalchemy": ("psycopg", "psycopg-binary"), "boto3": ("boto3",)}
-"""module -> distributions that a Bento gets for it if they are installed here: to follow a ledger, to pull by digest"""
+OPTIONAL = {
+    "sqlalchemy": ("psycopg", "psycopg-binary"), "boto3": ("boto3",), "uvicorn": ("httptools", "uvloop"),
+}  # fmt: skip
+"""module -> distributions that a Bento gets for it if they are installed here: to follow a ledger, to pull by digest,
+to answer faster"""
 MADE = frozenset({"bentofile.yaml"})
 """what BentoML itself adds to the source of a Bento"""
 

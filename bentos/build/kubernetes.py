@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from bentos.hosted import workers
 from registry.manifest import Manifest
 
 PORT = 3000
@@ -126,8 +127,8 @@ def _container(name: str, image: str, about: Manifest) -> dict[str, Any]:
     device = os.environ.get("PATCHBAY_DEVICE", "cpu")
     resources: dict[str, Any] = {"requests": dict(REQUESTS)}
     if device.startswith("cuda"):
-        env["PATCHBAY_DEVICE"] = device
-        resources["limits"] = {"nvidia.com/gpu": device.count(",") + 1}
+        env |= {"PATCHBAY_DEVICE": device, "PATCHBAY_WORKERS": str(workers())}
+        resources["limits"] = {"nvidia.com/gpu": workers() * (device.count(",") + 1)}
     return {
         "image": image,
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,19 @@ from torch import Tensor
 from bentos.desk import Desk, Extra, facts, headers
 from bentos.http import Call, answer
 from bentos.runtime import Runtime
-from bentos.shapes import embed, films, pictures
+from bentos.shapes import pictures
 from bentos.shapes.neutral import Body
 from bentos.shapes.vectors import entries
-from patches.families import clip as clips
-from patches.families.clip.worker import Picture
 from patches.families.pictures import read as read_picture
-from patches.families.video import Clip
-from patches.families.video.decode import Limits, cropped, fit, read
 from registry.errors import BadRequest, PatchbayError
+
+if TYPE_CHECKING:
+    from patches.families.clip.worker import Picture
+    from patches.families.video import Clip
 
 MAX_INPUTS = 64
 MAX_INPUT = 64 << 20
+MAX_BODY_BYTES = 96 << 20
 Input = Annotated[str, Field(min_length=1, max_length=MAX_INPUT)]
 
 
@@ -83,6 +84,11 @@ def _pictured(text: str) -> bool:
 
 async def _video(runtime: Runtime, inputs: list[str], arm: str | None, strength: float) -> Tensor:
     """Mean features of clips, and of pictures shown as long as a clip."""
+    # what the other family needs takes seconds to import, and a service has one
+    from bentos.shapes import embed, films
+    from patches.families.video import Clip
+    from patches.families.video.decode import Limits, cropped, fit, read
+
     model = embed.model_of(runtime, arm)
 
     def made(text: str, index: int) -> Clip:
@@ -103,6 +109,9 @@ async def _video(runtime: Runtime, inputs: list[str], arm: str | None, strength:
 
 async def _clip(runtime: Runtime, inputs: list[str], arm: str | None, strength: float) -> Tensor:
     """CLIP's features of pictures and of texts, which share one space. Texts are embedded by the base's text tower."""
+    from patches.families import clip as clips
+    from patches.families.clip.worker import Picture
+
     shown = {i: text for i, text in enumerate(inputs) if text.startswith("data:")}
     written = [text for i, text in enumerate(inputs) if i not in shown]
     jobs: list[Picture] = []
@@ -131,6 +140,4 @@ def _stacked(jobs: list[Any]) -> Tensor:
     return nnf.normalize(torch.stack([job.out for job in jobs]).float(), dim=1)
 
 
-ROUTES: tuple[Call, ...] = (
-    Call("POST", "/v1/embeddings", Service.embeddings, "classify", Embeddings, embed.MAX_BODY_BYTES),
-)
+ROUTES: tuple[Call, ...] = (Call("POST", "/v1/embeddings", Service.embeddings, "classify", Embeddings, MAX_BODY_BYTES),)

@@ -194,7 +194,7 @@ class Stack:
 
         def start() -> subprocess.Popen[bytes]:
             with self._log(f"{name}-{port}") as log:
-                return serve(name, port=port, background=True, given=given, log=log)
+                return serve(name, port=port, background=True, given=given, log=log, watched=True)
 
         return start
 

@@ -208,7 +208,7 @@ def bench_http_cost(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     with contextlib.ExitStack() as stack:
         servers = {
-            kind: stack.enter_context(running(subject.system, kind=kind)) for kind in ("floor", "uvicorn", "bentoml")
+            kind: stack.enter_context(running(subject.system, kind=kind)) for kind in ("floor", "serve", "bentoml")
         }
         want = [orjson.loads(a)["choices"][0]["message"]["content"] for a in here(*raw)]
         costs: dict[str, list[float]] = {}

@@ -20,8 +20,9 @@ from bentos.app import KEEP_ALIVE_S, serve
 from registry.systems import system as system_row
 
 ROOT = Path(__file__).parent.parent.parent
-Kind = Literal["bentoml", "uvicorn", "floor"]
+Kind = Literal["serve", "bentoml", "uvicorn", "floor"]
 APPLICATIONS = {"uvicorn": "bentos.app:application", "floor": "tests.bench.floor:application"}
+BENTOML = ("bentoml", "serve", "bentos.service:Patchbay")
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGUlEQVR42mOsqKhgIAUwMZAIRjWMahg6GgB//AGIMoiFLAAAAABJRU5ErkJggg=="
 FIRST: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,8 +70,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Server]:
-    """The service of `system` as `patchbay serve` starts it, or under plain uvicorn, or the least that could be.
+def running(system: str, *, kind: Kind = "serve", **env: str) -> Iterator[Server]:
+    """The service of `system` as `patchbay serve` starts it, or under BentoML, plain uvicorn, or the least there is.
 
     env: more environment; PATCHBAY_HOME is this process's own unless it is named.
     """
@@ -79,8 +80,12 @@ def running(system: str, *, kind: Kind = "bentoml", **env: str) -> Iterator[Serv
         port = s.getsockname()[1]
     start = time.monotonic()
     with _environment(env):
-        if kind == "bentoml":
+        if kind == "serve":
             process = serve(system, port=port, background=True)
+        elif kind == "bentoml":
+            words = ["--port", str(port), "--host", "127.0.0.1", "--timeout-keep-alive", str(KEEP_ALIVE_S)]
+            settings = {**os.environ, "PATCHBAY_SYSTEM": system}
+            process = subprocess.Popen([sys.executable, "-m", *BENTOML, *words], env=settings, cwd=ROOT)
         else:
             command = [
                 sys.executable, "-m", "uvicorn", "--factory", APPLICATIONS[kind], "--port", str(port),

@@ -93,7 +93,7 @@ def bento(tag, folder, **env):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_bento_process_splits_counts_and_decides_on_postgresql(
     home, tiny_llm, postgres, tmp_path, monkeypatch, capsys
 ):
@@ -134,7 +134,7 @@ def test_a_bento_process_splits_counts_and_decides_on_postgresql(
             assert cli.main(["report", SYSTEM, "--json"]) == 0
             counted = json.loads(capsys.readouterr().out)["summary"]
             assert counted["control"]["n"] + counted["treatment"]["n"] == 80
-            assert http.get("/readyz").json()["judge"] == "this process"
+            assert http.get("/v1/models").json()["patchbay"]["judge"] == "this process"
             ledgers.promote(Ledger(), SYSTEM, three)
             until(lambda: http.post("/v1/chat/completions", json=ASK).headers["x-patchbay-patch"] == three)
             assert (tmp_path / "other" / "artifacts" / three).is_dir()

@@ -302,7 +302,7 @@ def _experiment(http: httpx.Client, url: str) -> str:
 
 def _judge(http: httpx.Client, url: str) -> str:
     with contextlib.suppress(httpx.HTTPError):
-        said: str = http.get(f"{url}/readyz").json().get("judge") or ""
+        said: str = http.get(f"{url}/v1/models").json()["patchbay"]["judge"] or ""  # /readyz is BentoML's own there
         return said
     return ""
 
