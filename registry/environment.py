@@ -25,8 +25,7 @@ VARIABLES = {
     "PATCHBAY_TOKENS": "file of callers' tokens (`--tokens`); without it this machine alone may call",
     "PATCHBAY_ORIGINS": "pages elsewhere whose scripts may call, with commas: `https://a.example`",
     "PATCHBAY_LOG": "`json`: a service writes its logs as JSON lines, one for every request too; default `text`",
-    "PATCHBAY_WORKERS": "workers of a service (`--workers`), each with a copy of the base; on `cuda` each has a GPU of its "
-    "own; default 1",
+    "PATCHBAY_WORKERS": "workers of a service (`--workers`), each with a copy of the base, on GPUs one each; default 1",
     "PATCHBAY_REPLICAS": "replicas on Ray Serve (`bentos/ray_serve.py`); default 1",
     "PATCHBAY_PINNED": "sealed folder of the one artifact to serve, without ledger and store; a Bento carries its own",
     "PATCHBAY_PICTURES": "folder of labelled pictures for which heads and neurons are shown",

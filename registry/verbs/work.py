@@ -73,8 +73,8 @@ def evaluate(args: argparse.Namespace) -> Says:
 
 def serve(args: argparse.Namespace) -> Says:
     """serve a system: base and every patch in one process, OpenAI-compatible where it generates"""
-    flags = {"base": args.base, "device": args.device, "dtype": args.dtype, "provider": args.provider, "workers": args.workers,
-             "slots": args.slots, "context": args.context, "tokens": args.tokens}  # fmt: skip
+    flags = {"base": args.base, "device": args.device, "dtype": args.dtype, "provider": args.provider,
+             "workers": args.workers, "slots": args.slots, "context": args.context, "tokens": args.tokens}  # fmt: skip
     given = {f"PATCHBAY_{flag.upper()}": str(value) for flag, value in flags.items() if value is not None}
     name, app = system(args.system).name, importlib.import_module("bentos.app")
     free(args.host, args.port)
