@@ -34,9 +34,9 @@ class Trial:
     """One fit of a sweep."""
 
     words: tuple[str, ...]
-    """its settings, as key=value"""
+    """Settings as key=value"""
     digest: str = ""
-    """of what was sealed; empty if it failed"""
+    """Digest that was sealed; empty if it failed"""
     folder: str = ""
     seconds: float = 0.0
     error: str = ""
