@@ -18,6 +18,7 @@ def split(args: argparse.Namespace) -> Says:
     ledgers, experiments = the_ledger(), importlib.import_module("registry.ab.experiment")
     name = args.system
     ref, share, words = split_words(args.words)
+    ref = f"{name}{ref}" if ref is not None and ref.startswith("@") else ref
     ledger = ledgers.Ledger()
     head = ledger.head(name)
     live = head.experiment if head else None

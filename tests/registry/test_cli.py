@@ -155,7 +155,11 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_unless_forced(caps
         assert "--force" in err
         assert Ledger().head("attention_sink").challenger is None
         assert run(capsys, "push", str(folder), "--force", "to see what happens")[0] == 0
-        for words in (("split", "attention_sink", "0.1"), ("promote", f"sha256:{bad}")):
+        for words in (
+            ("split", "attention_sink", "0.1"),
+            ("split", "attention_sink", "@challenger", "0.1"),
+            ("promote", f"sha256:{bad}"),
+        ):
             code, _, err = run(capsys, *words)
             assert code == 1, (name, words)
             assert "could not serve" in err
