@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint check drill drill-night bench docs
+.PHONY: demo test lint check drill drill-night bench bench-each docs site
 
 demo: $(READY)   ## the whole path once, on a real language model: fit, log, compare, serve, ask, split, promote
 	$(PY) docs/demo.py $(ARGS)
@@ -24,12 +24,19 @@ drill-night: $(READY)   ## the long form, written to docs/DRILL.md, and every te
 	$(PY) -m tests.drill --night --write $(ARGS)
 	$(PY) -m pytest -q -m slow
 
-bench: $(READY)  ## base, patched and folded, interleaved; in process and over HTTP
+bench: $(READY)  ## docs/NUMBERS.md: every system, arms in one batch, HTTP beside other servers, cold start
+	$(PY) -m registry.cli bench --all
+
+bench-each: $(READY)   ## every benchmark in tests/bench: base, patched and folded, interleaved; over HTTP
 	$(PY) -m pytest -q tests/bench -m bench --benchmark-json=.patchbay/bench.json $(ARGS)
 
 docs: $(READY)   ## README's table of systems and the tree in docs/architecture.md, from the code
 	$(PY) -m registry.cli systems --write-readme
 	$(PY) docs/layout.py
+
+site: $(READY)   ## the documentation as a site, in site/; broken links are errors
+	$(PY) -m pip install -q --group docs
+	.venv/bin/mkdocs build --strict $(ARGS)
 
 $(READY): pyproject.toml
 	python3 -m venv .venv

@@ -26,7 +26,7 @@ from bentos.http import Call, answer, parse
 from bentos.openapi import openapi
 from bentos.runtime import SHADOW_QUEUE, Runtime
 from bentos.runtime.arms import Choice, Table, choose, other, owned, unit_of
-from bentos.tokens import ANY
+from bentos.tokens import ANY, SHADOWED
 from patches.engine.patch import Patch
 from patches.families.worker import Job
 from registry.ab import experiment as experiments
@@ -212,6 +212,7 @@ class Desk:
                 assert choice.unit is not None
                 self.runtime.events.drop(choice.experiment, choice.counted)
             return None
+        SHADOWED.set(choice.experiment.treatment)
         return other(choice)
 
     def keep(self, number: str, choice: Choice, control: Any, treatment: Any) -> None:

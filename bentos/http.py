@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 
 from bentos import logs, traces
-from bentos.tokens import OPEN, Tokens, check_browser, near
+from bentos.tokens import CALLER, OPEN, Tokens, check_browser, near
 from registry.errors import (
     BadRequest,
     Failed,
@@ -113,6 +113,7 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
             allowed = check_browser(tokens, request)
             header = request.headers.get("authorization")
             request.state.token = tokens.admit(header, call.scope, near(request)) if call.scope else OPEN
+            CALLER.set(request.state.token)
             body = await read(request, call) if call.body else None
             response = await handler(request, body)
         except PatchbayError as e:
@@ -326,7 +327,7 @@ _shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
 
 def refuse(e: PatchbayError, number: str = "") -> Response:
     """Convert an error into a response: in full if the request is at fault, without internals otherwise."""
-    headers = {"retry-after": "2"} if e.status in (429, 503) else {}
+    headers = {"retry-after": str(getattr(e, "retry_s", 2))} if e.status in (429, 503) else {}
     if e.status == 401:
         headers["www-authenticate"] = "Bearer"
     text = str(e)

@@ -158,6 +158,7 @@ class Jobs:
             if sum(r.state in OPEN_STATES for r in mine) >= OPEN_JOBS:
                 raise TooMany(f"{OPEN_JOBS} of your jobs are queued or running; wait for one, or DELETE one.")
             over = [r for r in mine if r.state not in OPEN_STATES]
+            request.state.token.charge("rows")
             old = [r.id for i, r in enumerate(over) if i >= KEPT_JOBS - 1 or time.time() - r.created > KEPT_S]
             id = secrets.token_hex(12)
             await asyncio.wrap_future(self.store.add(id, kind, owner, ask, about or {}))

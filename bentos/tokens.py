@@ -7,13 +7,15 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 
@@ -40,15 +42,18 @@ class Bucket:
     left: float
     at: float = field(default_factory=time.monotonic)
 
-    def take(self) -> bool:
-        """Take one call from the bucket; return False if it is empty."""
+    def take(self, n: float = 1.0) -> float:
+        """Take n calls (or rows) from the bucket; return 0, or the seconds until there is enough.
+
+        What is larger than the whole bucket is let in when it is full, and has to be made up for afterwards.
+        """
         now = time.monotonic()
         self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
         self.at = now
-        if self.left < 1.0:
-            return False
-        self.left -= 1.0
-        return True
+        if (short := min(n, self.burst) - self.left) > 1e-9:
+            return short / self.per_s
+        self.left -= n
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,52 @@ class Token:
     """Name in error messages and logs"""
     scopes: frozenset[str]
     """Scopes of SCOPES that it may use"""
-    bucket: Bucket | None
+    buckets: Mapping[str, Bucket] = field(default_factory=dict)
+    """Field of QUOTAS -> what is left of it"""
     tenant: str = ""
     """Owner of units, galleries and keys; several tokens may share one. Empty without a token file"""
 
+    def charge(self, what: Literal["calls", "rows"], n: int = 1) -> None:
+        """Charge n calls or rows to the quotas. Raises TooMany, with the seconds to wait, and charges nothing."""
+        mine = [(key, bucket) for key, bucket in self.buckets.items() if QUOTAS[key][0] == what]
+        for i, (key, bucket) in enumerate(mine):
+            if wait := bucket.take(n):
+                for _, before in mine[:i]:
+                    before.left += n
+                most = bucket.per_s * QUOTAS[key][1]
+                refusal = TooMany(f"{self.name} is over its {most:g} {what} a {QUOTAS[key][2]}; wait {wait:.0f} s.")
+                refusal.retry_s = math.ceil(wait)
+                raise refusal
 
-OPEN = Token("anyone", frozenset(SCOPES), None)
+
+QUOTAS: dict[str, tuple[str, float, str]] = {
+    "per_minute": ("calls", 60.0, "minute"),
+    "per_day": ("calls", 86_400.0, "day"),
+    "rows_per_minute": ("rows", 60.0, "minute"),
+    "rows_per_day": ("rows", 86_400.0, "day"),
+}
+"""Field of a token file -> what it counts, seconds it covers, their name. A row is one answer of one arm: a choice, a
+picture, a text. Quotas are refilled continuously; each service of a token counts for itself"""
+OPEN = Token("anyone", frozenset(SCOPES))
+CALLER: ContextVar[Token] = ContextVar("caller", default=OPEN)
+"""Token of the request that this task answers"""
+SHADOWED: ContextVar[str | None] = ContextVar("shadowed", default=None)
+"""Arm that runs beside the caller's in a shadow experiment; its rows are not the caller's"""
+
+
+def charge_rows(jobs: Iterable[Any]) -> None:
+    """Charge jobs to the quotas of the request's token. Raises TooMany."""
+    token = CALLER.get()
+    if token.buckets and (n := sum(job.arm != SHADOWED.get() or job.arm is None for job in jobs)):
+        token.charge("rows", n)
 
 
 class Tokens:
     """The tokens that may call. Without a file, everybody on this machine may call, and nobody else.
 
-    File format: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600, "tenant":
-    "..."}}. The tenant, by default the name, owns units, galleries and keys.
+    File format: {"<sha256 of the token>": {"name": "...", "scopes": ["generate", ...], "per_minute": 600, "per_day":
+    50000, "rows_per_minute": 2000, "rows_per_day": 100000, "tenant": "..."}}; quotas may be left out. The
+    tenant, by default the name, owns units, galleries and keys.
     """
 
     def __init__(self, file: Path | None, origins: str = "") -> None:
@@ -125,8 +163,7 @@ class Tokens:
             raise Unauthorised("This bearer token is not known here.")
         if scope not in (ANY, *found.scopes):
             raise Forbidden(f"The token of {found.name} lacks the scope {scope!r}.")
-        if found.bucket and not found.bucket.take():
-            raise TooMany(f"{found.name} is over its {found.bucket.per_s * 60:g} calls a minute.")
+        found.charge("calls")
         return found
 
 
@@ -135,12 +172,18 @@ def _token(key: str, about: dict[str, Any]) -> Token:
         raise ValueError("keys must be sha256 digests of tokens")
     if unknown := set(about.get("scopes", SCOPES)) - set(SCOPES):
         raise ValueError(f"unknown scope {sorted(unknown)[0]!r}; scopes are {', '.join(SCOPES)}")
-    rate = float(about.get("per_minute", 0))
-    bucket = Bucket(rate / 60, max(1.0, rate / 6), max(1.0, rate / 6)) if rate else None
+    buckets = {}
+    for quota, (_, seconds, _) in QUOTAS.items():
+        if rate := float(about.get(quota, 0)):
+            if not 0.0 < rate < 1e12:
+                raise ValueError(f"{quota} must be a number above 0, not {rate:g}")
+            # a minute's calls may come in a sixth of one at once; all others count as a whole
+            burst = max(1.0, rate / 6 if quota == "per_minute" else rate)
+            buckets[quota] = Bucket(rate / seconds, burst, burst)
     tenant = str(about.get("tenant", about["name"]))
     if not re.fullmatch(r"[\x20-\x7e]{1,64}", tenant):
         raise ValueError(f"the tenant {tenant[:40]!r} must be 1 to 64 printable characters")
-    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), bucket, tenant)
+    return Token(str(about["name"]), frozenset(about.get("scopes", SCOPES)), buckets, tenant)
 
 
 def near(request: Request) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from registry.errors import ConfigError, Invalid, NotFound, PatchbayError, unsecret
 from registry.home import home
 from registry.systems import SYSTEMS, system
-from registry.verbs import bring, decide, doctor, records, up, work
+from registry.verbs import bring, decide, doctor, records, trust, up, work
 from registry.verbs.readme import readme_table
 from registry.verbs.said import Says
 
@@ -40,6 +40,9 @@ VERBS: dict[str, Callable[[argparse.Namespace], Says]] = {
     "report": decide.report,
     "promote": decide.promote,
     "rollback": decide.rollback,
+    "sign": trust.sign,
+    "verify": trust.verify,
+    "audit": trust.audit,
     "serve": work.serve,
     "ui": records.ui,
     "up": up.up,
@@ -68,7 +71,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         named = [w.partition("/")[0] for w in words if w.partition("/")[0] in SYSTEMS]
         made["fit"].epilog = importlib.import_module("registry.recipes").listed(named[0] if named else "")
     made["push"].add_argument("folder", type=Path)
-    for name in ("eval", "gate", "pull", "show", "promote", "build", "bench", "export"):
+    for name in ("eval", "gate", "pull", "show", "promote", "build", "export", "sign", "verify"):
         made[name].add_argument("ref", **ref)
     for name in ("fit", "eval"):
         made[name].add_argument("words", nargs="*", metavar="key=value", help="settings to change")
@@ -85,6 +88,15 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     made["gate"].add_argument("--again", action="store_true", help="measure it anew, whatever the store has")
     made["eval"].add_argument("--full", action="store_true", help="the whole report: controls, baselines, tables")
     made["list"].add_argument("system", nargs="?")
+    made["sign"].add_argument("--key", type=Path, metavar="FILE", help="PEM file of an elliptic-curve private key")
+    made["sign"].add_argument("--sigstore", action="store_true", help="sign with this environment's identity instead")
+    made["verify"].add_argument(
+        "--signer", metavar="FILE", help="public key or sigstore:WHO@ISSUER; several with commas"
+    )
+    made["bench"].add_argument("ref", nargs="?", **ref)
+    made["bench"].add_argument("--all", action="store_true", help="the page of numbers: docs/NUMBERS.md")
+    made["audit"].add_argument("system", nargs="?")
+    made["audit"].add_argument("--all", action="store_true", help="challengers and gates, too")
     made["compare"].add_argument("a", **ref)
     made["compare"].add_argument("b", **ref)
     for name in ("report", "rollback", "serve"):
@@ -110,10 +122,11 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     made["ui"].add_argument("--port", type=int, default=5000)
     made["import"].add_argument("place", type=Path, metavar="FOLDER")
     made["import"].add_argument("words", nargs="*", metavar="key=value", help="base=REF, amount=1, family=llm")
-    made["export"].add_argument("--as", dest="layout", choices=("checkpoint", "others"), default="checkpoint",
-                                help="others: the adapter, vectors or dictionary that others read")  # fmt: skip
+    made["export"].add_argument("--as", dest="layout", choices=("checkpoint", "others", "card"), default="checkpoint",
+                                help="others: what other libraries read; card: its model card")  # fmt: skip
     for name in ("build", "export", "import"):
         made[name].add_argument("--out", type=Path, default=None)
+    made["build"].add_argument("--hashes", action="store_true", help="also requirements with the index's hashes")
     made["build"].add_argument("--image", help="what the Kubernetes manifests call the container image")
     return out
 

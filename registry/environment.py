@@ -24,6 +24,8 @@ VARIABLES = {
     "PATCHBAY_ARM_GIB": "GiB that arms which are models of their own may take; default: what is free",
     "PATCHBAY_TOKENS": "file of callers' tokens (`--tokens`); without it this machine alone may call",
     "PATCHBAY_ORIGINS": "pages elsewhere whose scripts may call, with commas: `https://a.example`",
+    "PATCHBAY_IMAGE": "image that Bentos are built on, by digest: `python@sha256:<64 digits>`; default "
+    "`python:3.11-slim`",
     "PATCHBAY_LOG": "`json`: a service writes its logs as JSON lines, one for every request too; default `text`",
     "PATCHBAY_WORKERS": "workers of a service (`--workers`), each with a copy of the base, on GPUs one each; default 1",
     "PATCHBAY_REPLICAS": "replicas on Ray Serve (`bentos/ray_serve.py`); default 1",
@@ -32,6 +34,8 @@ VARIABLES = {
     "PATCHBAY_GENERATOR_URL": "OpenAI-compatible endpoint that proposes texts to a search",
     "PATCHBAY_GENERATOR_MODEL": "model to ask for there",
     "PATCHBAY_GENERATOR_KEY": "key to send there",
+    "PATCHBAY_SIGNERS": "files of public keys, or `sigstore:<identity>@https://<issuer>`, with commas: what none of "
+    "them signed is not promoted, split, served or packed (extra `signing`)",
     "PATCHBAY_STREAM": "`fp32` (default) or `bf16`: how clip_sae keeps recorded activations",
     "PATCHBAY_STREAM_FOLDER": "folder for recorded activations, a file per site; default: memory",
     "PATCHBAY_SYSTEM": "system of a service's process; `patchbay serve SYSTEM` sets it",

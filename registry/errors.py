@@ -23,6 +23,7 @@
         ├── Odd            a pipe, a folder or a device where a file should be
         ├── Oversize       a header or a file beyond its limit
         ├── NotFinite      a tensor holds NaN or infinity
+        ├── Unsigned       nobody whom this deployment believes has signed it
         └── WrongBase      fitted on another base than the one it is applied to
 
 The command line prints the message alone; the services map `status` in one place.
@@ -85,9 +86,11 @@ class Forbidden(BadRequest):
 
 
 class TooMany(BadRequest):
-    """More calls than the token's rate, or than the queue holds."""
+    """More calls than the token's quotas, or than the queue holds."""
 
     status = 429
+    retry_s: int = 2
+    """seconds after which it is worth another try"""
 
 
 class NotFound(PatchbayError):
@@ -150,6 +153,10 @@ class Odd(BadArtifact):
 
 class NotFinite(BadArtifact):
     """A tensor holds NaN or infinity; what it touches would be neither answer nor error."""
+
+
+class Unsigned(BadArtifact):
+    """Nobody whom this deployment believes has signed the artifact."""
 
 
 class WrongBase(BadArtifact):

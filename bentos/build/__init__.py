@@ -30,11 +30,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bentos.app import shapes
-from bentos.build import kubernetes
+from bentos.build import kubernetes, supply
 from bentos.runtime.settings import BESIDE, CARRIED
 from patches.families.base import load_base
 from patches.families.family import family
-from registry import manifest
+from registry import manifest, signing
 from registry import sources as walk
 from registry.ab.ledger import BASE
 from registry.errors import Conflict, NotFound, NotReady, Tampered, WrongBase
@@ -89,13 +89,15 @@ def build(
     with tempfile.TemporaryDirectory(prefix=".stage-", dir=home()) as stage:
         context = Path(stage)
         about = _carry(row, digest, context / CARRIED.name, beside)
+        signed = supply.carry_signatures(context, [d for d in (digest, *beside) if d != BASE], supply.known)
         service = _service(row)
         files, modules = sources([SERVICES, *_modules(row)])
         for file in (*files, *_shipped(row, about)):
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / file, context / file)
         contents = _hashes(context)
-        requirements, commands = pins(modules), [c for label in about.bases.values() for c in _wheel(row, label)]
+        requirements = pins({*modules, signing.LIBRARY, "OpenSSL"} if signed else modules)
+        commands = [c for label in about.bases.values() for c in _wheel(row, label)]
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         whole = manifest.digest_of(
             {"files": contents, "requirements": requirements, "commands": commands, "python": python}
@@ -250,7 +252,9 @@ def _make(
     from bentoml.images import Image
 
     # no distribution's packages: every pin is a wheel, so there is nothing to compile
-    image = Image(base_image=f"python:{python}-slim", distro="", python_version=python).python_packages(*requirements)
+    image = Image(
+        base_image=supply.base_image(f"python:{python}-slim"), distro="", python_version=python
+    ).python_packages(*requirements)
     for command in commands:
         image.run(command)
     name, _, version = tag.partition(":")

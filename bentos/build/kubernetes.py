@@ -119,8 +119,9 @@ def kserve(name: str, tag: str, image: str, about: Manifest, canary: int = 10) -
 def _container(name: str, image: str, about: Manifest) -> dict[str, Any]:
     """What both kinds of deployment run. Ports have no names and the pod no security context: Knative takes neither."""
     env = {"PATCHBAY_TOKENS": TOKENS, "PATCHBAY_HOME": HOME, "PATCHBAY_CACHE": f"{HOME}/cache"}
+    env["BENTOML_HOME"] = f"{HOME}/bentoml"  # the root may be read only; BentoML writes where it is told
     mounts = [{"name": "tokens", "mountPath": str(Path(TOKENS).parent), "readOnly": True}]
-    mounts.append({"name": "home", "mountPath": HOME})
+    mounts += [{"name": "home", "mountPath": HOME}, {"name": "tmp", "mountPath": "/tmp"}]
     if about.base.startswith("local:"):
         env["PATCHBAY_BASE"] = f"local-dir:{FOLDER}"
         mounts.append({"name": "base", "mountPath": FOLDER, "readOnly": True})
@@ -140,6 +141,7 @@ def _container(name: str, image: str, about: Manifest) -> dict[str, Any]:
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": 1034,  # BentoML's user
+            "readOnlyRootFilesystem": True,
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
             "seccompProfile": {"type": "RuntimeDefault"},
@@ -150,7 +152,7 @@ def _container(name: str, image: str, about: Manifest) -> dict[str, Any]:
 
 def _volumes(name: str, about: Manifest) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = [{"name": "tokens", "secret": {"secretName": f"{name}-tokens"}}]
-    volumes.append({"name": "home", "emptyDir": {}})
+    volumes += [{"name": "home", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
     if about.base.startswith("local:"):
         volumes.append({"name": "base", "persistentVolumeClaim": {"claimName": f"{name}-base", "readOnly": True}})
     return volumes

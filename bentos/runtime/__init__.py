@@ -26,9 +26,10 @@ import torch
 from bentos.metrics import Counts
 from bentos.runtime.arms import Table
 from bentos.runtime.judge import Judge
-from bentos.runtime.settings import CARRIED, Settings, check, sealed
+from bentos.runtime.settings import CARRIED, Settings, check, check_signed, sealed
 from bentos.runtime.threads import Watch
 from bentos.runtime.worker import CALL_S, Loop
+from bentos.tokens import charge_rows
 from patches.engine.isolate import named
 from patches.engine.patch import Patch
 from patches.families.base import Base, load_base
@@ -179,9 +180,11 @@ class Runtime:
     # ---- work, from any thread -----------------------------------------------------------------------------------
 
     def submit(self, jobs: Sequence[Any]) -> None:
-        """Queue jobs. Raises NotReady, TooMany for a full queue, and as the worker's `check`; then none is queued."""
+        """Queue jobs. Raises NotReady, TooMany for a full queue or an empty quota, and as the worker's `check`; then
+        none is queued."""
         if self.problem:
             raise NotReady(f"The service is not ready: {self.problem}")
+        charge_rows(jobs)
         self.loop.submit(jobs)
 
     def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
@@ -227,6 +230,7 @@ class Runtime:
         about = self._own(folder)
         if about.kind == "model" and not about.files:
             return BASE
+        check_signed(folder, about.digest)
         self._add(about.digest, load_arm(folder, about, self.settings.device, self.settings.arm_gib))
         return about.digest
 
@@ -318,6 +322,7 @@ class Runtime:
     def _load(self, digest: str) -> None:
         """Load an arm from the store. Raises whatever prevents it."""
         folder = sealed(digest)
+        check_signed(folder, digest)
         arm = load_arm(folder, self._own(folder, digest), self.settings.device, self.settings.arm_gib)
         self._add(digest, arm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from patches.families.base import check_device
 from patches.families.family import family
-from registry import kept, manifest
+from registry import kept, manifest, signing
 from registry.ab import ledger as ledgers
 from registry.ab.database import ENV
 from registry.ab.ledger import BASE
-from registry.errors import ConfigError, NotFound, NotReady
+from registry.errors import ConfigError, NotFound, NotReady, PatchbayError
+from registry.signing import SIGSTORE
 from registry.systems import system
 
 CARRIED = Path(__file__).parents[2] / "carried"
@@ -42,6 +44,22 @@ def sealed(digest: str) -> Path:
             "or push it with PATCHBAY_STORE=s3://bucket/prefix and set the same here."
         ) from None
     return store.pull(digest)
+
+
+def check_signed(folder: Path, digest: str) -> None:
+    """Refuse an artifact that nobody of PATCHBAY_SIGNERS has signed, if that is set. Raises Unsigned.
+
+    Signatures are those on this host or in this Bento, else those in MLflow if it is installed.
+    """
+    if not signing.signers():
+        return
+    found = signing.bundles(digest)
+    if not found:
+        with contextlib.suppress(ImportError, PatchbayError):
+            from registry import store
+
+            found = store.kept_files(digest, "signatures", signing.place(digest))
+    signing.require(folder, found)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,9 @@ def placed(env: Mapping[str, str]) -> dict[str, str]:
             out[name] = str(Path(out[name]).expanduser().absolute())
     if out.get("PATCHBAY_BASE"):
         out["PATCHBAY_BASE"] = ",".join(_absolute(ref) for ref in out["PATCHBAY_BASE"].split(","))
+    if out.get("PATCHBAY_SIGNERS"):
+        named = [s.strip() for s in out["PATCHBAY_SIGNERS"].split(",")]
+        out["PATCHBAY_SIGNERS"] = ",".join(s if s.startswith(SIGSTORE) else str(Path(s).absolute()) for s in named)
     address = out.get("MLFLOW_TRACKING_URI", "")
     if address.startswith("sqlite:///") and not address.startswith("sqlite:////"):
         out["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(address[10:]).absolute()}"

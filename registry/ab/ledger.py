@@ -36,7 +36,7 @@ from registry.ab.database import Database, reason
 from registry.errors import Conflict, NotFound, NotReady, Tampered
 from registry.manifest import canonical, digest_of, is_digest
 
-Action = Literal["challenge", "gate", "split", "ramp", "promote", "rollback", "stop"]
+Action = Literal["challenge", "gate", "sign", "split", "ramp", "promote", "rollback", "stop"]
 BASE = "base"
 """the unpatched base, as champion or as an arm"""
 
@@ -241,6 +241,12 @@ def gate(ledger: Ledger, system: str, evidence: dict[str, Any], *, who: str = "u
     """Write down what a gate said (`registry.gate.Gated.evidence`); who is champion, who challenges stays."""
     head = ledger.head(system)
     return _next(ledger, system, head, "gate", experiment=head.experiment if head else None, evidence=evidence, who=who)
+
+
+def signed(ledger: Ledger, system: str, evidence: dict[str, Any], *, who: str = "unknown") -> Entry:
+    """Write down that somebody signed an artifact: evidence["signature"] has digest, bundle and key; roles stay."""
+    head = ledger.head(system)
+    return _next(ledger, system, head, "sign", experiment=head.experiment if head else None, evidence=evidence, who=who)
 
 
 def check_gate(ledger: Ledger, system: str, digest: str) -> None:

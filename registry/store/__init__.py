@@ -39,7 +39,17 @@ from registry.store.ab_display import (  # noqa: E402
     mirror,
     show_experiment,
 )
-from registry.store.measured import Sides, log_bench, log_figures, log_forced, log_gate, measured  # noqa: E402
+from registry.store.measured import (  # noqa: E402
+    Sides,
+    card_of,
+    kept_files,
+    log_bench,
+    log_figures,
+    log_file,
+    log_forced,
+    log_gate,
+    measured,
+)
 from registry.store.mlflow_client import TAGS, UI, page_answers, tracking_uri, ui_url  # noqa: E402
 from registry.store.models import Gate, Pushed, pull, push  # noqa: E402
 from registry.store.refs import Ref, parse_ref, resolve  # noqa: E402
@@ -47,9 +57,11 @@ from registry.store.shown import Comparison, Difference, Row, compare, compare_u
 from registry.store.sweeps import log_sweep  # noqa: E402
 
 __all__ = [
-    "TAGS", "UI", "Comparison", "Difference", "Gate", "Pushed", "Ref", "Row", "Sides", "begin_experiment", "compare",
+    "TAGS", "UI", "Comparison", "Difference", "Gate", "Pushed", "Ref", "Row", "Sides", "begin_experiment", "card_of",
+    "compare",
     "compare_url",
-    "list_models", "log_bench", "log_decision", "log_figures", "log_forced", "log_gate", "log_sweep",
+    "kept_files", "list_models", "log_bench", "log_decision", "log_figures", "log_file", "log_forced", "log_gate",
+    "log_sweep",
     "log_window", "measured",
     "mirror", "page_answers", "parse_ref", "pull", "push", "resolve", "show", "show_experiment",
     "tracking_uri", "ui_url",

@@ -15,7 +15,10 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric
 
+from registry import manifest
+from registry.card import NAME, card
 from registry.errors import ConfigError
+from registry.home import home
 from registry.kept import part_folder
 from registry.measure import Measure, Metrics, flat, measures, unflat
 from registry.store.mlflow_client import (
@@ -52,10 +55,60 @@ def measured(digest: str) -> tuple[str, dict[str, dict[str, Measure]]]:
     """Digest of the data that a pushed artifact was last measured on, and "base" and "patched" -> metric -> measure."""
     with connected() as client:
         version = pushed_version(digest)
-        runs = {"patched": alive(client, version.run_id), BASE: find_run(client, digest, BASE)}
-        better = {side: json.loads(run.data.tags.get(BETTER, "{}")) for side, run in runs.items() if run is not None}
-        sides = {side: unflat(runs[side].data.metrics, ways) for side, ways in better.items()}
-        return version.tags["data.digest"], sides
+        return version.tags["data.digest"], _sides(client, version)
+
+
+def _sides(client: MlflowClient, version: Any) -> dict[str, dict[str, Measure]]:
+    runs = {"patched": alive(client, version.run_id), BASE: find_run(client, version.tags["patch.digest"], BASE)}
+    better = {side: json.loads(run.data.tags.get(BETTER, "{}")) for side, run in runs.items() if run is not None}
+    return {side: unflat(runs[side].data.metrics, ways) for side, ways in better.items()}
+
+
+def log_card(client: MlflowClient, version: Any, sealed: Path, gate: Mapping[str, Any] | None = None) -> str:
+    """Write a version's model card anew from what there is of it, as README.md of its run. Returns its text.
+
+    gate: what its gate said; by default what the store has of that.
+    """
+    if gate is None:
+        gate = _gate(client, version.run_id)
+    signed = [Path(f.path).name for f in client.list_artifacts(version.run_id, "signatures")]
+    text = card(sealed, manifest.read(sealed), _sides(client, version), gate, signed)
+    client.log_text(version.run_id, text, NAME)
+    return text
+
+
+def _gate(client: MlflowClient, run: str) -> dict[str, Any] | None:
+    if not any(f.path == "gate.json" for f in client.list_artifacts(run)):
+        return None
+    with part_folder() as part:
+        said = json.loads(Path(client.download_artifacts(run, "gate.json", str(part))).read_text())
+    found: dict[str, Any] | None = said.get("gate")
+    return found
+
+
+def card_of(digest: str, sealed: Path) -> str:
+    """The model card of a pushed artifact whose sealed folder is at `sealed`, written anew."""
+    with connected() as client, locked():
+        return log_card(client, pushed_version(digest), sealed)
+
+
+def log_file(digest: str, file: Path, folder: str) -> None:
+    """A file of a pushed artifact (a signature, a card), under `folder` of its run."""
+    with connected() as client, locked():
+        client.log_artifact(pushed_version(digest).run_id, str(file), folder)
+
+
+def kept_files(digest: str, folder: str, place: Path) -> list[Path]:
+    """The files that `log_file` put under `folder` of a pushed artifact's run, brought to `place`."""
+    with connected() as client:
+        run = pushed_version(digest).run_id
+        names = [f.path for f in client.list_artifacts(run, folder) if not f.is_dir]
+        place.mkdir(parents=True, exist_ok=True)
+        with part_folder() as part:
+            for name in names:
+                got = Path(client.download_artifacts(run, name, str(part)))
+                shutil.copyfile(got, place / got.name)
+    return sorted(place.iterdir())
 
 
 def log_gate(digest: str, status: str, metrics: Metrics, evidence: Mapping[str, Any]) -> None:
@@ -67,6 +120,8 @@ def log_gate(digest: str, status: str, metrics: Metrics, evidence: Mapping[str, 
         set_tags(client, version, {"gate.status": status})
         log_metrics(client, version, {"patched": metrics}, None)
         client.log_dict(version.run_id, dict(evidence), "gate.json")
+        if (sealed := home() / "artifacts" / digest).is_dir():
+            log_card(client, version, sealed, evidence.get("gate"))
 
 
 def log_forced(digest: str, reason: str) -> None:

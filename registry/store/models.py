@@ -22,7 +22,7 @@ from registry.kept import find, keep, part_folder
 from registry.manifest import Manifest
 from registry.sources import ROOT, sources
 from registry.store import notes
-from registry.store.measured import Sides, check_sides, log_images, log_metrics
+from registry.store.measured import Sides, check_sides, log_card, log_images, log_metrics
 from registry.store.mlflow_client import (
     BASE,
     NONE,
@@ -101,6 +101,7 @@ def push(
         for name, table in (tables or {}).items():
             columns = {k: list(v) for k, v in table.items()} if isinstance(table, Mapping) else table
             client.log_table(version.run_id, columns, f"tables/{name}.json")
+        log_card(client, version, home() / "artifacts" / about.digest)
         url = f"{ui_url()}/#/models/{version.name}/versions/{version.version}"
         return Pushed(about.digest, number_of(version), version.tags["model.id"], version.run_id, url)
 

@@ -64,6 +64,7 @@ def check_digest(name: str, digest: str, forced: str | None) -> dict[str, Any] |
     if digest == "base":
         return None
     folder = the_store().pull(digest)
+    check_signed(folder, digest)
     why = check_served(name, folder, read_manifest(folder), forced)
     ledgers = the_ledger()
     try:
@@ -75,6 +76,24 @@ def check_digest(name: str, digest: str, forced: str | None) -> dict[str, Any] |
         with contextlib.suppress(PatchbayError):  # the ledger keeps the reason; MLflow shows it where it can
             the_store().log_forced(digest, forced)
     return why
+
+
+def check_signed(folder: Path, digest: str) -> str:
+    """Who signed an artifact, where PATCHBAY_SIGNERS wants that; "" elsewhere. Raises Unsigned."""
+    signing = importlib.import_module("registry.signing")
+    who: str = signing.require(folder, the_bundles(digest)) if signing.signers() else ""
+    return who
+
+
+def the_bundles(digest: str) -> list[Path]:
+    """An artifact's signatures: those on this host, else those that the store has."""
+    signing = importlib.import_module("registry.signing")
+    found: list[Path] = signing.bundles(digest)
+    if not found:
+        with contextlib.suppress(PatchbayError):
+            the_store().kept_files(digest, "signatures", signing.place(digest))
+            found = signing.bundles(digest)
+    return found
 
 
 def check_served(name: str, folder: Path, about: Any, forced: str | None) -> dict[str, Any] | None:

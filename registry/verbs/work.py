@@ -10,13 +10,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from registry.errors import NotFound, PatchbayError
+from registry.errors import ConfigError, NotFound, PatchbayError
 from registry.home import home
 from registry.systems import SYSTEMS, system
 from registry.verbs.readme import write_readme
 from registry.verbs.said import (
     Says,
     artifact,
+    check_signed,
     columns,
     compared,
     free,
@@ -88,14 +89,28 @@ def build(args: argparse.Namespace) -> Says:
     head = the_ledger().Ledger().head(name) if args.ref == name else None
     tried = head.experiment["treatment"] if head and head.experiment else None
     beside = [d for d in (head.challenger, tried) if d not in (None, "base", digest)] if head else []
+    for one in [d for d in (digest, *beside) if d != "base"]:
+        check_signed(the_store().pull(one), one)
     made = importlib.import_module("bentos.build").build(name, digest, args.out, args.image, beside)
-    return Says(f"{made.tag}\n{made.folder}", tag=made.tag, folder=str(made.folder), carried=[digest, *beside])
+    supply = importlib.import_module("bentos.build.supply")
+    files = supply.write(made.folder, args.hashes)
+    lacks = supply.check((made.folder / "Dockerfile").read_text())
+    text = f"{made.tag}\n{made.folder}: {', '.join(f.name for f in files)}" + "".join(f"\nNote: {why}" for why in lacks)
+    names = [str(f) for f in files]
+    return Says(text, tag=made.tag, folder=str(made.folder), carried=[digest, *beside], files=names, lacks=lacks)
 
 
 def bench(args: argparse.Namespace) -> Says:
-    """base, patched and folded, interleaved; results kept with the version"""
+    """base, patched and folded, interleaved, kept with the version; --all: docs/NUMBERS.md, every system"""
     import subprocess
 
+    if args.all == (args.ref is not None):
+        raise ConfigError("Name what is measured (patchbay bench REF), or --all for the page of numbers; one of them.")
+    if args.all:
+        done = subprocess.run([sys.executable, "-m", "tests.bench.numbers"], cwd=ROOT, check=False).returncode
+        said = Says(str(ROOT / "docs" / "NUMBERS.md"), page=str(ROOT / "docs" / "NUMBERS.md"))
+        said.status = done
+        return said
     store = the_store()
     digest = resolve(args.ref)
     file = ROOT / ".patchbay" / "bench.json"
@@ -112,14 +127,34 @@ def bench(args: argparse.Namespace) -> Says:
 
 
 def export(args: argparse.Namespace) -> Says:
-    """fold a patch into a hook-free checkpoint, or write it as other libraries read it (--as others)"""
-    digest = resolve(args.ref)
+    """fold a patch into a hook-free checkpoint, or write it as others read it (--as others), with its model card"""
+    digest, store = resolve(args.ref), the_store()
+    if args.layout == "card" and digest != "base":
+        file = args.out or home() / "exports" / f"{digest[:16]}.md"
+        return Says(f"{_carded(digest, file)}", card=str(file))
     if args.layout == "others" and digest != "base":
         place = args.out or home() / "exports" / f"others-{digest[:16]}"
-        what = importlib.import_module("patches.imports").send(the_store().pull(digest), place)
+        what = importlib.import_module("patches.imports").send(store.pull(digest), place)
+        if place.is_dir():
+            _carded(digest, place / "README.md")
         return Says(f"{place}: {what}", folder=str(place), what=what)
     if digest == "base":
         raise NotFound(f"{args.ref} is the base itself, so there is nothing to fold. Name a patch: SYSTEM@challenger")
     base = os.environ.get("PATCHBAY_BASE") or None  # where a base fitted from a folder lies on this machine
-    folder = importlib.import_module("patches.export").export(the_store().pull(digest), args.out, base)
-    return Says(str(folder), folder=str(folder))
+    folder = importlib.import_module("patches.export").export(store.pull(digest), args.out, base)
+    # beside it and not in it: it changes with what is measured, and the checkpoint's digest must not
+    card = _carded(digest, folder.with_name(f"{folder.name}.README.md"))
+    return Says(f"{folder}\nIts model card: {card}", folder=str(folder), card=str(card))
+
+
+def _carded(digest: str, file: Path) -> Path:
+    """Write an artifact's model card to `file`: with what the store measured of it, if it was pushed."""
+    store = the_store()
+    sealed = store.pull(digest)
+    try:
+        text = store.card_of(digest, sealed)
+    except NotFound:
+        text = importlib.import_module("registry.card").card(sealed, read_manifest(sealed))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file

@@ -1,6 +1,7 @@
 """Bad input gets a 4xx that names the value, for its own row only; strangers get nothing."""
 
 import asyncio
+import contextvars
 import json
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from bentos.app import serve
 from bentos.shapes.generate import MAX_CHAT_BYTES
 from bentos.shapes.messages import MAX_TOKENS
-from bentos.tokens import Tokens
-from registry.errors import ConfigError
+from bentos.tokens import CALLER, SHADOWED, Bucket, Token, Tokens, charge_rows
+from patches.families.worker import Job
+from registry.errors import ConfigError, TooMany
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 BAD = {
@@ -132,6 +134,60 @@ def test_tokens_scopes_and_rates(service, tokens):
             assert [await status("slow") for _ in range(3)][-1] == 429
 
     asyncio.run(work())
+
+
+def test_quotas_of_rows_and_calls_say_when_to_come_back(service, tokens):
+    known = tokens(
+        rows={"name": "rows", "scopes": ["generate", "compare"], "rows_per_minute": 4},
+        day={"name": "day", "scopes": ["generate"], "per_day": 2},
+        free={"name": "free", "scopes": ["generate"]},
+    )
+
+    async def work():
+        async with service(tokens=known) as s:
+
+            async def ask(token, **more):
+                return await s.chat(headers={"authorization": f"Bearer {token}"}, **more)
+
+            assert (await ask("rows", n=3)).status_code == 200
+            over = await ask("rows", n=2)
+            assert over.status_code == 429
+            assert "4 rows a minute" in over.json()["error"]["message"]
+            assert 1 <= int(over.headers["retry-after"]) <= 15
+            assert (await ask("rows")).status_code == 200  # what was refused was not charged
+            assert (await ask("free", n=8)).status_code == 200
+            assert [(await ask("day")).status_code for _ in range(3)] == [200, 200, 429]
+            assert int((await ask("day")).headers["retry-after"]) > 3600
+
+    asyncio.run(work())
+
+
+def test_a_bucket_refills_and_what_is_larger_than_it_is_made_up_for():
+    bucket = Bucket(1.0, 10.0, 10.0)
+    assert bucket.take(25) == 0.0
+    assert 15.9 < bucket.take(1) <= 16.0
+    bucket.at -= 16.5
+    assert bucket.take(1) == 0.0
+
+
+def test_the_treatment_of_a_shadow_is_not_charged():
+    token = Token("t", frozenset(), {"rows_per_minute": Bucket(1.0, 2.0, 2.0)})
+
+    def work():
+        CALLER.set(token)
+        SHADOWED.set("b" * 64)
+        charge_rows([Job(arm="b" * 64)] * 50)
+        charge_rows([Job(arm="a" * 64), Job(arm=None)])
+        with pytest.raises(TooMany):
+            charge_rows([Job(arm=None)])
+
+    contextvars.copy_context().run(work)
+
+
+@pytest.mark.parametrize("rate", [-1, float("inf"), "many"])
+def test_a_quota_that_is_none_is_refused(tokens, rate):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        tokens(a={"name": "a", "scopes": ["generate"], "rows_per_day": rate})
 
 
 def test_serving_to_the_network_without_tokens_is_refused(monkeypatch):

@@ -23,7 +23,8 @@ def test_the_set_of_verbs_is_frozen():
     """Verbs are a budget: a new one needs a decision, not a commit."""
     assert list(cli.VERBS) == [
         "systems", "fit", "eval", "gate", "push", "pull", "list", "show", "compare", "split", "report",
-        "promote", "rollback", "serve", "ui", "up", "doctor", "build", "bench", "export", "import",
+        "promote", "rollback", "sign", "verify", "audit", "serve", "ui", "up", "doctor", "build", "bench", "export",
+        "import",
     ]  # fmt: skip
 
 

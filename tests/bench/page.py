@@ -1,0 +1,139 @@
+"""Write docs/NUMBERS.md from the parts that were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from registry.systems import SYSTEMS
+from tests.bench.papers import PAPERS
+
+PAGE = Path(__file__).parents[2] / "docs" / "NUMBERS.md"
+ARMS = ("1", "4", "16", "64")
+GOAL = {"attention_sink", "clip_sae", "vlm_erasure", "diffusion_cf"}
+
+
+def write(place: Path, page: Path = PAGE) -> Path:
+    """The page, from <part>.json in `place`. Returns where it is."""
+    parts = {f.stem: json.loads(f.read_text()) for f in sorted(place.glob("*.json"))}
+    page.write_text(text(parts))
+    return page
+
+
+def text(parts: dict[str, Any]) -> str:
+    """The page as Markdown; what was not measured is said where it would stand."""
+    return "\n".join([
+        "# Numbers", "",
+        "Made by `make bench` (`patchbay bench --all`); who has a GPU fills its columns by the same command.", "",
+        *_about(parts), "", *_variants(parts), "", *_arms(parts), "", *_http(parts), "", *_start(parts), "", *_claims(), "",
+    ])  # fmt: skip
+
+
+def _about(parts: dict[str, Any]) -> list[str]:
+    if not parts:
+        return ["Nothing was measured yet."]
+    about = next(iter(parts.values()))["about"]
+    commits = ", ".join(sorted({p["about"]["commit"] for p in parts.values()}))
+    dates = sorted({p["about"]["date"] for p in parts.values()})
+    loads = [p["about"]["load"] for p in parts.values()]
+    versions = dict(sorted({k: v for p in parts.values() for k, v in p["about"]["versions"].items() if v}.items()))
+    return [
+        f"- machine: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; GPU: {about['gpu'] or 'none'}",
+        f"- commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, Python {about['python']}",
+        f"- {', '.join(f'{k} {v}' for k, v in versions.items())}",
+        f"- load of the machine meanwhile: {min(loads):g} to {max(loads):g}. In-process times are CPU time of one thread, "
+        "which other load hardly moves; ratios are medians over interleaved rounds with their 95 % interval. Times over HTTP "
+        "are waits, and on a loaded machine wide",
+    ]  # fmt: skip
+
+
+def _variants(parts: dict[str, Any]) -> list[str]:
+    names = ("base again", "patched", "folded", "onnx, base", "onnx, patched")
+    out = ["## One row: base, patched, folded, ONNX Runtime", "",
+           "Cost of a row, the base's in torch being 1. `base again` is the same code once more: the noise.", "",
+           "| system | a row is | base, CPU ms | " + " | ".join(names) + " | CUDA |",
+           "|---" * (4 + len(names)) + "|"]  # fmt: skip
+    for name in SYSTEMS:
+        part = parts.get(name)
+        if part is None:
+            out.append(f"| `{name}` | not measured |" + " |" * (2 + len(names)))
+            continue
+        cells = [_ratio(part["ratios"].get(n)) for n in names]
+        out.append(f"| `{name}` | {part['row']}; {part['note']} | {part['base_ms']:.3g} | {' | '.join(cells)} | |")
+    return [*out, "", "No folded form: patches that look at tokens, pictures or requests, and arms that are models of "
+            "their own. ONNX Runtime: CLIP and VideoMAE. A sink patch is folded without its conditions."]  # fmt: skip
+
+
+def _arms(parts: dict[str, Any]) -> list[str]:
+    out = ["## Arms: 1, 4, 16, 64 different patches in one batch on one copy of the base", "",
+           "Throughput of a batch with a row for each arm; the same batch of base rows is 1. Wanted: .9 at 64 arms.", "",
+           "| system | " + " | ".join(f"{n} arm{'s' * (n != '1')}" for n in ARMS)
+           + " | 64 rows of base again | MiB for 64 arms | CUDA |",
+           "|---" * (4 + len(ARMS)) + "|"]  # fmt: skip
+    for name in SYSTEMS:
+        part = parts.get(name)
+        if part is None or "arms" not in part:
+            continue
+        cells = [_ratio(part["arms"].get(n, {}).get("arms")) for n in ARMS]
+        noise = _ratio(part["arms"].get("64", {}).get("base again"))
+        out.append(f"| `{name}` | {' | '.join(cells)} | {noise} | {part['arms_mib']:.0f} | |")
+    low = [n for n in GOAL if "arms" in parts.get(n, {}) and parts[n]["arms"]["64"]["arms"]["median"] < 0.9]
+    said = f"Below .9 at 64 arms: {', '.join(f'`{n}`' for n in sorted(low))}." if low else "All four families keep .9."
+    return [
+        *out,
+        "",
+        said if parts.keys() >= GOAL else f"{said} Not all of llm, clip, vlm and diffusion were measured.",
+    ]
+
+
+def _http(parts: dict[str, Any]) -> list[str]:
+    out = ["## HTTP over the same work in process", ""]
+    part = parts.get("http")
+    if part is None:
+        return [*out, "Not measured."]
+    out += [f"One caller, one picture of 96 x 96 for lab:clip with eight labels, {next(iter(part['ratios'].values()))['rounds']} "
+            f"rounds; in process {part['in_process_ms']:.3g} ms. Every server does the same work in one process; only "
+            "patchbay's has arms, tokens, limits and exposures beside it.", "",
+            "| server | wait over in process | CPU ms a call | resident MiB |", "|---|---|---|---|"]  # fmt: skip
+    for name, ratio in sorted(part["ratios"].items(), key=lambda item: item[1]["median"]):
+        cpu, mib = part["cpu_ms"].get(name), part["mib"].get(name)
+        cpus = f"{cpu:.3g}" if cpu is not None else "-"
+        out.append(f"| {name} | {_ratio(ratio)} | {cpus} | {f'{mib:.0f}' if mib is not None else '-'} |")
+    out += [f"\nNot measured: {name} ({why})." for name, why in part["missing"].items()]
+    return out
+
+
+def _start(parts: dict[str, Any]) -> list[str]:
+    out = ["## Cold start and memory of `patchbay serve`", ""]
+    part = parts.get("start")
+    if part is None:
+        return [*out, "Not measured."]
+    out += [
+        "| base | ready, s | first answer, s | CPU s | slowest of the runs, s | resident MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for base, p in part.items():
+        if base != "about":
+            numbers = [p["ready_s"], p["answer_s"], p["cpu_s"], p["worst_s"]]
+            out.append(f"| {base} | {' | '.join(f'{x:.3g}' for x in numbers)} | {p['mib']:.0f} |")
+    return [*out, "", "The fastest of three starts; what it costs in CPU seconds is the same on a loaded machine."]
+
+
+def _claims() -> list[str]:
+    out = ["## Each paper's claim, and ours", "",
+           "The papers' models and data could not be had where this was made, so nothing here repeats a paper's number; ours is "
+           "of lab models, with its control. How each was measured: docs/log.", "",
+           "| system | the paper says | we measured | base | patched | control | n |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, row in SYSTEMS.items():
+        c = row.claim
+        if c is None:
+            continue
+        numbers = " | ".join(c.show(x) for x in (c.base, c.patched, c.control))
+        out.append(f"| `{name}` ([{row.paper}](https://arxiv.org/abs/{row.paper})) | {PAPERS[name]} | {c.metric} | {numbers} "
+                   f"({c.what_control}) | {c.n:,} |")  # fmt: skip
+    return out
+
+
+def _ratio(r: dict[str, float] | None) -> str:
+    return "-" if r is None else f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
