@@ -33,6 +33,7 @@ from registry.ab import experiment as experiments
 from registry.ab.events import Kept
 from registry.ab.experiment import CONTROL, TREATMENT
 from registry.ab.ledger import BASE
+from registry.ab.several import derived, metric_of, streams
 from registry.errors import BadRequest, Forbidden, NotFound, NotReady, PatchbayError, plain
 
 DEADLINE_S = 300.0
@@ -66,6 +67,10 @@ class Outcome(BaseModel):
     """Name of the experiment; by default the live one"""
     arm: Literal["control", "treatment"] | None = None
     """In shadow experiments, the arm whose answer is judged"""
+    metric: Annotated[str, Field(max_length=64)] | None = None
+    """One of the experiment's further metrics; by default its own"""
+    before: float | bool | None = None
+    """The unit's value before it was answered, of experiments with a covariate"""
     key: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Idempotency key: outcomes with the same key count once, so that retries are safe"""
 
@@ -247,7 +252,12 @@ class Desk:
             one = parse(Outcome, values)
             x, events = self._experiment(one.experiment), self.runtime.events
             assert events is not None
+            primary, x = x, x if one.metric in (None, x.metric) else derived(x, metric_of(x, one.metric))
             value = experiments.check_value(x, one.value)
+            if (one.before is not None) != (x.covariate and x is primary):
+                raise BadRequest(
+                    f"before: {x.name} {'wants it' if x.covariate else 'counts no covariate; leave it out'}."
+                )
             if x.mode == "shadow" and one.arm is None:
                 raise BadRequest(
                     "arm: a shadow experiment wants to know whose answer this judges: control or treatment."
@@ -255,7 +265,15 @@ class Desk:
             if x.mode == "split" and one.arm is not None:
                 raise BadRequest("arm: in a split the unit's own exposure says which arm it had; leave it out.")
             unit, key = owned(owner, unit_of(one.unit) or ""), owned(owner, one.key) if one.key else None
-            await asyncio.to_thread(events.arm_of, x.name, unit)
+            arm = await asyncio.to_thread(events.arm_of, primary.name, unit)
+            more = {x: value} if x is not primary else {}
+            if one.before is not None:
+                known = experiments.check_value(x, one.before)
+                more |= dict(zip(streams(x), (known, value + known), strict=True))
+            for stream, number in more.items():  # by the same units in the same arms
+                events.expose(stream, unit, arm)
+                if stream is not x:
+                    events.outcome(stream, unit, number, arm=one.arm, key=key)
             new = await self.kept(events.outcome(x, unit, value, arm=one.arm, key=key), OUTCOME_S)
             return {"unit": one.unit, "status": "counted" if new else "duplicate", "experiment": x.name}
         except PatchbayError as e:

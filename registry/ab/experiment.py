@@ -67,6 +67,20 @@ DEFAULT_GUARDRAILS = (
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A further metric of an experiment: reported with one correction over all (registry/ab/several.py), deciding
+    nothing."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    better: Literal["higher", "lower"] = "higher"
+    low: float = 0.0
+    high: float = 1.0
+    """outcomes lie between"""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Two digests and how they are to be told apart. Arms are digests, never aliases: an alias may move."""
 
@@ -97,6 +111,10 @@ class Experiment:
     promote_on_win: bool = False
     token_share: float = 0.5
     """most of the units that may be one token's, where callers have tokens; the rest do not count. 1: one is trusted"""
+    also: tuple[Metric, ...] = ()
+    """further metrics"""
+    covariate: bool = False
+    """outcomes come with `before`, the unit's value before exposure, and the effect is also given adjusted for it"""
 
     def __post_init__(self) -> None:
         problems = {
@@ -112,6 +130,16 @@ class Experiment:
                 a == "base" or is_digest(a) for a in (self.control, self.treatment)
             ),
             "treatment: another than the control": self.control == self.treatment,
+            "also: names of letters a-z, digits and _, at most 20, each once and none reserved; low below high": bool(
+                self.also
+            )
+            and not (
+                all(re.fullmatch(r"[a-z0-9_]{1,20}", m.name) and m.low < m.high for m in self.also)
+                and len({self.metric, "before", "sum", *(m.name for m in self.also)}) == 3 + len(self.also)
+            ),
+            "name: at most 40 with further metrics": bool(self.also or self.covariate)
+            and len(self.name) > 42
+            and "--" not in self.name,
             "guardrails: alpha between 0 and 1": not all(0.0 < g.alpha < 1.0 for g in self.guardrails),
         }
         if wrong := [rule for rule, broken in problems.items() if broken]:

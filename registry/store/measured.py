@@ -111,6 +111,22 @@ def kept_files(digest: str, folder: str, place: Path) -> list[Path]:
     return sorted(place.iterdir())
 
 
+def figures(digest: str, place: Path) -> dict[str, dict[str, Path]]:
+    """ "base" and "patched" -> name -> image file that was drawn of that side, brought to `place`."""
+    out: dict[str, dict[str, Path]] = {}
+    with connected() as client:
+        version = pushed_version(digest)
+        runs = {"patched": version.run_id}
+        if (base := find_run(client, digest, BASE)) is not None:
+            runs[BASE] = base.info.run_id
+        for side, run in runs.items():
+            to = place / digest[:16] / side
+            to.mkdir(parents=True, exist_ok=True)
+            for f in client.list_artifacts(run, "figures"):
+                out.setdefault(side, {})[Path(f.path).name] = Path(client.download_artifacts(run, f.path, str(to)))
+    return out
+
+
 def log_gate(digest: str, status: str, metrics: Metrics, evidence: Mapping[str, Any]) -> None:
     """What a gate said of a pushed artifact: tag `gate.status`, metrics gate/..., the evidence as gate.json."""
     check_sides({"patched": metrics})

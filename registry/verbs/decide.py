@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from registry.errors import ConfigError, NotFound
+from registry.errors import ConfigError, NotFound, NotReady, PatchbayError
 from registry.systems import SYSTEMS
 from registry.verbs.said import Says, check_digest, mirror, name_of, resolve, short, the_ledger, the_store, who
 
@@ -53,15 +53,75 @@ def report(args: argparse.Namespace) -> Says:
     if not entries:
         raise NotFound(f"{args.system} has had no experiment. Begin one: patchbay split {args.system} REF 0.1")
     experiment = experiments.load(entries[0].experiment)
+    several = importlib.import_module("registry.ab.several")
     with events.Events() as log:
-        decision = experiments.judge(experiment, log.summary(experiment))
+        summary = log.summary(experiment)
+        decision = experiments.judge(experiment, summary)
         drawn = importlib.import_module("registry.ab.picture").picture(experiment, log.trajectory(experiment))
+        known = {m.name: log.summary(several.derived(experiment, m)) for m in experiment.also}
+        metrics = several.compared(experiment, {experiment.metric: summary, **known})
+        cuped = None
+        if experiment.covariate:
+            cuped = several.adjusted(experiment, summary, *map(log.summary, several.streams(experiment)))
     file = importlib.import_module("registry.home").home() / "reports" / f"{experiment.name}.png"
     file.parent.mkdir(exist_ok=True)
     drawn.savefig(file, dpi=110)
     warning = the_store().show_experiment(experiment.name, drawn, decision.evidence())
     text = f"{experiments.describe(experiment, decision)}\n  picture    {file}{f' ({warning})' if warning else ''}"
-    return Says(text, picture=str(file), **decision.evidence())
+    more: dict[str, Any] = {}
+    if cuped is not None:
+        more["cuped"] = asdict(cuped)
+        text += f"\n  adjusted   {cuped.effect:+.3f} [{cuped.low:+.3f}, {cuped.high:+.3f}], variance {-cuped.gain:+.0%}"
+    if len(metrics) > 1:
+        found = several.discoveries({name: r.e_value for name, r in metrics.items()}, experiment.alpha)
+        more["metrics"] = {name: {**asdict(r), "differs": name in found} for name, r in metrics.items()}
+        for name, r in metrics.items():
+            sure = "differs" if name in found else "nothing sure"
+            text += (
+                f"\n  {name:10} {r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}], e-value {r.e_value:.3g}: {sure} (e-BH)"
+            )
+    if args.html is not None:
+        shown = examples(experiment, args.ask or [], args.url)
+        pages = importlib.import_module("registry.ab.page")
+        history = ledgers.Ledger().history(args.system, 200)
+        whole = pages.page(experiment, decision, drawn, history, examples=shown, metrics=metrics, cuped=cuped)
+        args.html.write_text(whole)
+        text += f"\n  page       {args.html}"
+        more["page"] = str(args.html)
+    return Says(text, picture=str(file), **decision.evidence(), **more)
+
+
+def examples(x: Any, asks: Sequence[str], url: str) -> list[tuple[str, Any, Any]]:
+    """What both arms answer to each of `asks` (by the service at `url`), and figures that the store has of both sides.
+
+    Raises NotReady if there are asks and no service answers.
+    """
+    out: list[tuple[str, Any, Any]] = []
+    if asks:
+        import httpx
+
+        for ask in asks:
+            said = []
+            for digest in (x.control, x.treatment):
+                model = digest if digest == "base" else f"sha256:{digest}"
+                body = {"model": model, "max_tokens": 64, "temperature": 0,
+                        "messages": [{"role": "user", "content": ask}]}  # fmt: skip
+                try:
+                    got = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+                    got.raise_for_status()
+                    said.append(got.json()["choices"][0]["message"]["content"])
+                except (httpx.HTTPError, ValueError, KeyError) as e:
+                    raise NotReady(f"{url} does not answer {ask[:40]!r} as {model[:24]}: {e}") from None
+            out.append((ask, *said))
+    if x.treatment != "base":
+        home = importlib.import_module("registry.home").home()
+        try:
+            sides = the_store().figures(x.treatment, home / "reports" / "figures")
+        except PatchbayError:
+            sides = {}
+        base, patched = sides.get("base", {}), sides.get("patched", {})
+        out += [(name, base.get(name, "not drawn of the base"), patched[name]) for name in sorted(patched)][:12]
+    return out
 
 
 def promote(args: argparse.Namespace) -> Says:
