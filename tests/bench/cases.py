@@ -101,10 +101,13 @@ def foldable(patch: Any) -> Patch | None:
     return patch if isinstance(patch, Patch) else None
 
 
-def folded(subject: Subject, patch: Patch) -> Case:
-    """The patch in the base's weights, without a hook."""
-    base = replace(subject.base, model=patch.fold(subject.base.model))
-    return over(Subject({"base": base}, {}, subject.family), False, "folded")
+def folded(name: str, patch: Patch) -> Case:
+    """The patch in the base's weights, without a hook; a copy of its own, for a base that carries a patch is not
+    folded."""
+    one = case(name)
+    one.subject.close()
+    base = replace(one.subject.base, model=patch.fold(one.subject.base.model))
+    return over(Subject({"base": base}, {}, one.subject.family), False, "folded")
 
 
 def _seen(probe: Any, arm: str | None) -> Picture:

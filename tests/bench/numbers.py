@@ -65,7 +65,8 @@ def measured(name: str) -> dict[str, Any]:
         if not bare:
             variants["patched"] = lambda: one.run(ONLY)
         if (fit := foldable(arm)) is not None:
-            whole = folded(one.subject, fit)
+            whole = folded(name, fit)
+            stack.callback(whole.subject.close)
             variants["folded"] = lambda: whole.run(None)
         engine = None
         if one.subject.family.engine:
