@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from bentos import oip, playground, traces
+from bentos.explore import Edit, explore
 from bentos.http import Call, answer, parse
 from bentos.openapi import openapi
 from bentos.runtime import SHADOW_QUEUE, Runtime
@@ -291,6 +292,10 @@ class Desk:
                     return experiments.load(entry.experiment)
         raise NotFound(f"There is no {'live experiment' if name is None else f'experiment {name!r}'} here.")
 
+    async def explore(self, request: Request, body: Edit) -> Response:
+        """Make an edit of a served arm, and serve it by its digest (POST /v1/edits)."""
+        return await explore(self, request, body)
+
     async def live(self, request: Request, _: None) -> Response:
         """Return the live experiment's estimates and decision."""
         del request
@@ -396,6 +401,7 @@ def headers(table: Table, choice: Choice) -> dict[str, str]:
 
 ROUTES: tuple[Call, ...] = (
     Call("POST", "/v1/outcomes", Desk.outcomes, "outcomes", Outcomes),
+    Call("POST", "/v1/edits", Desk.explore, "explore", Edit),
     Call("GET", "/v1/models", Desk.models, ANY),
     Call("GET", "/v1/models/{model:path}", Desk.model_of, ANY),
     Call("GET", "/health", Desk.health),

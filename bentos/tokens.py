@@ -29,7 +29,7 @@ from registry.errors import (
 
 ANY = "any"
 """Scope of a call that every known token may make"""
-SCOPES = (*sorted(set(shapes.SCOPES.values())), "compare", "outcomes", "metrics")
+SCOPES = (*sorted(set(shapes.SCOPES.values())), "compare", "explore", "outcomes", "metrics")
 """All scopes a token may have: one per kind of shape, and the desk's own"""
 
 

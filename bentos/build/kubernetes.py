@@ -152,9 +152,10 @@ def _container(name: str, image: str, about: Manifest) -> dict[str, Any]:
 
 def _volumes(name: str, about: Manifest) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = [{"name": "tokens", "secret": {"secretName": f"{name}-tokens"}}]
-    volumes += [{"name": "home", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
+    volumes.append({"name": "home", "emptyDir": {}})
     if about.base.startswith("local:"):
         volumes.append({"name": "base", "persistentVolumeClaim": {"claimName": f"{name}-base", "readOnly": True}})
+    volumes.append({"name": "tmp", "emptyDir": {}})
     return volumes
 
 

@@ -56,6 +56,8 @@ STOP_S = 3.0
 """Longest duration of a stop in seconds, whatever hangs"""
 AGAIN_S = 5.0
 """Seconds after which loading an arm that could not be served is retried; also when the ledger changes"""
+EXPLORED = 8
+"""Number of arms that requests may have made and that are still served"""
 SHADOW_QUEUE = 32
 """Queued rows above which shadow requests are dropped, so that they never delay an answer"""
 
@@ -76,6 +78,9 @@ class Runtime:
         self.table: Table | None = None
         self.events: Events | None = None
         self.judge = Judge(self)
+        self.explored: list[str] = []
+        """Digests of arms that requests made, oldest first"""
+        self._exploring = threading.Lock()
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -374,13 +379,31 @@ class Runtime:
         if missed := [m for m in self.subject.applied.unreached() if m.startswith(f"{digest}:")]:
             raise NotReady(f"These edits were never reached: {', '.join(missed)[:200]}.")
 
+    def explore(self, digest: str, patch: Patch) -> bool:
+        """Serve a patch that a request made, by its digest alone; the oldest such one goes. Returns whether it was
+        there already. Raises as `_add`."""
+        with self._exploring:
+            known = digest in self.subject.arms
+            if not known:
+                self._add(digest, patch)
+            if known and digest not in self.explored:
+                return True  # an artifact that the ledger names
+            self.explored = [*(d for d in self.explored if d != digest), digest]
+            old, self.explored = self.explored[:-EXPLORED], self.explored[-EXPLORED:]
+            for one in old:
+                if not self.loop.inflight[one]:
+                    self.call(partial(self.subject.remove, one))
+            if self.table is not None:
+                self.table = self._retabled(self.table)
+            return known
+
     def _forget_unused(self) -> None:
         """Remove arms that no routing names and no row uses."""
         table = self.table
         if table is None:
             return
         x = table.experiment
-        wanted = {table.champion, table.challenger, *((x.control, x.treatment) if x else ())}
+        wanted = {table.champion, table.challenger, *self.explored, *((x.control, x.treatment) if x else ())}
         for digest in set(self.subject.arms) - wanted:
             if not self.loop.inflight[digest]:
                 self.call(partial(self.subject.remove, digest))

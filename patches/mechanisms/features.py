@@ -216,6 +216,15 @@ class FeatureEdit(Patch):
         if not all(bool(v.isfinite().all()) for v in t.values()):
             raise PatchError("A feature edit holds a number that is not finite.")
 
+    def narrowed(self, config: FeatureConfig) -> dict[str, Tensor]:
+        """The tensors of the same edit with some of its features. Raises PatchError for one that it does not carry."""
+        known = {feature: row for row, feature in enumerate(self.config.features)}
+        if missing := [f for f in config.features if f not in known]:
+            raise PatchError(f"This edit carries no feature {missing[0]}; it has {len(known)}: {list(known)[:20]}...")
+        rows = torch.tensor([known[f] for f in config.features], device=self.tensors["decoder"].device)
+        whole = {"mask", *(("encoder", "bias") if config.activation == "topk" else ())}
+        return {name: t if name in whole else t[rows] for name, t in self.tensors.items()}
+
     def edits(self) -> list[Edit]:
         return [Act(self.config.site, self._rewrite())]
 

@@ -14,7 +14,7 @@ from registry.errors import ConfigError
 from registry.systems import SYSTEMS
 
 SHAPES = sorted({shape for row in SYSTEMS.values() if not row.planned for shape in row.services})
-OWN = {"compare", "outcomes", "metrics"}
+OWN = {"compare", "explore", "outcomes", "metrics"}
 
 
 def test_every_shape_that_is_served_has_a_scope():
