@@ -1,17 +1,17 @@
-"""The whole path once, on a real 135M language model, then on a CLIP, then one request to each of the other systems:
-`make demo`, under ten minutes on two cores.
+"""The whole path once, on a real 135M language model, then requests to each of the other nine systems: `make demo`,
+under ten minutes on two cores.
 
-Sees the model fail to repeat a word, finds the sink circuit, fits the patch, seals it, logs it to MLflow, compares,
-packages, serves base and patched in one process, asks both over HTTP, splits traffic until the numbers decide, follows
-the promotion, rolls back. Every line that begins with `$` is a command a user can type. ARGS=--once exits at the end,
-ARGS=--fast shows every system in its smallest form instead (fit, push, eval of the `tiny` recipes).
+Sees the model fail to repeat a word, fits a small patch before your eyes, takes the real one, which ships (the same fit
+on the real model takes two minutes of one core), logs it to MLflow, measures it beside its base, holds it to what its
+recipe promises, packages it, serves base and patched in one process, asks both over HTTP, splits traffic until the
+numbers decide, follows the promotion, rolls back. Every line that begins with `$` is a command a user can type.
+ARGS=--once exits at the end, ARGS=--fast shows every system in its smallest form instead (fit, push, eval, gate of the
+`tiny` recipes).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import os
 import shutil
 import socket
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ os.environ.setdefault("TQDM_MININTERVAL", "1")
 sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402  the settings above come first
+import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -44,10 +46,10 @@ from patches.evidence import read_evidence  # noqa: E402
 from registry import cli  # noqa: E402
 from registry.systems import SYSTEMS  # noqa: E402
 
-SYSTEM, EYES = "attention_sink", "clip_sae"
+SYSTEM = "attention_sink"
 COPIES, GOES_ON = 300, 8
 """the task: a word 300 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
-USERS = 400
+USERS = 200
 """at most; the experiment decides when it is enough"""
 TYPE = (
     f"To type these commands yourself: [bold]source {Path(sys.prefix) / 'bin' / 'activate'}[/], then patchbay ...; "
@@ -57,22 +59,33 @@ out = Console(highlight=False)
 start = time.monotonic()
 
 
-steps: list[tuple[str, float]] = []
-"""what was done, and when it began"""
+steps: list[tuple[str, float, float]] = []
+"""what was done, when it began, and the CPU seconds spent until then"""
+
+
+def cpu() -> float:
+    """CPU seconds of this process and of all that it started."""
+    me, total = psutil.Process(), 0.0
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            t = process.cpu_times()
+            total += t.user + t.system + t.children_user + t.children_system
+    return total
 
 
 def step(text: str) -> None:
     """Say what comes now, and remember when."""
-    steps.append((text, time.monotonic() - start))
+    steps.append((text, time.monotonic() - start, cpu()))
     out.rule(f"[bold]{text}[/]  [dim]{steps[-1][1]:.0f} s[/]", align="left")
 
 
 def times() -> Table:
     """How long each step took."""
-    table = Table("step", "seconds", title="where the time went")
-    ends = [at for _, at in steps[1:]]
-    for (text, began), end in zip(steps, ends, strict=False):
-        table.add_row(text, f"{end - began:.0f}")
+    table = Table("step", "seconds", "CPU seconds", title="where the time went", show_footer=True)
+    for (text, began, at), (_, end, then) in pairwise(steps):
+        table.add_row(text, f"{end - began:.0f}", f"{then - at:.0f}")
+    for column, footer in zip(table.columns, ("in all", f"{steps[-1][1]:.0f}", f"{steps[-1][2]:.0f}"), strict=True):
+        column.footer = footer
     return table
 
 
@@ -125,7 +138,7 @@ def show_failure(base: Any, prompts: dict[str, list[int]]) -> dict[str, str]:
     """What the model says after many copies of a word."""
     from patches.families.llm.worker import Decoder, Row
 
-    rows = [Row(ids, max_tokens=20, ignore_eos=True) for ids in prompts.values()]
+    rows = [Row(ids, max_tokens=12, ignore_eos=True) for ids in prompts.values()]
     Decoder(base).run(rows)
     return {w: base.processor.decode(r.out) for w, r in zip(prompts, rows, strict=True)}
 
@@ -181,15 +194,18 @@ def run(stack: ExitStack, once: bool) -> None:
     for word, answer in said.items():
         out.print(f"  {COPIES} x[bold]{word}[/], then it says: [red]{answer!r}[/]")
 
-    step("2. Find the circuit, fit the patch, seal it")
-    patchbay("fit", f"{SYSTEM}/demo")
-    folder = next((HOME / "runs").glob(f"{SYSTEM}-*"))
+    step("2. Fit a patch: a small one before your eyes; the real one ships")
+    patchbay("fit", f"{SYSTEM}/tiny")
+    folder = demo_tour.DEMO / SYSTEM
     report = read_evidence(folder)
     found = [f"layer {layer}: {neuron}" for stage in report["circuit"]["stages"] for layer, neuron in stage]
-    out.print(f"  sink neurons found without hints: {', '.join(found)}; chosen patch: [bold]{report['chosen']}[/]")
+    out.print(
+        f"  [bold cyan]$ patchbay fit {SYSTEM}/demo[/] makes the next one in two minutes of one core. Sink neurons"
+    )
+    out.print(f"  it found without hints: {', '.join(found)}; chosen patch: [bold]{report['chosen']}[/]")
 
-    step("3. Put it in MLflow, measure base and patched alike")
-    patchbay("push", str(folder))
+    step("3. Put it in MLflow, measure base and patched alike, hold it to its promises")
+    patchbay("push", str(folder.relative_to(ROOT)))
     patchbay("eval", f"{SYSTEM}@challenger")
     patchbay("gate", f"{SYSTEM}@challenger")
     server = background(stack, "mlflow", [sys.executable, "-m", "registry.cli", "ui", "--port", str(mlflow_port)])
@@ -218,7 +234,7 @@ def run(stack: ExitStack, once: bool) -> None:
     out.print(table)
 
     step("6. Production A/B: users decide")
-    patchbay("split", SYSTEM, "0.5", "promote_on_win=true", "min_n=20", "tau=0.3")
+    patchbay("split", SYSTEM, "0.5", "promote_on_win=true", "min_n=12", "tau=0.3")
     until("the running service has begun the experiment", lambda: live(url)["experiment"])
     answered = asyncio.run(traffic(url, base, prompt, text.words(tokenizer, USERS, 11)))
     patchbay("report", SYSTEM)
@@ -236,27 +252,12 @@ def run(stack: ExitStack, once: bool) -> None:
     wait(f"{ui}/health", server)
     patchbay("compare", f"{SYSTEM}@base", f"{SYSTEM}@champion")
 
-    step("8. A written word fools a CLIP, and a patch of its features defends it")
-    patchbay("fit", f"{EYES}/demo")
-    patchbay("push", str(next((HOME / "runs").glob(f"{EYES}-*"))))
-    patchbay("eval", f"{EYES}@challenger")
-    eyes_port = free_port(3001)
-    eyes_url = f"http://127.0.0.1:{eyes_port}"
-    eyes = background(
-        stack, "serve-eyes", [sys.executable, "-m", "registry.cli", "serve", EYES, "--port", str(eyes_port)],
-        PATCHBAY_BASE="lab:clip",
-    )  # fmt: skip
-    out.print(f"[bold cyan]$ patchbay serve {EYES} --port {eyes_port}[/]")
-    wait(f"{eyes_url}/readyz", eyes)
-    out.print(f"  the attack and the defence as a picture: [bold]{look(eyes_url)}[/]")
-
-    step("9. Generators, a model that sees, checkpoints of video and a search: one request each")
+    step("8. The other nine: what each is asked, and what it answers")
     demo_tour.tour(HOME, patchbay, out.print)
 
     step("done")
     out.print(times())
     links = Table("what", "where", title="look around")
-    links.add_row("playground: a picture, base beside patched", eyes_url)
     links.add_row("playground: base beside patched", url)
     links.add_row("MLflow: versions, metrics, figures, the experiment", ui)
     links.add_row("OpenAI's API", f"{url}/v1")
@@ -273,42 +274,6 @@ def ask(url: str, prompt: str, arm: str, tokens: int) -> tuple[str, httpx.Header
     body = {"model": arm, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
     return answer.json()["choices"][0]["text"], answer.headers
-
-
-def look(url: str, count: int = 16) -> Path:
-    """Pictures with a wrong word on them, of classes and words no fit has seen, asked over HTTP; drawn with what base
-    and patched call them."""
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    from training.lab import worlds
-
-    data = worlds.WORLDS["typographic"]("test", count, 7, word="wrong")
-    batch = data.read(range(count))
-    arrays = [x.permute(1, 2, 0).numpy() for x in batch.image]
-    coded = []
-    for array in arrays:
-        file = io.BytesIO()
-        Image.fromarray(array).save(file, "PNG")
-        coded.append({"data": base64.b64encode(file.getvalue()).decode()})
-    body = {"images": coded, "labels": list(data.classes), "model": "challenger", "patchbay": {"compare": True}}
-    answer = httpx.post(f"{url}/v1/classify", json=body, timeout=120).raise_for_status()
-    rows = answer.json()["results"]
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    right = {"base": 0, "patched": 0}
-    for array, label, row, axis in zip(arrays, batch.label.tolist(), rows, figure.subplots(2, 8).flat, strict=True):
-        axis.imshow(array)
-        axis.axis("off")
-        said = {"base": row["base"]["label"], "patched": row["label"]}
-        for y, (side, word) in enumerate(said.items()):
-            ok = word == data.classes[label]
-            right[side] += ok
-            axis.text(0.5, -0.1 - 0.14 * y, f"{side}: {word}", transform=axis.transAxes, ha="center", fontsize=8,
-                      color="#0a6b4c" if ok else "#ad2018")  # fmt: skip
-    figure.suptitle(f"A wrong word on each: right {right['base']} of {count} (base), {right['patched']} (patched)")
-    figure.savefig(HOME / "attack.png", dpi=110, bbox_inches="tight")
-    out.print(f"  {count} attacked pictures over HTTP: base right on {right['base']}, patched on {right['patched']}")
-    return HOME / "attack.png"
 
 
 async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: list[int]) -> int:
@@ -337,7 +302,7 @@ async def traffic(url: str, base: Any, lead: Callable[..., list[int]], words: li
                     over.set()
                     return
                 done += 1
-                if done % 10 == 0:
+                if done % 8 == 0:
                     live = (await http.get("/v1/experiments/live")).json()
                     if live["experiment"] is None:
                         over.set()

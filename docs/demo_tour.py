@@ -1,7 +1,8 @@
-"""The systems of pictures and clips in one request each: what `make demo` shows after its two long stories.
+"""The systems of pictures and clips in one request each: what `make demo` shows after its long story.
 
-Each system's sealed lab artifact ships here, so nothing is fitted: it is pushed, served in this process by the very
-application that BentoML serves, and asked by the requests a user would send. Pictures are written to `folder`.
+What a system's fit made ships in `patches/lab/sealed`, or is small enough to be fitted here; it is pushed, served in
+this process by the very application that BentoML serves, and asked by the requests a user would send. Pictures are
+written to `folder`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SEALED = ROOT / "patches" / "lab" / "sealed"
 """lab artifacts, one folder per system, as `fit` sealed them"""
+DEMO = SEALED.parent / "demo"
+"""artifacts of recipes that are called demo, which take minutes to fit: small and quick to measure"""
 
 
 class Served:
@@ -55,6 +58,71 @@ def picture(array: Any) -> str:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def clip_sae(served: Served, folder: Path, count: int = 16) -> str:
+    """Pictures with a wrong word on them, of classes and words no fit has seen, drawn with both answers."""
+    from matplotlib.figure import Figure
+
+    from training.lab import worlds
+
+    data = worlds.WORLDS["typographic"]("test", count, 7, word="wrong")
+    batch = data.read(range(count))
+    arrays = [x.permute(1, 2, 0).numpy() for x in batch.image]
+    coded = [{"data": picture(array)} for array in arrays]
+    body = {"images": coded, "labels": list(data.classes), "model": "challenger", "patchbay": {"compare": True}}
+    rows = served.post("/v1/classify", body)["results"]
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    right = {"base": 0, "patched": 0}
+    for array, label, row, axis in zip(arrays, batch.label.tolist(), rows, figure.subplots(2, 8).flat, strict=True):
+        axis.imshow(array)
+        axis.axis("off")
+        said = {"base": row["base"]["label"], "patched": row["label"]}
+        for y, (side, word) in enumerate(said.items()):
+            ok = word == data.classes[label]
+            right[side] += ok
+            axis.text(0.5, -0.1 - 0.14 * y, f"{side}: {word}", transform=axis.transAxes, ha="center", fontsize=8,
+                      color="#0a6b4c" if ok else "#ad2018")  # fmt: skip
+    told = f"a wrong word on each of {count} pictures: right {right['base']} (base), {right['patched']} (patched)"
+    figure.suptitle(told)
+    figure.savefig(folder / "clip_sae.png", dpi=110, bbox_inches="tight")
+    return f"{told}: [bold]{folder / 'clip_sae.png'}[/]"
+
+
+def _attacked() -> tuple[str, str, dict[str, str]]:
+    """What a picture of the test split shows, the wrong word on it, and the picture."""
+    from training.lab import worlds
+
+    data = worlds.WORLDS["typographic"]("test", 8, 7, word="wrong")
+    batch = data.read(range(1))
+    image = picture(batch.image[0].permute(1, 2, 0).numpy())
+    return data.classes[int(batch.label[0])], batch.extras["word"][0], {"data": image}
+
+
+def clip_heads(served: Served, folder: Path) -> str:
+    """Where in a picture its written word is, as the base's heads and the patched model's see it."""
+    thing, word, image = _attacked()
+    body = {"image": image, "text": word, "against": thing, "model": "challenger", "compare": True, "format": ["png"]}
+    got = served.post("/v1/explain/segment", body)
+    sides = {"base": got["base"], "patched": got}
+    files = [base64.b64decode(side["png"].rpartition(",")[2]) for side in sides.values()]
+    _grid(files, 2, folder / "clip_heads.png")
+    labels = {"images": [image], "labels": [thing, word], "model": "challenger", "patchbay": {"compare": True}}
+    (row,) = served.post("/v1/classify", labels)["results"]
+    return (
+        f"a {thing} that says {word!r}: the base says {row['base']['label']}, without its text heads {row['label']}; "
+        f"where the word is read: [bold]{folder / 'clip_heads.png'}[/]"
+    )
+
+
+def second_order(served: Served, folder: Path) -> str:
+    """What a picture shows, in the words of the neurons that fire."""
+    thing, word, image = _attacked()
+    body = {"images": [image], "model": "challenger", "compare": True, "top": 5}
+    (row,) = served.post("/v1/explain/attributes", body)["results"]
+    (folder / "second_order.png").write_bytes(base64.b64decode(image["data"]))
+    told = {k: ", ".join(a["text"] for a in row[k]["attributes"]) for k in ("base", "patched") if k in row}
+    return f"a {thing} that says {word!r}, in the neurons' words: " + "; ".join(f"{k}: {v}" for k, v in told.items())
 
 
 def vlm_erasure(served: Served, folder: Path) -> str:
@@ -159,7 +227,7 @@ def _grid(files: list[bytes], columns: int, place: Path) -> None:
 
 
 TOUR: dict[str, Callable[[Served, Path], str]] = {
-    f.__name__: f for f in (vlm_erasure, w2w, diffusion_cf, videomae, toto, mils)
+    f.__name__: f for f in (clip_sae, clip_heads, second_order, vlm_erasure, w2w, diffusion_cf, videomae, toto, mils)
 }
 """system -> what the demo asks of it"""
 
@@ -169,7 +237,11 @@ def tour(folder: Path, patchbay: Callable[..., None], say: Callable[[str], None]
     seconds = {}
     for name, show in TOUR.items():
         began = time.monotonic()
-        patchbay("push", str((SEALED / name).relative_to(ROOT)))
+        if (place := SEALED / name).is_dir():
+            patchbay("push", str(place.relative_to(ROOT)))
+        else:
+            patchbay("fit", f"{name}/demo")
+            patchbay("push", str(next((folder / "runs").glob(f"{name}-*"))))
         with Served(name) as served:
             say(f"  {show(served, folder)}")
         seconds[name] = time.monotonic() - began

@@ -86,6 +86,10 @@ RECIPES: dict[str, Config] = {
         modes=("mean",), bound=1.0, shuffles=20,
     ),
     "lab": Config(ablate=("text",), counts=(2, 4, 8, 12), modes=("mean",), tokens="all"),
+    "demo": Config(
+        counts=(8,), modes=("mean",), tokens="all", span_images=256, texts=6, shuffles=40, draws=1, gallery_images=48,
+        val_images=64, test_images=64,
+    ),
     "waterbirds": Config(
         task="waterbirds", classifier="probe", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls",
     ),

@@ -99,8 +99,8 @@ RECIPES: dict[str, Config] = {
     ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(300,),
-        gates=GateConfig(steps=180, batch=8, keep=30, shun=2.0, price=1.5e-3),
-        fit_images=256, val_images=96, test_images=150,
+        gates=GateConfig(steps=90, batch=8, keep=30, shun=2.0, price=1.5e-3),
+        fit_images=128, val_images=48, test_images=64,
     ),
     "layers": Config(
         layers=tuple(range(8)), sae=replace(_LAB, steps=120), ranks=("difference",), counts=(200, 400, 800),

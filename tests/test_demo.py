@@ -1,0 +1,55 @@
+"""`make demo` as it is typed, and what ships for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs import demo_tour
+from patches import artifact
+from patches.evidence import read_evidence
+from registry import manifest
+from registry.systems import SYSTEMS
+from training import run
+from training.evidence import recipe_of
+
+ROOT = Path(__file__).parents[1]
+CPU_SECONDS = 600
+"""of all its processes together: ten minutes of one core, so under ten minutes on two however they share"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("flag", ["--once", "--fast"])
+def test_the_demo_ends_within_its_budget_and_shows_every_system(flag):
+    env = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    got = subprocess.run([sys.executable, "docs/demo.py", flag], cwd=ROOT, env=env, capture_output=True, text=True)
+    print(got.stdout)  # where the time went
+    assert got.returncode == 0, got.stderr[-3000:]
+    total = re.search(r"in all\W+(\d+)\W+(\d+)", got.stdout)
+    assert total is not None
+    assert int(total[2]) <= CPU_SECONDS
+    assert [name for name in SYSTEMS if name not in got.stdout] == []
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in demo_tour.DEMO.iterdir()))
+def test_what_ships_for_the_demo_is_what_its_recipe_says_now(name):
+    folder = demo_tour.DEMO / name
+    about = manifest.read(folder)
+    sealed = recipe_of(folder, about)
+    assert sealed.name == f"{name}/demo"
+    assert sealed.config == SYSTEMS[name].load_job().RECIPES["demo"]
+    assert read_evidence(folder)["chosen"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(f.name for f in demo_tour.DEMO.iterdir()))
+def test_what_ships_for_the_demo_is_what_its_fit_makes(name):
+    made = run.fit(f"{name}/demo")
+    assert artifact.load(made)[1].config == artifact.load(demo_tour.DEMO / name)[1].config
