@@ -2,7 +2,9 @@
 
 import pytest
 
+from patches import artifact
 from patches.families.base import load_base
+from training import run
 from training.clip_sae.config import Config
 from training.tasks import recognition as tasks
 
@@ -27,3 +29,22 @@ def test_hands_are_of_the_test_split_and_none_is_the_one_that_fits_see():
     for name, mine in sets.items():
         assert {d.split for d in mine.values()} == {"test"}
         assert mine["attacked"].about["hand"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_how_far_a_defence_holds_beyond_the_writing_it_was_fitted_on():
+    """The demo's defence against the word, hand by hand (`-s` prints it). Of letters without paper it keeps least:
+    features were found on strips."""
+    folder, n = run.fit("clip_sae/demo"), 100
+    base, config = load_base("lab:clip", "clip"), Config(test_images=n)
+    arms = {"base": tasks.Arm(), "patched": tasks.Arm(artifact.load(folder)[1])}
+    for hand, sets in tasks.other_hands(config, n).items():
+        by, got = tasks.classifier(base, config, sets["clean"]), {}
+        for name, arm in arms.items():
+            with arm.on(base):
+                got[name] = tasks.measured(config, {k: tasks.ask(base, config, d, by) for k, d in sets.items()})
+        told = {k: f"{got['base'][k].value:.3f} -> {got['patched'][k].value:.3f}" for k in got["base"]}
+        print(f"{hand:9} n={n}", told, flush=True)
+        assert got["patched"]["attacked"].value > got["base"]["attacked"].value, hand
+        assert got["patched"]["says_word"].value < got["base"]["says_word"].value, hand
