@@ -106,7 +106,7 @@ def free_port(wanted: int) -> int:
         return int(s.getsockname()[1])
 
 
-def wait(url: str, process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+def wait(url: str, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
     """Until `url` answers 200."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -331,8 +331,8 @@ def until(what: str, true: Callable[[], Any]) -> None:
     """How long the running service takes to follow the ledger."""
     began = time.monotonic()
     while not true():
-        if time.monotonic() - began > 30:
-            raise SystemExit(f"This did not happen within 30 s: {what}.")
+        if time.monotonic() - began > 120:
+            raise SystemExit(f"This did not happen within 120 s: {what}.")
         time.sleep(0.1)
     out.print(f"  {what} after {time.monotonic() - began:.1f} s, without a restart")
 
