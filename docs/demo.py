@@ -47,8 +47,8 @@ from registry import cli  # noqa: E402
 from registry.systems import SYSTEMS  # noqa: E402
 
 SYSTEM = "attention_sink"
-COPIES, GOES_ON = 300, 8
-"""the task: a word 300 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
+COPIES, GOES_ON = 400, 8
+"""the task: a word 400 times after "Here is the word ...", then eight tokens more, all of which must be the word"""
 USERS = 200
 """at most; the experiment decides when it is enough"""
 TYPE = (
