@@ -121,7 +121,7 @@ class SearchWorker(Worker[Searching]):
                 takes = ("both",)
             if any(k in job.inputs for k in takes):
                 continue
-            what = " and ".join(GIVEN.get(k, k) for k in job.inputs) or "nothing"
+            what = " and ".join(GIVEN[k] for k in job.inputs if k in GIVEN) or "nothing"
             wants = " or ".join(GIVEN[k] for k in takes)
             if job.arm is None:
                 raise Invalid(f"The base looks at pictures ({wants}); it was given {what}. Name an arm of that task.")

@@ -171,6 +171,7 @@ BAD = [
     ({"image": IMAGE, "clip": IMAGE}, "image and clip were sent"),
     ({"sound": SOUND}, "looks at pictures and wants a picture or a clip; it was given a sound"),
     ({"goal": "a cat"}, "it was given a goal"),
+    ({"image": IMAGE, "style": IMAGE}, "it was given a picture and a style. Ask"),
     ({"minus": ["a cat"]}, "minus was sent"),
     ({"style": IMAGE}, "style was sent"),
     ({"plus": [IMAGE] * 9}, "plus"),
