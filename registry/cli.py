@@ -91,6 +91,8 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     made["report"].add_argument("--html", type=Path, metavar="FILE", help="also as one page that needs nothing else")
     made["report"].add_argument("--ask", action="append", metavar="TEXT", help="shown there as both arms answer it")
     made["report"].add_argument("--url", default="http://127.0.0.1:3000", help="the service that is asked")
+    made["report"].add_argument("--judge", metavar="URL", help="OpenAI-compatible model that scores shadow pairs first")
+    made["report"].add_argument("--judge-model", default="default", metavar="NAME")
     made["sign"].add_argument("--key", type=Path, metavar="FILE", help="PEM file of an elliptic-curve private key")
     made["sign"].add_argument("--sigstore", action="store_true", help="sign with this environment's identity instead")
     made["verify"].add_argument(

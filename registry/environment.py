@@ -41,6 +41,10 @@ VARIABLES = {
     "PATCHBAY_SYSTEM": "system of a service's process; `patchbay serve SYSTEM` sets it",
     "PATCHBAY_URL": "address that a service says it answers at; `patchbay serve` sets it",
     "PATCHBAY_BENCH": "digest that `patchbay bench` measures; it sets it",
+    "PATCHBAY_BENCH_SECONDS": "seconds that `patchbay bench --all` takes for a comparison, about; default 30",
+    "PATCHBAY_BENCH_SERVERS": "names of the servers that it compares over HTTP, with commas; default: all",
+    "PATCHBAY_JUDGE_KEY": "key to send to the judge model of `patchbay report --judge URL`",
+    "PATCHBAY_JUDGE_TOKEN": "token of the service whose pairs it judges",
     "PATCHBAY_LM_EVAL": "questions that the bench asks of lm-eval's task; default 360, which is all of them",
     "PATCHBAY_BENCH_LLM": "reference of the language model that `make bench` measures",
 }

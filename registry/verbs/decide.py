@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -53,6 +54,7 @@ def report(args: argparse.Namespace) -> Says:
     if not entries:
         raise NotFound(f"{args.system} has had no experiment. Begin one: patchbay split {args.system} REF 0.1")
     experiment = experiments.load(entries[0].experiment)
+    judged = _judged(args) if args.judge else ""
     several = importlib.import_module("registry.ab.several")
     with events.Events() as log:
         summary = log.summary(experiment)
@@ -68,6 +70,7 @@ def report(args: argparse.Namespace) -> Says:
     drawn.savefig(file, dpi=110)
     warning = the_store().show_experiment(experiment.name, drawn, decision.evidence())
     text = f"{experiments.describe(experiment, decision)}\n  picture    {file}{f' ({warning})' if warning else ''}"
+    text += judged
     more: dict[str, Any] = {}
     if cuped is not None:
         more["cuped"] = asdict(cuped)
@@ -89,6 +92,20 @@ def report(args: argparse.Namespace) -> Says:
         text += f"\n  page       {args.html}"
         more["page"] = str(args.html)
     return Says(text, picture=str(file), **decision.evidence(), **more)
+
+
+def _judged(args: argparse.Namespace) -> str:
+    """Have a judge model score the pairs of a shadow experiment at the service; what came of it, as a line."""
+    import httpx
+
+    judging = importlib.import_module("registry.ab.judge_model")
+    key, token = os.environ.get("PATCHBAY_JUDGE_KEY", ""), os.environ.get("PATCHBAY_JUDGE_TOKEN", "")
+    try:
+        with httpx.Client(timeout=120) as http:
+            found = judging.score(http, args.url, args.judge.rstrip("/"), args.judge_model, key=key, token=token)
+    except httpx.HTTPError as e:
+        raise NotReady(f"{args.url} or {args.judge} does not answer: {e}") from None
+    return f"\n  judge      treatment won {found['won']}, lost {found['lost']}, tied {found['tied']}"
 
 
 def examples(x: Any, asks: Sequence[str], url: str) -> list[tuple[str, Any, Any]]:

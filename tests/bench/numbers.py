@@ -139,7 +139,11 @@ def http() -> dict[str, Any]:
     variants: dict[str, Callable[[], object]] = {"in process": lambda: work(json.loads(json.dumps(body)))}
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(httpx.Client(timeout=120))
+        wanted = [w.strip() for w in os.environ.get("PATCHBAY_BENCH_SERVERS", "").split(",") if w.strip()]
         for name, start in servers().items():
+            if wanted and name not in wanted:
+                said[name] = "not asked for in this run (PATCHBAY_BENCH_SERVERS)"
+                continue
             try:
                 url, pids[name] = stack.enter_context(start())
                 pyfunc = name.startswith("mlflow")
