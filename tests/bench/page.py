@@ -11,6 +11,8 @@ from tests.bench.papers import PAPERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "NUMBERS.md"
 ARMS = ("1", "4", "16", "64")
+SURE = 6
+"""rounds from which smallest and largest hold the median in 95 % of cases"""
 GOAL = {"attention_sink", "clip_sae", "vlm_erasure", "diffusion_cf"}
 
 
@@ -43,8 +45,9 @@ def _about(parts: dict[str, Any]) -> list[str]:
         f"- commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, Python {about['python']}",
         f"- {', '.join(f'{k} {v}' for k, v in versions.items())}",
         f"- load of the machine meanwhile: {min(loads):g} to {max(loads):g}. In-process times are CPU time of one thread, "
-        "which other load hardly moves; ratios are medians over interleaved rounds with their 95 % interval. Times over HTTP "
-        "are waits, and on a loaded machine wide",
+        "which other load moves less than waits, and still moves; ratios are medians over interleaved rounds, in brackets their 95 % "
+        f"bootstrap interval, in parentheses the rounds. **With fewer than {SURE} rounds the brackets are only the smallest and the largest** "
+        "(they hold the true median with 1 - 2^(1 - rounds): 75 % of three), and such a number decides nothing. Times over HTTP are waits",
     ]  # fmt: skip
 
 
@@ -136,4 +139,6 @@ def _claims() -> list[str]:
 
 
 def _ratio(r: dict[str, float] | None) -> str:
-    return "-" if r is None else f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+    """The median of so many rounds, in brackets its interval; of fewer than SURE rounds the smallest and largest, which
+    hold the true median with 1 - 2^(1 - rounds): 75 % of three rounds."""
+    return "-" if r is None else f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}] ({r['rounds']:g})"
