@@ -81,13 +81,15 @@ def _arms(parts: dict[str, Any]) -> list[str]:
         cells = [_ratio(part["arms"].get(n, {}).get("arms")) for n in ARMS]
         noise = _ratio(part["arms"].get("64", {}).get("base again"))
         out.append(f"| `{name}` | {' | '.join(cells)} | {noise} | {part['arms_mib']:.0f} | |")
-    low = [n for n in GOAL if "arms" in parts.get(n, {}) and parts[n]["arms"]["64"]["arms"]["median"] < 0.9]
-    said = f"Below .9 at 64 arms: {', '.join(f'`{n}`' for n in sorted(low))}." if low else "All four families keep .9."
-    return [
-        *out,
-        "",
-        said if parts.keys() >= GOAL else f"{said} Not all of llm, clip, vlm and diffusion were measured.",
-    ]
+    there = {n: parts[n]["arms"]["64"]["arms"] for n in sorted(GOAL) if "arms" in parts.get(n, {})}
+    said = []
+    if low := [n for n, r in there.items() if r["median"] < 0.9]:
+        said.append(f"Median below .9 at 64 arms: {', '.join(f'`{n}`' for n in low)}.")
+    if few := [n for n, r in there.items() if r["rounds"] < SURE]:
+        said.append(f"Too few rounds to decide: {', '.join(f'`{n}`' for n in few)}.")
+    if missing := sorted(GOAL - there.keys()):
+        said.append(f"Not measured: {', '.join(f'`{n}`' for n in missing)}.")
+    return [*out, "", " ".join(said) or "llm, clip, vlm and diffusion all keep .9."]
 
 
 def _http(parts: dict[str, Any]) -> list[str]:
