@@ -152,7 +152,7 @@ _ROWS = (
            Claim("eleven lab motions by attentive probe of an encoder that saw generated clips; base: none", .623, .745,
                  .092, "a CNN on the middle frame", 1100, "26845f2cca8ada6c",
                  beside="pre-trained on the task's own clips 80.5 %: 67 % [55, 81] of the gap closed, last stage "
-                 "66 % [48, 91] (2 seeds); motion is the largest step, + 21.7 [16.8, 26.9]; fine-tuned with 550 labels "
+                 "62 % [50, 82] (3 seeds); motion is the largest step, + 21.7 [16.8, 26.9]; fine-tuned with 550 labels "
                  "there is no gap, with 55 natural clips give 69.5 % against 53.1 % (3 seeds), generated ones nothing "
                  "sure")),
     System("w2w", "Sample, edit and invert in the weight space of customised diffusion models",
