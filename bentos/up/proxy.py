@@ -9,6 +9,7 @@ that took them, so what may become one goes by the caller's token.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import stat
 import sys
@@ -59,7 +60,9 @@ def config(
     if mlflow is not None:
         places.insert(0, _MLFLOW.format(port=mlflow, told=told))
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    values = {"folder": folder, "listen": listen, "body": BODY, "answer": ANSWER_S, "idle": IDLE_S}
+    # started by root, its workers would be nobody, who may not write where it keeps large bodies
+    user = "user root;" if os.getuid() == 0 else ""
+    values = {"folder": folder, "listen": listen, "body": BODY, "answer": ANSWER_S, "idle": IDLE_S, "user": user}
     return _CONFIG.format(upstreams="\n".join(upstreams), places="\n".join(places), **values)
 
 
@@ -86,6 +89,7 @@ _MLFLOW = """\
 _CONFIG = """\
 # written by `patchbay up`; every start writes it anew
 daemon off;
+{user}
 worker_processes 1;
 pid {folder}/nginx.pid;
 error_log stderr error;

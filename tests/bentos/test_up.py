@@ -79,11 +79,13 @@ def test_one_command_up_after_moving_the_embedded_default(home, tiny_llm, postgr
                 for path in ("/v1/chat/completions", f"/{SYSTEM}/v1/chat/completions"):
                     got = http.post(path, json=ASK)
                     assert (got.status_code, got.headers["x-patchbay-patch"]) == (200, one), got.text
+                large = http.post("/v1/chat/completions", json={**ASK, "user": "x" * (3 << 20)})
+                assert large.status_code == 413, large.text  # the service's own word, not nginx's
                 asked = "/mlflow/api/2.0/mlflow/registered-models/search"
                 assert http.get(asked).status_code == 401
                 login = base64.b64encode(f"admin:{known['password']}".encode()).decode()
                 found = http.get(asked, headers={"authorization": f"Basic {login}"}).json()
-                assert "tiny" in [m["name"] for m in found["registered_models"]]
+                assert "tiny-0" in [m["name"] for m in found["registered_models"]]
             # a client elsewhere: its files come through the server, with a login and no key of the store
             env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PATCHBAY_STORE", "MLFLOW_"))}
             env |= {"PATCHBAY_HOME": str(home.parent / "elsewhere"), "MLFLOW_TRACKING_USERNAME": "admin",

@@ -18,6 +18,9 @@ import time
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "BENTOML_HOME" not in os.environ:  # read once per process; never the user's own
+    os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="drill-bentos-")
+    atexit.register(shutil.rmtree, os.environ["BENTOML_HOME"], ignore_errors=True)
 
 import logging
 import warnings

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +56,6 @@ def three_replicas(home: Path, night: bool, seed: int) -> Row:
 
 
 def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: contextlib.ExitStack, units: int) -> Row:
-    os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="drill-bentos-"))
     made = [seal(llm.tiny(), c) for c in CONFIGS[:2]]
     book = Ledger()
     ledgers.promote(book, SYSTEM, made[0])
@@ -72,7 +70,7 @@ def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: co
     judges = [r for r in up if _judge(http, r.url) == "this process"]
     held = len(judges) == 1
     notes.append(f"{len(judges)} judge")
-    with _load(front, made, book) as load:
+    with _load(front, made) as load:
         # a promotion, and a promotion back, while everybody calls
         for digest in (made[1], made[0]):
             start = time.monotonic()
@@ -235,7 +233,7 @@ class Load:
             got = http.post("/v1/outcomes", json=body)
             with self._lock:
                 if got.status_code == 200:
-                    self.keys.add(_kept(f"{name}-{unit}"))
+                    self.keys.add(f"{name}-{unit}")
                     self.again += tries > 1
                     return
             if got.status_code == 404:  # its exposure was lost with the database, which the service counts and says
@@ -243,13 +241,9 @@ class Load:
             time.sleep(0.1)
 
 
-def _kept(key: str) -> str:
-    return key
-
-
 @contextlib.contextmanager
-def _load(url: str, arms: list[str], book: Ledger) -> Iterator[Load]:
-    del book
+def _load(url: str, arms: list[str]) -> Iterator[Load]:
+    """Callers until the block ends."""
     load = Load(url, arms)
     callers = [threading.Thread(target=load.run, args=(i,), daemon=True) for i in range(CALLERS)]
     for caller in callers:
