@@ -27,7 +27,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.drill import attacks, replicas, storage
+from tests.drill import attacks, bentos, replicas, storage
 from tests.drill.place import own_home
 from tests.drill.table import PAGE, Row, page
 
@@ -52,7 +52,7 @@ def main() -> int:
     shown = tempfile.mkdtemp(prefix="drill-mlflow-")
     atexit.register(shutil.rmtree, shown, ignore_errors=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{shown}/mlflow.db")
-    for attack in (*attacks.ALL, *storage.ALL, *replicas.ALL):
+    for attack in (*attacks.ALL, *storage.ALL, *replicas.ALL, *bentos.ALL):
         if args.only not in attack.__name__:
             continue
         if attack.__name__ in kept:

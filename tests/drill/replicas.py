@@ -1,17 +1,11 @@
-"""Three Bentos behind nginx over a real PostgreSQL: one decision, one judge, and what is left when things die."""
+"""Three replicas of one service over a real PostgreSQL: one decision, one judge, and what is left when things die."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +14,30 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from bentos.build import build
-from bentos.up import proxy
 from patches.families import llm
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.ab.database import Database
 from registry.ab.ledger import Ledger
-from registry.errors import NotFound
 from tests import postgres
-from tests.bench.server import end
+from tests.bench.server import Server, running
 from tests.bentos.conftest import CONFIGS, SYSTEM, seal
 from tests.drill.table import Row
 
 REPLICAS = 3
-CALLERS = 4
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 0}
-CHAT = "/v1/chat/completions"
 
 
 def three_replicas(home: Path, night: bool, seed: int) -> Row:
-    """Units are sticky, promotions are everywhere in time, and a replica, the judge and the database are killed, all
-    under load through the proxy."""
-    del seed
-    name = "three Bentos behind nginx, on PostgreSQL"
+    """Units are sticky, a promotion is everywhere, and a replica, the judge and the database are killed."""
+    name = "three replicas on PostgreSQL"
     try:
-        proxy.binary()
         with postgres.running() as database, contextlib.ExitStack() as stack:
             url = database.database()
             os.environ["PATCHBAY_DB"] = url
             stack.callback(os.environ.pop, "PATCHBAY_DB")
             return _drill(name, home, database, url, stack, 300 if night else 60)
-    except (pytest.skip.Exception, NotFound) as e:
+    except pytest.skip.Exception as e:
         return Row(name, 0, True, note=str(e))
 
 
@@ -60,211 +46,62 @@ def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: co
     book = Ledger()
     ledgers.promote(book, SYSTEM, made[0])
     live = _split(book, made[0], made[1])
-    tag = build(SYSTEM, made[0], beside=[made[1]]).tag
-    up = stack.enter_context(_bentos(tag, home))
-    front = stack.enter_context(_nginx(home, [r.port for r in up]))
+    up = [stack.enter_context(running(SYSTEM, kind="uvicorn", PATCHBAY_BASE="tiny")) for _ in range(REPLICAS)]
     http = stack.enter_context(httpx.Client(timeout=30))
-    until(lambda: all(_experiment(http, r.url) for r in up), 120)
-    notes: list[str] = []
-    wrong = _sticky(http, [front, *(r.url for r in up)], live, units)
-    judges = [r for r in up if _judge(http, r.url) == "this process"]
-    held = len(judges) == 1
-    notes.append(f"{len(judges)} judge")
-    with _load(front, made) as load:
-        # a promotion, and a promotion back, while everybody calls
-        for digest in (made[1], made[0]):
-            start = time.monotonic()
-            ledgers.promote(book, SYSTEM, digest)
-            until(lambda d=digest: all(_patch(http, r.url) == d for r in up), 20)
-            reached = time.monotonic() - start
-            held = held and reached < 2
-            notes.append(f"promotion on all after {reached:.1f} s")
-            load.some(40)
-        swapped = load.failed
-        notes.append(f"{load.asked} calls meanwhile, {swapped} failed")
-        second = _split(book, made[0], made[1])
-        until(lambda: all(_experiment(http, r.url) == second.name for r in up))
-        load.experiment = second
-        load.some(60)
-        # a replica that does not judge, then the one that does
-        _kill(next(r for r in up if r not in judges))
-        load.some(60)
-        _kill(judges[0])
-        left = [r for r in up if r.process.poll() is None]
-        start = time.monotonic()
-        until(lambda: sum(_judge(http, r.url) == "this process" for r in left) == 1, 30)
-        judged = time.monotonic() - start
-        held = held and judged < 15
-        notes.append(f"two replicas killed, the judge among them, another judges after {judged:.1f} s")
-        load.some(60)
-        # the database: answers go on, and who acknowledged an outcome has it when it is back
-        database.stop()
-        load.some(10)
-        database.start()
-        start = time.monotonic()
-        until(lambda: _counts(http, front, load), 60)
-        back = time.monotonic() - start
-        load.some(60)
-    with Database(url).reading() as db:
-        keys = "SELECT key FROM events WHERE kind = 'outcome' AND key IS NOT NULL"
-        counted = [k for (k,) in db.execute(text(keys))]
-    lost = len(load.keys - set(counted))
-    wrong += load.wrong + len(counted) - len(set(counted))
-    notes.append(f"database killed; {len(load.keys)} outcomes acknowledged, {load.again} sent again")
-    return Row(
-        name, load.asked + units * (REPLICAS + 1), held and not (lost or wrong or load.failed), lost=lost, wrong=wrong,
-        hurt=load.failed, recover_s=back, note="; ".join(notes),
-    )  # fmt: skip
-
-
-# ---- the deployment ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Replica:
-    """One Bento process."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
-@contextlib.contextmanager
-def _bentos(tag: str, home: Path) -> Iterator[list[Replica]]:
-    """Replicas of a Bento, each in a home of its own, as BentoML serves it."""
-    ports = _free(REPLICAS)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PATCHBAY_", "MLFLOW_", "PYTHONPATH"))}
-    kept |= {"PATCHBAY_DB": os.environ["PATCHBAY_DB"], "PATCHBAY_CACHE": str(home / "cache")}
-    made = []
-    try:
-        for n, port in enumerate(ports):
-            command = [sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)]
-            env = {**kept, "PATCHBAY_HOME": str(home / f"replica-{n}")}
-            out = subprocess.DEVNULL
-            made.append(Replica(subprocess.Popen(command, cwd=home, env=env, stdout=out, stderr=out), port))
-        with httpx.Client(timeout=5) as http:
-            until(lambda: all(_ready(http, r.url) for r in made), 300)
-        yield made
-    finally:
-        for replica in made:
-            end(replica.process)
-
-
-@contextlib.contextmanager
-def _nginx(home: Path, ports: list[int]) -> Iterator[str]:
-    """nginx before the replicas, with the configuration that `patchbay up` writes; its address."""
-    (front,) = _free(1)
-    folder = home / "nginx"
-    folder.mkdir()
-    (folder / "nginx.conf").write_text(proxy.config(folder, "127.0.0.1", front, {SYSTEM: ports}, None, trusted=True))
-    command = [*proxy.binary(), "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(timeout=5) as http:
-            until(lambda: _ready(http, f"http://127.0.0.1:{front}"), 30)
-        yield f"http://127.0.0.1:{front}"
-    finally:
-        end(process)
-
-
-def _free(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for s in made:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in made]
-
-
-# ---- the callers -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Load:
-    """Callers who ask and score, through the proxy, until told to stop; what is acknowledged is remembered."""
-
-    url: str
-    arms: list[str]
-    experiment: experiments.Experiment | None = None
-    asked: int = 0
-    failed: int = 0
-    """calls that were not answered"""
-    wrong: int = 0
-    """answers of an arm that the unit does not have"""
-    again: int = 0
-    """outcomes that were sent more than once"""
-    keys: set[str] = field(default_factory=set)
-    """outcomes that were acknowledged"""
-    _go: bool = True
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def some(self, calls: int) -> None:
-        """Wait until so many more calls are answered."""
-        want = self.asked + calls
-        until(lambda: self.asked >= want, 120)
-
-    def run(self, number: int) -> None:
-        """One caller: a call for a unit, then its outcome, sent again with its key until it is acknowledged."""
-        n = 0
-        with httpx.Client(base_url=self.url, timeout=60) as http:
-            while self._go:
-                n += 1
-                unit, x = f"c{number}-{n}", self.experiment
-                got = http.post(CHAT, json=ASK, headers={"x-patchbay-unit": unit})
-                with self._lock:
-                    self.asked += 1
-                    self.failed += got.status_code != 200
-                    of = got.headers.get("x-patchbay-experiment")
-                    if x is not None and of == x.name:
-                        right = x.arm_digest(experiments.assign(x, unit))
-                        self.wrong += got.headers["x-patchbay-patch"] != right
-                    self.wrong += got.status_code == 200 and got.headers.get("x-patchbay-patch") not in self.arms
-                if of is not None:
-                    self._score(http, unit, of, n)
-                time.sleep(0.02)
-
-    def _score(self, http: httpx.Client, unit: str, name: str, n: int) -> None:
-        body = {"unit": unit, "value": n % 2, "key": f"{name}-{unit}", "experiment": name}
-        tries = 0
-        while self._go:
-            tries += 1
-            got = http.post("/v1/outcomes", json=body)
-            with self._lock:
-                if got.status_code == 200:
-                    self.keys.add(f"{name}-{unit}")
-                    self.again += tries > 1
-                    return
-            if got.status_code == 404:  # its exposure was lost with the database, which the service counts and says
-                return
-            time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _load(url: str, arms: list[str]) -> Iterator[Load]:
-    """Callers until the block ends."""
-    load = Load(url, arms)
-    callers = [threading.Thread(target=load.run, args=(i,), daemon=True) for i in range(CALLERS)]
-    for caller in callers:
-        caller.start()
-    try:
-        yield load
-    finally:
-        load._go = False
-        for caller in callers:
-            caller.join(60)
-
-
-def _sticky(http: httpx.Client, urls: list[str], live: experiments.Experiment, units: int) -> int:
-    """Answers, through the proxy and by each replica, of another arm than the unit's."""
-    wrong = 0
+    until(lambda: all(_experiment(http, s) for s in up))
+    exposed: list[str] = []
+    keys: list[str] = []
+    wrong = hurt = 0
     for i in range(units):
-        right = live.arm_digest(experiments.assign(live, f"u{i}"))
-        for url in urls:
-            got = http.post(f"{url}{CHAT}", json=ASK, headers={"x-patchbay-unit": f"u{i}"})
-            wrong += got.headers.get("x-patchbay-patch") != right
-    return wrong
+        unit = f"u{i}"
+        for s in up:  # what a proxy does with one user's calls
+            got = http.post(f"{s.url}/v1/chat/completions", json=ASK, headers={"x-patchbay-unit": unit})
+            hurt += got.status_code != 200
+            wrong += got.headers["x-patchbay-patch"] != live.arm_digest(experiments.assign(live, unit))
+            exposed.append(got.headers["x-patchbay-request"])
+        for s in up:  # a client that tries again elsewhere
+            got = http.post(f"{s.url}/v1/outcomes", json={"unit": unit, "value": i % 2, "key": f"k{i}"})
+            hurt += got.status_code != 200
+        keys.append(f"k{i}")
+    judges = [s for s in up if _judge(http, s) == "this process"]
+    one_judge = len(judges) == 1
+    # a promotion reaches all of them
+    start = time.monotonic()
+    ledgers.promote(book, SYSTEM, made[1])
+    until(lambda: all(_patch(http, s) == made[1] for s in up), 20)
+    reached = time.monotonic() - start
+    # the judge is killed, another one judges
+    _kill(judges[0])
+    left = [s for s in up if s is not judges[0]]
+    start = time.monotonic()
+    until(lambda: sum(_judge(http, s) == "this process" for s in left) == 1, 30)
+    judged = time.monotonic() - start
+    # the database is killed: answers go on, and what was acknowledged is there when it is back
+    database.stop()
+    answers = [http.post(f"{s.url}/v1/chat/completions", json=ASK) for s in left for _ in range(5)]
+    hurt += sum(a.status_code != 200 or a.headers["x-patchbay-patch"] != made[1] for a in answers)
+    database.start()
+    start = time.monotonic()
+    until(lambda: _works(book, made), 30)
+    until(lambda: all(_experiment(http, s) for s in left), 30)
+    back = time.monotonic() - start
+    with Database(url).reading() as db:
+        there = {r for (r,) in db.execute(text("SELECT request FROM events WHERE kind = 'exposure'"))}
+        counted = [k for (k,) in db.execute(text("SELECT key FROM events WHERE kind = 'outcome'"))]
+    lost = len(set(exposed) - there) + len(set(keys) - set(counted))
+    wrong += len(counted) - len(set(counted))
+    held = one_judge and not (lost or wrong or hurt) and reached < 2 and judged < 15
+    return Row(
+        name,
+        len(exposed) + len(keys),
+        held,
+        lost=lost,
+        wrong=wrong,
+        hurt=hurt,
+        recover_s=back,
+        note=f"{len(judges)} judge; promotion on all after {reached:.1f} s; judge killed, another after {judged:.1f} s;"
+        " database killed, no answer failed",
+    )
 
 
 def _split(book: Ledger, control: str, treatment: str) -> experiments.Experiment:
@@ -273,52 +110,43 @@ def _split(book: Ledger, control: str, treatment: str) -> experiments.Experiment
     return x
 
 
-def _counts(http: httpx.Client, url: str, load: Load) -> bool:
-    """Whether an outcome is acknowledged again."""
-    with contextlib.suppress(httpx.HTTPError, AttributeError):
-        body = {"unit": "c0-1", "value": 1, "experiment": load.experiment.name}
-        return http.post(f"{url}/v1/outcomes", json=body).status_code in (200, 404)
+def _works(book: Ledger, made: list[str]) -> bool:
+    """Whether the ledger takes another experiment."""
+    with contextlib.suppress(Exception):
+        _split(book, made[1], made[0])
+        return True
     return False
 
 
-def _ready(http: httpx.Client, url: str) -> bool:
+def _experiment(http: httpx.Client, s: Server) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        return http.get(f"{url}/readyz").status_code == 200
+        return bool(http.get(f"{s.url}/v1/experiments/live").json().get("experiment"))
     return False
 
 
-def _experiment(http: httpx.Client, url: str) -> str:
+def _judge(http: httpx.Client, s: Server) -> str:
     with contextlib.suppress(httpx.HTTPError):
-        found = http.get(f"{url}/v1/experiments/live").json().get("experiment")
-        return found["name"] if found else ""
-    return ""
-
-
-def _judge(http: httpx.Client, url: str) -> str:
-    with contextlib.suppress(httpx.HTTPError):
-        said: str = http.get(f"{url}/v1/models").json()["patchbay"]["judge"] or ""  # /readyz is BentoML's own there
+        said: str = http.get(f"{s.url}/readyz").json().get("judge", "")
         return said
     return ""
 
 
-def _patch(http: httpx.Client, url: str) -> str:
-    got = http.post(f"{url}{CHAT}", json={**ASK, "model": "champion"})
+def _patch(http: httpx.Client, s: Server) -> str:
+    got = http.post(f"{s.url}/v1/chat/completions", json={**ASK, "model": "champion"})
     said: str = got.headers.get("x-patchbay-patch", "")
     return said
 
 
-def _kill(replica: Replica) -> None:
-    for process in [*psutil.Process(replica.process.pid).children(recursive=True), psutil.Process(replica.process.pid)]:
+def _kill(s: Server) -> None:
+    for process in [*psutil.Process(s.pid).children(recursive=True), psutil.Process(s.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(process.pid, signal.SIGKILL)
-    replica.process.wait()
 
 
-def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Wait until it is true. Raises TimeoutError."""
-    limit = time.monotonic() + seconds
+def until(true: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
     while not true():
-        if time.monotonic() > limit:
+        if time.monotonic() > end:
             raise TimeoutError(f"not within {seconds:g} s")
         time.sleep(0.05)
 
