@@ -18,7 +18,7 @@ def openapi(routes: Sequence[Call], title: str) -> dict[str, Any]:
     for r in routes:
         about: dict[str, Any] = {"operationId": f"{r.handler.__name__}{'_docs' if r.path == '/docs.json' else ''}"}
         codes = ["400", "401", "403", "404", "413", "415", "429", "503"] if r.body else ["401", "403", "429", "503"]
-        codes += ["404"] if r.scope and not r.body else []
+        codes += ["404"] if not r.body and (r.scope or "{" in r.path) else []
         about["responses"] = {"200": {"description": "answered"}, **dict.fromkeys(codes, error)}
         if jobs and r.method == "POST":
             about["responses"] |= {"202": {"description": "accepted as a job; see /v1/jobs/{id}"}, "409": error}

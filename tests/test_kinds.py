@@ -126,7 +126,7 @@ def test_a_deployment_carries_it_and_serves_it_without_a_store(name, pushed, tmp
     for digest, want in ((pushed["digest"], PATCHED_Y[name]), ("base", BASE_Y[name])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATCHBAY_BASE", "tiny:0,tiny:1" if name == SEARCH else "tiny:0")
-            about = build._carry(system(name), digest, tmp_path / digest[:8])
+            about = build._carry(system(name), digest, tmp_path / digest[:8], ())
         assert about.bases == manifest.read(store.pull(pushed["digest"])).bases
         runtime = Runtime(Settings(name, pinned=tmp_path / digest[:8]))
         runtime.start()

@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,10 @@ def test_a_service_that_cannot_start_is_refused_in_one_line(capsys, monkeypatch,
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    assert cli.main(["serve", system]) == 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert cli.main(["serve", system, "--port", str(port)]) == 1
     told = capsys.readouterr().err
     assert re.search(says, told)
     assert told.count("\n") == 1
