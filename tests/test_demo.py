@@ -20,7 +20,7 @@ from training.evidence import recipe_of
 
 ROOT = Path(__file__).parents[1]
 CPU_SECONDS = 600
-"""of all its processes together: ten minutes of one core, so under ten minutes on two however they share"""
+"""Most seconds that the demo's processes may use together; ten minutes of one core end in ten minutes of two"""
 
 
 @pytest.mark.slow

@@ -87,8 +87,8 @@ RECIPES: dict[str, Config] = {
     ),
     "lab": Config(ablate=("text",), counts=(2, 4, 8, 12), modes=("mean",), tokens="all"),
     "demo": Config(
-        counts=(8,), modes=("mean",), tokens="all", span_images=256, texts=6, shuffles=40, draws=1, gallery_images=48,
-        val_images=64, test_images=64,
+        counts=(8,), modes=("mean",), tokens="all", span_images=128, texts=6, shuffles=20, draws=1, gallery_images=24,
+        val_images=32, test_images=32,
     ),
     "waterbirds": Config(
         task="waterbirds", classifier="probe", ablate=("background",), counts=(1, 2, 3, 4, 6), tokens="cls",

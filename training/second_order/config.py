@@ -71,8 +71,8 @@ RECIPES: dict[str, Config] = {
     ),
     "lab": Config(counts=(50, 200), fit_images=800, rank_images=256, val_images=160),
     "demo": Config(
-        layers=(5,), counts=(100,), edits=("activations",), fit_images=192, rank_images=64, val_images=48,
-        test_images=64, probes=4,
+        layers=(5,), counts=(100,), edits=("activations",), fit_images=128, rank_images=48, val_images=32,
+        test_images=32, probes=4,
     ),
     "waterbirds": Config(task="waterbirds", bound=0.02),
     "celeba": Config(task="celeba", bound=0.02),

@@ -6,6 +6,7 @@ from patches import artifact
 from patches.families.base import load_base
 from training import run
 from training.clip_sae.config import Config
+from training.data.typographic import written
 from training.tasks import recognition as tasks
 
 N = 40
@@ -20,7 +21,18 @@ def test_a_hand_that_nothing_was_fitted_on_attacks_the_base(hand):
     got = tasks.metrics(config, {k: tasks.ask(base, config, d, by) for k, d in sets.items()})
     assert got["clean"] > 0.85
     assert got["attacked"] < got["blank"] - 0.2  # the letters do it, not what they hide
-    assert got["says_word"] > 0.05  # by chance .02
+    # letters that the base never learned to read put it off more often than they are read: the word is what it says
+    # in the hand it knows, while the same places without letters never bring the word
+    known = tasks.ask(base, config, written(sets["clean"], "wrong", config.seed), by)
+    assert _says(known, known.other) > 0.2
+    said, silent = (tasks.ask(base, config, sets[k], by) for k in ("attacked", "blank"))
+    assert _says(silent, said.other) == 0.0
+    assert 0.0 < _says(said, said.other) < _says(known, known.other)
+
+
+def _says(said, word):
+    """The share of pictures of which `word` is said."""
+    return (said.logits.argmax(1) == word).float().mean().item()
 
 
 def test_hands_are_of_the_test_split_and_none_is_the_one_that_fits_see():
