@@ -10,7 +10,6 @@ the home's runs/, where `patchbay push` takes it. Nobody gets it who does not na
 from __future__ import annotations
 
 import asyncio
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -91,9 +90,7 @@ def _made(desk: Desk, arm: str | None, body: Edit) -> dict[str, Any]:
 def _kept(digest: str, name: str) -> dict[str, str]:
     """Keep the sealed folder of an edit that was proved, where `patchbay push` takes it."""
     folder = home() / "runs" / f"{name}-{digest[:16]}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(home() / "artifacts" / digest, folder)
+    kept.copied(home() / "artifacts" / digest, digest, folder)
     return {"sealed": folder.name, "next": f"patchbay push .patchbay/runs/{folder.name}"}
 
 

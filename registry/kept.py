@@ -36,11 +36,16 @@ def find(digest: str, carried: Sequence[Path] = ()) -> Path | None:
 
 def keep(folder: Path, digest: str) -> Path:
     """home()/artifacts/<digest>, copied from `folder`, verified, then put in place by one rename."""
-    place = home() / "artifacts" / digest
+    return copied(folder, digest, home() / "artifacts" / digest)
+
+
+def copied(folder: Path, digest: str, place: Path) -> Path:
+    """Copy a sealed folder to `place` in the home, verified, then put in place by one rename. Raises Tampered."""
     if not place.is_dir():
         with part_folder() as part:
             shutil.copytree(folder, part / "copy", symlinks=True)
             manifest.read(part / "copy", digest=digest)
+            place.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # somebody else was faster; theirs is verified below
                 os.rename(part / "copy", place)
     return verified(place, digest)

@@ -51,41 +51,28 @@ def test_what_was_made_in_inference_mode_moves_as_well(far):
     torch.testing.assert_close((there @ torch.ones(3, device=FAR)).cpu(), torch.tensor([3.0, 12.0]))
 
 
+SPLIT = f"cpu,{FAR}"
+"""Two devices, with a decoder's first layers on one and its last on the other"""
+
+
+@pytest.mark.parametrize("device", [FAR, SPLIT])
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name):
+def test_every_mechanism_works_where_the_model_is(far, tiny_llm, name, device):
+    """The same answers on another device, and on a base that lies on two; FAR refuses what two GPUs would."""
     patch = MECHANISMS[name]()
     with torch.no_grad(), patch.apply(tiny_llm.model):
         want = tiny_llm.model(input_ids=IDS).logits
-    base = load_base("tiny", "llm", FAR)
-    assert base.device.type == FAR
-    moved, ids = patch.to(FAR), IDS.to(FAR)
+    base = load_base("tiny", "llm", device)
+    assert {p.device.type for p in base.model.parameters()} == set(device.split(","))
+    at = base.device.type
+    assert at == device.split(",")[0]
+    moved, ids = patch.to(at), IDS.to(at)
     with torch.no_grad(), moved.apply(base.model):
         torch.testing.assert_close(base.model(input_ids=ids).logits.cpu(), want, atol=1e-5, rtol=1e-5)
     if any(isinstance(e, Weight) for e in patch.edits()):
         return
     with torch.no_grad(), apply(base.model, {"a": moved}) as on, on.rows(["a", None, "a", "a"]):
         got = base.model(input_ids=ids).logits.cpu()
-    torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], atol=1e-5, rtol=1e-5)
-
-
-SPLIT = f"cpu,{FAR}"
-"""two devices, with a decoder's first layers on one and its last on the other"""
-
-
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_every_mechanism_works_on_a_base_that_lies_on_two_devices(far, tiny_llm, name):
-    """The same answers as on one; FAR refuses what two GPUs would."""
-    patch = MECHANISMS[name]()
-    with torch.no_grad(), patch.apply(tiny_llm.model):
-        want = tiny_llm.model(input_ids=IDS).logits
-    base = load_base("tiny", "llm", SPLIT)
-    assert {p.device.type for p in base.model.parameters()} == {"cpu", FAR}
-    with torch.no_grad(), patch.apply(base.model):
-        torch.testing.assert_close(base.model(input_ids=IDS).logits.cpu(), want, atol=1e-5, rtol=1e-5)
-    if any(isinstance(e, Weight) for e in patch.edits()):
-        return
-    with torch.no_grad(), apply(base.model, {"a": patch}) as on, on.rows(["a", None, "a", "a"]):
-        got = base.model(input_ids=IDS).logits.cpu()
     torch.testing.assert_close(got[[0, 2, 3]], want[[0, 2, 3]], atol=1e-5, rtol=1e-5)
 
 

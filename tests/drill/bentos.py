@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +12,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
-import psutil
 import pytest
 from sqlalchemy import text
 
@@ -31,12 +28,11 @@ from registry.errors import NotFound
 from tests import postgres
 from tests.bench.server import end
 from tests.bentos.conftest import CONFIGS, SYSTEM, seal
-from tests.drill.replicas import until
+from tests.drill.replicas import ASK, champion_of, experiment_of, kill, until
 from tests.drill.table import Row
 
 REPLICAS = 3
 CALLERS = 4
-ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "temperature": 0}
 CHAT = "/v1/chat/completions"
 NAME = "three Bentos behind nginx, on PostgreSQL"
 
@@ -70,7 +66,7 @@ def _drill(home: Path, database: postgres.Server, url: str, stack: contextlib.Ex
     up = stack.enter_context(_bentos(tag, home))
     front = stack.enter_context(_nginx(home, [r.port for r in up]))
     http = stack.enter_context(httpx.Client(timeout=30))
-    until(lambda: all(_experiment(http, r.url) for r in up), 120)
+    until(lambda: all(experiment_of(http, r.url) for r in up), 120)
     notes: list[str] = []
     wrong = _sticky(http, [front, *(r.url for r in up)], live, units)
     judges = [r for r in up if _judge(http, r.url) == "this process"]
@@ -81,7 +77,7 @@ def _drill(home: Path, database: postgres.Server, url: str, stack: contextlib.Ex
         for digest in (made[1], made[0]):
             start = time.monotonic()
             ledgers.promote(book, SYSTEM, digest)
-            until(lambda d=digest: all(_patch(http, r.url) == d for r in up), 20)
+            until(lambda d=digest: all(champion_of(http, r.url) == d for r in up), 20)
             reached = time.monotonic() - start
             held = held and reached < 2
             notes.append(f"promotion on all after {reached:.1f} s")
@@ -89,13 +85,13 @@ def _drill(home: Path, database: postgres.Server, url: str, stack: contextlib.Ex
         swapped = load.failed
         notes.append(f"{load.asked} calls meanwhile, {swapped} failed")
         second = _split(book, made[0], made[1])
-        until(lambda: all(_experiment(http, r.url) == second.name for r in up))
+        until(lambda: all(experiment_of(http, r.url) == second.name for r in up))
         load.experiment = second
         load.some(60)
         # a replica that does not judge, then the one that does
-        _kill(next(r for r in up if r not in judges))
+        _end(next(r for r in up if r not in judges))
         load.some(60)
-        _kill(judges[0])
+        _end(judges[0])
         left = [r for r in up if r.process.poll() is None]
         start = time.monotonic()
         until(lambda: sum(_judge(http, r.url) == "this process" for r in left) == 1, 30)
@@ -294,13 +290,6 @@ def _ready(http: httpx.Client, url: str) -> bool:
     return False
 
 
-def _experiment(http: httpx.Client, url: str) -> str:
-    with contextlib.suppress(httpx.HTTPError):
-        found = http.get(f"{url}/v1/experiments/live").json().get("experiment")
-        return found["name"] if found else ""
-    return ""
-
-
 def _judge(http: httpx.Client, url: str) -> str:
     with contextlib.suppress(httpx.HTTPError):
         said: str = http.get(f"{url}/v1/models").json()["patchbay"]["judge"] or ""  # /readyz is BentoML's own there
@@ -308,16 +297,8 @@ def _judge(http: httpx.Client, url: str) -> str:
     return ""
 
 
-def _patch(http: httpx.Client, url: str) -> str:
-    got = http.post(f"{url}{CHAT}", json={**ASK, "model": "champion"})
-    said: str = got.headers.get("x-patchbay-patch", "")
-    return said
-
-
-def _kill(replica: Replica) -> None:
-    for process in [*psutil.Process(replica.process.pid).children(recursive=True), psutil.Process(replica.process.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            os.kill(process.pid, signal.SIGKILL)
+def _end(replica: Replica) -> None:
+    kill(replica.process.pid)
     replica.process.wait()
 
 

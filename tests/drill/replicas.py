@@ -48,7 +48,7 @@ def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: co
     live = _split(book, made[0], made[1])
     up = [stack.enter_context(running(SYSTEM, kind="uvicorn", PATCHBAY_BASE="tiny")) for _ in range(REPLICAS)]
     http = stack.enter_context(httpx.Client(timeout=30))
-    until(lambda: all(_experiment(http, s) for s in up))
+    until(lambda: all(experiment_of(http, s.url) for s in up))
     exposed: list[str] = []
     keys: list[str] = []
     wrong = hurt = 0
@@ -68,10 +68,10 @@ def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: co
     # a promotion reaches all of them
     start = time.monotonic()
     ledgers.promote(book, SYSTEM, made[1])
-    until(lambda: all(_patch(http, s) == made[1] for s in up), 20)
+    until(lambda: all(champion_of(http, s.url) == made[1] for s in up), 20)
     reached = time.monotonic() - start
     # the judge is killed, another one judges
-    _kill(judges[0])
+    kill(judges[0].pid)
     left = [s for s in up if s is not judges[0]]
     start = time.monotonic()
     until(lambda: sum(_judge(http, s) == "this process" for s in left) == 1, 30)
@@ -83,7 +83,7 @@ def _drill(name: str, home: Path, database: postgres.Server, url: str, stack: co
     database.start()
     start = time.monotonic()
     until(lambda: _works(book, made), 30)
-    until(lambda: all(_experiment(http, s) for s in left), 30)
+    until(lambda: all(experiment_of(http, s.url) for s in left), 30)
     back = time.monotonic() - start
     with Database(url).reading() as db:
         there = {r for (r,) in db.execute(text("SELECT request FROM events WHERE kind = 'exposure'"))}
@@ -118,10 +118,12 @@ def _works(book: Ledger, made: list[str]) -> bool:
     return False
 
 
-def _experiment(http: httpx.Client, s: Server) -> bool:
+def experiment_of(http: httpx.Client, url: str) -> str:
+    """The name of the experiment that a service says is live, "" for none or no answer."""
     with contextlib.suppress(httpx.HTTPError):
-        return bool(http.get(f"{s.url}/v1/experiments/live").json().get("experiment"))
-    return False
+        found = http.get(f"{url}/v1/experiments/live").json().get("experiment")
+        return found["name"] if found else ""
+    return ""
 
 
 def _judge(http: httpx.Client, s: Server) -> str:
@@ -131,14 +133,16 @@ def _judge(http: httpx.Client, s: Server) -> str:
     return ""
 
 
-def _patch(http: httpx.Client, s: Server) -> str:
-    got = http.post(f"{s.url}/v1/chat/completions", json={**ASK, "model": "champion"})
+def champion_of(http: httpx.Client, url: str) -> str:
+    """The digest of the patch that a service's champion answers with, "" for the base."""
+    got = http.post(f"{url}/v1/chat/completions", json={**ASK, "model": "champion"})
     said: str = got.headers.get("x-patchbay-patch", "")
     return said
 
 
-def _kill(s: Server) -> None:
-    for process in [*psutil.Process(s.pid).children(recursive=True), psutil.Process(s.pid)]:
+def kill(pid: int) -> None:
+    """Kill a process with all that it started, without a word."""
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             os.kill(process.pid, signal.SIGKILL)
 
