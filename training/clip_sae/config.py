@@ -77,6 +77,9 @@ class Config:
     within: float = 0.0
     """The smallest candidate of a layer whose worth is at most this much below the best is taken: serving cost grows
     with the number of features"""
+    varied: float = 0.0
+    """Share of train's and val's writing that is of other sizes and colours, seven of ten without paper (task
+    typographic)"""
     bound: float = 0.01
     """Largest loss on val of clean accuracy (typographic) or average accuracy (groups)"""
     fit_images: int = 384

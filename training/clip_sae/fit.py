@@ -161,7 +161,7 @@ class View:
 def view(base: Base, config: Config, fold: str = "") -> View:
     """Draw a fold's data, fit its classifier and record its activations."""
     sizes = {"train": config.fit_images, "val": config.val_images}
-    data = {split: pictures(config, split, n, fold) for split, n in sizes.items()}
+    data = {split: pictures(config, split, n, fold, config.varied) for split, n in sizes.items()}
     data["train"].pop("blank", None)  # only measured; nothing is learned from it
     by = {split: classifier(base, config, sets["clean"], fold=fold) for split, sets in data.items()}
     seen = {split: {k: streams(base, config, d) for k, d in sets.items()} for split, sets in data.items()}

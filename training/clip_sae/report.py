@@ -64,7 +64,7 @@ def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
     layers = tuple(range(len(base.model.visual.transformer.resblocks)))
     config = replace(config, layers=layers, hook="block")
     sizes = {"train": config.fit_images, "val": config.val_images}
-    sets = {split: pictures(config, split, n) for split, n in sizes.items()}
+    sets = {split: pictures(config, split, n, varied=config.varied) for split, n in sizes.items()}
     by = classifier(base, config, sets["val"]["clean"])
     seen = {split: {k: streams(base, config, d) for k, d in part.items()} for split, part in sets.items()}
     offers = []
@@ -77,7 +77,7 @@ def others(base: Base, config: Config) -> Iterator[tuple[str, Arm]]:
     yield "mean direction", Arm(best.what, about=best.row)
     if config.task == "typographic":
         del seen
-        fit_on = pictures(config, "train", DEFENCE_PAIRS)
+        fit_on = pictures(config, "train", DEFENCE_PAIRS, varied=config.varied)
         train = pairs(base, fit_on["clean"], fit_on["attacked"])
         val = pairs(base, sets["val"]["clean"], sets["val"]["attacked"])
         floor = accuracies(base, val, None).clean - config.bound

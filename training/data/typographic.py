@@ -62,11 +62,16 @@ HANDS: dict[str, Hand] = {
 
 
 def written(
-    data: Dataset, word: Literal["none", "blank", "own", "wrong"] = "wrong", seed: int = 0, hand: str = "strip"
+    data: Dataset,
+    word: Literal["none", "blank", "own", "wrong"] = "wrong",
+    seed: int = 0,
+    hand: str = "strip",
+    varied: float = 0.0,
 ) -> Dataset:
     """Return `data` with a word written on every image; the same seed gives the same word and place whatever `word` is.
 
     word: none; blank, the strip without letters; own, the image's class; wrong, another class. hand: a name in HANDS.
+    varied: share that is written otherwise, for fitting: other sizes and colours, most without paper.
     Extras added: `word` (names), `word_label` (B,), -1 where there are no letters, and `strip` (B, H, W) bool, the
     pixels of strip or letters' box. Raises Invalid for a data set of one class, or a hand that is none.
     """
@@ -87,8 +92,9 @@ def written(
             label = int(batch.label[i])
             other = (label + int(g.integers(1, len(classes)))) % len(classes)
             shown = label if word == "own" else other
+            mine = _otherwise(g) if varied and g.random() < varied else HANDS[hand]
             if word != "none":
-                image[i], strip[i] = _write(image[i], classes[shown], g, HANDS[hand], letters=word != "blank")
+                image[i], strip[i] = _write(image[i], classes[shown], g, mine, letters=word != "blank")
             said.append(shown if word in ("own", "wrong") else -1)
         names = tuple(classes[j] if j >= 0 else "" for j in said)
         extras = {
@@ -99,8 +105,14 @@ def written(
         }
         return Batch(image.to(batch.image.device), batch.label, extras)
 
-    about = {**data.about, "written": word, "written_seed": seed} | ({"hand": hand} if hand != "strip" else {})
+    more = ({"hand": hand} if hand != "strip" else {}) | ({"varied": varied} if varied else {})
+    about = {**data.about, "written": word, "written_seed": seed, **more}
     return Dataset(data.name, data.split, classes, len(data), about, read)
+
+
+def _otherwise(g: np.random.Generator) -> Hand:
+    """Draw a hand for fitting, as training/lab/renderer.py does: never one of `OTHERS`, an angle or an outline."""
+    return Hand(height=(0.08, 0.22), vivid=g.random() < 0.5, paper=g.random() < 0.3)
 
 
 def _write(picture: Tensor, text: str, g: np.random.Generator, hand: Hand, letters: bool) -> tuple[Tensor, Tensor]:

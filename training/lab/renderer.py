@@ -241,14 +241,19 @@ def things(
     return Things(sprite, centre, sizes, uniform((n, k), -turn, turn, g), torch.rand(n, k, generator=g) < 0.5, colours)
 
 
-def writing(words: Sequence[str], g: Generator, fonts: Sequence[str] = ("sans", "serif", "mono")) -> Writing:
-    """Lay out a strip with each word, 75 to 100 % as wide as the image, dark on light (70 %) or light on dark."""
+def writing(
+    words: Sequence[str], g: Generator, fonts: Sequence[str] = ("sans", "serif", "mono"), varied: float = 0.0
+) -> Writing:
+    """Lay out a strip with each word, 75 to 100 % as wide as the image, dark on light (70 %) or light on dark.
+
+    varied: the share that is written otherwise (`_otherwise`); which words, fonts and images stays the same.
+    """
     n = len(words)
     scale = uniform((n,), 0.75, 1.0, g)
     room = torch.stack([1 - scale, 1 - scale * STRIP[0] / STRIP[1]], 1)
     dark, light = uniform((n, 3), 0, 0.35, g), uniform((n, 3), 0.75, 1.0, g)
     swap = torch.rand(n, 1, generator=g) < 0.3
-    return Writing(
+    plain = Writing(
         tuple(words),
         torch.tensor([list(FONTS).index(f) for f in fonts])[torch.randint(len(fonts), (n,), generator=g)],
         uniform((n, 2), -1, 1, g) * room,
@@ -256,6 +261,27 @@ def writing(words: Sequence[str], g: Generator, fonts: Sequence[str] = ("sans", 
         torch.where(swap, light, dark),
         torch.where(swap, dark, light),
         torch.rand(n, generator=g) < 0.8,
+    )
+    return _otherwise(plain, torch.rand(n, generator=g) < varied, g) if varied else plain
+
+
+def _otherwise(plain: Writing, rows: Tensor, g: Generator) -> Writing:
+    """Write the rows (B,) bool in other ways: 45 to 100 % as wide, seven of ten without paper, half in vivid colours of
+    opposite hue, and dark and light as often."""
+    n = len(rows)
+    scale = uniform((n,), 0.45, 1.0, g)
+    centre = uniform((n, 2), -1, 1, g) * torch.stack([1 - scale, 1 - scale * STRIP[0] / STRIP[1]], 1)
+    hue, dark, light = uniform((n, 3), 0, 1, g), uniform((n, 3), 0, 0.35, g), uniform((n, 3), 0.75, 1.0, g)
+    vivid = torch.rand(n, 1, generator=g) < 0.5
+    deep, bright = torch.where(vivid, 0.6 * hue, dark), torch.where(vivid, 0.4 + 0.6 * ((hue + 0.5) % 1), light)
+    swap, papered, at = torch.rand(n, 1, generator=g) < 0.5, torch.rand(n, generator=g) < 0.3, rows[:, None]
+    return replace(
+        plain,
+        centre=torch.where(at, centre, plain.centre),
+        scale=torch.where(rows, scale, plain.scale),
+        ink=torch.where(at, torch.where(swap, bright, deep), plain.ink),
+        paper=torch.where(at, torch.where(swap, deep, bright), plain.paper),
+        papered=torch.where(rows, papered, plain.papered),
     )
 
 

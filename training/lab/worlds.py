@@ -142,15 +142,15 @@ def typographic(
     seed: int = 0,
     word: Literal["none", "blank", "own", "wrong"] = "wrong",
     fonts: Sequence[str] | None = None,
-    device: str = "cpu",
-) -> Dataset:
+    device: str = "cpu", varied: float = 0.0,
+) -> Dataset:  # fmt: skip
     """Build the typographic attack: one large object under a strip with a word.
 
     Only the writing differs between images of the same split, n and seed. word: none, no strip; blank, the strip
     without letters (what occlusion alone costs); own, the object's name; wrong, the name of another class of the split
-    that shares no word with it. fonts: names in FONTS; by default three to fit, all four to test. Extras: `word`
-    (names), `word_label` (B,) the written class, -1 if none. Two-way success compares label with word_label; top-1 is
-    over all classes. Classes, and so words, differ between splits.
+    that shares no word with it. fonts: names in FONTS; by default three to fit, all four to test. varied: share that
+    is written otherwise (renderer.writing). Extras: `word` (names), `word_label` (B,) the written class, -1 if none;
+    two-way success is of label against it, top-1 of all classes. Classes, and so words, differ between splits.
     """
     if word not in ("none", "blank", "own", "wrong"):
         raise Invalid(f"word={word!r:.40} must be none, blank, own or wrong.")
@@ -165,11 +165,11 @@ def typographic(
     wrong = torch.multinomial(_apart(classes)[label], 1, generator=g)[:, 0]
     layout = Layout(grounds(n, g, textures=_TEXTURES[split]), _large(sprite, g))
     written = label if word == "own" else wrong
-    text = writing([classes[i] for i in written.tolist()], g, fonts)
+    text = writing([classes[i] for i in written.tolist()], g, fonts, varied)
     if word != "none":
         layout = replace(layout, writing=replace(text, blank=word == "blank"))
     said = written if word in ("own", "wrong") else torch.full((n,), -1)
-    about = {"seed": seed, "word": word, "fonts": list(fonts)}
+    about = {"seed": seed, "word": word, "fonts": list(fonts)} | ({"varied": varied} if varied else {})
     return _dataset("typographic", split, classes, layout, label, {"word_label": said}, about, device)
 
 

@@ -76,20 +76,23 @@ class Answers:
     """(n,) spurious cue: the written class (-1 for none), the place, or for steering the target word's class"""
 
 
-def pictures(config: Asked, split: str, n: int, fold: str = "") -> dict[str, Dataset]:
+def pictures(config: Asked, split: str, n: int, fold: str = "", varied: float = 0.0) -> dict[str, Dataset]:
     """Return a task's data sets by name.
 
     `clean`, and for the typographic task the same images with another class written on them (`attacked`) and with an
-    empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS). Raises ConfigError for a fold of
-    another task.
+    empty strip (`blank`). fold: the illustrator that is held out (worlds.HANDS). varied: share of the writing that is
+    of other sizes and colours and mostly without paper, for fitting. Raises ConfigError for a fold of another task.
     """
     if fold and (config.data or config.task not in ("waterbirds", "celeba")):
         raise ConfigError(f"Folds are of the lab's groups: waterbirds or celeba without `data`, not {config.task}.")
+    if varied and (config.task != "typographic" or not 0 <= varied <= 1):
+        raise ConfigError(f"varied={varied} is a share, 0 to 1, of the writing of task=typographic, not {config.task}.")
     if config.task == "typographic" and split == "test" and (attacks := named(config.data).attacks):
         return {name: _drawn(config, data, n) for name, data in photographs(attacks).items()}
     if config.task == "typographic":
         words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
-        return {name: world(config, "typographic", split, n, word=w) for name, w in words.items()}
+        other = {"varied": varied} if varied else {}
+        return {name: world(config, "typographic", split, n, word=w, **other) for name, w in words.items()}
     if config.task == "steer":
         return {"clean": world(config, "imagenet", split, n)}
     # Groups are balanced for fitting: at the twins' own correlation a rare group has ten images of 384, which gates
