@@ -53,7 +53,16 @@ def parse(cls: type[C], values: Mapping[str, Any]) -> C:
                 f"{cls.__qualname__} has no key {where[:80]!r} (got {given[:80]}). Keys: "
                 f"{nearest(str(first['loc'][-1]), known)}."
             ) from None
-        raise ConfigError(f"{cls.__qualname__}.{where}: {first['msg']} (got {given[:80]}).") from None
+        way = ""
+        if first["type"] == "tuple_type":
+            way = f" A list is written {where}='[{_listed(first['input'])[:80]}]'."
+        raise ConfigError(f"{cls.__qualname__}.{where}: {first['msg']} (got {given[:80]}).{way}") from None
+
+
+def _listed(given: Any) -> str:
+    """Members of the list that was meant, as TOML."""
+    parts = [p.strip() for p in given.split(",")] if isinstance(given, str) else [str(given)]
+    return ", ".join(p if _literal(p) != p else f'"{p}"' for p in parts)
 
 
 def _keys(cls: Any, path: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 `POST /v1/video`, JSON or a multipart form: each clip is a file (video, animated GIF or WebP, zip of pictures) or a
 list of pictures, and may name its own arm. Arms are models: base beside checkpoint with `patchbay.compare`. Clips are
 decoded in a process of their own, two at a time; a clip that is refused costs its neighbours nothing.
-`/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
+`GET /v1/video` says what an arm can answer. `/v1/embeddings` is its own shape (`bentos.shapes.embeddings`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from bentos.runtime import Runtime
 from bentos.runtime.arms import Choice
 from bentos.shapes import films, waiting
 from bentos.shapes.vectors import numbers
+from bentos.tokens import ANY
 from patches.families.pictures import MAX_BYTES
 from patches.families.video import Clip, VideoModel
 from patches.families.video.decode import Decoded, Limits, cropped, read, sample
+from patches.families.video.worker import offers
 from registry.errors import BadRequest, Invalid, NotReady, PatchbayError
 
 MAX_BODY_BYTES = 96 << 20
@@ -133,6 +135,16 @@ class Service:
         if twin is not None:
             self.desk.later(self._shadow(request, twin, entries, results, ask))
         out = {"object": "video", "model": self.desk.model(choice), "results": results}
+        return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
+
+    async def about(self, request: Request, _: None) -> Response:
+        """Return what the model of an arm (query `model`, else the champion's) reads of a clip and can answer."""
+        table, choice = self.desk.choice(request, request.query_params.get("model") or "champion")
+        m = model_of(self.runtime, choice.arm)
+        out = {
+            "object": "video.about", "model": self.desk.model(choice), "wants": list(offers(m)), "frames": m.frames,
+            "size": m.size, "layers": m.depth, "classes": list(m.classes or ()), "surprise_unit": m.unit,
+        }  # fmt: skip
         return answer({**out, "patchbay": facts(table, choice)}, headers=headers(table, choice))
 
     async def _entry(self, request: Request, ask: Video, choice: Choice, values: Any) -> Entry:
@@ -287,4 +299,7 @@ def _best(job: Clip, model: VideoModel) -> str | None:
     return model.classes[at] if model.classes else str(at)
 
 
-ROUTES: tuple[Call, ...] = (Call("POST", "/v1/video", Service.video, "classify", Video, MAX_BODY_BYTES, files="clips"),)
+ROUTES: tuple[Call, ...] = (
+    Call("GET", "/v1/video", Service.about, ANY),
+    Call("POST", "/v1/video", Service.video, "classify", Video, MAX_BODY_BYTES, files="clips"),
+)

@@ -1,3 +1,4 @@
+import shlex
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +19,8 @@ class Config:
     site: str = "a"
     k: int = 32
     optim: Optim = field(default_factory=Optim)
+    layers: tuple[int, ...] = (4,)
+    ranks: tuple[str, ...] = ()
 
 
 def test_words_reach_into_nested_configs():
@@ -32,6 +35,19 @@ def test_words_reach_into_nested_configs():
 def test_a_word_that_does_not_fit_is_named(word, says):
     with pytest.raises(ConfigError, match=says):
         override(Config(), [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "way", "meant"),
+    [("layers=3,4", "layers='[3, 4]'", (3, 4)), ("layers=4", "layers='[4]'", (4,)), ("ranks=a,b", "", ("a", "b"))],
+)
+def test_a_list_that_is_none_is_shown_as_it_is_written(word, way, meant):
+    with pytest.raises(ConfigError) as e:
+        override(Config(), [word])
+    said = str(e.value).split("A list is written ")[1].rstrip(".")
+    assert way in said
+    (typed,) = shlex.split(said)  # as a shell hands it on
+    assert getattr(override(Config(), [typed]), word.split("=")[0]) == meant
 
 
 def test_values_from_a_manifest_round_trip():

@@ -1,7 +1,7 @@
 // ---- panel: a clip, base beside checkpoint: scores, reconstruction, rollout, surprise -------------------------------
 
 const VIDEO = {
-  needs: ["POST /v1/video", "GET /v1/models"],
+  needs: ["POST /v1/video", "GET /v1/video", "GET /v1/models"],
   mount() {
     const arm = armsThat((id) => id !== "base");
     const file = h("input", { type: "file", accept: "video/*,image/gif,image/webp,.zip" });
@@ -72,15 +72,9 @@ const VIDEO = {
 
     /** Ask for all that this arm can do: a model of tokens rolls out, a masked one reconstructs. */
     async function ask(one, model) {
-      for (const wants of [["scores", "surprise", "reconstruction"], ["scores", "surprise", "rollout"], ["scores"]]) {
-        const body = { clips: [one], wants, model, ratio: ratio.valueAsNumber, expected: true };
-        try {
-          return await call("POST /v1/video", { body });
-        } catch (error) {
-          if (error.status !== 400 || wants.length === 1) throw error;
-        }
-      }
-      return null;
+      const can = new Set((await json("GET /v1/video", { query: { model } })).wants);
+      const wants = ["scores", "surprise", can.has("reconstruction") ? "reconstruction" : "rollout"].filter((w) => can.has(w));
+      return call("POST /v1/video", { body: { clips: [one], wants: wants.length ? wants : ["features"], model, ratio: ratio.valueAsNumber, expected: true } });
     }
 
     const form = h("form", { novalidate: true },

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from registry.errors import Invalid, NotReady, TooLarge
 
+SHORTEST = 0.02
+"""seconds that a frame of an animation is shown at least: viewers show none for less"""
 CHILD = Path(__file__).parent / "decoder.py"
 KINDS = {"Invalid": Invalid, "TooLarge": TooLarge, "NotReady": NotReady}
 
@@ -53,6 +55,8 @@ class Decoded:
     """(n,) float64 seconds, never falling"""
     size: tuple[int, int]
     """height and width as sent"""
+    until: float = 0.0
+    """seconds at which an animation's last frame ends; 0 where the file does not say"""
 
 
 def read(raw: bytes, limits: Limits = Limits()) -> Decoded:
@@ -84,7 +88,7 @@ def read(raw: bytes, limits: Limits = Limits()) -> Decoded:
     n, h, w = about["shape"]
     pixels = np.frombuffer(body, np.uint8).reshape(n, h, w, 3)
     frames = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
-    return Decoded(frames, torch.tensor(about["times"], dtype=torch.float64), (about["size"][0], about["size"][1]))
+    return Decoded(frames, torch.tensor(about["times"], dtype=torch.float64), tuple(about["size"]), about["until"])
 
 
 def _reason(code: int) -> str:
@@ -95,13 +99,22 @@ def sample(clip: Decoded, count: int, stride: int = 0, start: float = 0.0) -> tu
     """Choose `count` frames: (count, 3, h, w) and their numbers.
 
     stride: every stride-th frame from `start` seconds on; 0: evenly over the whole of the clip in time, whatever its
-    rate. Raises Invalid if the clip has too few frames.
+    rate. Writers of animations keep equal frames as one that is shown for longer: where such a file has too few, what
+    is on the screen at each time is taken, so numbers repeat. Raises Invalid if the clip has too few frames.
     """
     n = len(clip.frames)
     first = int((clip.times >= clip.times[0] + start).nonzero()[0]) if start and float(clip.times[-1]) >= start else 0
     need = (count - 1) * max(1, stride) + 1
     if n - first < need:
-        raise Invalid(f"The clip has {n - first} frames from there on; this model needs {need}. Send a longer one.")
+        lasts = clip.until - float(clip.times[first])
+        if not stride and lasts >= count * SHORTEST:
+            middle = float(clip.times[first]) + lasts * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+            at = (torch.searchsorted(clip.times, middle, right=True) - 1).tolist()
+            return clip.frames[at], at
+        alone = " Equal frames may be kept as one by who writes the file; a zip file of pictures keeps them." * (n == 1)
+        raise Invalid(
+            f"The clip has {n - first} frames from there on; this model needs {need}. Send a longer one.{alone}"
+        )
     if stride:
         at = [first + i * stride for i in range(count)]
     else:

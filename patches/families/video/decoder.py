@@ -34,6 +34,7 @@ class Frames:
         self.limits = limits
         self.kept: list[Any] = []
         self.times: list[float] = []
+        self.until = 0.0
         self.size: tuple[int, int] | None = None
         self.shape: tuple[int, int] | None = None
 
@@ -108,7 +109,9 @@ def animation(raw: bytes, out: Frames) -> None:
         time = 0.0
         for frame in ImageSequence.Iterator(picture):
             out.add(frame.convert("RGB"), time)
-            time += max(frame.info.get("duration", 40), 1) / 1000
+            lasts = frame.info.get("duration") or 0
+            time += max(lasts or 40, 1) / 1000
+            out.until = time if lasts else 0.0
 
 
 def archive(raw: bytes, out: Frames) -> None:
@@ -166,7 +169,7 @@ def main() -> None:
     try:
         got = decode(raw, limits)
         pixels = np.stack(got.kept)
-        head = {"shape": pixels.shape[:3], "times": got.times, "size": got.size}
+        head = {"shape": pixels.shape[:3], "times": got.times, "until": got.until, "size": got.size}
         out.write(json.dumps(head).encode() + b"\n")
         out.write(pixels.tobytes())
     except Refused as e:

@@ -31,6 +31,18 @@ Want = Literal["features", "tokens", "scores", "surprise", "reconstruction", "ro
 WANTS: tuple[Want, ...] = ("features", "tokens", "scores", "surprise", "reconstruction", "rollout", "track")
 
 
+def offers(model: VideoModel) -> tuple[Want, ...]:
+    """Return what a kind of model answers: no scores without a head, no rollout of a masked model, ..."""
+    coded, masked = isinstance(model, TokenVideo), isinstance(model, MaskedVideo) and model.decodes
+    can = {
+        "scores": model.head is not None,
+        "surprise": coded or masked,
+        "reconstruction": masked,
+        "rollout": isinstance(model, TokenVideo) and model.codebook.paints,
+    }
+    return tuple(want for want in WANTS if can.get(want, True))
+
+
 @dataclass(eq=False)
 class Clip(Job):
     """One clip and what is asked of it; `VideoWorker` fills the answers."""

@@ -21,6 +21,7 @@ from bentos.tokens import Tokens
 from patches.families.base import load_base
 from patches.families.video import decode, save
 from patches.families.video.planted import motions
+from patches.families.video.worker import WANTS
 from registry import manifest
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger
@@ -284,6 +285,24 @@ ASKED = {
     "unknown": ({"wants": ["poems"]}, "Input should be"),
     "start": ({"wants": ["scores"], "start": -1}, "greater than or equal"),
 }
+
+
+@pytest.mark.parametrize("system", [MASKED, TOKENS])
+def test_each_arm_says_what_it_can_answer_and_answers_just_that(home, system) -> None:
+    async def work(http, digests):
+        out = []
+        for model in ("base", f"sha256:{digests[0]}"):
+            about = (await http.get("/v1/video", params={"model": model})).json()
+            assert (about["frames"], about["size"]) == (4, 16)
+            for want in WANTS:
+                body = {"clips": [{**film(), "mask": mask()}], "wants": [want], "model": model}
+                out.append((want in about["wants"], (await http.post("/v1/video", json=body)).status_code))
+        assert (await http.get("/v1/video", params={"model": "sha256:00"})).status_code == 404
+        return out
+
+    said = served(system, work, 1)
+    assert {status for can, status in said if can} == {200}
+    assert {status for can, status in said if not can} == {400}
 
 
 def test_wishes_a_model_cannot_grant_are_refused(home) -> None:

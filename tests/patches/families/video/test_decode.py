@@ -81,6 +81,14 @@ def gif(count: int = 6, size: int = 24) -> bytes:
     return out.getvalue()
 
 
+def animated(order: str, kind: str) -> bytes:
+    """Frames of two colours, each shown for 160 ms, as Pillow writes them."""
+    frames = [Image.new("RGB", (24, 24), {"a": (200, 10, 10), "b": (10, 10, 200)}[c]) for c in order]
+    out, exact = io.BytesIO(), {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:], duration=160, loop=0, **exact)
+    return out.getvalue()
+
+
 def test_a_film_is_counted_by_decoding_and_its_square_moves() -> None:
     clip = read(film(12))
     assert tuple(clip.frames.shape) == (12, 3, 48, 48)
@@ -115,6 +123,34 @@ def test_sampling_refuses_what_is_too_short() -> None:
         fit(clip, 8, 8)
     with pytest.raises(Invalid, match="needs 9"):
         fit(clip, 3, 8, stride=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "at"),
+    [
+        ("WEBP", "ab" * 3 + "b" * 10, [0, 1, 2, 3, 4] + [5] * 11),
+        ("WEBP", "a" * 8 + "b" * 8, [0] * 8 + [1] * 8),
+        ("PNG", "aabbbbbb", [0] * 2 + [1] * 6),
+        ("GIF", "a" * 8, [0] * 8),
+    ],
+)
+def test_equal_frames_that_a_file_keeps_as_one_are_counted_by_time(kind: str, order: str, at: list[int]) -> None:
+    clip = read(animated(order, kind))
+    assert len(clip.frames) < len(order)
+    frames, numbers = sample(clip, len(order))
+    assert numbers == at
+    colours = {"a": (200, 10, 10), "b": (10, 10, 200)}
+    for frame, letter in zip(frames, order, strict=True):
+        assert (frame[:, 0, 0] - torch.tensor(colours[letter])).abs().max() <= 1
+    with pytest.raises(Invalid, match="needs"):  # 16 frames a step are no question of how long one is shown
+        sample(clip, len(order), stride=2)
+    with pytest.raises(Invalid, match="needs 999"):
+        sample(clip, 999)
+
+
+def test_a_still_film_in_one_picture_is_told_how_to_be_sent() -> None:
+    with pytest.raises(Invalid, match=r"1 frames .* zip file"):
+        sample(read(animated("aaaa", "WEBP")), 4)  # libwebp keeps neither the frames nor how long they are shown
 
 
 def test_cropping_keeps_the_middle() -> None:
