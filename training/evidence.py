@@ -17,7 +17,7 @@ from patches.engine.patch import Patch
 from patches.evidence import read_evidence
 from patches.families.base import Base, load_base
 from registry import config as configs
-from registry.errors import BadArtifact
+from registry.errors import BadArtifact, ConfigError
 from registry.home import home
 from registry.manifest import Manifest, digest_of
 from registry.measure import Measure
@@ -41,12 +41,18 @@ class Recipe:
 def recipe_of(folder: Path, about: Manifest) -> Recipe:
     """Read the recipe of a verified folder, with its config as a value of the system's Config.
 
-    Raises BadArtifact if it has none.
+    Raises BadArtifact if it has none, or one that this version does not know.
     """
     if RECIPE not in about.files:
         raise BadArtifact(f"{folder} has no {RECIPE}, so how to measure it is unknown. Fit it again.")
     sealed = json.loads((folder / RECIPE).read_text())
-    return Recipe(sealed["recipe"], configs.parse(system(about.system).load_job().Config, sealed["config"]))
+    try:
+        return Recipe(sealed["recipe"], configs.parse(system(about.system).load_job().Config, sealed["config"]))
+    except ConfigError as e:
+        raise BadArtifact(
+            f"{folder} was sealed by a version of patchbay whose recipes are others: {e} Measure it with that version, "
+            "or fit it again; it is served as it is."
+        ) from None
 
 
 def dataset_of(recipe: Recipe) -> tuple[str, str]:

@@ -3,15 +3,19 @@
 import math
 import time
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from registry import manifest
+from registry.errors import BadArtifact
 from registry.gate import LATENCY
 from registry.systems import SYSTEMS
 from training import run
+from training.evidence import recipe_of
 
+SHIPPED = sorted((Path(__file__).parents[2] / "patches" / "lab").glob("*/*/recipe.json"))
 READY = [name for name, row in SYSTEMS.items() if not row.planned]
 
 
@@ -45,6 +49,23 @@ def test_a_job_has_its_names(name):
         assert said[-1].metric == LATENCY
     assert SYSTEMS[name].paper in job.__doc__
     assert f"patchbay fit {name}/" in job.__doc__
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.parent.name)
+def test_what_ships_sealed_can_be_measured_again(file):
+    """Its recipe is one that this tree knows, whatever keys have come or gone since."""
+    about = manifest.read(file.parent)
+    recipe = recipe_of(file.parent, about)
+    assert recipe.name.startswith(f"{about.system}/")
+    assert SYSTEMS[about.system].load_job().promises(recipe.name.split("/")[1], recipe.config)
+
+
+@pytest.mark.parametrize("name", ["toto", "clip_heads"])
+def test_a_recipe_of_another_version_says_so(name, tmp_path):
+    (tmp_path / "recipe.json").write_text(f'{{"recipe": "{name}/lab", "config": {{"gone": 1}}}}')
+    about = manifest.write(tmp_path, kind="model", system=name, base="tiny:0@" + "f" * 64, config={})
+    with pytest.raises(BadArtifact, match=r"sealed by a version .*'gone'.*fit it again"):
+        recipe_of(tmp_path, about)
 
 
 @pytest.mark.parametrize("name", READY)

@@ -55,6 +55,8 @@ class Config:
     probe_steps: int = 200
     test_clips: int = 1100
     val_clips: int = 330
+    few: int = 0
+    """Unused since fewer labels are a sweep's (progression.py); kept because sealed recipes hold it"""
     half: bool = False
     """weights in half precision on disk"""
 
