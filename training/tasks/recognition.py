@@ -91,7 +91,7 @@ def pictures(config: Asked, split: str, n: int, fold: str = "", varied: float = 
         return {name: _drawn(config, data, n) for name, data in photographs(attacks).items()}
     if config.task == "typographic":
         words = {"clean": "none", "attacked": "wrong", "blank": "blank"}
-        other = {"varied": varied} if varied else {}
+        other: dict[str, Any] = {"varied": varied} if varied else {}
         return {name: world(config, "typographic", split, n, word=w, **other) for name, w in words.items()}
     if config.task == "steer":
         return {"clean": world(config, "imagenet", split, n)}
