@@ -21,8 +21,8 @@ from torch import Tensor
 
 from registry.errors import Invalid, NotReady, TooLarge
 
-SHORTEST = 0.02
-"""seconds that a frame of an animation is shown at least: viewers show none for less"""
+SHORTEST = 0.05
+"""seconds of an animation that each sampled frame must stand for, where frames are shown more than once"""
 CHILD = Path(__file__).parent / "decoder.py"
 KINDS = {"Invalid": Invalid, "TooLarge": TooLarge, "NotReady": NotReady}
 
