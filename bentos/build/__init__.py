@@ -54,6 +54,8 @@ OPTIONAL = {
 }  # fmt: skip
 """module -> distributions that a Bento gets for it if they are installed here: to follow a ledger, to pull by digest,
 to answer faster"""
+INSTALLS = "env/python/requirements.txt"
+"""what the image of a Bento installs, in the Bento"""
 MADE = frozenset({"bentofile.yaml"})
 """what BentoML itself adds to the source of a Bento"""
 
@@ -296,8 +298,8 @@ def _write(folder: Path, tag: str, image: str, about: Manifest, bento: Path, con
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(bento / "env" / "docker" / "Dockerfile", folder / "Dockerfile")
     name = tag.partition(":")[0].replace("_", "-")
-    requirements = (bento / "env" / "python" / "requirements.txt").read_text().split("\n")
-    facts = {"tag": tag, "artifact": about.digest, "base": about.base, "requirements": [r for r in requirements if r]}
+    requirements = supply.plain((bento / INSTALLS).read_text().split("\n"))
+    facts = {"tag": tag, "artifact": about.digest, "base": about.base, "requirements": requirements}
     (folder / "contents.json").write_bytes(manifest.canonical({**facts, **contents}))
     for file, text in kubernetes.files(name, tag, image, about).items():
         (folder / file).write_text(text)

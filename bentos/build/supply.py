@@ -1,8 +1,9 @@
 """What a Bento is made of, for those who must answer for it: bill of materials, licences, hashes, signatures.
 
-Written beside a Bento and never into it: `sbom.cdx.json` (CycloneDX), `licences.json`, `requirements.hashed.txt` where
-hashes can be had. The Dockerfile is held to a user without rights, a base image by digest where one is named, and a
-root that may be read only; `check` says which of that a Dockerfile does not keep.
+Written beside a Bento: `sbom.cdx.json` (CycloneDX), `licences.json`, `requirements.hashed.txt` if hashes are asked for,
+which then stand in the Bento's own requirements, too, so that its image installs those bytes or none. The Dockerfile is
+held to a user without rights, a base image by digest where one is named, and a root that may be read only; `check` says
+which of that a Dockerfile does not keep.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from registry import manifest, signing
 from registry.errors import ConfigError, PatchbayError
 
 IMAGE_VARIABLE = "PATCHBAY_IMAGE"
 BY_DIGEST = re.compile(r"[\w./:-]+@sha256:[0-9a-f]{64}")
 UNKNOWN = "unknown"
-HASHES_S = 120.0
-"""Longest wait in seconds for an index's hashes"""
+HASHES_S = 900.0
+"""Longest wait in seconds for an index's hashes; a hundred packages take a minute or two"""
+REPORT = "report.json"
+"""what pip says, while it is read"""
 
 
 def base_image(usual: str) -> str:
@@ -64,10 +70,11 @@ def known(digest: str) -> Sequence[Path]:
     return found
 
 
-def write(folder: Path, with_hashes: bool = False) -> list[Path]:
+def write(folder: Path, with_hashes: bool = False, installs: Path | None = None) -> list[Path]:
     """Write bill of materials and licences of the Bento whose contents.json is in `folder`; returns the files.
 
-    with_hashes: also the requirements with the index's hashes. Raises ConfigError as `sbom` and `hashed`.
+    with_hashes: also the requirements with the index's hashes. installs: the requirements file that the image installs,
+    which gets them, too. Raises ConfigError as `sbom` and `hashed`.
     """
     facts = json.loads((folder / "contents.json").read_text())
     requirements = [r for r in facts["requirements"] if "==" in r]
@@ -77,9 +84,16 @@ def write(folder: Path, with_hashes: bool = False) -> list[Path]:
     }
     if with_hashes:
         made["requirements.hashed.txt"] = "\n".join(hashed(requirements, folder)) + "\n"
+        if installs is not None:
+            installs.write_text(made["requirements.hashed.txt"])
     for name, text in made.items():
         (folder / name).write_text(text)
     return [folder / name for name in made]
+
+
+def plain(requirements: Iterable[str]) -> list[str]:
+    """The same lines without hashes; empty ones are left out."""
+    return [line for r in requirements if (line := r.partition(" --hash=")[0].strip())]
 
 
 def distributions(requirements: Iterable[str]) -> list[metadata.Distribution]:
@@ -97,12 +111,14 @@ def distributions(requirements: Iterable[str]) -> list[metadata.Distribution]:
 
 
 def licence(one: metadata.Distribution) -> str:
-    """What a distribution says of its licence: an SPDX expression, its field, its classifiers; else UNKNOWN."""
+    """What a distribution says of its licence: an SPDX expression, its classifiers, its field; else UNKNOWN."""
     about = one.metadata
+    expressions = about.get_all("License-Expression") or ()
     classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License ::")]
-    fields = [*(about.get_all("License-Expression") or ()), *(about.get_all("License") or ())]
-    said = fields[0].strip().partition("\n")[0] if fields else ""
-    return said[:120] if said and len(said) < 200 else ", ".join(classifiers) or said[:120] or UNKNOWN
+    # the field is free text, and may be a copyright's first line or a whole licence
+    fields = [line for text in about.get_all("License") or () if (line := text.strip().partition("\n")[0])]
+    said = [*expressions, ", ".join(c for c in classifiers if c != "OSI Approved"), *fields]
+    return next((text[:120] for text in said if text), UNKNOWN)
 
 
 def sbom(tag: str, artifact: str, base: str, requirements: Sequence[str]) -> str:
@@ -114,7 +130,7 @@ def sbom(tag: str, artifact: str, base: str, requirements: Sequence[str]) -> str
         model = importlib.import_module("cyclonedx.model")
         bom = importlib.import_module("cyclonedx.model.bom")
         component = importlib.import_module("cyclonedx.model.component")
-        licences = importlib.import_module("cyclonedx.factory.license")
+        licences = importlib.import_module("cyclonedx.contrib.license.factories")
         output = importlib.import_module("cyclonedx.output")
         schema = importlib.import_module("cyclonedx.schema")
         urls = importlib.import_module("packageurl")
@@ -129,18 +145,26 @@ def sbom(tag: str, artifact: str, base: str, requirements: Sequence[str]) -> str
         sha = [model.HashType(alg=hashes, content=digest)]
         made.components.add(component.Component(name=named, version=digest[:16], type=kind, hashes=sha, bom_ref=digest))
 
+    parts = {}
     data(kinds.MACHINE_LEARNING_MODEL, f"{name} artifact", artifact)
     ref, _, digest = base.rpartition("@")
     if manifest.is_digest(digest):
         data(kinds.MACHINE_LEARNING_MODEL, ref, digest)
-    for one in distributions(requirements):
-        key = one.metadata["Name"].lower().replace("_", "-")
+    found = distributions(requirements)
+    for one in found:
+        key = canonicalize_name(one.metadata["Name"])
         purl = urls.PackageURL("pypi", name=key, version=one.version.partition("+")[0])
         said = licence(one)
-        made.components.add(component.Component(
+        parts[key] = component.Component(
             name=key, version=one.version, type=kinds.LIBRARY, purl=purl, bom_ref=str(purl),
             licenses=[factory.make_from_string(said)] if said != UNKNOWN else [],
-        ))  # fmt: skip
+        )  # fmt: skip
+        made.components.add(parts[key])
+    made.register_dependency(made.metadata.component, list(made.components))
+    for one in found:
+        needs = {canonicalize_name(Requirement(line).name) for line in one.requires or ()}
+        key = canonicalize_name(one.metadata["Name"])
+        made.register_dependency(parts[key], [parts[need] for need in sorted(needs & parts.keys() - {key})])
     text: str = output.make_outputter(made, schema.OutputFormat.JSON, schema.SchemaVersion.V1_6).output_as_string(
         indent=1
     )
@@ -160,19 +184,29 @@ def hashed(requirements: Sequence[str], folder: Path) -> list[str]:
 
     Asks the index that pip is set up with, which takes a minute. Raises ConfigError saying what pip said.
     """
-    report = folder / "report.json"
+    report = folder / REPORT
     command = [
         sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report",
         str(report), *requirements,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HASHES_S, check=False)
-    if done.returncode or not report.is_file():
-        raise ConfigError(f"pip cannot say the hashes of these requirements: {done.stderr.strip()[-300:]}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HASHES_S, check=False)
+        if done.returncode or not report.is_file():
+            raise ConfigError(f"pip cannot say the hashes of these requirements: {done.stderr.strip()[-300:]}")
+        found = json.loads(report.read_text())["install"]
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"pip did not say the hashes of these requirements within {HASHES_S:g} s.") from None
+    finally:
+        report.unlink(missing_ok=True)
     lines = []
-    for one in json.loads(report.read_text())["install"]:
+    for one in found:
         sha = one["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
         about = one["metadata"]
-        lines.append(f"{about['name'].lower()}=={about['version']}" + (f" --hash=sha256:{sha}" if sha else ""))
+        if not sha:
+            raise ConfigError(
+                f"The index that pip is set up with has no sha256 of {about['name']}=={about['version']}."
+            )
+        lines.append(f"{about['name'].lower()}=={about['version']} --hash=sha256:{sha}")
     return sorted(lines)
 
 

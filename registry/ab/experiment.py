@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from scipy.special import betaln
+from scipy.special import betaln, xlogy
 
 from registry import config as configs
 from registry.config import STRICT
@@ -43,7 +43,8 @@ P99_BETS = (2.0, 8.0, 20.0)
 BLIND = 0.05
 """Share of the declared range; outcomes that use less of it can hardly be told apart"""
 EVENTS = 10
-"""outcomes of the rarer kind expected in each arm before an interval is believed: with fewer it leans to one side"""
+"""outcomes of the rarer kind expected in each arm before an interval is believed; with fewer it leans to one side"""
+FEW_E = 10.0  # an exact test may decide before that if it is so much surer, which adds a tenth of alpha
 HEALTH_CALLS, HEALTH_RATE, HEALTH_E = 200, 0.02, 100.0
 
 
@@ -340,7 +341,7 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
         verdict = "sample_ratio_mismatch"
     elif min(n_c, n_t) >= x.min_n:
         # the pair test decides between better and worse exactly; the interval decides how much
-        sure = e >= 1 / alpha if x.mode == "shadow" else _enough(x, c, t)
+        sure = e >= 1 / alpha if x.mode == "shadow" else _enough(x, c, t, alpha)
         if (low > 0 or (x.mode == "shadow" and d > 0)) and sure:
             verdict = "better"
         elif (high < 0 or (x.mode == "shadow" and d < 0)) and sure:
@@ -350,13 +351,24 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
     return Result(d, low, high, n_c, n_t, mean_c, mean_t, e, verdict)
 
 
-def _enough(x: Experiment, c: ArmStats, t: ArmStats) -> bool:
-    """Whether each arm, were they alike, could be expected to have EVENTS whole outcomes of the rarer kind."""
+def _enough(x: Experiment, c: ArmStats, t: ArmStats, alpha: float) -> bool:
+    """Whether the interval may be believed: each arm, were they alike, could be expected to have EVENTS outcomes of the
+    rarer kind, or a test that holds for any number of outcomes says that they are not alike."""
     if not c.n or not t.n:
         return False
     mean = (c.total + t.total) / (c.n + t.n)
     rare = min(mean - x.low, x.high - mean) / (x.high - x.low)
-    return min(c.n, t.n) * rare >= EVENTS
+    return min(c.n, t.n) * rare >= EVENTS or alike_log_e(x, c, t) >= math.log(FEW_E / alpha)
+
+
+def alike_log_e(x: Experiment, c: ArmStats, t: ArmStats) -> float:
+    """Log evidence against one mean of both arms, exact for bounded outcomes: universal inference (arXiv 1912.11436),
+    each arm's Beta(1/2, 1/2) mixture over the best common mean. An outcome y in [0, 1] counts as p^y (1-p)^(1-y), whose
+    ratio to that of the true mean has expectation at most 1."""
+    arms = [(min(max((s.total - s.n * x.low) / (x.high - x.low), 0.0), s.n), s.n) for s in (c, t)]
+    k, n = arms[0][0] + arms[1][0], c.n + t.n
+    best = xlogy(k, k / n) + xlogy(n - k, 1 - k / n) if n else 0.0
+    return float(sum(betaln(a + 0.5, m - a + 0.5) - betaln(0.5, 0.5) for a, m in arms) - best)
 
 
 def power(x: Experiment, difference: float, spread: float = 0.25, target: float = 0.8) -> int:
@@ -416,7 +428,7 @@ def _guard(experiment: Experiment, summary: Summary, rail: Guardrail) -> str:
     c, t = summary.control, summary.treatment
     if rail.metric == "quality":
         result = compare(experiment, summary, rail.alpha)
-        few = experiment.mode == "split" and not _enough(experiment, c, t)
+        few = experiment.mode == "split" and not _enough(experiment, c, t, rail.alpha)
         if few or min(result.n_control, result.n_treatment) < experiment.min_n:
             return "ok"
         worse = result.high < -rail.limit or (result.verdict == "worse" and rail.limit == 0.0)

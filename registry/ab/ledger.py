@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,9 +91,10 @@ class Ledger:
         """The newest entry: what holds now. None for a system nobody decided on: its champion is the base."""
         return next(iter(self.history(system, 1)), None)
 
-    def history(self, system: str, limit: int = 100) -> list[Entry]:
-        """Newest first."""
-        return self._read(select(ENTRIES).where(_E.system == system).order_by(_E.seq.desc()).limit(limit))
+    def history(self, system: str, limit: int = 100, actions: Sequence[Action] = ()) -> list[Entry]:
+        """Newest first; of `actions` alone, if any are named."""
+        found = select(ENTRIES).where(_E.system == system).order_by(_E.seq.desc()).limit(limit)
+        return self._read(found.where(_E.action.in_(actions)) if actions else found)
 
     def live_at(self, system: str, at: float) -> Entry | None:
         """What held at unix time `at`; None before the first entry."""
@@ -107,8 +108,11 @@ class Ledger:
 
     def gate(self, system: str, digest: str) -> dict[str, Any] | None:
         """What the newest gate said of an artifact (`registry.gate.Gated.evidence`); None if it was never gated."""
-        gates = select(ENTRIES).where(_E.system == system, _E.action == "gate").order_by(_E.seq.desc())
-        said = (e.evidence["gate"] for e in self._read(gates) if e.evidence)
+        named = f'"digest":{canonical(digest).decode()}'  # as evidence is written, so that others' gates are not read
+        gates = select(ENTRIES).where(
+            _E.system == system, _E.action == "gate", _E.evidence.contains(named, autoescape=True)
+        )
+        said = (e.evidence["gate"] for e in self._read(gates.order_by(_E.seq.desc())) if e.evidence)
         return next((gate for gate in said if gate.get("digest") == digest), None)
 
     def append(
@@ -348,7 +352,7 @@ def rollback(
 def _before(ledger: Ledger, system: str) -> str | None:
     """The champion before the present one, promotions that were rolled back already left out."""
     stack: list[str] = [BASE]
-    for e in reversed(ledger.history(system, 1_000_000)):
+    for e in reversed(ledger.history(system, 1_000_000, ("promote", "rollback"))):
         if e.action == "promote" and e.champion != stack[-1]:
             stack.append(e.champion)
         elif e.action == "rollback" and e.champion != stack[-1]:

@@ -91,9 +91,10 @@ def build(args: argparse.Namespace) -> Says:
     beside = [d for d in (head.challenger, tried) if d not in (None, "base", digest)] if head else []
     for one in [d for d in (digest, *beside) if d != "base"]:
         check_signed(the_store().pull(one), one)
-    made = importlib.import_module("bentos.build").build(name, digest, args.out, args.image, beside)
+    builder = importlib.import_module("bentos.build")
+    made = builder.build(name, digest, args.out, args.image, beside)
     supply = importlib.import_module("bentos.build.supply")
-    files = supply.write(made.folder, args.hashes)
+    files = supply.write(made.folder, args.hashes, made.bento / builder.INSTALLS)
     lacks = supply.check((made.folder / "Dockerfile").read_text())
     text = f"{made.tag}\n{made.folder}: {', '.join(f.name for f in files)}" + "".join(f"\nNote: {why}" for why in lacks)
     names = [str(f) for f in files]

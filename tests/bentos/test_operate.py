@@ -180,3 +180,13 @@ def test_logs_are_json_lines_without_secrets(service, monkeypatch, capsys):
 def test_a_secret_is_masked_and_what_is_none_stays(text):
     assert "***" in unsecret(text)
     assert unsecret("token_share=0.5, key=value") == "token_share=0.5, key=value"
+
+
+def test_a_table_of_the_dashboard_asks_for_rows_of_now_and_has_no_option_of_another_panel():
+    """Grafana's published types, against which the whole file was checked (docs/log/production.md)."""
+    panels = {p["title"]: p for p in json.loads((OPERATE / "grafana.json").read_text())["panels"]}
+    options = {"stat": {"reduceOptions"}, "table": {"showHeader"}, "timeseries": {"legend"}}
+    for panel in panels.values():
+        assert panel["options"].keys() <= options[panel["type"]]
+        asked = {(t.get("format"), t.get("instant")) for t in panel["targets"]}
+        assert asked == ({("table", True)} if panel["type"] == "table" else {(None, None)})

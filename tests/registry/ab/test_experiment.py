@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -5,11 +6,13 @@ import pytest
 
 from registry.ab.experiment import (
     CONTROL,
+    EVENTS,
     P99_BETS,
     TREATMENT,
     ArmStats,
     Guardrail,
     Summary,
+    alike_log_e,
     assign,
     begin,
     bet_p99,
@@ -112,6 +115,38 @@ def pairs(x, rng, p_win, p_loss, n, step=25):
         k, bad = int(wins[m - 1]), int(losses[m - 1])
         arm = ArmStats(n=m, calls=m, units=m)
         yield m, judge(x, Summary(arm, arm, pairs=m, wins=k, losses=bad, pair_total=k - bad, pair_squares=k + bad))
+
+
+RARE = {"a share of a tenth": (0.001, 0.1, 0.1), "almost always": (0.999, 0.9, 0.1)}
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_a_large_difference_of_rare_outcomes_is_decided_before_ten_of_the_rarer_kind(kind):
+    control, treated, share = RARE[kind]
+    x, found = trial(share=share), 0
+    for seed in range(10):
+        g = np.random.default_rng(seed)
+        arm = g.random(2000) < share
+        y = (g.random(2000) < np.where(arm, treated, control)).astype(float)
+        arms = [ArmStats(len(v), len(v), 0, len(v), v.sum(), v.sum()) for v in (y[~arm], y[arm])]
+        rare = min(sum(a.total for a in arms), 2000 - sum(a.total for a in arms)) / 2000
+        assert rare * min(a.n for a in arms) < EVENTS
+        found += compare(x, Summary(*arms)).verdict == ("better" if treated > control else "worse")
+    assert found >= 8
+
+
+@pytest.mark.parametrize("fractions", [False, True])
+def test_the_exact_test_of_few_outcomes_is_seldom_wrong_however_often_one_looks(fractions):
+    x, runs, n, e = trial(share=0.1), 400, 1000, []
+    for seed in range(runs):
+        g = np.random.default_rng(seed)
+        arm = g.random(n) < 0.1
+        y = (g.random(n) < 0.01) * (g.random(n) if fractions else 1.0)
+        looks = ((y[:k][~arm[:k]], y[:k][arm[:k]]) for k in range(20, n + 1, 20))
+        arms = ([ArmStats(len(v), len(v), 0, len(v), v.sum(), (v**2).sum()) for v in both] for both in looks)
+        e.append(max(alike_log_e(x, *both) for both in arms))
+    assert np.mean(np.array(e) >= math.log(20)) <= 0.05
+    assert alike_log_e(x, ArmStats(), ArmStats()) == 0.0
 
 
 def test_a_shadow_needs_far_fewer_units_than_a_split():

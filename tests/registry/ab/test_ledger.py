@@ -189,3 +189,22 @@ def test_a_forged_entry_is_seen_by_who_follows(ledger):
     meddle(ledger.database, "DROP TABLE entries")
     with pytest.raises(NotReady, match="cannot be used"):
         ledger.head("clip_sae")
+
+
+def test_what_is_asked_of_one_artifact_or_of_promotions_does_not_read_the_other_entries(ledger, monkeypatch):
+    promoted, many = ["a" * 64, "b" * 64], [f"{i:064x}" for i in range(5)]
+    for digest in promoted:
+        ledgers.promote(ledger, "clip_sae", digest)
+        for other in many:
+            gate = {"digest": other, "status": "passed", "beside": promoted}
+            ledgers.gate(ledger, "clip_sae", {"gate": gate})
+    read, entry = [], ledgers._entry
+    monkeypatch.setattr(ledgers, "_entry", lambda row: read.append(row.action) or entry(row))
+    assert ledger.gate("clip_sae", many[3])["digest"] == many[3]
+    assert read == ["gate", "gate"]
+    assert ledger.gate("clip_sae", promoted[0]) is None  # beside others, and never gated itself
+    assert ledger.gate("clip_sae", "%") is None
+    assert ledger.gate("clip_sae", 'x"') is None
+    read.clear()
+    assert ledgers.rollback(ledger, "clip_sae").champion == promoted[0]
+    assert read == ["gate", "promote", "promote"]  # the head, and what was ever promoted
