@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -75,7 +77,11 @@ def _keys(cls: Any, path: Sequence[str]) -> list[str]:
 
 
 def _literal(text: str) -> Any:
+    """What a word's right side means: TOML, or JSON for those who write lists and tables so, else the word itself."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+        with contextlib.suppress(ValueError):
+            if text[:1] in ("[", "{"):
+                return json.loads(text)
+        return text

@@ -52,3 +52,13 @@ def test_a_list_that_is_none_is_shown_as_it_is_written(word, way, meant):
 
 def test_values_from_a_manifest_round_trip():
     assert parse(Config, {"site": "b", "k": 1, "optim": {"lr": 2.0}}) == Config("b", 1, Optim(2.0))
+
+
+@pytest.mark.parametrize("text", ['[{name = "a"}, {name = "b"}]', '[{"name": "a"}, {"name": "b"}]'])
+def test_tables_of_a_word_are_toml_or_json(text):
+    from registry.ab.experiment import Metric, begin
+
+    made = begin("clip_sae", control="base", treatment="a" * 64, share=0.5, words=[f"also={text}"])
+    assert made.also == (Metric("a"), Metric("b"))
+    with pytest.raises(ConfigError, match="also"):
+        begin("clip_sae", control="base", treatment="a" * 64, share=0.5, words=['also=[{"name": "a"'])
