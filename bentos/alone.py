@@ -66,9 +66,9 @@ def work(host: str, port: int, fd: int | None) -> int:
     import uvicorn
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    from bentos.app import KEEP_ALIVE_S
     from bentos.connections import limit
     from bentos.hosted import hosted
+    from bentos.launch import KEEP_ALIVE_S
 
     config = uvicorn.Config(
         hosted(lambda: True, parent=False), http=limit(AutoHTTPProtocol), log_config=None, access_log=False,

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from bentos.http import answer
 from bentos.runtime.arms import choose
-from bentos.runtime.settings import check_signed
+from bentos.settings import check_signed
 from patches import artifact
 from patches.engine.patch import Patch
 from registry import config, kept

@@ -8,6 +8,7 @@ stop, it lets what runs finish for FINISH_S, gives up the rest, and is gone by G
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def hosted(working: Callable[[], bool], parent: bool, worker: Callable[[], int] 
     async def lifespan(outer: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             try:
+                if working():
+                    _start_lean()
                 from bentos import logs
                 from bentos.app import application
 
@@ -66,11 +69,21 @@ def hosted(working: Callable[[], bool], parent: bool, worker: Callable[[], int] 
             outer.state.desk = inner.state.desk
             if working():
                 _stop_in_time(inner.state.desk.runtime)
+                gc.freeze()  # what was imported lasts
+                gc.enable()
                 sys.stderr.write(f"{inner.state.desk.runtime.told()}\n")
                 sys.stderr.flush()
             yield
 
     return Starlette(lifespan=lifespan)
+
+
+def _start_lean() -> None:
+    """Import what requests need and no more, and look for garbage among it when it is all there."""
+    from patches import lean
+
+    lean.only_serves = True
+    gc.disable()
 
 
 def _share_cores(among: int) -> None:

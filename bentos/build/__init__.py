@@ -31,7 +31,7 @@ from packaging.version import Version
 
 from bentos.app import shapes
 from bentos.build import kubernetes, supply
-from bentos.runtime.settings import BESIDE, CARRIED
+from bentos.settings import BESIDE, CARRIED
 from patches.families.base import load_base
 from patches.families.family import family
 from registry import manifest, signing

@@ -26,9 +26,9 @@ import torch
 from bentos.metrics import Counts
 from bentos.runtime.arms import Table
 from bentos.runtime.judge import Judge
-from bentos.runtime.settings import CARRIED, Settings, check, check_signed, sealed
 from bentos.runtime.threads import Watch
 from bentos.runtime.worker import CALL_S, Loop
+from bentos.settings import CARRIED, Settings, check, check_signed, sealed
 from bentos.tokens import charge_rows
 from patches.engine.isolate import named
 from patches.engine.patch import Patch

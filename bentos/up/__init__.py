@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from bentos.app import serve
+from bentos.launch import serve
 from bentos.tokens import Tokens
 from bentos.up import proxy
 from registry import bucket

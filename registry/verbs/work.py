@@ -77,9 +77,9 @@ def serve(args: argparse.Namespace) -> Says:
     flags = {"base": args.base, "device": args.device, "dtype": args.dtype, "provider": args.provider,
              "workers": args.workers, "slots": args.slots, "context": args.context, "tokens": args.tokens}  # fmt: skip
     given = {f"PATCHBAY_{flag.upper()}": str(value) for flag, value in flags.items() if value is not None}
-    name, app = system(args.system).name, importlib.import_module("bentos.app")
+    name, launch = system(args.system).name, importlib.import_module("bentos.launch")
     free(args.host, args.port)
-    app.serve(name, host=args.host, port=args.port, given=given)
+    launch.serve(name, host=args.host, port=args.port, given=given)
     return Says("stopped")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import httpx
 import psutil
 
-from bentos.app import KEEP_ALIVE_S, serve
+from bentos.launch import KEEP_ALIVE_S, serve
 from registry.systems import system as system_row
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,9 +10,9 @@ import sys
 import httpx
 import pytest
 
+from bentos import settings as deployed
 from bentos.build import build
 from bentos.runtime import Runtime, Settings
-from bentos.runtime import settings as deployed
 from patches.families import llm
 from registry import cli
 from registry.ab import experiment as experiments

@@ -8,8 +8,8 @@ import httpx
 import psutil
 import pytest
 
-from bentos.app import serve
 from bentos.hosted import device_of, workers
+from bentos.launch import serve
 from patches.families import llm
 from registry.ab import ledger as ledgers
 from registry.ab.ledger import Ledger

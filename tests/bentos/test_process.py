@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from bentos.app import serve
+from bentos.launch import serve
 from patches.families import llm
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bentos.app import serve
+from bentos.launch import serve
 from bentos.shapes.generate import MAX_CHAT_BYTES
 from bentos.shapes.messages import MAX_TOKENS
 from bentos.tokens import CALLER, SHADOWED, Bucket, Token, Tokens, charge_rows

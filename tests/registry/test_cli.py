@@ -113,7 +113,7 @@ def test_split_says_what_it_wants(capsys, words):
 )
 def test_a_service_that_cannot_start_is_refused_in_one_line(capsys, monkeypatch, system, env, says):
     """BentoML would start its worker again and again, each time with a traceback."""
-    import bentos.app  # noqa: F401  torch starts a process of its own when it is imported
+    import torch  # noqa: F401  it starts a process of its own when it is imported
 
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     for key, value in env.items():

@@ -37,6 +37,7 @@ from patches.families.clip.checks import (
 )
 from patches.families.clip.convert import _folder, _from_transformers, _json, _open_clip_state
 from patches.families.clip.layout import CONFIG, GOLDEN, WEIGHTS
+from patches.families.clip.library import open_clip
 from patches.families.clip.tokens import _letters, _tokenizer
 from registry import manifest
 from registry.errors import Invalid, NotFound
@@ -192,13 +193,11 @@ def _base(
     tokenizer: Callable[[list[str]], Tensor],
     tokens: str,
 ) -> Base:
-    from open_clip.model import CLIP
-    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-
+    transform = open_clip("transform")
     model_cfg = {k: v for k, v in config["model_cfg"].items() if k != "custom_text"}
     _check_config(model_cfg)
     try:
-        model: Any = CLIP(**{**model_cfg, "output_dict": True})
+        model: Any = open_clip("model").CLIP(**{**model_cfg, "output_dict": True})
     except (TypeError, ValueError, AssertionError) as e:
         raise NotFound(f"{name}: open_clip cannot build this config ({e}).") from None
     if state is not None:
@@ -210,11 +209,15 @@ def _base(
             raise NotFound(f"{name}: the weights do not fit the config. {' '.join(str(e).split())[:400]}") from None
     explicit_attention(model).eval()
     size = model.visual.image_size
-    known = merge_preprocess_dict(PreprocessCfg(), {**config.get("preprocess_cfg", {}), "size": size})
+    known = transform.merge_preprocess_dict(
+        transform.PreprocessCfg(), {**config.get("preprocess_cfg", {}), "size": size}
+    )
     known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
-    cfg = PreprocessCfg(**known)
+    cfg = transform.PreprocessCfg(**known)
     model.config = {"model_cfg": {"quick_gelu": False, **model_cfg}, "preprocess_cfg": known}
-    processor = Processor(image_transform_v2(cfg, is_train=False), tokenizer, size, tuple(cfg.mean), tuple(cfg.std))
+    processor = Processor(
+        transform.image_transform_v2(cfg, is_train=False), tokenizer, size, tuple(cfg.mean), tuple(cfg.std)
+    )
     return Base(ref, name, _digest(model, tokens), model, processor, "", "clip")
 
 

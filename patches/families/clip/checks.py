@@ -15,6 +15,7 @@ from patches.families.base import Base
 from patches.families.clip.attention import _blocks
 from patches.families.clip.embeddings import embed_images, embed_texts
 from patches.families.clip.layout import CONFIG
+from patches.families.clip.library import open_clip
 from registry.errors import BadArtifact, NotFound
 
 GOLDEN_TEXTS = ("a photo of a cat", "the word dog on a red sign", "3 blue circles, water")
@@ -55,13 +56,11 @@ def _check_activation(ref: str, name: str, config: Mapping[str, Any], golden: bo
 
     Raises NotFound.
     """
-    from open_clip.pretrained import _PRETRAINED
-
     quick = config["model_cfg"].get("quick_gelu")
     hub = ref.removeprefix("hf-hub:").partition("@")[0] + "/"
     known = [
         bool(tag.get("quick_gelu"))
-        for tags in _PRETRAINED.values()
+        for tags in open_clip("pretrained")._PRETRAINED.values()
         for tag in tags.values()
         if tag.get("hf_hub") == hub
     ]
@@ -107,11 +106,9 @@ def _check_golden(base: Base, file: Path) -> None:
 
     if (difference := off()) <= GOLDEN_TOLERANCE:
         return
-    from open_clip.transformer import QuickGELU
-
     quick = base.model.config["model_cfg"]["quick_gelu"]
     for block in _blocks(base.model):
-        block.mlp.gelu = nn.GELU() if quick else QuickGELU()
+        block.mlp.gelu = nn.GELU() if quick else open_clip("transformer").QuickGELU()
     hint = (
         f'With {"GELU" if quick else "QuickGELU"} they agree: set "quick_gelu": {str(not quick).lower()} in {CONFIG}.'
         if off() <= GOLDEN_TOLERANCE

@@ -13,6 +13,7 @@ from torch import Tensor
 from patches.families.base import hub_folder, slug
 from patches.families.clip.checks import _check_config
 from patches.families.clip.layout import CONFIG, SHIPPED, WEIGHTS
+from patches.families.clip.library import open_clip
 from patches.families.clip.tokens import TOKENIZER
 from registry.errors import NotFound
 
@@ -35,12 +36,11 @@ def _folder(ref: str) -> tuple[Path, str, dict[str, Any] | None]:
     if scheme == "hf-hub":
         return _hub(rest), slug(rest.partition("@")[0].rpartition("/")[2]), None
     if scheme == "open-clip":
-        from open_clip import get_model_config, get_pretrained_cfg, list_pretrained_tags_by_model
-
+        made, trained = open_clip("factory"), open_clip("pretrained")
         model, _, tag = rest.rpartition("/")
-        config, about = get_model_config(model or "?"), get_pretrained_cfg(model, tag)
+        config, about = made.get_model_config(model or "?"), trained.get_pretrained_cfg(model, tag)
         if config is None or not about.get("hf_hub"):
-            tags = ", ".join(list_pretrained_tags_by_model(model or tag)) or "none, no such model"
+            tags = ", ".join(trained.list_pretrained_tags_by_model(model or tag)) or "none, no such model"
             raise NotFound(f"open-clip:{rest[:80]} is not in open_clip's table. Tags of {model or tag}: {tags}.")
         # tags record QuickGELU where it was trained with; the table's plain model names do not
         config["quick_gelu"] = bool(about.get("quick_gelu"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from patches.families.clip.library import open_clip
 from registry import manifest
 from registry.errors import NotFound
 
@@ -25,10 +26,9 @@ def compact_tokenizer(texts: Iterable[str]) -> Any:
     the way to a known word are kept, in order, so the same merge wins at every step.
     """
     import regex
-    from open_clip.tokenizer import SimpleTokenizer
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    full = SimpleTokenizer()
+    full = open_clip("tokenizer").SimpleTokenizer()
     words = sorted({w for text in texts for w in full.pat.findall(full.clean_fn(text))})
     merges: set[tuple[str, str]] = set()
     pieces: set[str] = set()
@@ -106,18 +106,17 @@ def _with_ends(inner: Any) -> Any:
 
 def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> tuple[Callable[[list[str]], Tensor], str]:
     """Load the tokenizer a config asks for, and the string that identifies it in a digest."""
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-
+    tokenizers = open_clip("tokenizer")
     context, more = text_cfg.get("context_length", 77), text_cfg.get("tokenizer_kwargs") or {}
     if not text_cfg.get("hf_tokenizer_name"):
-        return SimpleTokenizer(context_length=context, **more), f"open_clip {manifest.digest_of(more)[:8]}"
+        return tokenizers.SimpleTokenizer(context_length=context, **more), f"open_clip {manifest.digest_of(more)[:8]}"
     files = [folder / f for f in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / f).is_file()]
     if not files:
         raise NotFound(
             f"The text tower wants the tokenizer {text_cfg['hf_tokenizer_name'][:60]!r}, and {folder} has none. Put "
             "its tokenizer.json and tokenizer_config.json beside the weights."
         )
-    tokenizer = HFTokenizer(
+    tokenizer = tokenizers.HFTokenizer(
         str(folder), context_length=context, tokenizer_mode=text_cfg.get("tokenizer_mode"), **{"use_fast": True, **more}
     )
     return tokenizer, manifest.digest_of([more, *(manifest.sha256(f) for f in files)])

@@ -1,4 +1,8 @@
-"""Deployment settings of a service, and the checks that are possible before anything is loaded."""
+"""Deployment settings of a service, and the checks that are possible before anything is loaded.
+
+The process that a command starts with checks them, and the one that serves again, so torch is imported here only to
+answer what it alone knows.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from patches.families.base import check_device
-from patches.families.family import family
 from registry import kept, manifest, signing
 from registry.ab import ledger as ledgers
 from registry.ab.database import ENV
@@ -19,7 +22,7 @@ from registry.errors import ConfigError, NotFound, NotReady, PatchbayError
 from registry.signing import SIGSTORE
 from registry.systems import system
 
-CARRIED = Path(__file__).parents[2] / "carried"
+CARRIED = Path(__file__).parents[1] / "carried"
 """Sealed folder inside a Bento that it was built to serve; absent in a checkout"""
 BESIDE = CARRIED.with_name("beside")
 """Folder inside a Bento with more sealed folders, by digest: the challenger that was built in beside the champion"""
@@ -168,9 +171,10 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
     Raises NotReady saying what to do.
     """
     row = system(s.system)
-    check_device(s.device)
+    if s.device != "cpu":
+        importlib.import_module("patches.families.base").check_device(s.device)
     if s.provider:
-        engine = family(row.family).engine
+        engine = _family(row.family).engine
         if engine is None:
             raise NotReady(
                 f"PATCHBAY_PROVIDER={s.provider[:20]!r}: {row.family} bases run in torch alone; leave it out."
@@ -182,7 +186,7 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
         refs = {role: f"{manifest.split_dtype(ref)[0]}?dtype={s.dtype}" for role, ref in refs.items()}
     for role, kind in row.bases.items():
         if not refs.get(role):
-            one = ",".join(family(kind).example for kind in row.bases.values())
+            one = ",".join(_family(kind).example for kind in row.bases.values())
             raise NotReady(
                 f"{s.system} has no patch yet, so its {role if row.roles else 'base'} is unknown. Push one, or set "
                 f"PATCHBAY_BASE, for instance to {one}."
@@ -194,6 +198,10 @@ def check(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
             )
         del kind
     return {role: refs[role] for role in row.bases}
+
+
+def _family(name: str) -> Any:
+    return importlib.import_module("patches.families.family").family(name)
 
 
 def _named(s: Settings, head: ledgers.Entry | None) -> dict[str, str]:
