@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -86,6 +86,11 @@ class Act:
     site: str
     fn: Callable[[Tensor, Inputs], Tensor]
     where: Literal["input", "output"] = "output"
+    alike: Hashable = None
+    """edits of a site for which this is equal do the same to a row with the same parameters; rows of arms all of whose
+    edits are alike go through them in one call. None: an arm's rows go by themselves"""
+    prefill: bool = False
+    """whether it changes nothing where one token (B, 1, D) of each row comes through"""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -119,6 +119,8 @@ class Applied:
 
     patches: dict[str, Patch] = field(default_factory=dict)
     """Arm -> its patch"""
+    kin: dict[str, Hashable] = field(default_factory=dict)
+    """Arm -> what is equal for arms that are alike"""
     copies: dict[tuple[str, torch.device], dict[tuple[str, str], Act | Bias | Side]] = field(default_factory=dict)
     """(arm, device) -> its edits with tensors there, for a base that lies on several devices"""
 
@@ -137,7 +139,7 @@ class Applied:
         while self.undo:
             self.undo[-1]()  # popped only after success, so that revert can be retried
             self.undo.pop()
-        self.arms, self.hooked, self.patches, self.copies = {}, set(), {}, {}
+        self.arms, self.hooked, self.patches, self.kin, self.copies = {}, set(), {}, {}, {}
 
     def __enter__(self) -> Applied:
         return self
@@ -174,12 +176,15 @@ class Applied:
             while len(self.undo) > depth:
                 self.undo.pop()()
             raise
+        alike = [(key, e.alike) for key, e in table.items() if isinstance(e, Act) and e.alike is not None]
+        self.kin = {**self.kin, name: tuple(alike) if len(alike) == len(table) else name}
         self.arms, self.patches = {**self.arms, name: table}, {**self.patches, name: patch}
 
     def remove(self, name: str) -> None:
         """Remove an arm. Its hooks stay until `revert` and cost nothing."""
         self.arms = {k: v for k, v in self.arms.items() if k != name}
         self.patches = {k: v for k, v in self.patches.items() if k != name}
+        self.kin = {k: v for k, v in self.kin.items() if k != name}
         self.copies = {k: v for k, v in self.copies.items() if k[0] != name}
 
     @contextmanager
@@ -197,19 +202,20 @@ class Applied:
         for what its arm starts from, which is the base and the arm's edits marked `Side.under`. Raises PatchError for
         an unknown arm.
         """
-        table: dict[tuple[str, bool], list[int]] = {}
+        table: dict[tuple[Hashable, bool], dict[int, str]] = {}
         for i, name in enumerate(names):
             if name is not None and (strength is None or strength[i] != 0.0):
-                table.setdefault((name, under is not None and under[i]), []).append(i)
-        if unknown := {name for name, _ in table} - self.arms.keys():
-            raise PatchError(f"There is no arm {sorted(unknown)[0]!r}. Arms: {', '.join(self.arms) or 'none'}.")
+                if name not in self.arms:
+                    raise PatchError(f"There is no arm {name!r}. Arms: {', '.join(self.arms) or 'none'}.")
+                table.setdefault((self.kin.get(name, name), under is not None and under[i]), {})[i] = name
         said = params if params is not None and any(params) else None
         groups = tuple(
             Group(
-                name, span(rows, len(names)), strengths(rows, strength),
-                tuple(said[i] for i in rows) if said else (), device=self.device, under=below,
+                arms[0], span([*rows], len(names)), strengths([*rows], strength),
+                tuple(said[i] for i in rows) if said else (), device=self.device, under=below, arms=arms,
             )
-            for (name, below), rows in table.items() if not below or self.founded(name)
+            for (_, below), rows in table.items()
+            if (arms := tuple(dict.fromkeys(rows.values()))) and (not below or self.founded(arms[0]))
         )  # fmt: skip
         token = _GROUPS.set({**_GROUPS.get(), id(self): (len(names), groups)})
         try:
@@ -275,7 +281,10 @@ class Applied:
             edit = self._edit(group.arm, key, x)
             if not isinstance(edit, Act) or group.under:
                 continue
-            self.calls[group.arm, key[0]] += 1
+            for arm in group.arms or (group.arm,):
+                self.calls[arm, key[0]] += 1
+            if edit.prefill and x.ndim == 3 and x.shape[1] == 1:
+                continue
             part = x if group.at is None else x[group.at]
             new = edit.fn(part, self._inputs(x).narrow(group))
             if isinstance(group.strength, Tensor) or group.strength != 1.0:

@@ -14,7 +14,7 @@ from registry.errors import PatchError
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one call that use the same arm."""
+    """Rows of one call that use the same arm, or arms that are alike."""
 
     arm: str
     at: Tensor | slice | None
@@ -28,6 +28,8 @@ class Group:
     device: torch.device | None = None
     under: bool = False
     """Whether only the edits that the arm's others are made on are theirs (`Side.under`)"""
+    arms: tuple[str, ...] = ()
+    """All arms whose rows these are, if their edits are alike (`Act.alike`); empty: `arm` alone"""
     stacked: dict[str, Tensor | None] = field(default_factory=dict, compare=False)
     """Row parameters that have been stacked already"""
 
@@ -43,7 +45,7 @@ class Group:
     def widened(self, k: int) -> Group:
         """Return the group for a batch in which each row is repeated k times in place."""
         wide = beamed(self.at, k), repeated(self.strength, k)
-        return Group(self.arm, *wide, self.params, k, self.device, self.under)
+        return Group(self.arm, *wide, self.params, k, self.device, self.under, self.arms)
 
 
 def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tensor | None:
@@ -57,6 +59,8 @@ def _stack(values: Sequence[Tensor | None], device: torch.device | None) -> Tens
     first = there[0]
     if len({(v.shape[1:], v.ndim) for v in there}) > 1:
         raise PatchError(f"Row parameters of one name differ in shape: {sorted({tuple(v.shape) for v in there})}.")
+    if len(there) == len(values) and len({(v.shape, v.dtype, v.device) for v in there}) == 1:
+        return torch.stack(there).to(device)
     shape = (max(len(v) for v in there), *first.shape[1:]) if first.ndim else ()
     out = torch.zeros(len(values), *shape, dtype=first.dtype)
     for i, value in enumerate(values):

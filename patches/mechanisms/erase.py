@@ -121,13 +121,14 @@ class EraseEdit(Patch):
     Ask: ClassVar[type[BaseModel] | None] = EraseAsk
 
     def edits(self) -> Sequence[Edit]:
-        mask = functools.partial(image_tokens, token=self.config.image_token)
-        return [Act(path, self._at(j, mask), side) for j, (path, side) in enumerate(self.config.sites)]
+        c, mask = self.config, functools.partial(image_tokens, token=self.config.image_token)
+        return [
+            Act(path, self._at(j, mask), side, alike=("erase", j, c.image_token, c.weight), prefill=True)
+            for j, (path, side) in enumerate(c.sites)
+        ]  # rows bring their directions, so that nothing else of a patch tells one edit from another
 
     def _at(self, j: int, mask: Callable[[Inputs], Tensor]) -> Callable[[Tensor, Inputs], Tensor]:
         def erase(x: Tensor, inputs: Inputs) -> Tensor:  # x (B, T, D)
-            if x.shape[1] == 1:  # a token being said; image tokens come in prefills
-                return x
             t = inputs.row(ROW)
             if t is None:
                 return x

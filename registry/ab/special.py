@@ -10,4 +10,4 @@ def log_beta(a: float, b: float) -> float:
 
 def x_log_y(x: float, y: float) -> float:
     """x log y, and 0 for x = 0 whatever y is."""
-    return x * math.log(y) if x else 0.0
+    return 0.0 if x == 0 else x * math.log(y) if y > 0 else -x * math.inf

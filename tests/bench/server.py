@@ -20,7 +20,7 @@ from bentos.launch import KEEP_ALIVE_S, serve
 from registry.systems import system as system_row
 
 ROOT = Path(__file__).parent.parent.parent
-Kind = Literal["serve", "bentoml", "uvicorn", "floor"]
+Kind = Literal["typed", "serve", "bentoml", "uvicorn", "floor"]
 APPLICATIONS = {"uvicorn": "bentos.app:application", "floor": "tests.bench.floor:application"}
 BENTOML = ("bentoml", "serve", "bentos.service:Patchbay")
 
@@ -71,7 +71,8 @@ class Server:
 
 @contextlib.contextmanager
 def running(system: str, *, kind: Kind = "serve", **env: str) -> Iterator[Server]:
-    """The service of `system` as `patchbay serve` starts it, or under BentoML, plain uvicorn, or the least there is.
+    """The service of `system` as `patchbay serve` starts it, or by that command itself (typed), or under BentoML, plain
+    uvicorn, or the least there is.
 
     env: more environment; PATCHBAY_HOME is this process's own unless it is named.
     """
@@ -82,6 +83,9 @@ def running(system: str, *, kind: Kind = "serve", **env: str) -> Iterator[Server
     with _environment(env):
         if kind == "serve":
             process = serve(system, port=port, background=True)
+        elif kind == "typed":
+            command = [sys.executable, "-m", "registry.cli", "serve", system, "--port", str(port)]
+            process = subprocess.Popen(command, cwd=ROOT)
         elif kind == "bentoml":
             words = ["--port", str(port), "--host", "127.0.0.1", "--timeout-keep-alive", str(KEEP_ALIVE_S)]
             settings = {**os.environ, "PATCHBAY_SYSTEM": system}

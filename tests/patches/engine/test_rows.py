@@ -123,3 +123,55 @@ def test_a_mechanism_that_asks_for_nothing_says_so(tiny_llm):
     silent = SinkEdit(SinkConfig(neurons=((0, 1),)), {})
     with pytest.raises(Invalid, match="takes nothing from a request"):
         silent.params(None, tiny_llm)
+
+
+# ---- arms that are alike -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class By:
+    """How much of a row's shift is added."""
+
+    by: float
+
+
+@dataclass(frozen=True)
+class AlikeShift(Patch):
+    """Add a row's own vectors, `by` times; patches of the same `by` are alike."""
+
+    Config = By
+    seen = []
+    """rows and tokens of each call"""
+
+    def edits(self):
+        by = self.config.by
+
+        def fn(x, inputs):
+            self.seen.append(tuple(x.shape[:2]))
+            return x + by * inputs.row("shift").sum(1, keepdim=True).to(x)
+
+        return [Act("model.layers.1", fn, alike=by, prefill=True)]
+
+
+@torch.inference_mode()
+def test_rows_of_alike_arms_go_through_their_edits_in_one_call(tiny_llm):
+    patches = {"a": AlikeShift(By(1.0), {}), "b": AlikeShift(By(1.0), {}), "c": AlikeShift(By(-2.0), {})}
+    names = ["a", "c", None, "b"]
+    said, strength = [vectors(n, n) for n in (1, 2, 3, 2)], [1.0, 0.5, 1.0, 2.0]
+    AlikeShift.seen.clear()
+    with apply(tiny_llm.model, patches) as on:
+        with on.rows(names, strength, said):
+            got = tiny_llm.model(input_ids=IDS).logits
+        assert sorted(AlikeShift.seen) == [(1, 6), (2, 6)]
+        assert on.unreached() == []
+        with on.rows(names, strength, said):
+            tiny_llm.model(input_ids=IDS[:, :1])
+        assert len(AlikeShift.seen) == 2, "an edit of prefills ran where one token came"
+        on.remove("a")
+        with on.rows(["b"], [2.0], said[3:]):
+            alone_again = tiny_llm.model(input_ids=IDS[3:]).logits[0]
+    for i, name in enumerate(names):
+        with apply(tiny_llm.model, patches) as on, on.rows([name], strength[i : i + 1], said[i : i + 1]):
+            torch.testing.assert_close(got[i], tiny_llm.model(input_ids=IDS[i : i + 1]).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone_again, got[3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[2], tiny_llm.model(input_ids=IDS).logits[2], atol=0, rtol=0)
