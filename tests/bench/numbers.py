@@ -264,7 +264,7 @@ def _mlflow() -> Iterator[tuple[str, int]]:
 
 
 def start() -> dict[str, Any]:
-    """Seconds and CPU seconds from typing `patchbay serve` to ready and to the first answer, and resident memory; thrice."""
+    """Seconds and CPU seconds from typing `patchbay serve` to ready and to the first answer, and memory; thrice."""
     from tests.bench.load import cpu_s, memory_mb
     from tests.bench.server import running
 

@@ -1,6 +1,7 @@
 """Row parameters: what one request says to one mechanism reaches its own rows and no others."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_parameters_follow_their_row_into_beams(tiny_llm):
 
 
 def test_scalars_stack_and_shapes_that_differ_are_refused(tiny_llm):
-    seen = []
+    seen: ClassVar = []
 
     @dataclass(frozen=True)
     class Look(Patch):
@@ -140,7 +141,7 @@ class AlikeShift(Patch):
     """Add a row's own vectors, `by` times; patches of the same `by` are alike."""
 
     Config = By
-    seen = []
+    seen: ClassVar = []
     """rows and tokens of each call"""
 
     def edits(self):
