@@ -181,7 +181,8 @@ class Service(jobs.Service):
     def _told(
         self, running: jobs.Running, side: str, made: dict[str, Searching], loop: Any, over: asyncio.Event
     ) -> Any:  # fmt: skip
-        """What happens after each round, on the worker's thread: the round is kept, and the best is told."""
+        """Make what happens after each round, and while the bank is read: the round is kept, the best and the progress
+        are told. It is called on the worker's thread."""
         kept = sum(k["side"] == side for k in running.kept)
 
         def told(job: Searching) -> None:
@@ -193,10 +194,10 @@ class Service(jobs.Service):
                 kept = max(kept, len(track.trace))
                 if side == "caption" and job.best is not None:
                     top = [{"text": c.text, "score": c.score, "step": c.step} for c in track.kept()[:5]]
-                    step = job.told.get("step", 0)
-                    done = step / max(1, job.told.get("steps", 1))
                     best = {"text": job.best[0], "score": job.best[1], "candidates": top}
-                    running.tell(min(1.0, done), best=best, **job.told)
+                    running.tell(job.progress, best=best, **job.told)
+                elif side == "caption":
+                    running.tell(job.progress)
             if all(j.finished for j in made.values()):
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(over.set)

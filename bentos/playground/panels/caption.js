@@ -31,16 +31,16 @@ const CAPTION = {
     const stop = h("button", { type: "button", disabled: true }, "Stop");
     let job = null;
 
-    function show({ state, best, result, error }, curve) {
+    function show({ state, progress, best, result, error }, curve) {
       if (error) return [trouble(new Refused(error.message))];
-      const text = result?.text ?? best?.text ?? "...";
+      const text = result?.text ?? best?.text ?? "The bank is being read";
       const score = result?.score ?? best?.score;
       const sides = [h("p", {}, h("strong", {}, text), score === undefined ? "" : ` ${score.toFixed(3)}`)];
       if (result?.base) sides.push(h("p", { class: "small quiet" }, `The base, the best line of the bank: ${result.base.text} ${result.base.score.toFixed(3)}`));
       if (curve.length > 1) sides.push(climbing(curve));
       const candidates = result?.candidates ?? best?.candidates;
       if (candidates) sides.push(ladder(candidates));
-      return [...sides, h("p", { class: "small quiet" }, result ? `${result.calls} texts scored, ended by ${result.why}` : state)];
+      return [...sides, h("p", { class: "small quiet" }, result ? `${result.calls} texts scored, ended by ${result.why}` : `${state}, ${Math.round(100 * (progress ?? 0))} %`)];
     }
     async function search() {
       const budget = Number.isNaN(steps.valueAsNumber) ? {} : { steps: steps.valueAsNumber };

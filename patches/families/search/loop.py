@@ -44,6 +44,8 @@ class Item:
     error: PatchbayError | None = None
     problem: str = ""
     """what was wrong with the generator in the last round"""
+    encoded: float = 0.0
+    """share of the texts of its round that are encoded"""
 
 
 @dataclass
@@ -253,5 +255,10 @@ class Searcher:
             assert item.target is not None
             _, all_texts = by_scope.setdefault(item.target.scope, (item.target, {}))
             all_texts.update(dict.fromkeys(texts))
-        for target, scoped in by_scope.values():
-            yield from self.scorer.filling(target, self.scorer.missing(target, list(scoped)))
+        missing = [(target, self.scorer.missing(target, list(scoped))) for target, scoped in by_scope.values()]
+        before, wanting = self.scorer.encoded, max(1, sum(len(texts) for _, texts in missing))
+        for target, texts in missing:
+            for _ in self.scorer.filling(target, texts):
+                for item, _ in wanted:
+                    item.encoded = (self.scorer.encoded - before) / wanting
+                yield

@@ -7,6 +7,7 @@ what they can: one scorer for all that score alike, whose text features all thei
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ PROBE_LINES = 32
 """lines of the bank that a probe or a proof scores"""
 DRAWN_LINES = 2
 """the same where every text is drawn"""
+TELL_S = 1.0
+"""seconds between two words on how far the encoding of the bank is"""
 TAKES: dict[str, tuple[str, ...]] = {
     "image": ("pixels",), "video": ("pixels",), "audio": ("sound",), "prompt": ("goal",), "style": ("content",),
     "arithmetic": ("plus", "pixels"),
@@ -72,6 +75,8 @@ class Searching(Job):
     """its trace so far, if it was interrupted"""
     item: Item | None = None
     """filled by the worker: item.track has the trace"""
+    progress: float = 0.0
+    """rounds that are done, the bank's among them, over all of them"""
 
     @property
     def best(self) -> tuple[str, float] | None:
@@ -107,6 +112,7 @@ class SearchWorker(Worker[Searching]):
         self._patched: dict[str, Applied] = {}
         """role -> the patches on its base, for roles whose base the subject does not hook itself"""
         self._turn = 0
+        self._told = 0.0
 
     # ---- jobs ------------------------------------------------------------------------------------------------------
 
@@ -130,7 +136,8 @@ class SearchWorker(Worker[Searching]):
 
     @torch.inference_mode()
     def step(self) -> list[Searching]:
-        """One slice of work; returns the jobs whose round it completed, or that ended."""
+        """One slice of work; returns the jobs whose round it completed, that ended, or that wait for the bank and were
+        told of none for TELL_S."""
         while self.waiting:
             self._begin(self.waiting.popleft())
         touched = [j for j in self.running if j.finished]  # what failed when it began
@@ -138,13 +145,22 @@ class SearchWorker(Worker[Searching]):
         busy = [s for s in self.searchers.values() if not s.idle]
         if busy:
             self._turn += 1
-            done = busy[self._turn % len(busy)].step()
+            searcher = busy[self._turn % len(busy)]
+            done = searcher.step() or self._reading(searcher)
             mine = {id(j.item): j for j in self.running}
             touched += [mine[id(item)] for item in done if id(item) in mine]
         for job in touched:
             self._after(job)
         self.running = [j for j in self.running if not j.finished]
         return touched
+
+    def _reading(self, searcher: Searcher) -> list[Item]:
+        """Items whose first round is at work, when it is time to say how far it is."""
+        now = time.monotonic()
+        if now - self._told < TELL_S:
+            return []
+        self._told = now
+        return [i for i in searcher.items if i.track is not None and i.track.step == 0 and i.encoded]
 
     def _begin(self, job: Searching) -> None:
         self.running.append(job)
@@ -167,7 +183,14 @@ class SearchWorker(Worker[Searching]):
         elif item.ended:
             job.finished = FINISHED.get(item.ended, "stop")  # type: ignore[assignment]
         track = item.track
-        job.told |= {"step": track.step - 1, "steps": item.config.steps, "calls": track.calls, "tokens": track.tokens}
+        whole = track.step + (item.encoded if track.step == 0 else 0.0)
+        job.progress = min(1.0, whole / (item.config.steps + 1))
+        job.told |= {
+            "step": max(0, track.step - 1),
+            "steps": item.config.steps,
+            "calls": track.calls,
+            "tokens": track.tokens,
+        }
         job.told |= {"why": item.ended} if item.ended else {}
         job.told |= {"problem": item.problem} if item.problem else {}
 

@@ -10,6 +10,7 @@ import torch
 from patches import artifact
 from patches.families import clip, llm
 from patches.families.family import family
+from patches.families.search import worker as worker_module
 from patches.families.search.bank import FILE, bank
 from patches.families.search.config import Budget, SearchConfig
 from patches.families.search.scorers import BATCH, Clip
@@ -69,6 +70,30 @@ def test_a_search_is_better_than_the_bank_and_strength_0_is_the_bank(worker):
         assert full.finished == "stop"
         assert full.told == {"step": 3, "steps": 3, "calls": full.item.track.calls, "tokens": 0, "why": "steps"}
         assert list(answer(full).curve) == sorted(answer(full).curve)
+
+
+def test_progress_is_told_while_the_bank_is_read_and_rises_to_one(worker, monkeypatch):
+    """Reading a large bank is most of a first search: without a word it looks hung."""
+    monkeypatch.setattr(worker_module, "TELL_S", 0.0)
+    worker.texts.clear()
+    for scorer in worker.scorers.values():
+        scorer.kept.clear()
+    job = Searching(arm="plain", inputs=picture(6))
+    seen = []
+
+    def tell(j):
+        seen.append((j.progress, j.best))
+
+    job.on_step = tell
+    worker.add([job])
+    while not worker.idle:
+        for touched in worker.step():
+            touched.on_step(touched)
+    shares = [p for p, _ in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert any(0 < p < 0.25 and best is None for p, best in seen)
+    assert sum(best is not None for _, best in seen) == 4
 
 
 def test_clips_and_pictures_share_a_round(worker):
