@@ -145,8 +145,13 @@ def _prompts(config: Config, base: Base, split: Split, n: int) -> Task:
     """A prompt to rewrite: the score is how well what a candidate draws fits it. For a diffusion base, the name of one
     thing that it was trained on; for the lab's renderer, which draws pairs, a scene's caption."""
     if config.renderer:
-        names = captions.drawable(split)[:n]
-        goals = [f"a picture of a {name}" for name in names]
+        every = captions.drawable(split)
+        phrases = ["a picture of a {}", "a drawing of a {}"]
+        if n > len(every) * len(phrases):
+            most = len(every) * len(phrases)
+            raise ConfigError(f"items={n}: {split} has {len(every)} things that can be drawn; ask for {most} at most.")
+        names = [every[i % len(every)] for i in range(n)]
+        goals = [phrases[i // len(every)].format(name) for i, name in enumerate(names)]
         return Task([{"goal": g} for g in goals], [(name,) for name in names], _names(), drawn=True,
                     starts=[(g,) for g in goals], goals=goals)  # fmt: skip
     data = scenes(split, n)

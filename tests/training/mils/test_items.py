@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from patches.families import clip
+from registry.errors import ConfigError
 from training.lab import worlds
 from training.lab.company import company_classes
 from training.mils import RECIPES, sounds
@@ -91,3 +92,12 @@ def test_sounds_carry_what_they_are_called():
     right = sum(sounds.NAMES[s] == n[0] for s, n in zip(said, val.names, strict=True))
     assert right / 60 > 0.4
     assert {len(n) for n in sounds.sounds("test", 20).names} == {1, 2}
+
+
+def test_more_prompts_than_things_are_other_words_for_them(base):
+    config = of("prompts", renderer="lab:diffusion")
+    made = items(config, base, "test", 100)
+    assert len(set(made.goals)) == len(made.true) == 100
+    assert made.true[94:] == made.true[:6]
+    with pytest.raises(ConfigError, match="188 at most"):
+        items(config, base, "test", 189)
