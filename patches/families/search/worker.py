@@ -146,7 +146,7 @@ class SearchWorker(Worker[Searching]):
         if busy:
             self._turn += 1
             searcher = busy[self._turn % len(busy)]
-            done = searcher.step() or self._reading(searcher)
+            done = searcher.step() or self._reading()
             mine = {id(j.item): j for j in self.running}
             touched += [mine[id(item)] for item in done if id(item) in mine]
         for job in touched:
@@ -154,13 +154,14 @@ class SearchWorker(Worker[Searching]):
         self.running = [j for j in self.running if not j.finished]
         return touched
 
-    def _reading(self, searcher: Searcher) -> list[Item]:
-        """Items whose first round is at work, when it is time to say how far it is."""
+    def _reading(self) -> list[Item]:
+        """Return the items whose bank is being encoded, when it is time to say how far that is."""
         now = time.monotonic()
         if now - self._told < TELL_S:
             return []
         self._told = now
-        return [i for i in searcher.items if i.track is not None and i.track.step == 0 and i.encoded]
+        every = (i for s in self.searchers.values() for i in s.items)
+        return [i for i in every if i.track is not None and i.track.step == 0 and i.encoded]
 
     def _begin(self, job: Searching) -> None:
         self.running.append(job)
