@@ -21,6 +21,8 @@ from bentos.playground import panels
 HERE = Path(__file__).parent
 PLACE, NAMES = "// the files of panels/ stand here\n", "/* theirs */"
 """in index.html: where the files go, and where the names of their panels do"""
+EXAMPLE = "/* example */"
+"""in index.html: where the data URI of example.webp goes"""
 ORDER = ("see", "generate", "caption", "classify", "video", "render", "heads", "neurons")
 """files in the order of their panels on the page; others follow by name, and the live experiment stands last"""
 PANEL = re.compile(r"^const ([A-Z]+) = \{\n  needs:", re.M)
@@ -35,8 +37,10 @@ def assembled() -> str:
     files = [f.read_text(encoding="utf-8") for f in sorted(Path(panels.__file__).parent.glob("*.js"), key=place)]
     names = [name for text in files for name in PANEL.findall(text)]
     html = (HERE / "index.html").read_text(encoding="utf-8")
-    assert html.count(PLACE) == html.count(NAMES) == 1
-    return html.replace(PLACE, "\n".join(files)).replace(NAMES, ", ".join(names))
+    assert html.count(PLACE) == html.count(NAMES) == html.count(EXAMPLE) == 1
+    picture = base64.b64encode((HERE / "example.webp").read_bytes()).decode()
+    html = html.replace(PLACE, "\n".join(files)).replace(NAMES, ", ".join(names))
+    return html.replace(EXAMPLE, f"data:image/webp;base64,{picture}")
 
 
 def policy(html: str) -> str:

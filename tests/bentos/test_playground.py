@@ -62,6 +62,7 @@ def test_nothing_in_it_needs_what_the_policy_forbids():
 def test_no_address_outside_the_service_is_in_it():
     # namespaces are names and are never fetched
     text = re.sub(r"(?<=[\"'])http://www\.w3\.org/2000/svg(?=[\"'])", "", HTML)
+    text = re.sub(r"data:image/webp;base64,[\w+/=]+", "", text)  # the example: no address, though it may hold slashes
     assert "//" not in re.sub(r"(?m)(^|\s)// .*$", "", text), "a comment begins a line or follows a blank"
     assert not re.search(r"<(link|script|img|iframe|object|embed)\b[^>]*\b(src|href)=(?![\"']data:)", text)
     assert not re.search(r"@import|url\(", text)

@@ -24,9 +24,9 @@ const CAPTION = {
   needs: ["POST /v1/captions", "GET /v1/jobs/{id}"],
   mount() {
     const arm = armsThat((id) => id !== "auto");
-    const picture = picking(arm);
+    const picture = picking(arm, () => {}, [EXAMPLE]);
     const steps = h("input", { type: "number", min: 0, max: 100, placeholder: "as configured" });
-    const shown = h("div", { class: "stack" });
+    const shown = h("div", { class: "stack told" });
     const run = h("button", { class: "main" }, "Search");
     const stop = h("button", { type: "button", disabled: true }, "Stop");
     let job = null;
