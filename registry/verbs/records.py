@@ -130,7 +130,8 @@ def compare(args: argparse.Namespace) -> Says:
     got = store.compare(resolve(args.a), artifact(args.b))
     rows = [compared(r.metric, r.a, r.b) for r in got.rows]
     head = ("metric", args.a, args.b, "difference", "n", "better")
-    return Says(f"{table(head, rows)}\n{page(got.url)}", url=got.url, metrics=[r.plain() for r in got.rows])
+    shown = table(head, rows) if rows else f"Nothing is measured of either yet. Next: patchbay eval {args.b}"
+    return Says(f"{shown}\n{page(got.url)}", url=got.url, metrics=[r.plain() for r in got.rows])
 
 
 def _why(evidence: dict[str, Any] | None) -> str | None:

@@ -1,15 +1,17 @@
+import argparse
 import json
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from registry import cli
 from registry.systems import SYSTEMS
-from registry.verbs import decide
+from registry.verbs import decide, records
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -194,3 +196,12 @@ def test_words_that_mean_nothing_are_still_refused(words, capsys):
     with pytest.raises(SystemExit):
         cli.parsed(words.split())
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_comparison_of_what_is_not_measured_says_what_to_type(monkeypatch):
+    empty = SimpleNamespace(compare=lambda a, b: SimpleNamespace(rows=[], url="http://mlflow.example"))
+    monkeypatch.setattr(records, "the_store", lambda: empty)
+    for name in ("resolve", "artifact"):
+        monkeypatch.setattr(records, name, lambda ref: ref)
+    said = records.compare(argparse.Namespace(a="mils@base", b="mils@challenger"))
+    assert "Next: patchbay eval mils@challenger" in said.text
