@@ -151,7 +151,7 @@ _ROWS = (
            "2410.24213", "video", None, ("embed", "embeddings"),
            Claim("eleven lab motions by attentive probe of an encoder that saw generated clips; base: none", .623, .745,
                  .092, "a CNN on the middle frame", 1100, "26845f2cca8ada6c",
-                 beside="three seeds a stage: pre-trained on the task's own clips 82.9 %, of whose gap this stage closes "
+                 beside="three seeds a stage: pre-trained on the task's clips 82.9 %, of whose gap this stage closes "
                  "58 % [47, 71], the last 62 % [50, 79]; with 110 labels accuracy follows the progression (rank .96 "
                  "[.54, .96], p .003); motion is the largest step, + 22.2 [18.6, 25.6]; fine-tuned with 550 labels "
                  "there is no gap, with 55 natural clips give 69.5 % against 53.1 %, textures 58.8 %, no other stage "
