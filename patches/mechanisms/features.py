@@ -116,12 +116,13 @@ def normalised(x: Tensor, how: Normalise) -> tuple[Tensor, Tensor | float, Tenso
 
 
 def kth_largest(x: Tensor, k: int) -> Tensor:
-    """Return the k-th largest value (N, 1) of each row of x (N, F), exactly, ties included."""
+    """Return the k-th largest value (N, 1) of each row of x (N, F), exactly, ties included. x may lose its order."""
     F = x.shape[1]
     # numpy's quickselect is vectorised, four times as fast as topk, but single-threaded
     if _plain(x) and x.dtype == torch.float32 and torch.get_num_threads() < 4:
-        at = np.partition(x.detach().numpy(), F - k, axis=1)[:, F - k : F - k + 1]
-        return torch.from_numpy(at)
+        rows = x.detach().numpy()
+        rows.partition(F - k, axis=1)  # in place: a copy costs a third as much again
+        return torch.from_numpy(rows[:, F - k : F - k + 1])
     return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 

@@ -12,6 +12,7 @@ is on its way to the disk.
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import math
 import queue
@@ -282,8 +283,16 @@ class Events:
                 return
 
     def _commit(self, rows: list[dict[str, Any]]) -> list[bool]:
+        written: list[bool] = []
         with self.database.writing() as db:
-            return [db.execute(_INSERT, row).rowcount == 1 for row in rows]
+            for keyed, some in itertools.groupby(rows, lambda row: row["key"] is not None):
+                if keyed:  # one of a key that is there already is not written, and its caller is told so
+                    written += [db.execute(_INSERT, row).rowcount == 1 for row in some]
+                else:
+                    many = list(some)
+                    db.execute(_INSERT, many)
+                    written += [True] * len(many)
+        return written
 
     def _give_up(self, batch: list[Item], error: BaseException) -> None:
         for row, future in batch:

@@ -61,6 +61,16 @@ def test_the_same_key_counts_once(log):
     assert log.summary(x).control.total == 1.0
 
 
+def test_events_of_one_commit_keep_their_order_and_hear_of_their_own_keys(log):
+    x = trial()
+    event = dict.fromkeys(events._COLUMNS) | {"experiment": x.name, "kind": "outcome", "at": 0.0}
+    rows = [event | {"unit": f"u{i}", "key": key} for i, key in enumerate([None, "k", None, None, "k", "l", None])]
+    assert log._commit(rows) == [True, True, True, True, False, True, True]
+    with log.database.reading() as db:
+        units = [row[0] for row in db.execute(text("SELECT unit FROM events ORDER BY id"))]
+    assert units == ["u0", "u1", "u2", "u3", "u5", "u6"]
+
+
 def test_the_same_key_in_another_experiment_is_another_outcome(log):
     x, y = trial(), trial()
     for e in (x, y):
