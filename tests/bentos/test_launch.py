@@ -17,7 +17,7 @@ lean.only_serves = True
 import bentos.app
 from patches.families.base import load_base
 load_base("lab:clip", "clip")
-found = there("torch._dynamo", "torch._dynamo.utils", "sympy", "timm", "scipy", "mlflow", "bentoml")
+found = there("torch._dynamo", "torch._dynamo.utils", "sympy", "timm", "scipy", "mlflow", "bentoml", "transformers")
 assert not found, found
 import importlib.util
 assert importlib.util.find_spec("timm")  # whoever wants it afterwards has it

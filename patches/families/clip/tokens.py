@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from patches import lean
 from patches.families.clip.library import open_clip
 from registry import manifest
 from registry.errors import NotFound
 
+PLAIN = {
+    "backend", "bos_token", "clean_up_tokenization_spaces", "eos_token", "is_local", "local_files_only",
+    "model_max_length", "pad_token", "tokenizer_class", "unk_token",
+}  # fmt: skip
+"""keys of a tokenizer_config.json that change nothing of what tokenizer.json says"""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -116,7 +124,56 @@ def _tokenizer(folder: Path, text_cfg: Mapping[str, Any]) -> tuple[Callable[[lis
             f"The text tower wants the tokenizer {text_cfg['hf_tokenizer_name'][:60]!r}, and {folder} has none. Put "
             "its tokenizer.json and tokenizer_config.json beside the weights."
         )
+    identity = manifest.digest_of([more, *(manifest.sha256(f) for f in files)])
+    if lean.only_serves and not more and not text_cfg.get("tokenizer_mode") and (own := _Words.read(folder, context)):
+        return own, identity
     tokenizer = tokenizers.HFTokenizer(
         str(folder), context_length=context, tokenizer_mode=text_cfg.get("tokenizer_mode"), **{"use_fast": True, **more}
     )
-    return tokenizer, manifest.digest_of([more, *(manifest.sha256(f) for f in files)])
+    return tokenizer, identity
+
+
+class _Ids:
+    """Token ids of texts, as a transformers tokenizer of the same file gives them."""
+
+    def __init__(self, tokenizer: Any, unknown: str | None) -> None:
+        self._tokenizer = tokenizer
+        self.unk_token_id = None if unknown is None else tokenizer.token_to_id(unknown)
+
+    def __call__(self, texts: Sequence[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
+        made = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return {"input_ids": [e.ids for e in made]}
+
+
+class _Words:
+    """What open_clip's HFTokenizer does with a file that says it all, without transformers, a second of a start."""
+
+    def __init__(self, file: Path, about: Mapping[str, Any], context: int) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = _Ids(Tokenizer.from_file(str(file)), about.get("unk_token"))
+        padded, pad = Tokenizer.from_file(str(file)), about["pad_token"]
+        padded.enable_truncation(context)
+        padded.enable_padding(length=context, pad_id=padded.token_to_id(pad), pad_token=pad)
+        self._padded = _Ids(padded, None)
+        self._clean = open_clip("tokenizer").get_clean_fn("whitespace")
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor(self._padded([self._clean(text) for text in texts])["input_ids"])
+
+    @classmethod
+    def read(cls, folder: Path, context: int) -> _Words | None:
+        """The folder's tokenizer, if it is a plain one whose named tokens are all in tokenizer.json; else None."""
+        file, told = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if not file.is_file() or not told.is_file():
+            return None
+        about = json.loads(told.read_text())
+        plain = about.keys() <= PLAIN and about.get("tokenizer_class") in (
+            "TokenizersBackend",
+            "PreTrainedTokenizerFast",
+        )
+        known = {t["content"] for t in json.loads(file.read_text()).get("added_tokens", ())}
+        named = {v for k, v in about.items() if k.endswith("_token")}
+        if not plain or "pad_token" not in about or not all(isinstance(t, str) and t in known for t in named):
+            return None
+        return cls(file, about, context)

@@ -1,10 +1,12 @@
 """Words that a tokenizer does not know, and texts that are one to it."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from patches.families import clip
+from patches.families.clip import tokens
 from registry.errors import Invalid
 
 
@@ -55,3 +57,42 @@ def test_a_tokenizer_that_spells_everything_knows_every_word():
 
     whole = SimpleNamespace(name="x", processor=SimpleNamespace(tokenizer=SimpleTokenizer()))
     assert clip.unknown_words(whole, ["a kangaroo", "okapi xyzzy"]) == {}
+
+
+TEXTS = [
+    "a cat",
+    "a  Picture of\ta cat!",
+    "guinea pig's tail",
+    "",
+    "kangaroo é 12",
+    "cat " * 40,
+    "<pad> <unk>",
+    "<end_of_text> a",
+]
+
+
+@pytest.mark.parametrize("where", ["lab", "compact", "letters"])
+def test_a_service_reads_a_plain_tokenizer_as_transformers_does(where, tmp_path):
+    from open_clip.tokenizer import HFTokenizer
+
+    if where == "compact":
+        clip.compact_tokenizer(["a picture of a cat", "guinea pig"]).save_pretrained(tmp_path)
+    elif where == "letters":
+        tokens._letters(97).save_pretrained(tmp_path)
+    folder = clip.SHIPPED / "clip" if where == "lab" else tmp_path
+    want, got = HFTokenizer(str(folder), context_length=16), tokens._Words.read(folder, 16)
+    assert got is not None
+    assert got(TEXTS).equal(want(TEXTS))
+    assert got.tokenizer.unk_token_id == want.tokenizer.unk_token_id
+    plain = want.tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    assert got.tokenizer(TEXTS, add_special_tokens=False)["input_ids"] == plain
+
+
+@pytest.mark.parametrize(
+    "more", [{"tokenizer_class": "CLIPTokenizer"}, {"add_bos_token": True}, {"eos_token": "<odd>"}]
+)
+def test_a_tokenizer_that_says_more_is_left_to_transformers(more, tmp_path):
+    tokens._letters(97).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    assert tokens._Words.read(tmp_path, 16) is None
