@@ -181,7 +181,8 @@ def servers() -> dict[str, Callable[[], Any]]:
     """Name -> what starts it, as a context that gives its address and process; only what is installed."""
     env = {"OMP_NUM_THREADS": "1"}
     out: dict[str, Callable[[], Any]] = {
-        "patchbay serve": lambda: _ours("bentoml", env),
+        "patchbay serve": lambda: _ours("serve", env),
+        "patchbay's Bento under BentoML": lambda: _ours("bentoml", env),
         "patchbay's application under uvicorn": lambda: _ours("uvicorn", env),
         "bare Starlette": lambda: _started("uvicorn", "--factory", "tests.bench.others:floor", "--log-level", "warning",
                                            "--no-access-log", "--port"),
