@@ -129,6 +129,41 @@ export nonsense
 export attention_sink@base
 export toto@champion
 bench nonsense
+bench attention_sink@7
+build
+sign
+sign nonsense
+sign attention_sink
+sign toto@champion --key /nowhere.pem
+verify nonsense
+verify attention_sink@base
+verify /nowhere --signer /nowhere.pub
+audit nonsense
+audit --nonsense
+up
+up nonsense
+up toto --replicas x
+up toto --replicas 0
+up toto --port 99999
+import
+import /nowhere
+import /dev/null
+import . base=nonsense
+import . nonsense
+report attention_sink --html /nowhere/page.html
+report attention_sink --judge nonsense
+export attention_sink@base --as nonsense
+serve attention_sink --dtype float32 --base tiny
+serve attention_sink --workers 0 --base tiny
+serve attention_sink --base local-dir:/nowhere
+fit clip_sae/tiny varied=2
+fit clip_sae/tiny varied=0.5 task=waterbirds
+fit clip_sae/tiny layers=3,4
+fit attention_sink/tiny base=hf-hub:nobody/nothing
+list --nonsense
+pull nonsense
+systems --nonsense
+doctor now
 """
 
 
