@@ -29,7 +29,7 @@ from patches.families.family import families, family
 from patches.mechanisms.added import AddedConfig, AddedEdit
 from patches.sae_files import ABOUT, SCOPE, WEIGHTS, load_sae
 from registry import manifest
-from registry.errors import BadArtifact, Conflict, NotFound, PatchError
+from registry.errors import BadArtifact, Conflict, NotFound, PatchbayError, PatchError
 from registry.manifest import Manifest
 from registry.systems import IMPORTS
 
@@ -60,10 +60,11 @@ def look(place: Path) -> Found:
         return _file(place)
     if not place.is_dir():
         raise NotFound(f"There is nothing at {place}.")
-    if (place / manifest.NAME).is_file():
-        about = manifest.read(place)
-        return Found("artifact", f"a sealed {about.kind} of {about.system}, sha256:{about.digest[:16]}. Next: patchbay "
-                     f"push {place}")  # fmt: skip
+    sealed = manifest.read(place) if (place / manifest.NAME).is_file() else None
+    # converted bases are sealed, and no system's; a shipped dictionary lies where a patch has none
+    if sealed is not None and sealed.system and not (place / WEIGHTS).is_file():
+        return Found("artifact", f"a sealed {sealed.kind} of {sealed.system}, sha256:{sealed.digest[:16]}. Next: "
+                     f"patchbay push {place}")  # fmt: skip
     check_files(place)
     if (place / PEFT_CONFIG).is_file() or (place / DIFFUSERS).is_file():
         return _adapter(place)
@@ -72,10 +73,18 @@ def look(place: Path) -> Found:
         (F, D), at = sae.decoder.shape, f" at {sae.site}" if sae.site else ""
         what = f"a sparse autoencoder of {F:,} {sae.activation} features of width {D}{at}"
         return Found("dictionary", f"{what}. Next: patchbay fit clip_sae dictionary={place}")
+    refused: PatchbayError | None = None
     for name in families():
-        if told := family(name).knows(place):
+        try:
+            told = family(name).knows(place)
+        except PatchbayError as e:  # a Toto's network is a Llama without a tokenizer: only its own family tells
+            refused = refused or e
+            continue
+        if told:
             ref = f"local-dir:{place}"
             return Found("model", f"a base of the family {name}: {told}. Next: base={ref}", ref, name)
+    if refused is not None:
+        raise refused
     if ggufs := sorted(place.glob("*.gguf")):
         return _file(ggufs[0])
     if tensors := sorted(place.glob("*.safetensors")):

@@ -26,6 +26,8 @@ from registry.verbs.said import Says
 
 __all__ = ["VERBS", "main", "parser", "readme_table"]
 
+DTYPES = ("fp32", "bf16", "fp16")
+"""what a base's weights may be held in"""
 VERBS: dict[str, Callable[[argparse.Namespace], Says]] = {
     "systems": work.systems,
     "fit": work.fit,
@@ -118,7 +120,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         "context": "tokens of a row, prompt and answer; default: 4096",
         "tokens": "file of callers' tokens; without it this machine alone may call",
     }.items():
-        made["serve"].add_argument(f"--{flag}", help=text)
+        made["serve"].add_argument(f"--{flag}", help=text, choices=DTYPES if flag == "dtype" else None)
     made["up"].add_argument("systems", nargs="+", metavar="SYSTEM")
     made["up"].add_argument("--host", default="127.0.0.1")
     made["up"].add_argument("--port", type=int, default=8080)

@@ -137,7 +137,8 @@ def _other(raw: bytes) -> str:
     """What a file is that cannot be read, if it says so itself."""
     head = raw[:256].lstrip()
     found = next((name for at, mark, name in OTHERS if head[at : at + len(mark)].lower() == mark.lower()), "")
-    return f": it looks like {found}; save it as PNG or JPEG" if found else ""
+    way = "run git lfs pull where it lies" if "LFS" in found else "save it as PNG or JPEG"
+    return f": it looks like {found}; {way}" if found else ""
 
 
 def eight_bits(picture: Pillow.Image) -> Pillow.Image:

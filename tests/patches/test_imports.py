@@ -17,7 +17,7 @@ from patches.families.family import family
 from patches.families.llm.worker import Row
 from patches.sae_files import load_sae, save_sae
 from patches.subject import Subject
-from registry import cli, store
+from registry import cli, manifest, store
 from registry.errors import BadArtifact, Conflict, NotFound, PatchbayError
 from registry.systems import IMPORTS, SYSTEMS, system
 from tests.bentos.conftest import dictionary
@@ -197,7 +197,15 @@ def test_import_says_what_anything_is(tiny_llm, tiny_clip, tmp_path, home, capsy
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(20))
     shutil.copytree(clip.SHIPPED / "diffusion", tmp_path / "pipe")
     shutil.copytree(clip.SHIPPED / "sealed" / "w2w", tmp_path / "sealed")
+    shutil.copytree(clip.SHIPPED / "clip-sae", tmp_path / "shipped")
+    shutil.copytree(tmp_path / "llm", tmp_path / "converted")  # as what came from a GGUF lies in the cache
+    manifest.write(tmp_path / "converted", kind="model", system="", base="", config={"gguf": "f" * 64})
+    shutil.copytree(clip.SHIPPED / "video-toto", tmp_path / "toto")
+    shutil.copytree(tmp_path / "llm", tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
     wants = {
+        "toto": "family video: a video model", "mute": "has no tokenizer",
+        "shipped": "sparse autoencoder of 2,048 jumprelu features", "converted": "family llm: a language model",
         "llm": "family llm: a language model of type llama, 3 layers of width 32", "clip": "family clip",
         "sae": "sparse autoencoder of 40 relu features of width 32", "m.gguf": "base=gguf:",
         "sealed": "sealed patch of w2w", "pipe": "family diffusion", "nothing": "There is nothing at",
@@ -206,8 +214,9 @@ def test_import_says_what_anything_is(tiny_llm, tiny_clip, tmp_path, home, capsy
     for name, says in wants.items():
         code = cli.main(["import", str(tmp_path / name)])
         out, err = capsys.readouterr()
-        assert says in (err if name == "nothing" else out), name
-        assert code == (name == "nothing")
+        refused = name in ("nothing", "mute")
+        assert says in (err if refused else out), name
+        assert code == refused
         assert (out + err).count("\n") == 1
     digest, (former,) = llm.base.digests(tmp_path / "llm")
     text = imports.look(tmp_path / "llm").text

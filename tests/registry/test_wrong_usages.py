@@ -155,7 +155,6 @@ report attention_sink --judge nonsense
 export attention_sink@base --as nonsense
 serve attention_sink --dtype float32 --base tiny
 serve attention_sink --workers 0 --base tiny
-serve attention_sink --base local-dir:/nowhere
 fit clip_sae/tiny varied=2
 fit clip_sae/tiny varied=0.5 task=waterbirds
 fit clip_sae/tiny layers=3,4

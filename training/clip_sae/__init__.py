@@ -6,6 +6,7 @@ background behind a bird, gender behind hair) and hardly anything else; random f
 
     patchbay fit clip_sae/tiny          # a random tower: seconds on a CPU
     patchbay fit clip_sae/lab           # typographic defence of lab:clip: 5 to 7 minutes on 2 cores
+    patchbay fit clip_sae/hands         # also for other sizes, colours and letters without paper: 4 minutes of a core
     patchbay fit clip_sae/paper data=/folder/of/imagenet    # ViT-B/32 DataComp, vanilla SAE; needs a GPU
     patchbay fit clip_sae/layers        # every layer in short, features beside neurons
     patchbay eval clip_sae@challenger --full    # on test, beside controls and other defences; seed=1: other images

@@ -100,6 +100,10 @@ RECIPES: dict[str, Config] = {
         gates=GateConfig(steps=500, batch=8, keep=30, shun=2.0, price=1.5e-3),  # 200 features do what 600 did at 2e-4
         within=0.025,  # the standard error of worth on 384 images is .006
     ),
+    "hands": Config(  # for writing of other sizes and colours, and without paper
+        layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(300,), varied=0.5, fit_images=512,
+        gates=GateConfig(steps=300, batch=8, keep=30, shun=2.0, price=1.5e-3), within=0.025,
+    ),
     "demo": Config(
         layers=(4,), dictionary="lab:clip-sae", ranks=("gates",), counts=(300,),
         gates=GateConfig(steps=90, batch=8, keep=30, shun=2.0, price=1.5e-3),
