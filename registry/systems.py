@@ -168,13 +168,12 @@ _ROWS = (
                  "89, 78 %)")),
     System("diffusion_cf", "Counterfactual images by moving a diffusion model's conditioning",
            "2504.08046", "diffusion", "patches.mechanisms.direction:DirectionEdit", ("render",),
-           Claim("lab:diffusion: pictures by hands that the fit never saw, taken for the other class by both judges", .0,
-                 .85, .25, "an equal step towards a class of another domain", 240, "44276c88414880df",
-                 beside="the base saw these drawings; 40 pictures a domain, of 36 drawings; of 1,198 names the CNN says "
-                 "the other class 41 % "
-                 "(control .4 %); at amount 1 69 % (control 22 %, n = 36); where half of 24 pictures flip, plain DDIM "
-                 "changes 1.49 [1.34, 1.81] times and a class-name prompt 1.53 [1.24, 2.96] times as much, and neither "
-                 "flips 70 %; 5 examples a class do as well as 50 (88 and 86 %, n = 36)")),
+           Claim("lab:diffusion: pictures by hands that the fit never saw, taken for the other class by both judges",
+                 .0, .85, .25, "an equal step towards a class of another domain", 240, "44276c88414880df",
+                 beside="the base saw these drawings; 40 pictures a domain, of 36 drawings; of 1,198 names the CNN "
+                 "says the other class 41 % (control .4 %); at amount 1 69 % (control 22 %, n = 36); where half of 24 "
+                 "pictures flip, plain DDIM changes 1.49 [1.34, 1.81] times and a class-name prompt 1.53 [1.24, 2.96] "
+                 "times as much, and neither flips 70 %; 5 examples a class do as well as 50 (88 and 86 %, n = 36)")),
 )  # fmt: skip
 
 SYSTEMS: dict[str, System] = {row.name: row for row in _ROWS}
