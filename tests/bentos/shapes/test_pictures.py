@@ -128,7 +128,11 @@ REFUSED = {
         "looks like HEIC; save it as PNG",
     ),
     "a scan": (base64.b64encode(b"II*\0\x08\0\0\0").decode(), Invalid, "looks like TIFF"),
-    "a pointer": (base64.b64encode(b"version https://git-lfs.github.com/spec/v1").decode(), Invalid, "Git LFS pointer; run git lfs pull"),
+    "a pointer": (
+        base64.b64encode(b"version https://git-lfs.github.com/spec/v1").decode(),
+        Invalid,
+        "Git LFS pointer; run git lfs pull",
+    ),
     "an animated AVIF": (coded(some(), "AVIF", save_all=True, append_images=[some().rotate(180)]), Invalid, "2 frames"),
     "a vector": (base64.b64encode(b'<svg xmlns="http://www.w3.org/2000/svg"/>').decode(), Invalid, "none of PNG"),
 }
