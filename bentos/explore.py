@@ -91,7 +91,7 @@ def _kept(digest: str, name: str) -> dict[str, str]:
     """Keep the sealed folder of an edit that was proved, where `patchbay push` takes it."""
     folder = home() / "runs" / f"{name}-{digest[:16]}"
     kept.copied(home() / "artifacts" / digest, digest, folder)
-    return {"sealed": folder.name, "next": f"patchbay push .patchbay/runs/{folder.name}"}
+    return {"sealed": folder.name, "next": f"patchbay push {folder.name}"}
 
 
 def varied(cls: Any, begun: Patch | None, change: dict[str, Any]) -> Patch:

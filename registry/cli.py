@@ -11,6 +11,7 @@ import atexit
 import gc
 import importlib
 import json
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     if words[:1] == ["fit"] and {"-h", "--help"} & set(words):
         named = [w.partition("/")[0] for w in words if w.partition("/")[0] in SYSTEMS]
         made["fit"].epilog = importlib.import_module("registry.recipes").listed(named[0] if named else "")
-    made["push"].add_argument("folder", type=Path)
+    made["push"].add_argument("folder", type=Path, help="a sealed folder, or the name of one in the home's runs/")
     for name in ("eval", "gate", "pull", "show", "promote", "build", "export", "sign", "verify"):
         made[name].add_argument("ref", **ref)
     for name in ("fit", "eval"):
@@ -175,7 +176,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
     except Exception as e:
         return _refused(_fault(e), 1)
-    print(json.dumps(said, default=str) if args.json else said.text)
+    try:
+        print(json.dumps(said, default=str) if args.json else said.text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough (`| head`), and what was to be done is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return said.status
 
 

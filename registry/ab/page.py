@@ -107,12 +107,13 @@ def page(
 
 def _several(x: Experiment, every: Mapping[str, Result]) -> str:
     found = discoveries({name: r.e_value for name, r in every.items()}, x.alpha)
+    less = {m.name for m in x.also if m.better == "lower"} | ({x.metric} if x.better == "lower" else set())
     rows = [
-        (_e(name), f"{r.effect:+.4g}", f"[{_n(r.low)}, {_n(r.high)}]", f"{r.e_value:.3g}",
+        (_e(name) + (' <span class="quiet">(less is better)</span>' if name in less else ""), f"{r.effect:+.4g}", f"[{_n(r.low)}, {_n(r.high)}]", f"{r.e_value:.3g}",
          "differs" if name in found else "nothing sure")
         for name, r in every.items()
     ]  # fmt: skip
-    return _table(("metric", "effect", "interval", "e-value", "after the correction"), rows) + (
+    return _table(("metric", "effect (positive is better)", "interval", "e-value", "after the correction"), rows) + (
         f'<p class="quiet">e-BH over {len(every)} metrics: of those said to differ, at most {x.alpha:.0%} are expected not '
         f"to, whatever depends on what and whenever one looks. Intervals hold together ({1 - x.alpha:.0%}, Bonferroni).</p>"
     )

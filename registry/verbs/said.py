@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib
 import os
 import time
@@ -140,7 +141,10 @@ def free(host: str, port: int) -> None:
 
 
 def who() -> str:
-    return os.environ.get("PATCHBAY_WHO") or os.environ.get("USER") or "unknown"
+    """Whoever decides, for the ledger: PATCHBAY_WHO, else the user that this process runs as."""
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a uid without a name, as in many containers
+        return os.environ.get("PATCHBAY_WHO") or getpass.getuser()
+    return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def short(digest: str) -> str:

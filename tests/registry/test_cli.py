@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import re
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from registry import cli
 from registry.systems import SYSTEMS
 from registry.verbs import decide, records
+from registry.verbs import said as saying
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -205,3 +207,25 @@ def test_a_comparison_of_what_is_not_measured_says_what_to_type(monkeypatch):
         monkeypatch.setattr(records, name, lambda ref: ref)
     said = records.compare(argparse.Namespace(a="mils@base", b="mils@challenger"))
     assert "Next: patchbay eval mils@challenger" in said.text
+
+
+def test_who_decides_is_somebody(monkeypatch):
+    monkeypatch.setenv("PATCHBAY_WHO", "ada")
+    assert saying.who() == "ada"
+    for name in ("PATCHBAY_WHO", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert saying.who() not in ("", "unknown")  # the password database's name
+
+    def nobody():
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(saying.getpass, "getuser", nobody)
+    assert saying.who() == f"uid {os.getuid()}"
+
+
+def test_a_reader_who_has_seen_enough_is_no_fault(monkeypatch, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["systems"]) == 0

@@ -22,7 +22,7 @@ def _tried():
     """An experiment in the ledger with 120 units."""
     ledger = Ledger()
     made = experiments.begin("clip_heads", control="base", treatment="b" * 64, share=0.5)
-    x = experiments.replace(made, also=(Metric("liked"),))
+    x = experiments.replace(made, also=(Metric("liked", "lower"),))
     ledgers.split(ledger, "clip_heads", experiments.plain(x), who=HOSTILE, evidence={"forced": HOSTILE})
     with Events() as log:
         for i in range(120):
@@ -47,7 +47,16 @@ def test_a_page_needs_nothing_else_and_takes_nothing_as_markup(tried, tmp_path):
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", text)
     assert "http" not in re.sub(r"http-equiv", "", text)
     assert text.count(HOSTILE.replace("<", "&lt;").replace(">", "&gt;")) == 4
-    for said in ("a base&#x27;s answer", "data:image/png;base64,", "no picture", "liked", "e-BH", "better", x.name):
+    for said in (
+        "a base&#x27;s answer",
+        "data:image/png;base64,",
+        "no picture",
+        "liked",
+        "less is better",
+        "e-BH",
+        "better",
+        x.name,
+    ):
         assert said in text
 
 
