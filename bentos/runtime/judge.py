@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import queue
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,6 +25,8 @@ JUDGE_AGAIN_S = 5.0
 HERE = "this process"
 WINDOW_S = 10.0
 """Interval in seconds at which the live experiment's estimates go to MLflow, which only displays them"""
+SHOWN_S = 3.0
+"""Longest wait in seconds for MLflow when the judge ends"""
 
 
 class Judge:
@@ -30,6 +34,8 @@ class Judge:
 
     def __init__(self, runtime: Runtime) -> None:
         self.r = runtime
+        self._told: queue.SimpleQueue[experiments.Decision | None] = queue.SimpleQueue()
+        """Decisions that MLflow has not shown yet; None ends"""
         self.who = ""
         """The process that judges this system's experiments: HERE, or another one's number and machine"""
 
@@ -38,6 +44,9 @@ class Judge:
         assert self.r.ledger is not None
         turn = self.r.ledger.database.turn(f"judge-{self.r.settings.system}")
         shown = 0.0
+        # MLflow takes seconds to import, and may hang: no decision waits for it
+        display = threading.Thread(target=self._display, name="display", daemon=True)
+        display.start()
         try:
             while not self.r.watch.stopping.wait(JUDGE_S if self.who == HERE else self._again()):
                 self.r.watch.beat("judge")
@@ -48,13 +57,21 @@ class Judge:
                     self.who = HERE
                     decision = self.once()
                     self.r.calm("judge")
-                    if decision and (decision.action != "continue" or time.monotonic() - shown > WINDOW_S):
-                        self._show(decision)
-                        shown = time.monotonic()
+                    now = time.monotonic()
+                    if decision and (decision.action != "continue" or (now - shown > WINDOW_S and self._told.empty())):
+                        self._told.put(decision)
+                        shown = now
                 except Exception as e:
                     self.r.warn("judge", f"cannot judge: {e}")
         finally:
             turn.close()
+            self._told.put(None)
+            display.join(SHOWN_S)
+
+    def _display(self) -> None:
+        """Show decisions in MLflow as they come."""
+        while (decision := self._told.get()) is not None:
+            self._show(decision)
 
     def _again(self) -> float:
         """Seconds until the next question for the turn; none before the first."""
@@ -85,7 +102,7 @@ class Judge:
                 assert head is not None
                 if why := store.mirror(self.r.settings.system, head.champion, head.challenger):
                     log.warning(why)
-        except PatchbayError as e:
+        except Exception as e:  # whatever MLflow raises, the next decision is shown again
             log.warning("MLflow does not show the experiment: %s", e)
 
     def once(self) -> experiments.Decision | None:

@@ -1,11 +1,13 @@
 """What the runtime does beside answering: what it decided is shown in MLflow, and MLflow is never in the way."""
 
 import asyncio
+import threading
 
 import pytest
 import torch
 
 from bentos.runtime import Runtime, Settings
+from registry import store
 from registry.ab import experiment as experiments
 from registry.ab import ledger as ledgers
 from registry.errors import NotReady
@@ -14,10 +16,15 @@ from registry.store import ab_display, mlflow_client
 SYSTEM = "attention_sink"
 
 
-async def decided(s, unit_is_good):
-    """Run an experiment of 200 units to its decision."""
+def begun(s):
     x = experiments.begin(SYSTEM, control=s.digests[0], treatment=s.digests[1], share=0.5, words=["min_n=30"])
     ledgers.split(s.ledger, SYSTEM, experiments.plain(x))
+    return x
+
+
+async def decided(s, unit_is_good, x=None):
+    """Run an experiment of 200 units to its decision."""
+    x = x or begun(s)
     await s.until(lambda: s.runtime.table.experiment)
     for i in range(200):
         side = experiments.assign(x, str(i))
@@ -42,6 +49,30 @@ def test_a_decision_is_shown_on_the_experiments_run(service):
             await s.until(lambda: run().data.tags.get("ab.decision") == "rollback", 60)
             assert run().data.metrics["ab/effect"] < -0.9
             assert run().data.metrics["ab/e_value"] > 20
+
+    asyncio.run(work())
+
+
+def test_an_mlflow_that_hangs_delays_no_decision(service, monkeypatch):
+    hangs, tried = threading.Event(), threading.Event()
+
+    def hang(*_):
+        tried.set()
+        hangs.wait(60)
+
+    monkeypatch.setattr(store, "log_window", hang)
+    monkeypatch.setattr(store, "log_decision", hang)
+
+    async def work():
+        async with service() as s:
+            try:
+                x = begun(s)
+                assert await asyncio.to_thread(tried.wait, 60)  # the first look is being shown, and will not end
+                await decided(s, lambda side: side == experiments.CONTROL, x)
+                assert s.ledger.head(SYSTEM).action == "rollback"
+                assert not hangs.is_set()
+            finally:
+                hangs.set()
 
     asyncio.run(work())
 
