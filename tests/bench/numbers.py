@@ -187,9 +187,9 @@ def servers() -> dict[str, Callable[[], Any]]:
         "bare Starlette": lambda: _started("uvicorn", "--factory", "tests.bench.others:floor", "--log-level", "warning",
                                            "--no-access-log", "--port"),
         "plain BentoML": lambda: _started("bentoml", "serve", "tests.bench.plain_bento:Plain", "--port"),
-        "LitServe": lambda: _started("tests.bench.others", "litserve"),
+        "LitServe": lambda: _started("tests.bench.plain_lit"),
         "mlflow models serve": _mlflow,
-        "Ray Serve": lambda: _started("tests.bench.others", "ray"),
+        "Ray Serve": lambda: _started("tests.bench.others"),
     }  # fmt: skip
     return out
 
@@ -214,8 +214,10 @@ def _started(module: str, *words: str, port: int = 0, ready: str = "/readyz") ->
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-    log = (place() / f"{module.replace('.', '-')}-{words[0]}.log").open("wb")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0"}
+    log = (place() / f"{'-'.join((module, *words[:1])).replace('.', '-')}.log").open("wb")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "BENTOML_DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0",
+           "RAY_raylet_start_wait_time_s": "120"}  # fmt: skip
+
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     process = subprocess.Popen([sys.executable, "-m", module, *words, str(port)], cwd=ROOT, env=env, stdout=log,
                                stderr=log)  # fmt: skip

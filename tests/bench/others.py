@@ -1,7 +1,7 @@
-"""The same zero-shot question to a picture in other servers: plain BentoML, LitServe, Ray Serve, bare Starlette.
+"""The same zero-shot question to a picture in other servers: Ray Serve, bare Starlette; `plain_bento`, `plain_lit`.
 
 All of them do what `Work` does, on the same copy of lab:clip, with the labels' vectors kept; none has arms, tokens,
-limits or an experiment. `python -m tests.bench.others ray|floor PORT` serves.
+limits or an experiment. `python -m tests.bench.others PORT` serves on Ray.
 """
 
 from __future__ import annotations
@@ -59,28 +59,6 @@ def floor() -> Any:
     return Starlette(routes=[Route(PATH, ask, methods=["POST"]), Route("/readyz", ready)])
 
 
-def litserve(port: int) -> None:
-    """LitServe, one worker."""
-    import litserve
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            del device
-            self.work = Work()
-
-        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-            return request
-
-        def predict(self, x: dict[str, Any]) -> dict[str, Any]:
-            return self.work(x)
-
-        def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-            return output
-
-    server = litserve.LitServer(Api(api_path=PATH), accelerator="cpu", workers_per_device=1, healthcheck_path="/readyz")
-    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")
-
-
 def ray(port: int) -> None:
     """Ray Serve, one replica."""
     import ray as cluster
@@ -101,4 +79,4 @@ def ray(port: int) -> None:
 
 
 if __name__ == "__main__":
-    {"litserve": litserve, "ray": ray}[sys.argv[1]](int(sys.argv[2]))
+    ray(int(sys.argv[1]))
