@@ -67,11 +67,15 @@ def application(settings: Settings | None = None, tokens: Tokens | None = None) 
 
     app = Starlette(lifespan=lifespan)
 
+    def seen(status: int) -> None:
+        if (desk := getattr(app.state, "desk", None)) is not None:
+            desk.runtime.counts.called(status)
+
     def route(r: Call) -> Route:
         async def call(request: Request, body: Any) -> Response:
             return await answering[r](request, body)
 
-        return Route(r.path, endpoint(guard, r, call), methods=[r.method])
+        return Route(r.path, endpoint(guard, r, call, seen), methods=[r.method])
 
     app.router.routes.extend(map(route, routes))
     if guard.origins:

@@ -101,8 +101,13 @@ _STARTED = secrets.token_hex(4)
 _NUMBERS = itertools.count(1)
 
 
-def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """Build a route's endpoint: authenticate, read and validate the body, call the handler, format errors."""
+def endpoint(
+    tokens: Tokens, call: Call, handler: Handler, seen: Callable[[int], None] = lambda status: None
+) -> Callable[[Request], Awaitable[Response]]:
+    """Build a route's endpoint: authenticate, read and validate the body, call the handler, format errors.
+
+    seen: told every response's status, of those too that were refused before they had an arm.
+    """
 
     async def route(request: Request) -> Response:
         number = f"{_STARTED}{next(_NUMBERS):08x}"
@@ -128,6 +133,7 @@ def endpoint(tokens: Tokens, call: Call, handler: Handler) -> Callable[[Request]
             response.headers["access-control-allow-origin"] = allowed
             response.headers["vary"] = "origin"
         traces.end(request, response)
+        seen(response.status_code)
         if logs.access.isEnabledFor(logging.INFO):
             arm = response.headers.get("x-patchbay-arm")
             logs.answered(request, call.path, response.status_code, time.perf_counter() - start, arm)

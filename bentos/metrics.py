@@ -36,6 +36,8 @@ class Counts:
         self.registry = CollectorRegistry()
         self.answers: Counter[tuple[str, str, int]] = Counter()
         """(arm, digest, HTTP status) -> answers"""
+        self.calls: Counter[int] = Counter()
+        """HTTP status -> responses of any route, with those that were refused before they had an arm"""
         self.tokens: Counter[str] = Counter()
         """Arm's digest -> row steps (a token of text, an image, a denoising step)"""
         self.failed: Counter[str] = Counter()
@@ -75,6 +77,10 @@ class Counts:
                     del self._shown[name]  # what is not kept cannot grow
         return shown
 
+    def called(self, status: int) -> None:
+        """Count a response of any route."""
+        self.calls[status] += 1
+
     def answered(self, label: str, digest: str, status: int, seconds: float, first_s: float | None = None) -> None:
         """Count an answer. label: the arm as answers name it; seconds, first_s: since the request came."""
         arm, shown = label if label in ARMS else NAMED, self.digest(digest)
@@ -101,6 +107,10 @@ class Counts:
         for (arm, shown, status), n in sorted(self.answers.copy().items()):
             answers.add_metric((arm, shown, str(status)), n)
         yield answers
+        calls = CounterMetricFamily("patchbay_calls", "Responses of any route", labels=("status",))
+        for status, n in sorted(self.calls.copy().items()):
+            calls.add_metric((str(status),), n)
+        yield calls
         for name, says, counter in (
             ("tokens", "Row steps: a token, an image, a denoising step", self.tokens),
             ("failed", "Jobs that failed alone", self.failed),

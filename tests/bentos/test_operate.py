@@ -39,6 +39,7 @@ def test_histograms_are_by_arm_and_digest_and_each_service_has_its_own(service):
                 assert found[f"patchbay_{name}_seconds_count", champion] == 2
                 named = (("arm", "named"), ("digest", s.digests[1][:16]))
                 assert found[f"patchbay_{name}_seconds_count", named] == 1
+            assert found["patchbay_calls_total", (("status", "200"),)] == 3
             only = champion[1:]
             assert found["patchbay_queue_seconds_count", only] == 2
             assert found["patchbay_batch_rows_count", only] >= 2 * 8
@@ -48,6 +49,18 @@ def test_histograms_are_by_arm_and_digest_and_each_service_has_its_own(service):
             assert "patchbay_latency_seconds_count{" not in (await other.http.get("/metrics")).text
 
     asyncio.run(work())
+
+
+def test_what_is_refused_before_it_has_an_arm_is_counted(service, tokens):
+    async def work():
+        async with service(tokens(mine={"name": "shop", "scopes": ["generate"]})) as s:
+            for headers in ({"authorization": "Bearer mine"}, {}, {"authorization": "Bearer nobody"}):
+                await s.http.post("/v1/chat/completions", json={"messages": []}, headers=headers)
+            return dict(s.runtime.counts.calls), dict(s.runtime.counts.answers)
+
+    calls, answers = asyncio.run(work())
+    assert calls == {400: 1, 401: 2}
+    assert answers == {}
 
 
 def test_labels_cannot_grow_without_end():
@@ -82,6 +95,7 @@ def _scraped():
     counts.answered("champion", "base", 200, 0.1, 0.1)
     counts.stepped(counts.tokens.__class__({"base": 1}), 0.1, [("base", 0.1)])
     counts.failed["base"] += 1
+    counts.called(200)
     return samples(counts.text()[0].decode())
 
 
