@@ -113,7 +113,7 @@ def bench(args: argparse.Namespace) -> Says:
         said.status = done
         return said
     store = the_store()
-    digest = resolve(args.ref)
+    digest = artifact(args.ref)
     file = ROOT / ".patchbay" / "bench.json"
     file.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "bench", f"--benchmark-json={file}", "tests/bench"]
@@ -129,18 +129,16 @@ def bench(args: argparse.Namespace) -> Says:
 
 def export(args: argparse.Namespace) -> Says:
     """fold a patch into a hook-free checkpoint, or write it as others read it (--as others), with its model card"""
-    digest, store = resolve(args.ref), the_store()
-    if args.layout == "card" and digest != "base":
+    digest, store = artifact(args.ref), the_store()
+    if args.layout == "card":
         file = args.out or home() / "exports" / f"{digest[:16]}.md"
         return Says(f"{_carded(digest, file)}", card=str(file))
-    if args.layout == "others" and digest != "base":
+    if args.layout == "others":
         place = args.out or home() / "exports" / f"others-{digest[:16]}"
         what = importlib.import_module("patches.imports").send(store.pull(digest), place)
         if place.is_dir():
             _carded(digest, place / "README.md")
         return Says(f"{place}: {what}", folder=str(place), what=what)
-    if digest == "base":
-        raise NotFound(f"{args.ref} is the base itself, so there is nothing to fold. Name a patch: SYSTEM@challenger")
     base = os.environ.get("PATCHBAY_BASE") or None  # where a base fitted from a folder lies on this machine
     folder = importlib.import_module("patches.export").export(store.pull(digest), args.out, base)
     # beside it and not in it: it changes with what is measured, and the checkpoint's digest must not

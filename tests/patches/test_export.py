@@ -102,4 +102,4 @@ def test_the_verb_exports_what_was_fitted(sealed, capsys):
     assert cli.main(["export", f"sha256:{digest}"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(place() / "exports" / f"attention_sink-{digest[:16]}")
     assert cli.main(["export", "attention_sink"]) == 1
-    assert "nothing to fold" in capsys.readouterr().err
+    assert "is the base itself, which is no artifact" in capsys.readouterr().err

@@ -229,3 +229,10 @@ def test_a_reader_who_has_seen_enough_is_no_fault(monkeypatch, tmp_path):
     with os.fdopen(write, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert cli.main(["systems"]) == 0
+
+
+@pytest.mark.parametrize("words", ["eval", "bench", "export", "export --as card", "compare mils@base"])
+def test_a_verb_that_needs_an_artifact_names_one_where_the_champion_is_the_base(words, monkeypatch, capsys):
+    monkeypatch.setattr(saying, "resolve", lambda ref: "base")
+    assert cli.main([*words.split(), "mils"]) == 1
+    assert "mils is the base itself, which is no artifact. Name one: SYSTEM@challenger" in capsys.readouterr().err
