@@ -16,6 +16,7 @@ from patches.families.search import bank as banks
 from patches.families.search.config import SearchConfig, Task
 from patches.subject import Search, Subject
 from registry import manifest
+from registry.errors import NotFound
 from registry.manifest import Manifest
 from training.mils import measure, sounds
 from training.mils.config import Config
@@ -83,12 +84,15 @@ def configured(config: Config, folder: Path, scorer: Base) -> tuple[SearchConfig
 
 
 def sealed(reference: str) -> Path:
-    """The folder of an artifact: a path, or a reference in the store."""
+    """Find the folder of an artifact: a path, or a reference in the store. Raises NotFound for one that means the base."""
     if Path(reference).is_dir():
         return Path(reference)
     from registry import store
+    from registry.ab.ledger import BASE, Ledger
 
-    return Path(store.pull(reference))
+    if (digest := store.resolve(reference, Ledger())) == BASE:
+        raise NotFound(f"{reference} is the base itself, which has no patch. Name a folder, or SYSTEM@challenger.")
+    return Path(store.pull(digest))
 
 
 def ears(config: Config, folder: Path) -> str:

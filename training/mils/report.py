@@ -30,6 +30,7 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
     itself, with a patch on the scorer the same without it; paired differences in F1; both loops' pace."""
     about = manifest.read(folder)
     search = configs.parse(SearchConfig, about.config)
+    captioner = sealed(config.captioner) if config.captioner else None  # found before the hour, not after it
     arms = {ONLY: search, "random": replace(search, generator="random")}
     if search.generator != "mutation":
         arms["mutation"] = replace(search, generator="mutation")
@@ -63,22 +64,22 @@ def report(folder: Path, config: Config) -> dict[str, Any]:
             less = [a - b for a, b in zip(worth[name], worth["bank"], strict=True)]
             draft.keep("minus_bank", name, value=mean(less))
     subject.close()
-    if config.captioner and task.pictures is not None:
-        for name, texts in captioned(config, task.pictures).items():
+    if captioner is not None and task.pictures is not None:
+        for name, texts in captioned(captioner, task.pictures, config.device).items():
             draft.keep("test", name, value=measure.judged(task, texts))
     if config.pace:
         draft.keep("pace", value=pace(folder, config))
     return draft
 
 
-def captioned(config: Config, pictures: Tensor) -> dict[str, list[str]]:
+def captioned(captioner: Path, pictures: Tensor, device: str) -> dict[str, list[str]]:
     """Captions of a vision-language model and of its patch for uint8 pictures (n, 3, H, W)."""
     import pandas as pd
     from torchvision.transforms.functional import to_pil_image
 
     from patches.families.pictures import png
 
-    subject = Subject.load(sealed(config.captioner), device=config.device)
+    subject = Subject.load(captioner, device=device)
     frame = pd.DataFrame({"image": [png(to_pil_image(x)) for x in pictures]})
     out = {name: list(subject.predict(frame, {"strength": s})) for name, s in (("vlm", 0.0), ("vlm patched", 1.0))}
     subject.close()
