@@ -84,7 +84,7 @@ def configured(config: Config, folder: Path, scorer: Base) -> tuple[SearchConfig
 
 
 def sealed(reference: str) -> Path:
-    """Find the folder of an artifact: a path, or a reference in the store. Raises NotFound for one that means the base."""
+    """Find the folder of an artifact: a path, or a reference in the store. Raises NotFound for what means the base."""
     if Path(reference).is_dir():
         return Path(reference)
     from registry import store
