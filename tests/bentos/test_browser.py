@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 
+from bentos.app import application
+from bentos.runtime import Settings
+from bentos.tokens import Tokens
+from registry.ab import ledger as ledgers
+from registry.ab.ledger import Ledger
 from tests import browser
+from tests.bentos.shapes.test_embed import BASES, MASKED, TOKENS, seal
 
 pytestmark = [
     pytest.mark.skipif(browser.found() is None, reason="no Chromium on this machine (PATCHBAY_CHROMIUM names one)"),
@@ -54,3 +60,24 @@ def test_a_picture_with_a_typed_word_is_asked_of_both(pictures, tmp_path):
     assert "no patch" in sides[0]
     assert digests[1][:10] in sides[1]
     assert says.startswith(("Both say", "The base says"))
+
+
+@pytest.mark.parametrize(
+    ("system", "sees", "not_this"),
+    [(MASKED, "what it made of it", "Left what happened"), (TOKENS, "Left what happened", "what it made of it")],
+)
+def test_a_drawn_clip_is_asked_for_what_each_arm_can_answer(system, sees, not_this, home, tmp_path):
+    async def work():
+        ledgers.promote(Ledger(), system, seal(system, 1))
+        app = application(Settings(system, base=BASES[system]), Tokens(None))
+        async with app.router.lifespan_context(app), browser.opened(app, tmp_path / "profile") as page:
+            await page.until("document.getElementById('ready')?.dataset.state === 'ready'")
+            await page.until(f"{SIDES}.length === 2")
+            await page.click("Ask both")
+            await page.until(f"{SIDES}.every((s) => s.querySelector('img'))")
+            return await page.value(f"{SIDES}.map((s) => s.innerText)"), page.faults
+
+    sides, faults = asyncio.run(work())
+    assert not faults  # nothing was asked to find out whether it may be asked
+    assert all(sees in side and "Surprise by frame" in side for side in sides)
+    assert not any(not_this in side for side in sides)
