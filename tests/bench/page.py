@@ -97,14 +97,17 @@ def _http(parts: dict[str, Any]) -> list[str]:
     part = parts.get("http")
     if part is None:
         return [*out, "Not measured."]
-    out += [f"One caller, one picture of 96 x 96 for lab:clip with eight labels, {next(iter(part['ratios'].values()))['rounds']} "
-            f"rounds; in process {part['in_process_ms']:.3g} ms. Every server does the same work in one process; only "
-            "patchbay's has arms, tokens, limits and exposures beside it.", "",
-            "| server | wait over in process | CPU ms a call | resident MiB |", "|---|---|---|---|"]  # fmt: skip
-    for name, ratio in sorted(part["ratios"].items(), key=lambda item: item[1]["median"]):
-        cpu, mib = part["cpu_ms"].get(name), part["mib"].get(name)
-        cpus = f"{cpu:.3g}" if cpu is not None else "-"
-        out.append(f"| {name} | {_ratio(ratio)} | {cpus} | {f'{mib:.0f}' if mib is not None else '-'} |")
+    rounds = next(iter(part["ratios"].values()))["rounds"]
+    out += [f"One caller, one picture of 96 x 96 for lab:clip with eight labels, {rounds} rounds; in process "
+            f"{part['cpu_ms']['in process']:.3g} ms of CPU, {part['in_process_ms']:.3g} ms of waiting. CPU is the server's, of all its "
+            f"processes, over that of the work in process, by blocks of {part['calls']} calls. Every server does the same work in one "
+            "process; only patchbay's has arms, tokens, limits and exposures beside it. Waits on a machine that does other "
+            "work say most of that.", "",
+            "| server | CPU over in process | CPU ms a call | wait over in process | resident MiB |", "|---|---|---|---|---|"]  # fmt: skip
+    for name, ratio in sorted(part["cpu"].items(), key=lambda item: item[1]["median"]):
+        out.append(f"| {name} | {_ratio(ratio)} | {part['cpu_ms'][name]:.3g} | {_ratio(part['ratios'][name])} | "
+                   f"{part['mib'][name]:.0f} |")  # fmt: skip
+    out.append(f"| in process again | | | {_ratio(part['ratios']['in process again'])} | |")
     out += [f"\nNot measured: {name} ({why})." for name, why in part["missing"].items()]
     return out
 
