@@ -32,8 +32,8 @@ BUDGET_S = float(os.environ.get("PATCHBAY_BENCH_SECONDS", "30"))
 """seconds for each comparison, about; at least ROUNDS are run whatever they take"""
 ROUNDS = 6
 """from which the smallest and the largest hold the median in 95 % of cases"""
-BLOCKS, CALLS = 11, 5
-"""of each server, over HTTP: so many calls in turn with the others, so often; the first do not count"""
+BLOCKS, CALLS = 10, 5
+"""over HTTP: blocks of calls of each server, all in turn"""
 PARTS = [*SYSTEMS, "http", "start"]
 
 
@@ -133,9 +133,10 @@ def asked() -> dict[str, Any]:
 def http() -> dict[str, Any]:
     """One caller's wait for one picture, over the same work in process; all servers in one run, in turn."""
     import httpx
+    import psutil
 
     from tests.bench.interleave import interleave, ratio
-    from tests.bench.load import cpu_s, memory_mb
+    from tests.bench.load import memory_mb, tree
     from tests.bench.others import PATH, Work
 
     body, said, pids = asked(), {}, {}
@@ -166,37 +167,33 @@ def http() -> dict[str, Any]:
             except Exception as e:  # one server that cannot be had leaves the others to be measured
                 said[name] = f"{type(e).__name__}: {str(e)[:160]}"
                 print(f"http: {name}: {said[name]}", flush=True)
-        here = [0.0]
+        variants["in process again"] = variants["in process"]
+        used: dict[str, list[float]] = {name: [] for name in variants}
 
-        def timed(ask: Callable[[], object]) -> Callable[[], object]:
+        def timed(name: str) -> Callable[[], object]:
+            ask, processes = variants[name], tree(pids[name]) if name in pids else [psutil.Process()]
+
+            def cpu() -> float:
+                return 1e3 * sum(sum(p.cpu_times()[:2]) for p in processes)
+
             def run() -> None:
-                start = time.process_time()
+                start = cpu()
                 ask()
-                here[0] += time.process_time() - start
+                used[name].append(cpu() - start)
 
             return run
 
-        variants["in process again"] = variants["in process"]
-        variants["in process"] = timed(variants["in process"])
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        used: dict[str, list[float]] = {name: [] for name in (*pids, "in process") if name in variants}
-        for block in range(
-            BLOCKS
-        ):  # a server's CPU time is told in hundredths of a second, so of several calls at once
-            before = {name: cpu_s(pids[name]) for name in used if name in pids} | {"in process": here[0]}
-            for name, some in interleave(variants, CALLS, warmup=0).items():
-                times[name] += some
-            after = {name: cpu_s(pids[name]) for name in used if name in pids} | {"in process": here[0]}
-            if block:  # the first one warms up
-                for name, all_of in used.items():
-                    all_of.append(1e3 * (after[name] - before[name]) / CALLS)
-        times = {name: all_of[CALLS:] for name, all_of in times.items()}
+        variants |= {name: timed(name) for name in variants}
+        times = interleave(variants, CALLS * BLOCKS, warmup=CALLS)
         memory = {name: memory_mb(pid) for name, pid in pids.items()}
     base = times["in process"]
+    # a process's CPU time is told in hundredths of a second, so of several calls at once
+    cpu = {name: [statistics.fmean(t[-i - CALLS : -i or None]) for i in range(0, CALLS * BLOCKS, CALLS)]
+           for name, t in used.items()}  # fmt: skip
     return {
         "ratios": {k: asdict(ratio(t, base)) for k, t in times.items() if k != "in process"},
-        "cpu": {k: asdict(ratio(t, used["in process"])) for k, t in used.items() if k != "in process"},
-        "cpu_ms": {k: statistics.median(t) for k, t in used.items()}, "mib": memory, "missing": said,
+        "cpu": {k: asdict(ratio(t, cpu["in process"])) for k, t in cpu.items() if k != "in process"},
+        "cpu_ms": {k: statistics.median(t) for k, t in cpu.items()}, "mib": memory, "missing": said,
         "in_process_ms": 1e3 * statistics.median(base), "calls": CALLS,
     }  # fmt: skip
 
