@@ -105,8 +105,9 @@ def _http(parts: dict[str, Any]) -> list[str]:
             "work say most of that.", "",
             "| server | CPU over in process | CPU ms a call | wait over in process | resident MiB |", "|---|---|---|---|---|"]  # fmt: skip
     for name, ratio in sorted(part["cpu"].items(), key=lambda item: item[1]["median"]):
-        out.append(f"| {name} | {_ratio(ratio)} | {part['cpu_ms'][name]:.3g} | {_ratio(part['ratios'][name])} | "
-                   f"{f"{part['mib'][name]:.0f}" if name in part["mib"] else "-"} |")  # fmt: skip
+        mib = f"{part['mib'][name]:.0f}" if name in part["mib"] else "-"
+        waits = _ratio(part["ratios"][name])
+        out.append(f"| {name} | {_ratio(ratio)} | {part['cpu_ms'][name]:.3g} | {waits} | {mib} |")
     out += [f"\nNot measured: {name} ({why})." for name, why in part["missing"].items()]
     return out
 
