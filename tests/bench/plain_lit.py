@@ -20,7 +20,7 @@ class Plain(litserve.LitAPI):
         del device
         self.work = Work()
 
-    def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
+    def decode_request(self, request):  # without types, by which LitServe would look for a form
         return request
 
     def predict(self, x: dict[str, Any]) -> dict[str, Any]:
