@@ -47,7 +47,7 @@ def _about(parts: dict[str, Any]) -> list[str]:
         f"- load of the machine meanwhile: {min(loads):g} to {max(loads):g}. In-process times are CPU time of one thread, "
         "which other load moves less than waits, and still moves; ratios are medians over interleaved rounds, in brackets their 95 % "
         f"bootstrap interval, in parentheses the rounds. **With fewer than {SURE} rounds the brackets are only the smallest and the largest** "
-        "(they hold the true median with 1 - 2^(1 - rounds): 75 % of three), and such a number decides nothing. Times over HTTP are waits",
+        "(they hold the true median with 1 - 2^(1 - rounds): 75 % of three), and such a number decides nothing. Times over HTTP are the CPU of the server, and waits",
     ]  # fmt: skip
 
 
@@ -69,8 +69,9 @@ def _variants(parts: dict[str, Any]) -> list[str]:
 
 
 def _arms(parts: dict[str, Any]) -> list[str]:
-    out = ["## Arms: 1, 4, 16, 64 different patches in one batch on one copy of the base", "",
-           "Throughput of a batch with a row for each arm; the same batch of base rows is 1. Wanted: .9 at 64 arms.", "",
+    out = ["## Arms: 1, 4, 16, 64 patches in one batch on one copy of the base", "",
+           "Throughput of a batch with a row for each arm; the same batch of base rows is 1. Wanted: .9 at 64 arms. "
+           "Arms are copies of one patch, with tensors of their own; those of `vlm_erasure` are alike and go in one call.", "",
            "| system | " + " | ".join(f"{n} arm{'s' * (n != '1')}" for n in ARMS)
            + " | 64 rows of base again | MiB for 64 arms | CUDA |",
            "|---" * (4 + len(ARMS)) + "|"]  # fmt: skip
