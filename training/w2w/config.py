@@ -83,8 +83,9 @@ RECIPES: dict[str, Config] = {
 
 
 def promises(recipe: str, config: Config) -> tuple[Promise, ...]:
-    """A step along a direction changes what it names for sure, and the other attributes in at most a quarter."""
+    """A step along a direction changes what it names in the same person for sure, and the other attributes in at most a
+    quarter. Flips alone promise nothing: the base, asked for the opposite, draws anybody, and flips always."""
     del config
     if recipe == "tiny":
         return gate.loss("quality/identity_top5", 0.4), gate.latency(20.0)
-    return gate.gain("target/flip"), Promise("offtarget/other_flip", "most", 0.25), gate.latency(2.0)
+    return gate.gain("target/flip_of_the_person"), Promise("offtarget/other_flip", "most", 0.25), gate.latency(2.0)
