@@ -25,7 +25,7 @@ JUDGE_AGAIN_S = 5.0
 HERE = "this process"
 WINDOW_S = 10.0
 """Interval in seconds at which the live experiment's estimates go to MLflow, which only displays them"""
-SHOWN_S = 3.0
+SHOWN_S = 1.0
 """Longest wait in seconds for MLflow when the judge ends"""
 
 
