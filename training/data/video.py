@@ -35,6 +35,8 @@ from registry.errors import BadArtifact, ConfigError, NotFound
 from training.data.images import Batch, Dataset
 
 SUFFIXES = {".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".gif"}
+FILES = Limits(max_bytes=1 << 30, wait=600.0)
+"""the user's own files: a fit of hours does not end because a busy machine let one decoder wait"""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _dataset(
     label = torch.tensor(labels, dtype=torch.int64)
 
     def read_rows(rows: Tensor) -> Batch:
-        clips = [_fitted(read(files[i].read_bytes(), Limits(max_bytes=1 << 30)), sampling) for i in rows.tolist()]
+        clips = [_fitted(read(files[i].read_bytes(), FILES), sampling) for i in rows.tolist()]
         return Batch(torch.stack(clips), label[rows], {"file": [files[i].name for i in rows.tolist()]})
 
     whole = {**about, **vars(sampling), "files": len(files)}

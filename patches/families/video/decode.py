@@ -42,7 +42,9 @@ class Limits:
     memory: int = 2 << 30
     """bytes of address space of the decoder"""
     timeout: float = 20.0
-    """seconds of processor time, and half as much again of wall time"""
+    """seconds of processor time"""
+    wait: float = 35.0
+    """seconds of wall time, which a decoder that is not given a processor takes as well"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read(raw: bytes, limits: Limits = Limits()) -> Decoded:
     """Decode a file's bytes.
 
     Raises TooLarge beyond a limit, Invalid for what is no clip or is damaged (with the decoder's own word for it),
-    NotReady if videos cannot be decoded here.
+    NotReady if videos cannot be decoded here, or not in time.
     """
     if len(raw) > limits.max_bytes:
         raise TooLarge(f"The clip's file has {len(raw)} bytes; {limits.max_bytes} are allowed.")
@@ -71,10 +73,11 @@ def read(raw: bytes, limits: Limits = Limits()) -> Decoded:
         raise Invalid("The clip's file is empty.")
     command = [sys.executable, "-I", str(CHILD), json.dumps(asdict(limits))]
     try:
-        done = subprocess.run(command, input=raw, capture_output=True, timeout=1.5 * limits.timeout + 5, check=False)
+        done = subprocess.run(command, input=raw, capture_output=True, timeout=limits.wait, check=False)
     except subprocess.TimeoutExpired:
-        raise Invalid(
-            f"The clip was not decoded within {1.5 * limits.timeout:g} s; send a shorter or plainer one."
+        raise NotReady(
+            f"The clip was not decoded within {limits.wait:g} s: this machine is busy, or the file stalls the decoder. "
+            "Send it again, or a shorter or plainer one."
         ) from None
     head, _, body = done.stdout.partition(b"\n")
     if done.returncode != 0 or not head:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from PIL import Image
 
 from patches.families.video import decode
 from patches.families.video.decode import Decoded, Limits, cropped, fit, read, sample
-from registry.errors import Invalid, TooLarge
+from registry.errors import Invalid, NotReady, TooLarge
+from training.data.video import FILES
 
 av = pytest.importorskip("av")
 
@@ -200,20 +200,17 @@ def test_limits_are_told_before_anything_is_decoded() -> None:
         read(film(12), Limits(seconds=0.1))
 
 
-@pytest.mark.parametrize(
-    "child", ["import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "import time; time.sleep(60)"]
-)
-def test_the_death_of_the_decoder_is_one_error(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "child.py").write_text(child)
+def test_the_death_of_the_decoder_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "child.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(decode, "CHILD", tmp_path / "child.py")
-    monkeypatch.setattr(decode.subprocess, "run", _quickly(decode.subprocess.run))
-    with pytest.raises(Invalid, match="decoder ended|not decoded within"):
+    with pytest.raises(Invalid, match="decoder ended"):
         read(b"anything")
-    assert sys.executable
 
 
-def _quickly(run):
-    def call(*args, **kwargs):
-        return run(*args, **{**kwargs, "timeout": 3})
-
-    return call
+def test_a_decoder_that_had_no_turn_is_no_fault_of_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sent it may send it again; a fit waits longer than a service."""
+    (tmp_path / "child.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(decode, "CHILD", tmp_path / "child.py")
+    with pytest.raises(NotReady, match="not decoded within 0.5 s: this machine is busy"):
+        read(b"anything", Limits(wait=0.5))
+    assert FILES.wait > 10 * Limits().wait
