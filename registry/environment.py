@@ -11,7 +11,7 @@ VARIABLES = {
     "files in the home",
     "PATCHBAY_STORE": "S3-compatible store that artifacts are put in and pulled from: `s3://bucket/prefix`; default: "
     "none",
-    "PATCHBAY_WHO": "who decides, as the ledger writes it down; default `$USER`",
+    "PATCHBAY_WHO": "who decides, as the ledger writes it down; default: the user that the process runs as",
     "PATCHBAY_BASE": "reference of the base (`--base`): of several roles in the system's order, with commas; default: "
     "what the artifact names",
     "PATCHBAY_DEVICE": "where a service runs (`--device`): `cpu`, `cuda`, `cuda:1`, "
