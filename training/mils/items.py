@@ -147,8 +147,7 @@ def _prompts(config: Config, base: Base, split: Split, n: int) -> Task:
     if config.renderer:
         every = captions.drawable(split)
         phrases = ["a picture of a {}", "a drawing of a {}"]
-        if n > len(every) * len(phrases):
-            most = len(every) * len(phrases)
+        if n > (most := len(every) * len(phrases)):
             raise ConfigError(f"items={n}: {split} has {len(every)} things that can be drawn; ask for {most} at most.")
         names = [every[i % len(every)] for i in range(n)]
         goals = [phrases[i // len(every)].format(name) for i, name in enumerate(names)]
