@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 FAR = "lazy"
 """a device type that torch knows and does nothing for"""
@@ -105,29 +105,51 @@ def _here(x: Any) -> Any:
     return x.here if isinstance(x, There) else x
 
 
+def _leaves(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """What an operator is given, members of lists of tensors one by one; operators nest no deeper."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, list | tuple):
+            yield from x
+        else:
+            yield x
+
+
+def _mapped(fn: Callable[[Any], Any], x: Any) -> Any:
+    return type(x)(map(fn, x)) if isinstance(x, list | tuple) else fn(x)
+
+
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether an operator's result shares memory with what it was given, by its schema."""
+    return any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns))
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operator on the CPU; its result lies where a GPU's would."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    far = [x for x in tensors if isinstance(x, There)]
+    tensors = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
+    far = any(isinstance(x, There) for x in tensors)
+    device = kwargs.get("device")
+    if not far and device is None:
+        return func(*args, **kwargs)
     if far and func not in MOVES:
         for x in tensors:  # a number may come from anywhere, and so may an index
             index = func.overloadpacket in BY_INDEX and x.dtype in (torch.int64, torch.bool, torch.uint8)
             if not isinstance(x, There) and x.ndim and not index:
                 raise RuntimeError(f"{func} got a tensor {tuple(x.shape)} on the CPU beside tensors on {FAR}.")
-    device = kwargs.get("device")
-    goes = bool(far) if device is None else torch.device(device).type == FAR
+    goes = far if device is None else torch.device(device).type == FAR
     if func is aten.copy_.default:
         goes = isinstance(args[0], There)
-    on_cpu = {k: v for k, v in kwargs.items() if k != "pin_memory"}
+    on_cpu = {k: _mapped(_here, v) for k, v in kwargs.items() if k != "pin_memory"}
     if device is not None:
         on_cpu["device"] = torch.device("cpu")
-    out = func(*tree_map(_here, args), **tree_map(_here, on_cpu))
-    same = {id(_here(x)): x for x in tensors}  # what was changed in place is what was given
+    out = func(*[_mapped(_here, x) for x in args], **on_cpu)
+    aliases = far and _aliases(func)
+    same = {id(_here(x)): x for x in tensors} if aliases else {}  # what was changed in place is what was given
 
     def back(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         return same[id(x)] if id(x) in same else There(x) if goes else x
 
-    out = tree_map(back, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if far else out
+    out = _mapped(back, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if aliases else out
